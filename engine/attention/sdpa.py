@@ -1,0 +1,61 @@
+"""Reference attention for any device: gather the prefix from the pool, then torch's SDPA with a mask."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.base import AttentionInput
+from engine.cache.pool import KVPool
+
+__all__ = ["SdpaAttention"]
+
+
+class SdpaAttention:
+    """Grouped-query attention; the group is folded into the query rows, so K/V are never repeated.
+
+    Args:
+        group: query heads per K/V head.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self._batch: AttentionInput | None = None
+        self._pool: KVPool | None = None
+        self._blocks = torch.empty(0, dtype=torch.int64)
+        self._mask = torch.empty(0)
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        self._batch, self._pool = batch, pool
+        num_blocks = -(-batch.max_length // pool.block_size)
+        self._blocks = batch.block_tables[:, :num_blocks].flatten()
+        mask = additive_mask(batch, num_blocks * pool.block_size, pool.dtype)
+        self._mask = mask.repeat(1, 1, self._group, 1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._batch is None or self._pool is None:
+            raise RuntimeError("plan() must be called before attend()")
+        pool, (batch, num_rows) = self._pool, self._batch.rows.shape
+        group, (kv_heads, head_dim) = self._group, k.shape[1:]
+        pool.write(layer, self._batch.rows.flatten(), k, v)
+        keys, values = pool.gather(layer, self._blocks, batch)  # [B, context, kv_heads, head_dim]
+        q = q.view(batch, num_rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(batch, kv_heads, group * num_rows, head_dim)
+        out = F.scaled_dot_product_attention(
+            q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self._mask
+        )
+        out = out.view(batch, kv_heads, group, num_rows, head_dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(batch * num_rows, -1)
+
+
+def additive_mask(batch: AttentionInput, context: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query may look and -inf elsewhere, [B, 1, N, context] of `dtype`."""
+    num_rows = batch.rows.shape[1]
+    column = torch.arange(context, device=batch.lengths.device)
+    offset = column[None, :] - batch.lengths[:, None]  # [B, context]: negative in the prefix
+    new_row = offset.clamp(0, num_rows - 1)[:, None, :].expand(-1, num_rows, -1)
+    sees_new = batch.visible.gather(2, new_row) & (offset < num_rows)[:, None, :]
+    allowed = (offset < 0)[:, None, :] | ((offset >= 0)[:, None, :] & sees_new)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, float("-inf")).unsqueeze(1)

@@ -1,0 +1,56 @@
+"""The K/V memory of the whole engine: one tensor, allocated once, never resized."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["KVPool"]
+
+
+class KVPool:
+    """K/V rows of every layer in blocks of `block_size` tokens.
+
+    One tensor [layers, 2, blocks, block_size, kv_heads, head_dim]; a flat row is
+    block * block_size + offset. Rows are never cleared: what is not masked in was written first.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        # Zeros, not empty: a masked-out NaN of fresh memory would still poison 0 * NaN in P @ V.
+        shape = (num_layers, 2, num_blocks, block_size, kv_heads, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.dtype, self.device = dtype, device
+        self._rows = self.data.view(num_layers, 2, num_blocks * block_size, kv_heads, head_dim)
+        self._layer_rows = [(rows[0], rows[1]) for rows in self._rows]
+        self._layer_blocks = list(self.data)
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [tokens, kv_heads, head_dim] at flat `rows` [tokens] (int64) of one layer."""
+        k_rows, v_rows = self._layer_rows[layer]
+        k_rows.index_copy_(0, rows, k)
+        v_rows.index_copy_(0, rows, v)
+
+    def gather(self, layer: int, blocks: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """K and V of `blocks` [batch * n] (int64), copied to [batch, n * block_size, kv_heads, head_dim]."""
+        both = self._layer_blocks[layer].index_select(1, blocks)
+        k, v = both.view(2, batch, -1, *both.shape[-2:]).unbind()
+        return k, v
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy rows `source` onto `target` ([n] int64, flat) in every layer.
+
+        All sources are read before any target is written, so the two may overlap.
+        """
+        rows = self._rows.index_select(2, source)
+        self._rows.index_copy_(2, target, rows)

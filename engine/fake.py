@@ -1,0 +1,307 @@
+"""`FakeEngine`: the engine's interface with a script for a model, so the server can be tested for real.
+
+Time passes in steps as in the engine: each step admits what waits, then hands every running choice the
+next token list of its script. Queue bound, slots, abort, truncation, statistics and traces are real;
+only the tokens are made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from engine.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from engine.stats import EngineStats
+from engine.types import DraftSource, EngineInfo, FinishReason, Request, StepTrace, TokenDelta
+
+__all__ = ["FakeEngine", "FakeStream", "Reply", "Step"]
+
+Step = SequenceOf[int] | Exception
+"""One step's tokens of one choice, or what that step fails with."""
+
+Reply = Callable[[Request, int], Iterable[Step]]
+"""Script of a choice: (request, choice index) to the steps it gets. The first stands for prefill."""
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    """One choice on its way through the fake."""
+
+    request: Request
+    index: int
+    script: list[Step]
+    stream: FakeStream
+    position: int = 0
+    num_output: int = 0
+    last_token: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class FakeStream:
+    """The deltas of one request; ends after each choice's last delta."""
+
+    engine: FakeEngine
+    request_id: str
+    open_choices: int
+    _queue: asyncio.Queue[TokenDelta | None] = field(default_factory=asyncio.Queue)
+
+    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        while (delta := await self._queue.get()) is not None:
+            yield delta
+
+    async def aclose(self) -> None:
+        """Abort whatever of the request still runs."""
+        self.engine.abort([self.request_id])
+
+    def put(self, delta: TokenDelta) -> None:
+        self._queue.put_nowait(delta)
+        if delta.finish_reason is not None:
+            self.open_choices -= 1
+            if self.open_choices == 0:
+                self._queue.put_nowait(None)
+
+
+class FakeEngine:
+    """A scripted `EngineClient`.
+
+    Args:
+        reply: the script of each choice. An exception in it fails that step: the choice ends with
+            `FinishReason.ERROR` and the exception's text. A script that runs out ends with STOP.
+        step_s: wall time of a step in seconds; 0 yields to the event loop once.
+        max_num_seqs: choices that run together.
+        max_waiting: choices that may wait before `submit` raises `QueueFullError`.
+        max_model_len: prompt plus output bound, in tokens.
+        vocab_size: reported in `info`.
+        eos_token_ids: end a choice unless the request ignores them.
+        draft_tokens: draft nodes counted per decode step; 0 is plain decoding.
+        kv_blocks: size of the pretended pool; a running choice holds one block.
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        *,
+        step_s: float = 0.0,
+        max_num_seqs: int = 8,
+        max_waiting: int = 64,
+        max_model_len: int = 4096,
+        vocab_size: int = 256,
+        eos_token_ids: tuple[int, ...] = (),
+        draft_tokens: int = 0,
+        kv_blocks: int = 256,
+    ) -> None:
+        self._reply = reply
+        self._step_s = step_s
+        self._max_waiting = max_waiting
+        self._eos = eos_token_ids
+        self._draft_tokens = draft_tokens
+        self._waiting: list[_Choice] = []
+        self._running: list[_Choice] = []
+        self._task: asyncio.Task[None] | None = None
+        self._accepting = False
+        self._dead = False
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stats = EngineStats(kv_blocks_total=kv_blocks, kv_blocks_free=kv_blocks)
+        self._info = EngineInfo(
+            model="fake",
+            architecture="FakeForCausalLM",
+            dtype="float32",
+            device="cpu",
+            num_heads=4 if draft_tokens else 0,
+            tree_size=draft_tokens + 1,
+            max_model_len=max_model_len,
+            kv_cache_tokens=kv_blocks * 16,
+            vocab_size=vocab_size,
+            max_num_seqs=max_num_seqs,
+        )
+        self.submitted: list[Request] = []
+        """Every request taken, in order, for tests to look at."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def ready(self) -> bool:
+        return self._accepting and self.healthy
+
+    @property
+    def healthy(self) -> bool:
+        return not self._dead
+
+    async def start(self) -> None:
+        """Start stepping on the running event loop."""
+        self._accepting = True
+        self._task = asyncio.create_task(self._run(), name="fake-engine")
+
+    def submit(self, request: Request) -> FakeStream:
+        """Queue a request. Raises what `EngineClient.submit` raises."""
+        if not self.ready:
+            raise EngineStoppedError("the engine is shutting down")
+        sampling, limit = request.sampling, self._info.max_model_len
+        if not request.prompt_token_ids:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        if (total := len(request.prompt_token_ids) + (sampling.max_tokens or 1)) > limit:
+            raise ContextLengthError(
+                f"the prompt has {len(request.prompt_token_ids)} tokens; with the requested output "
+                f"that is {total}, more than the context of {limit} tokens"
+            )
+        free_slots = self._info.max_num_seqs - len(self._running)
+        if len(self._waiting) + sampling.n > self._max_waiting + free_slots:
+            raise QueueFullError("too many requests are waiting")
+        self.submitted.append(request)
+        stream = FakeStream(self, request.request_id, sampling.n)
+        for index in range(sampling.n):
+            self._waiting.append(_Choice(request, index, list(self._reply(request, index)), stream))
+        self._gauges()
+        self._wake.set()
+        return stream
+
+    def abort(self, request_ids: SequenceOf[str]) -> None:
+        """Drop requests at once; unknown or finished ones are ignored."""
+        self._drop(lambda choice: choice.request.request_id in request_ids)
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """Drop one choice at once; unknown or finished ones are ignored."""
+        self._drop(lambda choice: (choice.request.request_id, choice.index) == (request_id, index))
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest."""
+        self._accepting = False
+        if drain_s > 0 and not self._dead:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), drain_s)
+        self._drop(lambda _: True)
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    def die(self) -> None:
+        """Pretend the engine thread crashed: every request fails, nothing is taken any more."""
+        self._dead = True
+        for choice in [*self._waiting, *self._running]:
+            self._finish(choice, FinishReason.ERROR, error="the engine died")
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(self._step_s)
+            self._step()
+            if not self._waiting and not self._running:
+                self._wake.clear()
+
+    def _step(self) -> None:
+        while self._waiting and len(self._running) < self._info.max_num_seqs:
+            self._running.append(self._waiting.pop(0))
+        self._gauges()
+        self._stats.num_steps += 1
+        for choice in list(self._running):
+            self._advance(choice, batch_size=len(self._running))
+        self._gauges()
+
+    def _advance(self, choice: _Choice, batch_size: int) -> None:
+        if choice.position == len(choice.script):
+            return self._finish(choice, FinishReason.STOP)
+        step = choice.script[choice.position]
+        choice.position += 1
+        if isinstance(step, Exception):
+            return self._finish(choice, FinishReason.ERROR, error=str(step))
+        tokens, reason, stop_token_id = self._truncate(choice, list(step))
+        prefill = choice.num_output == 0
+        if reason is None and choice.position == len(choice.script):
+            reason = FinishReason.STOP
+        delta = TokenDelta(
+            request_id=choice.request.request_id,
+            index=choice.index,
+            token_ids=tokens,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            num_steps=0 if prefill else 1,
+            num_drafted=0 if prefill else self._draft_tokens,
+            time_s=time.monotonic(),
+            trace=self._trace(choice, tokens, batch_size) if choice.request.trace and not prefill else None,
+        )
+        choice.num_output += len(tokens)
+        choice.last_token = tokens[-1] if tokens else choice.last_token
+        self._count(choice, delta, prefill=prefill)
+        if reason is not None:
+            self._remove(choice)
+        choice.stream.put(delta)
+        return None
+
+    def _truncate(
+        self, choice: _Choice, tokens: list[int]
+    ) -> tuple[list[int], FinishReason | None, int | None]:
+        """Cut a step's tokens at the first stop token or at max_tokens, whichever comes first."""
+        sampling = choice.request.sampling
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
+        room = self._info.max_model_len - len(choice.request.prompt_token_ids)
+        limit = min(room, sampling.max_tokens or room)
+        for i, token in enumerate(tokens):
+            if token in stops:
+                return tokens[: i + 1], FinishReason.STOP, token
+            if choice.num_output + i + 1 == limit:
+                return tokens[: i + 1], FinishReason.LENGTH, None
+        return tokens, None, None
+
+    def _trace(self, choice: _Choice, tokens: list[int], batch_size: int) -> StepTrace:
+        """A chain: the root, then every emitted token but the last, which is the next root."""
+        nodes = (choice.last_token, *tokens[:-1])
+        return StepTrace(
+            tokens=nodes,
+            parents=tuple(range(-1, len(nodes) - 1)),
+            sources=(DraftSource.ROOT, *[DraftSource.HEAD] * (len(nodes) - 1)),
+            accepted=tuple(range(len(nodes))),
+            next_root=tokens[-1],
+            batch_size=batch_size,
+            duration_s=self._step_s,
+        )
+
+    def _count(self, choice: _Choice, delta: TokenDelta, *, prefill: bool) -> None:
+        stats = self._stats
+        stats.generation_tokens += len(delta.token_ids)
+        if prefill:
+            if choice.index == 0:  # the choices of one request prefill once
+                stats.prompt_tokens += len(choice.request.prompt_token_ids)
+            return
+        stats.acceptance_counts[len(delta.token_ids)] += 1
+        if self._draft_tokens:
+            stats.num_drafts += 1
+            stats.draft_tokens += self._draft_tokens
+            stats.accepted_tokens += max(0, len(delta.token_ids) - 1)
+
+    def _finish(self, choice: _Choice, reason: FinishReason, error: str | None = None) -> None:
+        self._remove(choice)
+        choice.stream.put(
+            TokenDelta(
+                choice.request.request_id, choice.index, [], reason, time_s=time.monotonic(), error=error
+            )
+        )
+
+    def _drop(self, condition: Callable[[_Choice], bool]) -> None:
+        for choice in [c for c in [*self._waiting, *self._running] if condition(c)]:
+            self._finish(choice, FinishReason.ABORT)
+
+    def _remove(self, choice: _Choice) -> None:
+        for queue in (self._waiting, self._running):
+            if choice in queue:
+                queue.remove(choice)
+        self._gauges()
+
+    def _gauges(self) -> None:
+        stats = self._stats
+        stats.running, stats.waiting = len(self._running), len(self._waiting)
+        stats.kv_blocks_free = stats.kv_blocks_total - stats.running
+        if self._running or self._waiting:
+            self._idle.clear()
+        else:
+            self._idle.set()

@@ -1,0 +1,197 @@
+"""The engine thread and its hand-over to asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Self
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineStoppedError, QueueFullError, RequestError
+from engine.loader import Loaded, load
+from engine.stats import EngineStats
+from engine.types import EngineInfo, FinishReason, Request, TokenDelta, TokenStream
+
+__all__ = ["EngineLoop"]
+
+log = logging.getLogger(__name__)
+
+
+class _Stream:
+    """A request's deltas on their way from the engine thread to one consumer."""
+
+    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+        self.request = request
+        self.unfinished = request.sampling.n
+        self._abort = abort
+        self._deltas: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        self._undelivered = request.sampling.n
+
+    def put(self, delta: TokenDelta) -> None:
+        if delta.finish_reason is not None:
+            self.unfinished -= 1
+        self._deltas.put_nowait(delta)
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        if self._undelivered == 0:
+            raise StopAsyncIteration
+        delta = await self._deltas.get()
+        if delta.finish_reason is not None:
+            self._undelivered -= 1
+        return delta
+
+    async def aclose(self) -> None:
+        if self.unfinished:
+            self._abort(self.request.request_id)
+
+
+class EngineLoop:
+    """Runs an `Engine` in a thread of its own; implements `EngineClient`.
+
+    Requests and aborts go in through a queue that the thread empties between steps, so an abort is
+    carried out at the next step boundary. All deltas of a step come out in one call into the event loop.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
+        self.text = loaded.text
+        self.generation_defaults = loaded.generation_defaults
+        self._engine = Engine(loaded)
+        self._capacity = config.max_num_seqs + config.max_waiting
+        self._inbox: queue.SimpleQueue[Callable[[], list[TokenDelta]] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._live = 0
+        self._accepting = False
+        self._failure: str | None = None
+        self._idle = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def load(cls, config: EngineConfig, *, progress: bool = True) -> Self:
+        """Load what `config` names; takes seconds and blocks. Raises what `engine.loader.load` raises."""
+        return cls(config, load(config, progress=progress))
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    @property
+    def ready(self) -> bool:
+        return self._accepting and self.healthy
+
+    @property
+    def healthy(self) -> bool:
+        return self._failure is None
+
+    async def start(self) -> None:
+        """See `EngineClient.start`."""
+        if self._thread is not None:
+            raise RuntimeError("the engine loop was started before")
+        self._event_loop = asyncio.get_running_loop()
+        self._idle.set()
+        self._thread = threading.Thread(
+            target=self._run, args=(self._event_loop,), name="engine", daemon=True
+        )
+        self._thread.start()
+        self._accepting = True
+
+    def submit(self, request: Request) -> TokenStream:
+        """See `EngineClient.submit`."""
+        if not self.ready:
+            raise EngineStoppedError(self._failure or "the server is shutting down and takes no new requests")
+        self._engine.validate(request)
+        if request.request_id in self._streams:
+            raise RequestError(f"request id {request.request_id} is in use", param="request_id")
+        if request.sampling.n > self._capacity:
+            raise RequestError(f"n must be at most {self._capacity} on this server", param="n")
+        if self._live + request.sampling.n > self._capacity:
+            raise QueueFullError(f"the server already holds {self._live} requests; try again shortly")
+        stream = _Stream(request, lambda request_id: self.abort([request_id]))
+        self._streams[request.request_id] = stream
+        self._live += request.sampling.n
+        self._idle.clear()
+        self._inbox.put(partial(self._add, request))
+        return stream
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """See `EngineClient.abort`."""
+        for request_id in request_ids:
+            self._inbox.put(partial(self._engine.abort, request_id))
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """See `EngineClient.abort_choice`."""
+        self._inbox.put(partial(self._engine.abort, request_id, index))
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """See `EngineClient.stop`."""
+        self._accepting = False
+        if self._thread is None:
+            return
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout=drain_s)
+        except TimeoutError:
+            log.warning("drain deadline of %.0f s passed, aborting %d requests", drain_s, len(self._streams))
+            self.abort(list(self._streams))
+            await self._idle.wait()
+        self._inbox.put(None)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._engine.check()
+
+    def _add(self, request: Request) -> list[TokenDelta]:
+        self._engine.add(request)
+        return []
+
+    def _run(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        """The engine thread: commands, one step, hand-over; until a None command or a failure."""
+        try:
+            while True:
+                deltas: list[TokenDelta] = []
+                while not self._inbox.empty() or not self._engine.has_work:
+                    if deltas and self._inbox.empty():
+                        break  # an abort emptied the engine: tell before going to sleep
+                    command = self._inbox.get()
+                    if command is None:
+                        return
+                    deltas += command()
+                if self._engine.has_work:
+                    deltas += self._engine.step()
+                if deltas:
+                    event_loop.call_soon_threadsafe(self._deliver, deltas)
+        except BaseException as error:
+            log.exception("the engine thread died")
+            event_loop.call_soon_threadsafe(
+                self._die, f"the engine has failed: {type(error).__name__}: {error}"
+            )
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            if stream := self._streams.get(delta.request_id):
+                stream.put(delta)
+                if delta.finish_reason is not None:
+                    self._live -= 1
+                if not stream.unfinished:
+                    del self._streams[delta.request_id]
+        if not self._streams:
+            self._idle.set()
+
+    def _die(self, reason: str) -> None:
+        """The thread is gone: end every stream with the reason and take nothing more."""
+        self._failure = reason
+        for stream in list(self._streams.values()):
+            for index in range(stream.request.sampling.n):
+                stream.put(TokenDelta(stream.request.request_id, index, [], FinishReason.ERROR, error=reason))
+        self._streams.clear()
+        self._live = 0
+        self._idle.set()

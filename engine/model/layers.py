@@ -1,0 +1,87 @@
+"""The building blocks of the decoder: fused linear layers, RMSNorm, rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.model.config import RopeConfig
+
+__all__ = ["Linear", "RMSNorm", "RotaryTable", "apply_rotary"]
+
+
+class Linear(nn.Module):
+    """y = x W^T + b over [..., in_features].
+
+    On the CPU `pack()` reorders the weight once into oneDNN's blocked layout. torch's own CPU linear
+    repacks (or streams badly) at every call: on two cores, fp32, SmolLM2's 120 layers cost 22 ms a pass
+    packed against 39 ms at one row, and 22 against 48 ms at eight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        )
+        self.packed: Tensor | None = None
+
+    def pack(self, *, keep_weight: bool = False) -> None:
+        """Reorder for this device; a no-op where nothing is gained. `keep_weight` keeps a plain copy too."""
+        weight = self.weight
+        if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+            return
+        # The hint of 8 rows picks a blocking that was as good as any at 1 to 64 rows.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+        if not keep_weight:
+            self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return y
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, the mean square in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch has no fused kernel for the CPU: its rms_norm takes 63 us for one row, this takes 15.
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).to(x.dtype).mul_(self.weight)
+
+
+class RotaryTable(nn.Module):
+    """cos and signed sin for every position, [max_position, head_dim], computed once in float32.
+
+    The sign of rotate_half is folded into sin, so that rotating is one roll and two multiplications.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, rope: RopeConfig, max_position: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        angles = torch.arange(max_position, dtype=torch.float32)[:, None] * rope.inv_freq[None, :].cpu()
+        cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(dtype), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).to(dtype), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin of shape [tokens, 1, head_dim] for positions [tokens] (int64)."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [tokens, heads, head_dim] by `RotaryTable`'s cos and sin; same shape and dtype out."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)

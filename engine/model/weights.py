@@ -1,0 +1,377 @@
+"""A model's files: where they are, what they say about generation, and their tensors into a model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.errors import ModelError, WeightsError
+from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Checkpoint",
+    "GenerationDefaults",
+    "load_generation_defaults",
+    "load_tokenizer",
+    "load_weights",
+    "resolve_model",
+]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_HUB_IGNORED = ("*/*", "consolidated*")  # other formats' folders; Mistral's second copy of the weights
+_MAX_NAMED = 8  # tensors an error names of each kind
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What the model's publisher recommends; None where nothing is said.
+
+    Args:
+        temperature: for requests that name none.
+        top_p: likewise.
+        top_k: likewise; 0 keeps all.
+        min_p: likewise.
+        eos_token_ids: each of them ends an output; may be empty.
+    """
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    eos_token_ids: tuple[int, ...]
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """A folder with config, tokenizer and safetensors.
+
+    Args:
+        name: "smollm2-135m" (embedded), a local folder, or a Hugging Face hub id.
+        revision: branch, tag or commit; for a hub id only.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached; the text says what to do.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _refuse_revision(revision, f"{name} is a local folder")
+        return folder
+    if name == EMBEDDED_MODEL:
+        _refuse_revision(revision, f"{name} is embedded")
+        return ensure_converted()
+    if folder.exists():
+        raise ModelError(f"model {name} is a file; name the folder with config.json and safetensors")
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise ModelError(f"model folder {name} does not exist")
+    return _download(name, revision)
+
+
+def _refuse_revision(revision: str | None, why: str) -> None:
+    if revision is not None:
+        raise ModelError(f"revision {revision!r} has no effect, since {why}; leave it out")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from httpx import HTTPError
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=list(_HUB_IGNORED),
+            )
+        )
+    except errors.HFValidationError as error:
+        raise ModelError(
+            f"model {name!r} is neither {EMBEDDED_MODEL!r}, nor a local folder, nor a hub id (owner/name)"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"model {name} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"model {name} has no revision {revision!r} on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model {name} is neither a local folder nor on the hub; if it is private there, set HF_TOKEN"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"model {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
+            f"check the name, the connection and HF_HUB_OFFLINE, or use the embedded {EMBEDDED_MODEL!r}"
+        ) from error
+    except (errors.HfHubHTTPError, HTTPError, OSError) as error:
+        raise ModelError(f"downloading model {name} failed: {error}") from error
+
+
+def load_generation_defaults(folder: Path) -> GenerationDefaults:
+    """Read `generation_config.json`, and config.json for the EOS ids if they are not in there.
+
+    Sampling values count unless `do_sample` is false: transformers would not use them then, and where
+    it is left out they are meant as a recommendation (vLLM takes them so).
+
+    Raises:
+        ModelError: a file is not JSON or a value is not of its type.
+    """
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    sampling = generation if generation.get("do_sample") is not False else {}
+
+    def number(key: str) -> float | None:
+        value = sampling.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelError(f"{path}: {key} must be a number, got {value!r}")
+        return value
+
+    top_k = number("top_k")
+    return GenerationDefaults(
+        temperature=number("temperature"),
+        top_p=number("top_p"),
+        top_k=None if top_k is None else max(0, int(top_k)),  # some write -1 for all tokens
+        min_p=number("min_p"),
+        eos_token_ids=_eos_token_ids(folder, generation),
+    )
+
+
+def _eos_token_ids(folder: Path, generation: dict[str, Any]) -> tuple[int, ...]:
+    config = _read_json(folder / "config.json")
+    sources = (generation, config, config.get("text_config") or {})
+    value: Any = next((v for s in sources if (v := s.get("eos_token_id")) is not None), [])
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise ModelError(f"{folder}: eos_token_id must be an id or a list of ids, got {value!r}")
+    return tuple(dict.fromkeys(ids))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, exactly as its tokenizer.json says where there is one.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    load: Callable[..., PreTrainedTokenizerBase] = AutoTokenizer.from_pretrained
+    if (folder / "tokenizer.json").is_file():
+        # By name: for a `tokenizer_class` it knows (GPT2Tokenizer, LlamaTokenizer, …) transformers 5 takes
+        # vocabulary and merges from the file but the splitting from the class, and splits digits wrong.
+        load = PreTrainedTokenizerFast.from_pretrained
+    try:
+        return load(folder, clean_up_tokenization_spaces=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, LookupError, ImportError) as error:
+        raise ModelError(f"cannot load the tokenizer of {folder}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # `tokenizers` raises no subclass of its own
+            raise
+        raise ModelError(f"cannot read {folder / 'tokenizer.json'}: {error}") from error
+
+
+class Checkpoint:
+    """The tensors of a model folder: `model.safetensors`, or shards named by an index.
+
+    Headers are read at once, tensors when asked for, from a memory map.
+
+    Raises:
+        ModelError: the folder holds no config.json or no safetensors.
+        WeightsError: a file is damaged, incomplete or missing; it is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
+        self.folder = folder
+        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+        self._file_of: dict[str, Any] = {}  # tensor name to the open file that has it
+        if index.is_file():
+            self._open_shards(index)
+        elif single.is_file():
+            file = _open(single)
+            self._file_of = dict.fromkeys(file.keys(), file)
+        else:
+            raise ModelError(_no_safetensors(folder))
+        self.names: frozenset[str] = frozenset(self._file_of)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU in its stored dtype; a view of the file, so do not write to it.
+
+        Raises:
+            WeightsError: there is no such tensor.
+        """
+        tensor: torch.Tensor = self._lookup(name).get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the header.
+
+        Raises:
+            WeightsError: there is no such tensor.
+        """
+        return tuple(self._lookup(name).get_slice(name).get_shape())
+
+    def _lookup(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise WeightsError(f"{self.folder} holds no tensor {name}")
+        return self._file_of[name]
+
+    def _open_shards(self, index: Path) -> None:
+        weight_map = _read_json(index, WeightsError).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WeightsError(f"{index} has no weight_map; download or export the model again")
+        shards = sorted(set(weight_map.values()))
+        if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
+            raise WeightsError(
+                f"{index.name} names files that are not in {index.parent}: {_listed(absent)}; "
+                "download the model again"
+            )
+        files = {shard: _open(index.parent / shard) for shard in shards}
+        held = {shard: frozenset(file.keys()) for shard, file in files.items()}
+        if lacking := [name for name, shard in weight_map.items() if name not in held[shard]]:
+            raise WeightsError(
+                f"{index.name} names tensors that its files do not hold: {_listed(lacking)}; "
+                "download the model again"
+            )
+        self._file_of = {name: files[shard] for name, shard in weight_map.items()}
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, torch.Tensor],
+    weight_map: Mapping[str, tuple[str, ...]],
+    *,
+    ignored: Collection[str] | Callable[[str], bool] = (),
+    progress: bool = False,
+) -> None:
+    """Fill each parameter in place, cast to its dtype, on its device.
+
+    Args:
+        checkpoint: where the tensors come from.
+        parameters: the tensors to fill, by the model's own names.
+        weight_map: for each of those names the checkpoint tensors that, joined along dimension 0, make it.
+        ignored: checkpoint tensors that may be there unused (a tied `lm_head.weight`), or a test for
+            such names. `rotary_emb.inv_freq`, which older checkpoints hold, always is one.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        WeightsError: tensors are missing, unexpected or of another shape; it names them, and nothing
+            was filled.
+    """
+    from tqdm import tqdm
+
+    _check(checkpoint, parameters, weight_map, ignored)
+    bar = tqdm(
+        parameters.items(),
+        desc="loading weights",
+        unit="tensor",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with torch.no_grad():
+        for name, parameter in bar:
+            start = 0
+            for source in weight_map[name]:
+                tensor = checkpoint.get(source)
+                if tensor.dim() == 0:
+                    parameter.copy_(tensor)
+                    continue
+                parameter.narrow(0, start, len(tensor)).copy_(tensor)
+                start += len(tensor)
+
+
+def _check(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, torch.Tensor],
+    weight_map: Mapping[str, tuple[str, ...]],
+    ignored: Collection[str] | Callable[[str], bool],
+) -> None:
+    is_ignored = ignored if callable(ignored) else ignored.__contains__
+    used = [source for name in parameters for source in weight_map[name]]
+    missing = [source for source in used if source not in checkpoint.names]
+    unexpected = [
+        name
+        for name in sorted(checkpoint.names.difference(used))
+        if not is_ignored(name) and not name.endswith("rotary_emb.inv_freq")
+    ]
+    misshapen = []
+    for name, parameter in parameters.items():
+        sources = weight_map[name]
+        if checkpoint.names.issuperset(sources):
+            shapes = [checkpoint.shape(source) for source in sources]
+            if _joined(shapes) != tuple(parameter.shape):
+                found = " + ".join(str(list(shape)) for shape in shapes)
+                misshapen.append(f"{' + '.join(sources)} is {found}, not {list(parameter.shape)}")
+    problems = [
+        f"{kind} ({len(names)}): {_listed(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"the tensors in {checkpoint.folder} do not fit the model. {'. '.join(problems)}")
+
+
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Shape of the tensors joined along dimension 0; None if they cannot be."""
+    first = shapes[0]
+    if len(shapes) == 1:
+        return first
+    if not first or any(shape[1:] != first[1:] for shape in shapes):
+        return None
+    return (sum(shape[0] for shape in shapes), *first[1:])
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size
+        hint = " (a Git LFS pointer, not the file: run `git lfs pull`)" if size < 1024 else ""
+        raise WeightsError(
+            f"{path} is damaged or incomplete: {error}{hint}; it has {size} bytes; download it again"
+        ) from error
+
+
+def _no_safetensors(folder: Path) -> str:
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
+    stray = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return (
+            f"{folder} holds weights as {_listed(others)} only; they must be safetensors: load the model in "
+            "transformers and save it with save_pretrained"
+        )
+    if stray:
+        return f"{folder} holds {_listed(stray)}, but neither {SINGLE_FILE} nor {INDEX_FILE}"
+    return f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def _read_json(path: Path, error_type: type[ModelError] = ModelError) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise error_type(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise error_type(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise error_type(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,271 @@
+"""The types every part of the engine shares. Plain data: no torch, no web framework."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from engine.stats import EngineStats
+
+__all__ = [
+    "DraftSource",
+    "EngineClient",
+    "EngineInfo",
+    "FinishReason",
+    "Request",
+    "SamplingParams",
+    "Sequence",
+    "StepTrace",
+    "TokenDelta",
+    "TokenStream",
+]
+
+MAX_SEED = 2**63 - 1
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended; `stop` and `length` are OpenAI's, the others never reach a client as such."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class DraftSource(StrEnum):
+    """Where a tree node's token came from."""
+
+    ROOT = "root"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are drawn.
+
+    Order of the filters, as in vLLM: temperature, min_p, top_k, top_p, renormalise.
+
+    Args:
+        temperature: 0 is greedy; at most 2 over HTTP, not bounded here.
+        top_p: nucleus mass in (0, 1].
+        top_k: candidates kept; 0 keeps all.
+        min_p: keep tokens with p >= min_p * max(p), in [0, 1].
+        seed: draws are a function of (seed, choice index, output position); None gets one at admission.
+        max_tokens: output bound; None runs to the context's end.
+        stop_token_ids: these end the output as EOS does, and are not part of it as text.
+        ignore_eos: go on past the model's EOS ids (stop_token_ids still stop).
+        n: number of choices.
+
+    Raises:
+        RequestError: a value out of range, with the field's name.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
+
+        check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number, at least 0")
+        check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
+        check(self.seed is None or -MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", "a 64-bit integer")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(self.n >= 1, "n", "at least 1")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call: a prompt in token ids and how to continue it, `sampling.n` times.
+
+    Args:
+        request_id: unique among live requests; appears in logs.
+        prompt_token_ids: at least one token.
+        sampling: how to draw.
+        trace: attach a `StepTrace` to every delta of a decode step.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """One sequence's share of one decode step, as a picture of the tree would need it.
+
+    Args:
+        tokens: node tokens, root first, in the tree's order; length is the number of nodes.
+        parents: index of each node's parent; -1 for the root.
+        sources: what proposed each node.
+        accepted: node indices of the accepted path, root first.
+        next_root: the token drawn at the path's end; it is emitted and becomes the next root.
+        batch_size: sequences in this step.
+        duration_s: wall time of the step, in seconds.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    sources: tuple[DraftSource, ...]
+    accepted: tuple[int, ...]
+    next_root: int
+    batch_size: int
+    duration_s: float
+
+
+@dataclass(slots=True)
+class TokenDelta:
+    """New tokens of one choice from one engine step.
+
+    Args:
+        request_id: the request.
+        index: the choice, from 0.
+        token_ids: emitted tokens in order; may be empty on the last delta. A token that ended the
+            output (EOS, stop_token_ids) is included as the last one and counts in the usage.
+        finish_reason: set on the last delta of the choice.
+        stop_token_id: the token that ended it, where one did.
+        num_steps: decode steps behind these tokens: 0 for the token drawn at the end of prefill, else 1.
+        num_drafted: draft nodes (root not counted) verified in those steps.
+        time_s: `time.monotonic()` at the end of the step.
+        trace: the step's record, where the request asked for it.
+        error: what to tell the user, with `FinishReason.ERROR`.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_steps: int = 0
+    num_drafted: int = 0
+    time_s: float = 0.0
+    trace: StepTrace | None = None
+    error: str | None = None
+
+
+class SequenceState(StrEnum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request as the engine carries it from admission to its end.
+
+    `token_ids` holds prompt and emitted tokens. While decoding, the last of them is the root: drawn
+    and emitted, its K/V not yet in the cache, so `num_cached == len(token_ids) - 1` between steps.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    token_ids: list[int]
+    num_prompt: int
+    max_total: int
+    arrival: int
+    state: SequenceState = SequenceState.WAITING
+    num_cached: int = 0
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def prefill_target(self) -> int:
+        """Tokens whose K/V prefill must compute: all but an already drawn root."""
+        return len(self.token_ids) - (1 if self.num_output else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a running engine is, for the start-up line, `/v1/models` and build info."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    num_heads: int
+    tree_size: int
+    max_model_len: int
+    kv_cache_tokens: int
+    vocab_size: int
+    max_num_seqs: int
+
+
+class TokenStream(Protocol):
+    """The deltas of one request, all choices interleaved. Ends after each choice's last delta."""
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
+
+    async def aclose(self) -> None:
+        """Stop caring: aborts whatever of the request still runs. Safe to call twice."""
+
+
+class EngineClient(Protocol):
+    """What the server needs of an engine. `EngineLoop` is the real one, `FakeEngine` the test one.
+
+    All methods are called from the asyncio event loop.
+    """
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def ready(self) -> bool:
+        """True while new requests are taken."""
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine thread has died."""
+
+    async def start(self) -> None:
+        """Start the engine thread; returns when it takes requests."""
+
+    def submit(self, request: Request) -> TokenStream:
+        """Queue a request.
+
+        Raises:
+            RequestError: the request can never run (its field is named).
+            QueueFullError: the waiting queue is at its bound.
+            EngineStoppedError: the engine drains or has stopped.
+        """
+
+    def abort(self, request_ids: SequenceOf[str]) -> None:
+        """Drop requests; unknown or finished ones are ignored. Slots free at the next step boundary."""
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """End one choice of a request, its text being complete; the others go on.
+
+        Unknown or finished choices are ignored. The slot frees at the next step boundary; whether a
+        last delta of the choice still arrives is not specified.
+        """
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest."""

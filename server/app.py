@@ -1,0 +1,57 @@
+"""The ASGI app: routes, errors and middleware around one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+
+from engine.types import EngineClient
+from server import __version__
+from server.context import ServerContext
+from server.errors import add_error_handlers
+from server.metrics import Metrics
+from server.middleware import RequestMiddleware
+from server.routes import chat, health, models, tokenize
+from server.schemas import SamplingDefaults
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.text import TextProcessor
+
+__all__ = ["create_app"]
+
+
+def create_app(
+    engine: EngineClient, text: TextProcessor, settings: Settings, defaults: SamplingDefaults
+) -> FastAPI:
+    """An app that starts `engine` with its lifespan and stops it at the end.
+
+    Args:
+        engine: loaded, not started.
+        text: the tokenizer's two directions.
+        settings: the served name and the limits are read from it.
+        defaults: the model's own sampling values, for fields a request leaves out.
+    """
+    context = ServerContext(engine, text, settings, defaults, Metrics(engine))
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        try:
+            yield
+        finally:
+            await engine.stop(settings.drain_s)
+
+    # sse-starlette would cut every stream at SIGTERM; ours end with the engine's drain.
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+    app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app.state.context = context
+    for routes in (chat, models, tokenize, health):
+        app.include_router(routes.router)
+    add_error_handlers(app)
+    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes)
+    return app

@@ -1,0 +1,71 @@
+"""What the routes share, and what one request tells the log."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, Request
+
+from engine.types import EngineClient
+from server.errors import ModelNotFoundError
+from server.metrics import Metrics
+from server.schemas import SamplingDefaults
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.text import TextProcessor
+
+__all__ = ["Context", "RequestRecord", "ServerContext", "record_of"]
+
+
+@dataclass(slots=True)
+class ServerContext:
+    """One running server: its engine and everything around it. Lives as long as the app."""
+
+    engine: EngineClient
+    text: TextProcessor
+    settings: Settings
+    defaults: SamplingDefaults
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFoundError if `name` is not the served model's."""
+        if name != self.settings.model_name:
+            raise ModelNotFoundError(f"The model '{name}' does not exist.", param="model")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One HTTP request, as its line in the log will have it.
+
+    Args:
+        request_id: the client's X-Request-Id, or one made here.
+        engine_id: the same made unique, since a client may use its id again while the first request runs.
+        started: `time.monotonic()` at its arrival.
+        fields: what the route adds to the line; never any text of the prompt or the output.
+    """
+
+    request_id: str
+    engine_id: str
+    started: float = field(default_factory=time.monotonic)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def record_of(request: Request) -> RequestRecord:
+    """The record the middleware made for this request."""
+    record = request.state.record
+    assert isinstance(record, RequestRecord)
+    return record
+
+
+def _context(request: Request) -> ServerContext:
+    context = request.app.state.context
+    assert isinstance(context, ServerContext)
+    return context
+
+
+Context = Annotated[ServerContext, Depends(_context)]
+"""The server's context, as a route parameter."""

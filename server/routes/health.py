@@ -1,0 +1,44 @@
+"""What an operator asks: alive, ready, which version, and the metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server import __version__
+from server.context import Context
+
+__all__ = ["QUIET_PATHS", "router"]
+
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Polled every few seconds; logged at debug level only."""
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(context: Context) -> JSONResponse:
+    """200 while the engine's thread lives; 503 asks for a restart."""
+    return _status(context.engine.healthy, "ok", "dead")
+
+
+@router.get("/ready")
+async def ready(context: Context) -> JSONResponse:
+    """200 while new requests are taken; 503 asks the load balancer to look elsewhere."""
+    return _status(context.engine.healthy and context.engine.ready, "ready", "not ready")
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/metrics")
+async def metrics(request: Request, context: Context) -> Response:
+    """Prometheus text, or OpenMetrics where the Accept header asks for it."""
+    body, content_type = context.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type})
+
+
+def _status(good: bool, yes: str, no: str) -> JSONResponse:
+    return JSONResponse({"status": yes if good else no}, 200 if good else 503)

@@ -1,0 +1,130 @@
+"""Every setting of the server, declared once: the command line, the environment and YAML read this model.
+
+Precedence: command line > environment (`MEDUSA_…`) > YAML (`--config`) > defaults.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+
+__all__ = ["ENV_PREFIX", "Settings", "load_settings", "option_name"]
+
+ENV_PREFIX = "MEDUSA_"
+
+
+class Settings(EngineConfig, BaseSettings):
+    """The engine's settings (inherited, so written down there only) and the server's own. Frozen."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        title="medusa-serve settings",
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="Name clients give as `model`; the model's own name if unset."
+    )
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    drain_s: float = Field(
+        30.0, ge=0.0, allow_inf_nan=False, description="Seconds running requests get to finish at shutdown."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["console", "json"] = Field("console", description="How log lines look.")
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The engine's share of the settings."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use. A local folder gives its own name, not the path to it."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+
+def option_name(field: str) -> str:
+    """The command-line option of a settings field: `max_num_seqs` is `--max-num-seqs`."""
+    return "--" + field.replace("_", "-")
+
+
+def load_settings(cli: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """Settings from the command line's values, the environment and a YAML file, in this order.
+
+    Args:
+        cli: field name to value, only those given; strings are converted as in the environment.
+        config: YAML file with field names as keys.
+
+    Raises:
+        ConfigError: one line that names each bad setting and where it came from.
+    """
+    from_cli = dict(cli or {})
+    from_file = {} if config is None else _read_yaml(config)
+
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the hook's signature
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    try:
+        return Sourced(**from_cli)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, from_cli, config)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold 'setting: value' lines, not a {type(data).__name__}")
+    if unknown := [str(key) for key in data if key not in Settings.model_fields]:
+        raise ConfigError(f"unknown setting in {path}: {', '.join(unknown)}")
+    return data
+
+
+def _one_line(error: ValidationError, cli: Mapping[str, Any], config: Path | None) -> str:
+    """Each bad field once (a union reports one error per member), with the source that set it."""
+    messages: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False, include_input=False):
+        text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        messages.setdefault(str(item["loc"][0]), []).append(text)
+    return "; ".join(
+        f"{_source(field, cli, config)}: {', or '.join(texts)}" for field, texts in messages.items()
+    )
+
+
+def _source(field: str, cli: Mapping[str, Any], config: Path | None) -> str:
+    if field in cli:
+        return option_name(field)
+    if any(name.upper() == ENV_PREFIX + field.upper() for name in os.environ):
+        return ENV_PREFIX + field.upper()
+    return f"{field} in {config}" if config else field

@@ -1,0 +1,220 @@
+"""From an engine's token deltas to text a client can read, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from engine.errors import EngineStoppedError, StepError
+from engine.types import FinishReason, Request, TokenDelta
+from server.context import RequestRecord, ServerContext
+from server.schemas import FinishReasonName, Usage
+
+__all__ = ["DONE", "EventStream", "Generation", "TextPiece", "to_json", "unless_disconnected"]
+
+DONE = "[DONE]"
+"""The data of a stream's last event."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """New text of one choice from one step; `finish_reason` is set on the choice's last piece."""
+
+    index: int
+    text: str
+    finish_reason: FinishReasonName | None
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What is counted about one choice."""
+
+    tokens: int = 0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    finish_reason: str | None = None
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean over the tokens after the first; None if there are none."""
+        return (self.last_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else None
+
+
+class Generation:
+    """One request in the engine, from submission to its last token or its abort.
+
+    Whoever makes one must call `close`, which frees what the engine still holds of it.
+
+    Raises:
+        RequestError, QueueFullError, EngineStoppedError: as `EngineClient.submit`.
+    """
+
+    def __init__(
+        self, context: ServerContext, record: RequestRecord, request: Request, stop: tuple[str, ...]
+    ) -> None:
+        self._context = context
+        self._record = record
+        self._request = request
+        self._choices = [_Choice() for _ in range(request.sampling.n)]
+        self._open = set(range(request.sampling.n))
+        self._closed = False
+        self._detokenizers = [
+            context.text.detokenizer(request.prompt_token_ids, stop=stop) for _ in self._choices
+        ]
+        self._stream = context.engine.submit(request)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; output is counted up to where a stop token or string ended it."""
+        prompt = len(self._request.prompt_token_ids)
+        completion = sum(choice.tokens for choice in self._choices)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    async def pieces(self) -> AsyncIterator[TextPiece]:
+        """The text of all choices, interleaved as the engine makes it: one piece per choice and step.
+
+        Raises:
+            StepError: a step failed under the request.
+            EngineStoppedError: the engine stopped before the request was done.
+        """
+        async for delta in self._stream:
+            if delta.index not in self._open:
+                continue  # a step that was under way when the choice's stop string ended it
+            if delta.finish_reason is FinishReason.ERROR:
+                raise StepError(delta.error or "a step failed")
+            if delta.finish_reason is FinishReason.ABORT:
+                break
+            yield self._take(delta)
+            if not self._open:
+                return
+        raise EngineStoppedError("the server is shutting down")
+
+    def close(self) -> None:
+        """Abort what still runs and complete the request's record. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._open:
+            self._context.engine.abort([self._request.request_id])
+        self._record.fields.update(self._summary())
+
+    def _take(self, delta: TokenDelta) -> TextPiece:
+        choice = self._choices[delta.index]
+        # A stop token counts as output and is no text.
+        token_ids = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
+        ended = delta.finish_reason is not None
+        text = self._detokenizers[delta.index].push(token_ids, final=ended)
+        finish_reason = _NAMES[delta.finish_reason] if delta.finish_reason else None
+        choice.tokens += text.num_tokens
+        if text.stop is not None:
+            finish_reason = "stop"
+            if not ended:
+                self._context.engine.abort_choice(self._request.request_id, delta.index)
+        elif delta.stop_token_id is not None:
+            choice.tokens += 1
+        if finish_reason is not None:
+            self._open.remove(delta.index)
+            choice.finish_reason = finish_reason
+        self._time(choice, delta)
+        return TextPiece(delta.index, text.text, finish_reason)
+
+    def _time(self, choice: _Choice, delta: TokenDelta) -> None:
+        now, metrics = time.monotonic(), self._context.metrics
+        if delta.num_steps:
+            choice.decode_steps += delta.num_steps
+            choice.decode_tokens += len(delta.token_ids)
+        if delta.token_ids:
+            if not any(other.first_s for other in self._choices):
+                metrics.time_to_first_token.observe(now - self._record.started)
+            choice.first_s = choice.first_s or now
+            choice.last_s = now
+        if choice.finish_reason is not None and choice.seconds_per_token is not None:
+            metrics.time_per_output_token.observe(choice.seconds_per_token)
+
+    def _summary(self) -> dict[str, Any]:
+        """The request's part of its log line. Seconds; None where there is nothing to measure."""
+        steps = sum(choice.decode_steps for choice in self._choices)
+        accepted = sum(choice.decode_tokens for choice in self._choices)
+        first = min((choice.first_s for choice in self._choices if choice.first_s), default=None)
+        rates = [rate for choice in self._choices if (rate := choice.seconds_per_token) is not None]
+        usage = self.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "finish_reasons": [choice.finish_reason or "abort" for choice in self._choices],
+            "ttft_s": None if first is None else round(first - self._record.started, 4),
+            "tpot_s": round(sum(rates) / len(rates), 5) if rates else None,
+            "acceptance_length": round(accepted / steps, 3) if steps else None,
+        }
+
+
+_NAMES: dict[FinishReason, FinishReasonName] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+class EventStream(EventSourceResponse):
+    """Server-sent events of a generation, closed with the response however that ends.
+
+    A generator's own `finally` is not enough: if the client leaves before the first event is asked for,
+    the generator never starts.
+    """
+
+    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
+        super().__init__(
+            events, sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
+        )
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client goes away.
+
+    Raises:
+        ClientDisconnect: the client went away first.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(http))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def to_json(model: BaseModel) -> str:
+    """JSON of the fields that were set.
+
+    Line breaks that only Unicode counts as such are escaped: clients that split a stream by
+    `str.splitlines` (httpx does) would cut an event at them.
+    """
+    text = model.model_dump_json(exclude_unset=True)
+    return text if text.isascii() else text.translate(_LINE_BREAKS)
+
+
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}

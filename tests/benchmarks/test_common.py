@@ -1,0 +1,53 @@
+import random
+import statistics
+from typing import Any
+
+import pytest
+
+from benchmarks.common import bootstrap_interval, exact_prompt, kv_blocks, metrics, prompt_ids
+
+PAGE = """\
+# HELP medusa_kv_blocks K/V blocks by state.
+# TYPE medusa_kv_blocks gauge
+medusa_kv_blocks{state="free"} 90.0
+medusa_kv_blocks{state="cached"} 6.0
+medusa_kv_blocks{state="used"} 4.0
+medusa_acceptance_length_bucket{le="+Inf"} 12.0
+medusa_generation_tokens_total 1e+03
+"""
+
+
+class WordTokenizer:
+    """One token per word or mark, and a template of ten."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **_: Any) -> list[int]:
+        return list(range(10 + len(conversation[0]["content"].replace("!", " !").split())))
+
+
+def test_metrics_page() -> None:
+    page = metrics(PAGE)
+    assert page["medusa_generation_tokens_total"] == 1000
+    assert page['medusa_acceptance_length_bucket{le="+Inf"}'] == 12
+    assert kv_blocks(page) == {"free": 90, "cached": 6, "used": 4}
+    with pytest.raises(RuntimeError, match="free, cached, used"):
+        kv_blocks({})
+
+
+def test_bootstrap_interval() -> None:
+    rng = random.Random(1)
+    values = [rng.gauss(5.0, 1.0) for _ in range(60)]
+    low, high = bootstrap_interval(values, statistics.fmean, resamples=2000)
+    # The standard error is 1/sqrt(60), about 0.13; the interval is about two of them to either side.
+    assert low < statistics.fmean(values) < high
+    assert 0.3 < high - low < 0.75
+    assert bootstrap_interval([2.0] * 5, resamples=100) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("length", [20, 37, 60])
+def test_exact_prompt(length: int) -> None:
+    tokenizer = WordTokenizer()
+    prompts = {exact_prompt(tokenizer, length, random.Random(seed)) for seed in range(5)}
+    assert {len(prompt_ids(tokenizer, prompt)) for prompt in prompts} == {length}
+    assert len(prompts) == 5
+    with pytest.raises(ValueError, match="no room"):
+        exact_prompt(tokenizer, 12, random.Random(0))

@@ -1,0 +1,58 @@
+"""Tiny models shared by the engine's tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.support import save_model, save_random_heads, tiny_llama
+
+# The models here are so small that a second thread costs more than it does, far more on a busy machine.
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model, its folder, and random heads for it."""
+
+    reference: LlamaForCausalLM
+    folder: Path
+    heads: Path
+    tree_file: Path | None = None
+
+
+def _make(folder: Path, **config: object) -> TinyModel:
+    reference = tiny_llama(**config)
+    save_model(reference, folder)
+    hidden, vocab = reference.config.hidden_size, reference.config.vocab_size
+    return TinyModel(
+        reference, folder, save_random_heads(folder / "heads.safetensors", hidden=hidden, vocab=vocab)
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """61 tokens: random heads are rarely right."""
+    return _make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """12 tokens: a wide tree of random guesses is often right, so long runs are accepted."""
+    return _make(tmp_path_factory.mktemp("narrow"), vocab_size=12)
+
+
+@pytest.fixture(scope="session")
+def certain(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """4 tokens and a tree of all of their sequences, level by level: 64 nodes accept two or three."""
+    model = _make(tmp_path_factory.mktemp("certain"), vocab_size=4)
+    paths = [path for depth in (1, 2, 3) for path in product(range(4), repeat=depth)][:63]
+    tree_file = model.folder / "tree.json"
+    tree_file.write_text(json.dumps(paths))
+    return TinyModel(model.reference, model.folder, model.heads, tree_file)

@@ -1,0 +1,117 @@
+"""Head files: what loads drafts what a plain reference computes; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from engine.errors import ConfigError, HeadsError, TreeError
+from engine.medusa.heads import HeadDrafter, load_heads
+from engine.medusa.tree import Tree, default_tree
+from tests.engine.conftest import TinyModel
+from tests.support import make_engine, save_random_heads
+
+CPU = torch.device("cpu")
+HIDDEN, VOCAB = 16, 40
+
+
+def load(file: Path):
+    return load_heads(str(file), hidden_size=HIDDEN, vocab_size=VOCAB, dtype=torch.float32, device=CPU)
+
+
+def reference_logits(
+    tensors: dict, x: torch.Tensor, head: int, layers: int, shared: torch.Tensor
+) -> torch.Tensor:
+    for j in range(layers):
+        x = x + F.silu(F.linear(x, tensors[f"{head}.{j}.linear.weight"], tensors[f"{head}.{j}.linear.bias"]))
+    return F.linear(x, tensors.get(f"{head}.{layers}.weight", shared))
+
+
+@pytest.mark.parametrize(("own", "layers"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_drafts_are_the_heads_best_guesses(tmp_path: Path, own: bool, layers: int, suffix: str) -> None:
+    saved = save_random_heads(
+        tmp_path / "h.safetensors", hidden=HIDDEN, vocab=VOCAB, heads=3, layers=layers, own_lm_head=own
+    )
+    tensors = load_file(saved)
+    file = saved
+    if suffix == ".pt":
+        file = tmp_path / "medusa_lm_head.pt"
+        torch.save(tensors, file)
+    heads = load(file if suffix == ".safetensors" else tmp_path)  # a folder is searched
+    assert heads.num_heads == 3
+    shared = torch.randn(VOCAB, HIDDEN)
+    tree = default_tree(3).prefix(30)
+    drafter = HeadDrafter(heads, lambda h: F.linear(h, shared), tree, CPU)
+    root, hidden = torch.tensor([7, 8]), torch.randn(2, HIDDEN)
+    for size in (30, 9, 1):
+        draft = drafter.draft(root, hidden, size)
+        assert draft.tokens.shape == draft.topology.parents.shape == (2, size)
+        assert torch.equal(draft.tokens[:, 0], root)
+        for b in range(2):
+            for node, path in enumerate(tree.paths[: size - 1], start=1):
+                logits = reference_logits(tensors, hidden[b], len(path) - 1, layers, shared)
+                assert draft.tokens[b, node] == logits.argsort(descending=True)[path[-1]]
+
+
+def broken(tmp_path: Path, **changes) -> Path:
+    file = save_random_heads(tmp_path / "h.safetensors", hidden=HIDDEN, vocab=VOCAB, heads=2)
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        name = name.replace("_", ".")
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"1_0_linear_bias": None}, r"1\.0\.linear\.bias is missing"),
+        ({"0_0_linear_weight": torch.zeros(8, 8)}, r"0\.0\.linear\.weight has shape \[8, 8\]"),
+        ({"1_1_weight": torch.zeros(39, HIDDEN)}, r"1\.1\.weight has shape"),
+        ({"1_1_weight": None}, r"do not: 1\.1\.weight"),
+        ({"surprise": torch.zeros(1)}, "unexpected tensors surprise"),
+        ({"1_0_linear_weight": None}, "head 1 has layers"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path, changes: dict, reason: str) -> None:
+    with pytest.raises(HeadsError, match=reason):
+        load(broken(tmp_path, **changes))
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    file = save_random_heads(tmp_path / "h.safetensors", hidden=HIDDEN, vocab=VOCAB)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(HeadsError, match="complete"):
+        load(file)
+    with pytest.raises(HeadsError, match="does not exist"):
+        load(tmp_path / "absent.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HeadsError, match="holds neither"):
+        load(tmp_path / "empty")
+    evil = tmp_path / "evil.pt"
+    torch.save({"0.0.linear.weight": Path}, evil)
+    with pytest.raises(HeadsError, match="cannot read"):
+        load(evil)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(HeadsError, match="Medusa head file"):
+        load(tmp_path / "other.safetensors")
+
+
+def test_a_tree_deeper_than_the_heads_is_refused(tmp_path: Path) -> None:
+    file = save_random_heads(tmp_path / "h.safetensors", hidden=HIDDEN, vocab=VOCAB, heads=1)
+    with pytest.raises(TreeError, match="2 deep and there are 1"):
+        HeadDrafter(load(file), lambda h: h, Tree.from_paths([[0], [0, 0]]), CPU)
+
+
+def test_a_tree_without_heads_is_refused(tiny: TinyModel) -> None:
+    with pytest.raises(ConfigError, match="needs Medusa heads"):
+        make_engine(tiny.folder, tree=8)

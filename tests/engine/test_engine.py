@@ -1,0 +1,298 @@
+"""The engine's promises on tiny models: the same text whatever the tree, the batch, the pool, the order."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from engine.engine import Engine
+from engine.errors import ContextLengthError, RequestError
+from engine.types import DraftSource, FinishReason, Request, SamplingParams
+from tests.engine.conftest import TinyModel
+from tests.support import greedy, greedy_reference, make_engine, run_all
+
+SETTINGS = [
+    pytest.param({"tree": "off"}, id="off"),
+    pytest.param({"tree": 2}, id="tree2"),
+    pytest.param({"tree": 8}, id="tree8"),
+    pytest.param({"tree": 33}, id="tree33"),
+    pytest.param({"tree": 64}, id="tree64"),
+    pytest.param({"tree": 8, "max_step_tokens": 64, "max_num_seqs": 3}, id="small-chunks"),
+    pytest.param({"tree": 8, "max_model_len": 128, "kv_cache_tokens": 200}, id="preemption"),
+    pytest.param({"tree": "off", "max_model_len": 128, "kv_cache_tokens": 192}, id="preemption-off"),
+]
+
+
+def with_heads(model: TinyModel, settings: dict) -> dict:
+    if settings["tree"] == "off":
+        return settings
+    tree_file = str(model.tree_file) if model.tree_file else None
+    return settings | {"heads": str(model.heads), "tree_file": tree_file}
+
+
+def prompts(count: int, vocab: int, longest: int) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("arrive_every", [0, 2])
+def test_greedy_is_transformers_greedy(
+    tiny: TinyModel, narrow: TinyModel, certain: TinyModel, settings: dict, arrive_every: int
+) -> None:
+    for model in (tiny, narrow, certain):
+        engine = make_engine(model.folder, **with_heads(model, settings))
+        asked = prompts(10, model.reference.config.vocab_size, 90)
+        requests = [greedy(f"r{i}", prompt, 30) for i, prompt in enumerate(asked)]
+        outputs = run_all(engine, requests, arrive_every=arrive_every)
+        for i, prompt in enumerate(asked):
+            assert outputs[f"r{i}", 0] == greedy_reference(model.reference, prompt, 30), f"prompt {i}"
+        if settings["tree"] == 64 and model is certain:
+            assert engine.stats.acceptance_length > 3, "the test is to see long runs"
+        if "kv_cache_tokens" in settings and not arrive_every:
+            assert engine.stats.preemptions > 0, "the pool is to be too small"
+
+
+def seeded(count: int, **values: object) -> SamplingParams:
+    return SamplingParams(**({"temperature": 0.8, "seed": 11, "max_tokens": count, "n": 1} | values))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.02}], ids=str)
+def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(narrow: TinyModel, filters: dict) -> None:
+    def text(engine: Engine, neighbours: int) -> list[int]:
+        asked = [Request(f"n{i}", (i, 4), seeded(30, seed=i, top_p=0.7)) for i in range(neighbours)]
+        asked.append(Request("me", (1, 2, 3), seeded(40, **filters)))  # last: the one to be preempted
+        return run_all(engine, asked, arrive_every=1)["me", 0]
+
+    plain = make_engine(narrow.folder, tree="off")
+    tree = make_engine(narrow.folder, tree=33, heads=str(narrow.heads))
+    starved = make_engine(
+        narrow.folder, tree=8, heads=str(narrow.heads), max_model_len=64, kv_cache_tokens=128
+    )
+    texts = [text(engine, neighbours) for engine in (plain, tree, starved) for neighbours in (0, 7)]
+    assert starved.stats.preemptions > 0
+    assert tree.stats.acceptance_length > 1.5
+    assert len(set(map(tuple, texts))) == 1
+    assert len(texts[0]) == 40
+
+
+def test_choices_differ_and_repeat(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree=8, heads=str(narrow.heads))
+    request = Request("r", (5, 6), seeded(20, n=4))
+    first, second = run_all(engine, [request]), run_all(engine, [request])
+    assert first == second
+    assert len({tuple(tokens) for tokens in first.values()}) == 4
+
+
+def test_a_request_without_a_seed_gets_its_own(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree="off")
+    outputs = run_all(engine, [Request(f"r{i}", (5, 6), seeded(20, seed=None)) for i in range(6)])
+    assert len({tuple(tokens) for tokens in outputs.values()}) == 6
+
+
+def pair_counts(engine: Engine, draws: int) -> np.ndarray:
+    """How often each pair of second and third output token is emitted after one prompt."""
+    counts = np.zeros((12, 12))
+    for start in range(0, draws, 32):
+        requests = [
+            Request(f"{start + i}", (1, 2, 3), SamplingParams(temperature=1.5, seed=start + i, max_tokens=3))
+            for i in range(32)
+        ]
+        for tokens in run_all(engine, requests).values():
+            counts[tokens[1], tokens[2]] += 1
+    return counts
+
+
+def model_pairs(model: TinyModel) -> np.ndarray:
+    """The model's own distribution of output tokens two and three at temperature 1.5."""
+
+    def following(prompt: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            logits = model.reference(torch.tensor([prompt])).logits[0, -1].double()
+        return (logits / 1.5).softmax(-1).numpy()
+
+    pairs = np.zeros((12, 12))
+    first = following([1, 2, 3])
+    for a in range(12):
+        second = following([1, 2, 3, a])
+        for b in range(12):
+            pairs[b] += first[a] * second[b] * following([1, 2, 3, a, b])
+    return pairs
+
+
+def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
+    wanted = expected.flatten() * counts.sum()
+    common = wanted >= 5
+    observed = np.append(counts.flatten()[common], counts.flatten()[~common].sum())
+    return float(stats.chisquare(observed, np.append(wanted[common], wanted[~common].sum())).pvalue)
+
+
+def test_exact_acceptance_keeps_the_models_distribution(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree=16, heads=str(narrow.heads), max_num_seqs=32)
+    counts = pair_counts(engine, 2400)
+    assert engine.stats.acceptance_length > 1.3, "the tree is to have a say in the draws"
+    assert p_value(counts, model_pairs(narrow)) > 1e-3
+
+
+def test_the_distribution_test_can_fail(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that takes the first child whatever was drawn, as greedy drafting without a check would."""
+    import engine.engine as module
+
+    def gullible(tokens, targets, topology):
+        targets = targets.clone()
+        if tokens.shape[1] > 1:
+            targets[:, 0] = tokens[:, 1]
+        return accept(tokens, targets, topology)
+
+    accept = module.accept_exact
+    monkeypatch.setattr(module, "accept_exact", gullible)
+    engine = make_engine(narrow.folder, tree=16, heads=str(narrow.heads), max_num_seqs=32)
+    assert p_value(pair_counts(engine, 640), model_pairs(narrow)) < 1e-6
+
+
+def test_stop_ids_end_the_output_inside_an_accepted_run(narrow: TinyModel) -> None:
+    prompt = [1, 2, 3]
+    reference = greedy_reference(narrow.reference, prompt, 30)
+    engine = make_engine(narrow.folder, tree=64, heads=str(narrow.heads))
+    for stop in sorted(set(reference)):
+        end = reference.index(stop) + 1
+        engine.add(greedy("r", prompt, 30, stop_token_ids=(stop,)))
+        tokens, last = [], None
+        while engine.has_work:
+            for last in engine.step():
+                tokens += last.token_ids
+        assert tokens == reference[:end]
+        assert (last.finish_reason, last.stop_token_id) == (FinishReason.STOP, stop)
+    engine.check()
+
+
+def test_eos_stops_unless_ignored(narrow: TinyModel, tmp_path) -> None:
+    from tests.support import save_model, tiny_llama
+
+    prompt = [1, 2, 3]
+    reference = greedy_reference(narrow.reference, prompt, 20)
+    model = tiny_llama(vocab_size=12, eos_token_id=[reference[4], 11])
+    engine = make_engine(save_model(model, tmp_path), tree="off")
+    end = reference.index(reference[4]) + 1
+    assert run_all(engine, [greedy("r", prompt, 20)])["r", 0] == reference[:end]
+    assert run_all(engine, [greedy("r", prompt, 20, ignore_eos=True)])["r", 0] == reference
+
+
+@pytest.mark.parametrize("tree", ["off", 33])
+def test_output_ends_exactly_at_the_context_limit(narrow: TinyModel, tree) -> None:
+    engine = make_engine(narrow.folder, **with_heads(narrow, {"tree": tree}), max_model_len=40)
+    prompt = [1, 2, 3, 4, 5]
+    request = Request("r", tuple(prompt), SamplingParams(temperature=0))
+    assert run_all(engine, [request])["r", 0] == greedy_reference(narrow.reference, prompt, 35)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_few_tokens_are_few(narrow: TinyModel, max_tokens: int) -> None:
+    engine = make_engine(narrow.folder, tree=64, heads=str(narrow.heads))
+    assert len(run_all(engine, [greedy("r", [1, 2, 3], max_tokens)])["r", 0]) == max_tokens
+    assert engine.stats.generation_tokens == max_tokens
+
+
+def test_requests_that_cannot_run_are_refused(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder, max_model_len=32)
+    with pytest.raises(RequestError, match="empty"):
+        engine.validate(greedy("r", [], 1))
+    with pytest.raises(RequestError, match="token ids"):
+        engine.validate(greedy("r", [61], 1))
+    with pytest.raises(ContextLengthError, match="holds 32"):
+        engine.validate(greedy("r", [1] * 30, 3))
+    with pytest.raises(ContextLengthError):
+        engine.validate(Request("r", (1,) * 32))
+    engine.validate(greedy("r", [1] * 30, 2))
+
+
+def test_abort_frees_everything_at_once(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder, max_num_seqs=2)
+    for i in range(4):
+        engine.add(Request(f"r{i}", (1, 2, 3), SamplingParams(max_tokens=50, n=2)))
+    for _ in range(3):
+        engine.step()
+    for i in range(4):
+        assert [delta.finish_reason for delta in engine.abort(f"r{i}")] == [FinishReason.ABORT] * 2
+    assert engine.abort("r0") == []
+    assert not engine.has_work
+    assert (engine.stats.running, engine.stats.waiting) == (0, 0)
+    engine.check()
+
+
+def test_one_choice_can_be_aborted(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder)
+    engine.add(Request("r", (1, 2, 3), SamplingParams(max_tokens=10, n=3)))
+    engine.step()
+    assert [delta.index for delta in engine.abort("r", 1)] == [1]
+    ended = [d.index for _ in range(12) for d in engine.step() if d.finish_reason]
+    assert sorted(ended) == [0, 2]
+    engine.check()
+
+
+def test_a_failed_step_fails_its_own_requests_only(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny.folder, tree=8, heads=str(tiny.heads))
+    engine.add(greedy("old", [1, 2, 3], 50))
+    engine.step()
+    prefill = engine._runner.prefill
+
+    def broken(chunk):
+        if chunk.sequence.request.request_id == "bad":
+            raise RuntimeError("out of luck")
+        return prefill(chunk)
+
+    monkeypatch.setattr(engine._runner, "prefill", broken)
+    engine.add(greedy("bad", [4], 5))
+    engine.add(greedy("good", [4], 5))
+    deltas = engine.step()
+    failed = [d for d in deltas if d.finish_reason is FinishReason.ERROR]
+    assert [d.request_id for d in failed] == ["bad"]
+    assert "RuntimeError" in failed[0].error
+
+    def broken_forward(batch, draft):
+        raise RuntimeError("really")
+
+    monkeypatch.setattr(engine._runner, "forward", broken_forward)
+    assert {d.request_id for d in engine.step() if d.finish_reason is FinishReason.ERROR} == {"old", "good"}
+    monkeypatch.undo()
+    assert len(run_all(engine, [greedy("after", [4], 5)])["after", 0]) == 5
+
+
+def test_a_trace_shows_the_step(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree=8, heads=str(narrow.heads))
+    engine.add(Request("r", (1, 2, 3), SamplingParams(temperature=0, max_tokens=20), trace=True))
+    engine.add(greedy("other", [1, 2], 20))
+    text: list[int] = []
+    while engine.has_work:
+        for delta in engine.step():
+            assert delta.trace is None or delta.request_id == "r"
+            if trace := delta.trace:
+                assert len(trace.tokens) == len(trace.parents) == len(trace.sources) == 8
+                assert trace.tokens[0] == text[-1]
+                assert trace.sources[0] is DraftSource.ROOT
+                path = trace.accepted
+                assert path[0] == 0
+                assert all(trace.parents[b] == a for a, b in pairwise(path))
+                run = [*(trace.tokens[node] for node in path[1:]), trace.next_root]
+                assert run[: len(delta.token_ids)] == delta.token_ids
+            if delta.request_id == "r":
+                text += delta.token_ids
+    assert text == greedy_reference(narrow.reference, [1, 2, 3], 20)
+
+
+def test_stats_add_up(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree=8, heads=str(narrow.heads))
+    outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 21) for i in range(5)])
+    s = engine.stats
+    assert s.generation_tokens == sum(map(len, outputs.values())) == 105
+    assert s.prompt_tokens == 15
+    assert s.num_drafts == sum(s.acceptance_counts)
+    assert s.draft_tokens == 7 * s.num_drafts
+    emitted = sum(n * c for n, c in enumerate(s.acceptance_counts))
+    assert emitted == s.generation_tokens - 5
+    assert s.num_drafts <= emitted - s.accepted_tokens + 5

@@ -1,0 +1,144 @@
+"""Every error has OpenAI's body, a fitting status, and the field to blame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+from engine.fake import FakeEngine
+from server.errors import field_path
+from tests.server.conftest import MODEL, TEXT, RunningServer, Serve, chat_body, says
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    """The error object, once its form is checked."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert response.headers["x-request-id"]
+    return error
+
+
+def test_field_path() -> None:
+    assert field_path(["messages", 0, "content", 1, "type"]) == "messages[0].content[1].type"
+    assert field_path(["n"]) == "n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"tools": [{}]}, "tools"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"stop": ""}, "stop[0]"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_bad_request_names_its_field(
+    hello: RunningServer, fields: dict[str, Any], param: str, stream: bool
+) -> None:
+    error = error_of(hello.chat(stream=stream, **fields), 400)
+    assert error["param"] == param
+    assert param.split("[")[0] in error["message"] or "Unicode" in error["message"]
+
+
+def test_missing_field(hello: RunningServer) -> None:
+    error = error_of(hello.http.post("/v1/chat/completions", json={"model": MODEL}), 400)
+    assert (error["param"], error["code"]) == ("messages", "missing_required_parameter")
+
+
+def test_unknown_model(hello: RunningServer) -> None:
+    error = error_of(hello.chat(model="gpt-9"), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "gpt-9" in error["message"]
+    with pytest.raises(openai.NotFoundError):
+        hello.openai.models.retrieve("gpt-9")
+
+
+def test_context_length(serve: Serve) -> None:
+    server = serve(FakeEngine(says("x"), max_model_len=30, vocab_size=TEXT.vocab_size))
+    for body in ({"messages": [{"role": "user", "content": "y" * 40}]}, {"max_tokens": 20}):
+        for stream in (True, False):
+            error = error_of(server.chat(stream=stream, **body), 400)
+            assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+            assert "30" in error["message"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.openai.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "y" * 40}], stream=True
+        )
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b'{"model": NaN', b"\xff"])
+def test_invalid_json(hello: RunningServer, body: bytes) -> None:
+    response = hello.http.post(
+        "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    error_of(response, 400)
+
+
+@pytest.mark.parametrize("body", ["[]", "5", '"x"', "null"])
+def test_json_that_is_no_object(hello: RunningServer, body: str) -> None:
+    response = hello.http.post(
+        "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert "object" in error_of(response, 400)["message"]
+
+
+def test_wrong_content_type(hello: RunningServer) -> None:
+    for content_type in ("text/plain", "application/x-www-form-urlencoded"):
+        response = hello.http.post(
+            "/v1/chat/completions", content='{"model": "x"}', headers={"Content-Type": content_type}
+        )
+        assert content_type in error_of(response, 415)["message"]
+
+
+def test_unknown_path_and_method(hello: RunningServer) -> None:
+    assert "/v1/nothing" in error_of(hello.http.get("/v1/nothing"), 404)["message"]
+    assert error_of(hello.http.post("/"), 404)["code"] == "unknown_url"
+    response = hello.http.get("/v1/chat/completions")
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_surrogate_in_a_message_can_be_told(hello: RunningServer) -> None:
+    response = hello.http.post(
+        "/v1/chat/completions",
+        content='{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert "\ud800" in error_of(response, 404)["message"]
+
+
+def test_body_over_the_limit(serve: Serve) -> None:
+    server = serve(says("x"), max_body_bytes=2000)
+    assert server.chat().status_code == 200
+    error = error_of(server.chat(user="u" * 3000), 413)
+    assert "2000" in error["message"]
+
+
+def test_unforeseen_error_tells_nothing_of_itself(serve: Serve, log_lines: Any) -> None:
+    def broken(_request: object, _index: int) -> list[list[int]]:
+        raise ZeroDivisionError("a secret")
+
+    server = serve(broken)
+    for stream in (True, False):
+        response = server.http.post(
+            "/v1/chat/completions", json=chat_body(stream=stream), headers={"X-Request-Id": "r1"}
+        )
+        error = error_of(response, 500)
+        assert "secret" not in error["message"]
+        assert response.headers["x-request-id"] == "r1"
+    logged = [line for line in log_lines() if line["event"] == "request_failed"]
+    assert len(logged) == 2
+    assert all("ZeroDivisionError" in line["exception"] for line in logged)
+    assert [line["status"] for line in log_lines() if line["event"] == "request"] == [500, 500]

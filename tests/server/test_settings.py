@@ -1,0 +1,90 @@
+"""One model of settings: command line over environment over YAML over defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from server.settings import Settings, load_settings, option_name
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path / "c.yaml", "port: 1001\nmax_num_seqs: 11\nhost: 10.0.0.1\nblock_size: 8\n")
+    monkeypatch.setenv("MEDUSA_PORT", "2002")
+    monkeypatch.setenv("MEDUSA_MAX_NUM_SEQS", "22")
+    settings = load_settings({"port": "3003"}, config)
+    assert (settings.port, settings.max_num_seqs, settings.host) == (3003, 22, "10.0.0.1")
+    assert (settings.block_size, settings.max_waiting) == (8, EngineConfig().max_waiting)
+
+
+def test_engine_fields_are_the_engines_own() -> None:
+    assert set(EngineConfig.model_fields) < set(Settings.model_fields)
+    for name, field in EngineConfig.model_fields.items():
+        assert Settings.model_fields[name].default == field.default
+        assert name not in Settings.__annotations__
+    assert load_settings({"max_num_seqs": 5}).engine_config == EngineConfig(max_num_seqs=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"), [("tree: off", "off"), ("tree: 'off'", "off"), ("tree: 33", 33), ("", "off")]
+)
+def test_tree_in_yaml(tmp_path: Path, text: str, tree: object) -> None:
+    """YAML 1.1 reads a bare `off` as false."""
+    assert load_settings(config=write(tmp_path / "c.yaml", text)).tree == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_num_seq: 1\nfoo: 2", r"unknown setting in .*c\.yaml: max_num_seq, foo"),
+        ("port: many", r"port in .*c\.yaml: must be a valid integer"),
+        ("- a", r"must hold 'setting: value' lines"),
+        ("a: [", r"not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(config=write(tmp_path / "c.yaml", text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_settings(config=tmp_path / "none.yaml")
+
+
+def test_bad_value_names_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^--max-num-seqs: must be greater than or equal to 1$"):
+        load_settings({"max_num_seqs": "0"})
+    monkeypatch.setenv("MEDUSA_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets it for a service "medusa"
+    with pytest.raises(ConfigError, match=r"^MEDUSA_PORT: must be a valid integer"):
+        load_settings()
+
+
+def test_settings_are_frozen() -> None:
+    settings = load_settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1  # type: ignore[misc]
+
+
+def test_model_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert load_settings().model_name == "smollm2-135m"
+    assert load_settings({"model": "org/name"}).model_name == "org/name"
+    assert load_settings({"model": f"{folder}/"}).model_name == "my-model"
+    assert load_settings({"model": str(folder), "served_model_name": "x"}).model_name == "x"
+
+
+def test_every_setting_is_described() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+    assert option_name("max_num_seqs") == "--max-num-seqs"

@@ -1,0 +1,48 @@
+"""The README's maps of the code agree with the code."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block_after(heading: str) -> list[str]:
+    """Lines of the first code block after a heading."""
+    return README.split(f"## {heading}", 1)[1].split("```")[1].strip().splitlines()
+
+
+def mapped_files() -> set[str]:
+    """Every file the annotated tree names, with its folder; a folder's files stand beside or below it."""
+    files: set[str] = set()
+    top = ""
+    for line in block_after("What is where"):
+        name, _, rest = line.strip().partition(" ")
+        if not line.startswith(" "):
+            top = name
+            files.add(name)
+        elif name.endswith("/"):
+            files |= {f"{top}{name}{file}" for file in re.findall(r"\b\w+\.py\b", rest)}
+        else:
+            files.add(f"{top}{name}")
+    return files
+
+
+def test_the_annotated_tree_names_every_module_and_nothing_else() -> None:
+    modules = {
+        str(path.relative_to(ROOT))
+        for folder in ("engine", "server")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    mapped = mapped_files()
+    assert {name for name in mapped if name.endswith(".py")} == modules
+    for name in mapped:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_data_path_is_ten_lines_of_existing_files() -> None:
+    lines = block_after("How it works")
+    assert len(lines) == 10
+    for line in lines:
+        assert (ROOT / line.split()[0]).is_file(), line
