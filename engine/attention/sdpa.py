@@ -23,13 +23,13 @@ class SdpaAttention:
         self._group = group
         self._batch: AttentionInput | None = None
         self._pool: KVPool | None = None
-        self._blocks = torch.empty(0, dtype=torch.int64)
+        self._index = torch.empty(0, dtype=torch.int64)
         self._mask = torch.empty(0)
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         self._batch, self._pool = batch, pool
         num_blocks = -(-batch.max_length // pool.block_size)
-        self._blocks = batch.block_tables[:, :num_blocks].flatten()
+        self._index = pool.gather_index(batch.block_tables[:, :num_blocks])
         mask = additive_mask(batch, num_blocks * pool.block_size, pool.dtype)
         self._mask = mask.repeat(1, 1, self._group, 1)
 
@@ -39,7 +39,7 @@ class SdpaAttention:
         pool, (batch, num_rows) = self._pool, self._batch.rows.shape
         group, (kv_heads, head_dim) = self._group, k.shape[1:]
         pool.write(layer, self._batch.rows.flatten(), k, v)
-        keys, values = pool.gather(layer, self._blocks, batch)  # [B, context, kv_heads, head_dim]
+        keys, values = pool.gather(layer, self._index, batch)  # [B, context, kv_heads, head_dim]
         q = q.view(batch, num_rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, group * num_rows, head_dim)
         out = F.scaled_dot_product_attention(

@@ -33,7 +33,8 @@ class KVPool:
         self.dtype, self.device = dtype, device
         self._rows = self.data.view(num_layers, 2, num_blocks * block_size, kv_heads, head_dim)
         self._layer_rows = [(rows[0], rows[1]) for rows in self._rows]
-        self._layer_blocks = list(self.data)
+        # K and V of a layer in one table of blocks: a single index_select over rows is the fastest copy.
+        self._layer_blocks = [layer.flatten(2).flatten(0, 1) for layer in self.data]
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [tokens, kv_heads, head_dim] at flat `rows` [tokens] (int64) of one layer."""
@@ -41,10 +42,15 @@ class KVPool:
         k_rows.index_copy_(0, rows, k)
         v_rows.index_copy_(0, rows, v)
 
-    def gather(self, layer: int, blocks: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """K and V of `blocks` [batch * n] (int64), copied to [batch, n * block_size, kv_heads, head_dim]."""
-        both = self._layer_blocks[layer].index_select(1, blocks)
-        k, v = both.view(2, batch, -1, *both.shape[-2:]).unbind()
+    def gather_index(self, blocks: Tensor) -> Tensor:
+        """For `gather`, computed once for all layers: from blocks [batch, n] to int64 [2 * batch * n]."""
+        flat = blocks.flatten()
+        return torch.cat((flat, flat + self.num_blocks))
+
+    def gather(self, layer: int, index: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, copied to [batch, n * block_size, kv_heads, head_dim]."""
+        both = self._layer_blocks[layer].index_select(0, index)
+        k, v = both.view(2, batch, -1, *self.data.shape[-2:]).unbind()
         return k, v
 
     def move(self, source: Tensor, target: Tensor) -> None:

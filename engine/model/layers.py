@@ -53,12 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # torch has no fused kernel for the CPU: its rms_norm takes 63 us for one row, this takes 15.
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class RotaryTable(nn.Module):
