@@ -7,8 +7,9 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -21,20 +22,22 @@ __all__ = ["EngineLoop"]
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 
 class _Stream:
     """A request's deltas on their way from the engine thread to one consumer."""
 
     def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
         self.request = request
-        self.unfinished = request.sampling.n
+        self.unfinished = set(range(request.sampling.n))
         self._abort = abort
         self._deltas: asyncio.Queue[TokenDelta] = asyncio.Queue()
         self._undelivered = request.sampling.n
 
     def put(self, delta: TokenDelta) -> None:
         if delta.finish_reason is not None:
-            self.unfinished -= 1
+            self.unfinished.discard(delta.index)
         self._deltas.put_nowait(delta)
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
@@ -58,12 +61,13 @@ class EngineLoop:
 
     Requests and aborts go in through a queue that the thread empties between steps, so an abort is
     carried out at the next step boundary. All deltas of a step come out in one call into the event loop.
+
+    The thread also loads the model, and no other thread may run torch operators of any size: libgomp keeps
+    a pool of workers for each thread that did, and with more workers than cores it puts them to sleep after
+    every operator. On two cores a second, idle pool made a step 1.2 to 1.4 times as long.
     """
 
-    def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
-        self.text = loaded.text
-        self.generation_defaults = loaded.generation_defaults
-        self._engine = Engine(loaded)
+    def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
         self._capacity = config.max_num_seqs + config.max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], list[TokenDelta]] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
@@ -71,13 +75,19 @@ class EngineLoop:
         self._accepting = False
         self._failure: str | None = None
         self._idle = asyncio.Event()
-        self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
+        made: Future[tuple[Loaded, Engine]] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(config, progress, made), name="engine", daemon=True
+        )
+        self._thread.start()
+        loaded, self._engine = made.result()
+        self.text, self.generation_defaults = loaded.text, loaded.generation_defaults
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool = True) -> Self:
         """Load what `config` names; takes seconds and blocks. Raises what `engine.loader.load` raises."""
-        return cls(config, load(config, progress=progress))
+        return cls(config, progress=progress)
 
     @property
     def info(self) -> EngineInfo:
@@ -97,14 +107,10 @@ class EngineLoop:
 
     async def start(self) -> None:
         """See `EngineClient.start`."""
-        if self._thread is not None:
+        if self._event_loop is not None:
             raise RuntimeError("the engine loop was started before")
         self._event_loop = asyncio.get_running_loop()
         self._idle.set()
-        self._thread = threading.Thread(
-            target=self._run, args=(self._event_loop,), name="engine", daemon=True
-        )
-        self._thread.start()
         self._accepting = True
 
     def submit(self, request: Request) -> TokenStream:
@@ -137,43 +143,58 @@ class EngineLoop:
     async def stop(self, drain_s: float = 0.0) -> None:
         """See `EngineClient.stop`."""
         self._accepting = False
-        if self._thread is None:
-            return
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout=drain_s)
-        except TimeoutError:
-            log.warning("drain deadline of %.0f s passed, aborting %d requests", drain_s, len(self._streams))
-            self.abort(list(self._streams))
-            await self._idle.wait()
+        if self._event_loop is not None:
+            try:
+                await asyncio.wait_for(self._idle.wait(), timeout=drain_s)
+            except TimeoutError:
+                log.warning(
+                    "drain deadline of %.0f s passed, aborting %d requests", drain_s, len(self._streams)
+                )
+                self.abort(list(self._streams))
+                await self._idle.wait()
         self._inbox.put(None)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-        self._engine.check()
+        if self.healthy:
+            self._engine.check()
 
     def _add(self, request: Request) -> list[TokenDelta]:
         self._engine.add(request)
         return []
 
-    def _run(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        """The engine thread: commands, one step, hand-over; until a None command or a failure."""
+    def _run(self, config: EngineConfig, progress: bool, made: Future[tuple[Loaded, Engine]]) -> None:
+        """The engine thread: load, then serve until a None command or a failure."""
         try:
-            while True:
-                deltas: list[TokenDelta] = []
-                while not self._inbox.empty() or not self._engine.has_work:
-                    if deltas and self._inbox.empty():
-                        break  # an abort emptied the engine: tell before going to sleep
-                    command = self._inbox.get()
-                    if command is None:
-                        return
-                    deltas += command()
-                if self._engine.has_work:
-                    deltas += self._engine.step()
-                if deltas:
-                    event_loop.call_soon_threadsafe(self._deliver, deltas)
+            loaded = load(config, progress=progress)
+            engine = Engine(loaded)
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result((loaded, engine))
+        try:
+            self._serve(engine)
         except BaseException as error:
             log.exception("the engine thread died")
-            event_loop.call_soon_threadsafe(
-                self._die, f"the engine has failed: {type(error).__name__}: {error}"
-            )
+            self._hand_over(self._die, f"the engine has failed: {type(error).__name__}: {error}")
+
+    def _serve(self, engine: Engine) -> None:
+        """Commands, one step, hand-over; and again."""
+        while True:
+            deltas: list[TokenDelta] = []
+            while not self._inbox.empty() or not engine.has_work:
+                if deltas and self._inbox.empty():
+                    break  # an abort emptied the engine: tell before going to sleep
+                command = self._inbox.get()
+                if command is None:
+                    return
+                deltas += command()
+            if engine.has_work:
+                deltas += engine.step()
+            if deltas:
+                self._hand_over(self._deliver, deltas)
+
+    def _hand_over(self, callback: Callable[[_T], None], value: _T) -> None:
+        if self._event_loop is not None:  # commands, and so results, exist only after start()
+            self._event_loop.call_soon_threadsafe(callback, value)
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
@@ -190,7 +211,7 @@ class EngineLoop:
         """The thread is gone: end every stream with the reason and take nothing more."""
         self._failure = reason
         for stream in list(self._streams.values()):
-            for index in range(stream.request.sampling.n):
+            for index in sorted(stream.unfinished):
                 stream.put(TokenDelta(stream.request.request_id, index, [], FinishReason.ERROR, error=reason))
         self._streams.clear()
         self._live = 0

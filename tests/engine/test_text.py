@@ -133,11 +133,21 @@ def test_bytes_that_are_no_utf8_survive_the_window(pushes: list[list[int]]) -> N
     assert stream(smol(), [], ids)[0] == smol().tokenizer.decode(flat(ids), skip_special_tokens=True)
 
 
+@st.composite
+def stops_of(draw: st.DrawFn, whole: str) -> list[str]:
+    """Stop strings that may be in the text, may begin in it, or repeat themselves."""
+    within = st.tuples(st.integers(0, len(whole)), st.integers(1, 8)).map(lambda at: whole[at[0] : sum(at)])
+    tail = st.text("abé", max_size=2)
+    kinds = st.one_of(st.builds(str.__add__, within, tail), st.text("ab", min_size=1, max_size=6))
+    return draw(st.lists(kinds.filter(lambda s: s and "\ufffd" not in s), min_size=1, max_size=4))
+
+
 @settings(deadline=None, max_examples=300)
-@given(cuts(FEW), st.lists(st.text("abé\n", min_size=1, max_size=6), min_size=1, max_size=4))
-def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], stops: list[str]) -> None:
+@given(cuts(FEW), st.data())
+def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], data: st.DataObject) -> None:
     ids = flat(pushes)
     whole = smol().decode(ids)
+    stops = data.draw(stops_of(whole))
     expected: tuple[str, int, str | None] = (whole, len(ids), None)
     for end in range(1, len(whole) + 1):
         if complete := [stop for stop in stops if whole[:end].endswith(stop)]:
@@ -168,6 +178,18 @@ def test_sentencepiece_spaces_by_example() -> None:
     assert stream(llama2(), [1, hello], [[world]])[0] == " world"
     # More special tokens at the prompt's end than any fixed context would hold.
     assert stream(llama2(), [1, hello, *[1] * 50], [[world]])[0] == " world"
+
+
+def test_ids_without_text_do_not_cost_a_space() -> None:
+    hello, world = llama2().tokenizer.convert_tokens_to_ids(["▁Hello", "▁world"])
+    beyond = [llama2().vocab_size + 1] * 100  # a model's logits may be padded beyond the vocabulary
+    pushes = [[token] for token in [hello, *beyond, world]]
+    assert stream(llama2(), [], pushes)[0] == "Hello world"
+
+
+def test_a_stop_string_that_repeats_its_own_beginning_is_found() -> None:
+    ids = [smol().encode(char) for char in "aabaabaac"]
+    assert stream(smol(), [], ids, stop=("aabaac",))[::2] == ("aab", "aabaac")
 
 
 def test_an_open_character_is_held_and_what_is_before_it_is_not() -> None:
@@ -245,9 +267,9 @@ def test_cost_per_token_does_not_grow_with_the_output(kind: str, step: int) -> N
     detokenizer = processor.detokenizer(unit * 1000, stop=("never met",))
     ids = (unit * 3000)[:3000]
     processor.decoded = 0
-    for start in range(0, len(ids), step):
-        detokenizer.push(ids[start : start + step])
+    texts = [detokenizer.push(ids[start : start + step]).text for start in range(0, len(ids), step)]
     assert processor.decoded <= 160 * len(ids)
+    assert "".join(texts) + detokenizer.push([], final=True).text == of.decode(ids)
 
 
 def test_an_empty_stop_string_is_refused() -> None:
