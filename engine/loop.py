@@ -143,7 +143,7 @@ class EngineLoop:
     async def stop(self, drain_s: float = 0.0) -> None:
         """See `EngineClient.stop`."""
         self._accepting = False
-        if self._event_loop is not None:
+        if self._event_loop is not None and not self._idle.is_set():
             try:
                 await asyncio.wait_for(self._idle.wait(), timeout=drain_s)
             except TimeoutError:
