@@ -1,0 +1,148 @@
+"""The real model behind a real server process, asked over HTTP: the short form of what benchmarks/ measures.
+
+Greedy text equals transformers' whatever the tree; seeded text does not depend on tree or batch; the
+official client works; hanging up loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from benchmarks.common import Server, chat, model_folder, new_client
+from benchmarks.disconnect import drive, page, parse as parse_disconnect
+from benchmarks.equality import ask_all
+from benchmarks.make_heads import handmade_heads, save_heads
+from benchmarks.reference import Reference, load_reference
+
+MODEL = "smollm2-135m"
+MAX_TOKENS = 20
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a Python function that adds 12 and   34.",
+    "Name three colours of the rainbow, one per line.",
+    "Repeat after me: the cat sat on the mat, the cat sat on the mat, the cat sat on the mat.",
+    "¿Cuántos días tiene una semana? 😀",
+]
+PARIS = [{"role": "user", "content": PROMPTS[0]}]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """transformers' greedy answers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    cache = tmp_path_factory.mktemp("reference") / "reference.json"
+    found = load_reference(model_folder(MODEL), PROMPTS, MAX_TOKENS, cache)
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Server]:
+    with Server([MODEL, "--dtype", "float32", "--tree", "off", "--max-num-seqs", "8"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tree(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """33 nodes from two heads fitted to the reference answers, so that most guesses are right there."""
+    config = json.loads((model_folder(MODEL) / "config.json").read_text())
+    tensors, _ = handmade_heads(reference, config["vocab_size"], num_heads=2)
+    heads = save_heads(tensors, tmp_path_factory.mktemp("heads"))
+    args = [MODEL, "--dtype", "float32", "--tree", "33", "--heads", str(heads), "--max-num-seqs", "8"]
+    with Server(args) as server:
+        yield server
+
+
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def acceptance_length(server: Server) -> float:
+    """Tokens per sequence and step so far, from the server's own histogram."""
+    found = asyncio.run(page(server.url))
+    return found["medusa_acceptance_length_sum"] / found["medusa_acceptance_length_count"]
+
+
+def test_paris_through_the_official_client_streamed_and_not(plain: Server) -> None:
+    with client(plain) as openai_client:
+        whole = openai_client.chat.completions.create(model=MODEL, messages=PARIS, temperature=0)
+        assert "Paris" in (whole.choices[0].message.content or "")
+        assert whole.choices[0].finish_reason == "stop"
+        chunks = list(
+            openai_client.chat.completions.create(
+                model=MODEL,
+                messages=PARIS,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+@pytest.mark.parametrize("concurrency", [1, 8], ids=["alone", "together"])
+@pytest.mark.parametrize("kind", ["plain", "tree"])
+def test_greedy_text_is_transformers_greedy_text(
+    kind: str, concurrency: int, reference: Reference, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(kind)
+    verdicts = asyncio.run(ask_all(server.url, reference, MAX_TOKENS, concurrency, seed=1))
+    assert [verdict.kind for verdict in verdicts] == ["exact"] * len(PROMPTS), verdicts
+    if kind == "tree":
+        assert acceptance_length(server) > 1.5, "long acceptances are to happen"
+
+
+def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(plain: Server, tree: Server) -> None:
+    async def seeded(server: Server, neighbours: int) -> str:
+        async with new_client(server.url) as http:
+            others = [
+                asyncio.ensure_future(
+                    chat(http, MODEL, PROMPTS[i % 5], stream=False, temperature=1.0, seed=i, max_tokens=20)
+                )
+                for i in range(neighbours)
+            ]
+            await asyncio.sleep(random.Random(neighbours).uniform(0, 0.2))
+            mine = await chat(
+                http, MODEL, "Tell me a story.", stream=True, temperature=0.8, seed=5, max_tokens=24
+            )
+            await asyncio.gather(*others)
+            return mine.text
+
+    texts = [asyncio.run(seeded(server, n)) for server in (plain, tree) for n in (0, 7)]
+    assert len(set(texts)) == 1
+    assert len(texts[0]) > 40
+
+
+def test_four_choices_are_four_texts_and_the_same_four_again(tree: Server, plain: Server) -> None:
+    def four(server: Server) -> list[str | None]:
+        with client(server) as openai_client:
+            answer = openai_client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "Tell me a story."}],
+                temperature=0.8,
+                seed=7,
+                n=4,
+                max_tokens=12,
+            )
+        return [choice.message.content for choice in sorted(answer.choices, key=lambda choice: choice.index)]
+
+    first = four(tree)
+    assert len(set(first)) == 4
+    assert first == four(tree) == four(plain)
+
+
+def test_hanging_up_loses_nothing(tree: Server, tmp_path: Path) -> None:
+    args = parse_disconnect(["--requests", "24", "--concurrency", "8", "--max-tokens", "12"])
+    result = asyncio.run(drive(args, tree.url))
+    assert result["passed"], result
