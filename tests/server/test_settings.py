@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from engine.config import EngineConfig
@@ -88,3 +89,9 @@ def test_model_name(tmp_path: Path) -> None:
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
     assert option_name("max_num_seqs") == "--max-num-seqs"
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=str)
+def test_shipped_configs_are_valid(file: Path) -> None:
+    settings = load_settings(config=file)
+    assert settings.model == yaml.safe_load(file.read_text())["model"]
