@@ -26,12 +26,13 @@ class EngineConfig(BaseModel):
         None,
         description="Medusa heads: a .safetensors or .pt file, a folder or hub id that holds one, or 'none'.",
     )
-    tree: int | Literal["off"] = Field(
-        "off",
-        description="Tree nodes verified per step, root included (2 to 64), or 'off' for plain decoding.",
+    tree: int | Literal["off"] | None = Field(
+        None,
+        description="Tree nodes verified per step, root included (2 to 64), or 'off' for plain decoding; "
+        "if unset, 16 with heads and off without.",
     )
     tree_file: str | None = Field(
-        None, description="JSON list of tree paths, in which every prefix is a tree; the default is built in."
+        None, description="JSON list of tree paths, in which every prefix is a tree; a built-in one if unset."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and activations: 'auto' is float32 on CPU, the checkpoint's own on CUDA."

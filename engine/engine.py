@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from engine.errors import ContextLengthError, MedusaError, RequestError
+from engine.errors import MedusaError
 from engine.loader import Loaded
 from engine.medusa.accept import Accepted, accept_exact
 from engine.medusa.heads import Draft
-from engine.runner import Runner
+from engine.runner import NOT_FINITE, Runner
 from engine.scheduler import Chunk, Scheduler
 from engine.stats import EngineStats
 from engine.types import (
@@ -87,29 +88,10 @@ class Engine:
                 targets = self._runner.targets(batch, draft, verified.logits)
                 accepted = accept_exact(draft.tokens, targets, draft.topology)
                 self._runner.compact(batch, verified, accepted)
-                deltas += self._emit(plan.decode, draft, accepted, started)
+                deltas += self._emit(plan.decode, draft, accepted, self._runner.finite(batch), started)
         self.stats.num_steps += 1
         self._count()
         return deltas
-
-    def validate(self, request: Request) -> None:
-        """Raise if the request can never run; reads constants only, so any thread may call it.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room, or prompt plus max_tokens do not fit.
-            RequestError: an empty prompt or a token id outside the vocabulary.
-        """
-        prompt, limit = request.prompt_token_ids, self.info.max_model_len
-        if not prompt:
-            raise RequestError("the prompt is empty", param="messages")
-        if not all(0 <= token < self.info.vocab_size for token in prompt):
-            raise RequestError(f"prompt token ids must be in [0, {self.info.vocab_size})", param="prompt")
-        wanted = request.sampling.max_tokens
-        if len(prompt) + (wanted or 1) > limit:
-            what = f"{len(prompt)} prompt tokens" + (f" and max_tokens {wanted}" if wanted else "")
-            raise ContextLengthError(
-                f"the context holds {limit} tokens; the request asks for {what}", param="messages"
-            )
 
     def add(self, request: Request) -> None:
         """Queue a validated request: one sequence per choice."""
@@ -151,24 +133,28 @@ class Engine:
     def _prefill(self, chunk: Chunk) -> list[TokenDelta]:
         sequence = chunk.sequence
         first = self._runner.prefill(chunk)
-        self.stats.prompt_tokens += chunk.end - chunk.start
+        if first is not None and sequence.index == 0:  # once a request: not its choices, not a recompute
+            self.stats.prompt_tokens += sequence.num_prompt
         sequence.num_cached = chunk.end
         if chunk.last:
             sequence.state = SequenceState.DECODE
         return [] if first is None else [self._append(sequence, [first])]
 
     def _emit(
-        self, sequences: list[Sequence], draft: Draft, accepted: Accepted, started: float
+        self, sequences: list[Sequence], draft: Draft, accepted: Accepted, finite: Tensor, started: float
     ) -> list[TokenDelta]:
         """Bring the accepted tokens to the host in one copy and append them to their sequences."""
-        rows = torch.cat((accepted.length.unsqueeze(1), accepted.tokens), dim=1).tolist()
+        rows = torch.column_stack((finite.long(), accepted.length, accepted.tokens)).tolist()
         traces = self._trace(sequences, draft, accepted, started)
         drafted = draft.tokens.shape[1] - 1
         deltas = []
-        for sequence, (length, *tokens), trace in zip(sequences, rows, traces, strict=True):
+        for sequence, (sound, length, *tokens), trace in zip(sequences, rows, traces, strict=True):
+            if not sound:
+                deltas.append(self._fail(sequence, NOT_FINITE))
+                continue
             sequence.num_cached += length + 1
             delta = self._append(sequence, tokens[: length + 1])
-            delta.num_steps, delta.num_drafted, delta.trace = 1, drafted, trace
+            delta.num_steps, delta.trace = 1, trace
             emitted = len(delta.token_ids)
             self.stats.acceptance_counts[emitted] += 1
             if drafted:
@@ -195,6 +181,11 @@ class Engine:
         delta.stop_token_id = stop_id
         return delta
 
+    def _fail(self, sequence: Sequence, error: str) -> TokenDelta:
+        if sequence.blocks:
+            self._runner.clear(sequence)
+        return self._end(sequence, FinishReason.ERROR, [], error)
+
     def _end(
         self, sequence: Sequence, reason: FinishReason, tokens: list[int], error: str | None = None
     ) -> TokenDelta:
@@ -214,12 +205,14 @@ class Engine:
         """End these sequences with the error if the body raises."""
         try:
             yield
+        except torch.AcceleratorError:
+            raise  # the device's context is lost: no later step can work, so the thread has to end
         except Exception as error:
             log.exception("step failed for %d sequences", len(sequences))
             text = str(error) if isinstance(error, MedusaError) else f"internal error: {type(error).__name__}"
             told = {(delta.request_id, delta.index) for delta in deltas if delta.finish_reason is not None}
             deltas += [
-                self._end(sequence, FinishReason.ERROR, [], text)
+                self._fail(sequence, text)
                 for sequence in sequences
                 if (sequence.request.request_id, sequence.index) not in told
             ]

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from engine.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from engine.errors import EngineStoppedError, QueueFullError
 from engine.stats import EngineStats
 from engine.types import DraftSource, EngineInfo, FinishReason, Request, StepTrace, TokenDelta
 
@@ -147,14 +147,8 @@ class FakeEngine:
         """Queue a request. Raises what `EngineClient.submit` raises."""
         if not self.ready:
             raise EngineStoppedError("the engine is shutting down")
-        sampling, limit = request.sampling, self._info.max_model_len
-        if not request.prompt_token_ids:
-            raise RequestError("the prompt has no tokens", param="prompt")
-        if (total := len(request.prompt_token_ids) + (sampling.max_tokens or 1)) > limit:
-            raise ContextLengthError(
-                f"the prompt has {len(request.prompt_token_ids)} tokens; with the requested output "
-                f"that is {total}, more than the context of {limit} tokens"
-            )
+        self._info.check(request)
+        sampling = request.sampling
         free_slots = self._info.max_num_seqs - len(self._running)
         if len(self._waiting) + sampling.n > self._max_waiting + free_slots:
             raise QueueFullError("too many requests are waiting")
@@ -226,7 +220,6 @@ class FakeEngine:
             finish_reason=reason,
             stop_token_id=stop_token_id,
             num_steps=0 if prefill else 1,
-            num_drafted=0 if prefill else self._draft_tokens,
             time_s=time.monotonic(),
             trace=self._trace(choice, tokens, batch_size) if choice.request.trace and not prefill else None,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,9 @@ from engine.types import EngineInfo
 __all__ = ["Loaded", "load"]
 
 log = logging.getLogger(__name__)
+
+_TREE_WITH_HEADS = 16
+"""Tree nodes where heads are given and no size: on a CPU they cost little more than one."""
 
 _CPU_POOL_BYTES = 2 << 30
 """K/V pool on the CPU where no size is given; pages nobody writes cost nothing."""
@@ -70,8 +72,12 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             f"max_num_seqs ({config.max_num_seqs}) must not exceed max_step_tokens ({config.max_step_tokens})"
         )
 
+    wanted = config.heads is not None and config.heads != "none"
+    tree_size = _tree_size(config, wanted)
     heads = None
-    if config.heads is not None and config.heads != "none":
+    if wanted and tree_size == 1:
+        log.info("the tree is off, so the heads are not loaded")
+    elif wanted and config.heads is not None:
         heads = load_heads(
             config.heads,
             hidden_size=model_config.hidden_size,
@@ -79,7 +85,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             dtype=dtype,
             device=device,
         )
-    tree = _tree(config, heads)
+    tree = _tree(config, heads, tree_size) if heads is not None else None
 
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES).to(device)
     checkpoint = Checkpoint(folder)
@@ -88,9 +94,9 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         checkpoint, dict(decoder.named_parameters()), decoder.weight_map(), ignored=ignored, progress=progress
     )
     decoder.pack()
-    drafter = (
-        HeadDrafter(heads, decoder.logits, tree, device) if heads is not None and tree is not None else None
-    )
+    drafter = None
+    if heads is not None and tree is not None:
+        drafter = HeadDrafter(heads, decoder.logits, tree, vocab_size=model_config.vocab_size, device=device)
 
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len)
     pool = KVPool(
@@ -159,15 +165,22 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _tree(config: EngineConfig, heads: MedusaHeads | None) -> Tree | None:
-    if config.tree == "off":
-        return None
-    if config.tree == 1:
-        return Tree(())
-    if heads is None:
-        raise ConfigError(f"tree {config.tree} needs Medusa heads; pass --heads PATH, or --tree off")
+def _tree_size(config: EngineConfig, heads: bool) -> int:
+    """Nodes per sequence and step, root counted."""
+    size = config.tree if config.tree is not None else (_TREE_WITH_HEADS if heads else "off")
+    nodes = 1 if size == "off" else size
+    if nodes > 1 and not heads:
+        raise ConfigError(f"tree {nodes} needs Medusa heads; pass --heads PATH, or --tree off")
+    if nodes == 1 and config.tree_file:
+        raise ConfigError(
+            "tree_file has no effect while the tree is off; leave it out, or set heads and tree"
+        )
+    return nodes
+
+
+def _tree(config: EngineConfig, heads: MedusaHeads, size: int) -> Tree:
     tree = Tree.load(Path(config.tree_file)) if config.tree_file else default_tree(heads.num_heads)
-    return tree.prefix(config.tree)
+    return tree.prefix(size)
 
 
 def _num_blocks(
@@ -188,12 +201,13 @@ def _num_blocks(
         num_blocks = room // block_bytes
     else:
         most = config.max_num_seqs * one_sequence
-        num_blocks = min(most, max(_CPU_POOL_BYTES // block_bytes, one_sequence))
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if num_blocks * block_bytes > available:
+        wanted = min(_CPU_POOL_BYTES, _available_bytes() // 2)
+        num_blocks = min(most, max(wanted // block_bytes, one_sequence))
+        size_mib, available_mib = num_blocks * block_bytes >> 20, _available_bytes() >> 20
+        if size_mib > available_mib:
             raise ConfigError(
-                f"a K/V pool for max_model_len {max_model_len} takes {num_blocks * block_bytes >> 20} MiB "
-                f"and {available >> 20} MiB are free; lower max_model_len or set kv_cache_tokens"
+                f"a K/V pool for max_model_len {max_model_len} takes {size_mib} MiB and {available_mib} MiB "
+                "are available; lower max_model_len"
             )
     if num_blocks < one_sequence:
         have, need = max(0, num_blocks) * config.block_size, one_sequence * config.block_size
@@ -202,3 +216,12 @@ def _num_blocks(
             f"its tree needs {need}; lower max_model_len, or raise kv_cache_tokens or gpu_memory_utilization"
         )
     return num_blocks + 1
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping, page cache included; no bound where nothing tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 1 << 62
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)

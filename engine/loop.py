@@ -117,7 +117,7 @@ class EngineLoop:
         """See `EngineClient.submit`."""
         if not self.ready:
             raise EngineStoppedError(self._failure or "the server is shutting down and takes no new requests")
-        self._engine.validate(request)
+        self.info.check(request)
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id} is in use", param="request_id")
         if request.sampling.n > self._capacity:

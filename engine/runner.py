@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.attention.base import AttentionBackend, AttentionInput
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
+from engine.errors import StepError
 from engine.medusa.accept import Accepted
 from engine.medusa.heads import Draft, Drafter
 from engine.medusa.tree import Tree
@@ -18,7 +19,9 @@ from engine.sampler import SamplingRows, draw, draw_tree
 from engine.scheduler import Chunk
 from engine.types import Sequence
 
-__all__ = ["Batch", "Runner", "Verified"]
+__all__ = ["NOT_FINITE", "Batch", "Runner", "Verified"]
+
+NOT_FINITE = "the model computed values that are not finite; a wider dtype may help"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +110,14 @@ class Runner:
         self._attention.plan(attention_input, self._pool)
         positions = torch.arange(start, end, device=self._device)
         hidden = self._decoder(tokens, positions, self._attention)
+        if not hidden[-1].isfinite().all():
+            raise StepError(NOT_FINITE)
         if not chunk.last:
             return None
         first = None
         if sequence.num_output == 0:
-            rows = self._sampling(slot, all_greedy=sequence.request.sampling.greedy, truncates=True)
+            sampling = sequence.request.sampling
+            rows = self._sampling(slot, all_greedy=sampling.greedy, truncates=sampling.truncates)
             root = draw(self._decoder.logits(hidden[-1:]), rows)
             first = int(root.item())
         self._root[sequence.slot] = sequence.token_ids[-1] if first is None else first
@@ -119,6 +125,10 @@ class Runner:
         self._lengths[sequence.slot] = end
         self._position[sequence.slot] = max(1, sequence.num_output)
         return first
+
+    def clear(self, sequence: Sequence) -> None:
+        """Zero the K/V of a failed sequence: a NaN left behind would spread to the blocks' next owner."""
+        self._pool.clear(torch.tensor(sequence.blocks, dtype=torch.int64, device=self._device))
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The decode batch of `sequences`, their block tables brought up to date."""
@@ -131,7 +141,7 @@ class Runner:
             lengths=self._lengths[slots],
             max_length=max(sequence.num_cached for sequence in sequences),
             all_greedy=all(s.greedy for s in sampling),
-            truncates=any(s.top_p < 1 or s.top_k > 0 or s.min_p > 0 for s in sampling),
+            truncates=any(s.truncates for s in sampling),
         )
 
     @torch.inference_mode()
@@ -161,6 +171,13 @@ class Runner:
         """[B, N] int64: the model's own draw at each node."""
         rows = self._sampling(batch.slots, all_greedy=batch.all_greedy, truncates=batch.truncates)
         return draw_tree(logits, draft.tokens, draft.topology, rows)
+
+    def finite(self, batch: Batch) -> Tensor:
+        """[B] bool: the carried hidden state has no NaN or infinity, so the last pass was sound.
+
+        A value that is not finite spreads to all later rows of its sequence, this one included.
+        """
+        return self._hidden[batch.slots].isfinite().all(1)
 
     @torch.inference_mode()
     def compact(self, batch: Batch, verified: Verified, accepted: Accepted) -> None:
@@ -208,7 +225,7 @@ class Runner:
         slot, sampling = sequence.slot, sequence.request.sampling
         self._temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
-        self._top_k[slot] = sampling.top_k
+        self._top_k[slot] = min(sampling.top_k, self._decoder.config.vocab_size)
         self._min_p[slot] = sampling.min_p
         self._seed[slot] = sequence.seed
         self._choice[slot] = sequence.index

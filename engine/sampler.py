@@ -16,6 +16,9 @@ _NUCLEUS_CANDIDATES = 256
 CPU, the best 256 of them 0.1 ms, and the nucleus of a language model is nearly always inside."""
 
 
+_LEAST_TEMPERATURE = 1e-5
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
     """Sampling parameters of R rows, each [R]; the flags are host knowledge that spares work.
@@ -91,8 +94,10 @@ def draw(logits: Tensor, rows: SamplingRows) -> Tensor:
     greedy = logits.argmax(-1)
     if rows.all_greedy:
         return greedy
-    # Greedy rows pass through the arithmetic at temperature 1 and are replaced at the end.
-    scaled = logits / torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
+    # Greedy rows pass through the arithmetic and are replaced at the end. The best logit is moved to 0, so
+    # that no temperature can overflow it; below the bound only the best tokens keep any mass.
+    temperature = rows.temperature.clamp(min=_LEAST_TEMPERATURE).unsqueeze(1)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if rows.truncates:
         scaled = _truncate(scaled, rows)
     cumulative = scaled.softmax(-1).cumsum(-1)
@@ -100,7 +105,8 @@ def draw(logits: Tensor, rows: SamplingRows) -> Tensor:
     point = uniform(rows.seed, rows.choice, rows.position).unsqueeze(1) * total
     # Rounding may lift the point to the total itself, past every token.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    # NaN logits compare as past the end; the runner finds them, but an id must exist until then.
+    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return torch.where(rows.temperature > 0, drawn, greedy)
 
 
@@ -118,11 +124,11 @@ def _truncate(logits: Tensor, rows: SamplingRows) -> Tensor:
 
     log_total = logits.logsumexp(-1, keepdim=True)
     limit = rows.top_p.unsqueeze(1)
-    if bool(
-        ((best.masked_fill(best < kth, float("-inf")) - log_total).exp().sum(-1, keepdim=True) < limit).any()
-    ):
-        best = logits.sort(dim=-1, descending=True).values
     p = (best.masked_fill(best < kth, float("-inf")) - log_total).exp()
+    more_follow = best[:, -1:] >= torch.maximum(kth, floor)
+    if bool((more_follow & (limit < 1.0) & (p.sum(-1, keepdim=True) < limit)).any()):
+        best = logits.sort(dim=-1, descending=True).values
+        p = (best.masked_fill(best < kth, float("-inf")) - log_total).exp()
     before = p.cumsum(-1) - p  # mass of the better ones: a token stays while that is below top_p
     last = ((before < limit) & (p > 0)).sum(-1, keepdim=True) - 1
     cut = torch.where(limit < 1.0, best.gather(1, last.clamp(min=0)), float("-inf"))

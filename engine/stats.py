@@ -14,7 +14,7 @@ class EngineStats:
     """Totals since start-up, written by the engine thread only; readers may see them mid-step.
 
     Args:
-        prompt_tokens: prompt tokens computed by prefill.
+        prompt_tokens: tokens of the prompts that were prefilled, once a request.
         generation_tokens: tokens emitted to requests.
         num_steps: engine steps.
         num_drafts: trees verified (one per sequence and step, plain decoding not counted).

@@ -44,6 +44,9 @@ class TextProcessor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        # A first call resets truncation and padding that tokenizer.json may ask for; later calls change
+        # nothing, so encoding in one thread and decoding in another is safe.
+        tokenizer.encode("", verbose=False)
         added: dict[int, Any] = tokenizer.added_tokens_decoder
         self._special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             tokenizer.all_special_ids

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from engine.errors import RequestError
+from engine.errors import ContextLengthError, RequestError
 
 if TYPE_CHECKING:
     from engine.stats import EngineStats
@@ -92,6 +92,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def truncates(self) -> bool:
+        """True where a filter may exclude tokens."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -145,7 +150,6 @@ class TokenDelta:
         finish_reason: set on the last delta of the choice.
         stop_token_id: the token that ended it, where one did.
         num_steps: decode steps behind these tokens: 0 for the token drawn at the end of prefill, else 1.
-        num_drafted: draft nodes (root not counted) verified in those steps.
         time_s: `time.monotonic()` at the end of the step.
         trace: the step's record, where the request asked for it.
         error: what to tell the user, with `FinishReason.ERROR`.
@@ -157,7 +161,6 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_steps: int = 0
-    num_drafted: int = 0
     time_s: float = 0.0
     trace: StepTrace | None = None
     error: str | None = None
@@ -214,6 +217,24 @@ class EngineInfo:
     kv_cache_tokens: int
     vocab_size: int
     max_num_seqs: int
+
+    def check(self, request: Request) -> None:
+        """Raise if the request can never run here.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room, or prompt plus max_tokens do not fit.
+            RequestError: an empty prompt or a token id outside the vocabulary.
+        """
+        prompt, wanted = request.prompt_token_ids, request.sampling.max_tokens
+        if not prompt:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        if not all(0 <= token < self.vocab_size for token in prompt):
+            raise RequestError(f"prompt token ids must be in [0, {self.vocab_size})", param="prompt")
+        if len(prompt) + (wanted or 1) > self.max_model_len:
+            asked = f"{len(prompt)} prompt tokens" + (f" and max_tokens {wanted}" if wanted else "")
+            raise ContextLengthError(
+                f"the context holds {self.max_model_len} tokens; the request asks for {asked}", param="prompt"
+            )
 
 
 class TokenStream(Protocol):

@@ -45,6 +45,7 @@ def create_app(
             yield
         finally:
             await engine.stop(settings.drain_s)
+            context.text_thread.shutdown(wait=False)
 
     # sse-starlette would cut every stream at SIGTERM; ours end with the engine's drain.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]

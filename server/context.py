@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
@@ -30,6 +34,15 @@ class ServerContext:
     defaults: SamplingDefaults
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    text_thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+    )
+
+    async def encode(self, encode: Callable[..., list[int]], *args: Any, **options: Any) -> list[int]:
+        """The result of one of `text`'s encode methods, in a thread: a prompt of megabytes takes seconds,
+        and every stream and probe would wait for it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.text_thread, partial(encode, *args, **options))
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError if `name` is not the served model's."""

@@ -47,6 +47,8 @@ def run(settings: Settings) -> int:
             engine = EngineLoop.load(settings.engine_config)
         except MedusaError as error:
             return _fail(str(error))
+        except KeyboardInterrupt:
+            return _fail("interrupted while loading")
         app = create_app(engine, engine.text, settings, engine.generation_defaults)
         config = uvicorn.Config(
             app,
@@ -129,6 +131,8 @@ def _announce(settings: Settings, info: EngineInfo, listener: socket.socket) -> 
     log.info(
         "serving",
         model=settings.model_name,
+        dtype=info.dtype,
+        device=info.device,
         heads=info.num_heads,
         tree=info.tree_size if info.tree_size > 1 else "off",
         kv_cache_tokens=info.kv_cache_tokens,

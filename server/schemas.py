@@ -38,6 +38,7 @@ __all__ = [
 MAX_TEMPERATURE = 2.0
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 128
 
 NO_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
 """Fields of a chat completion that are checked and then have no effect, as the API's documentation says."""
@@ -195,7 +196,7 @@ class ChatRequest(_Body):
     min_p: float | None = None
     seed: int | None = None
     stop: StopStrings | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None

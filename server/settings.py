@@ -55,7 +55,8 @@ class Settings(EngineConfig, BaseSettings):
         """The name clients use. A local folder gives its own name, not the path to it."""
         if self.served_model_name is not None:
             return self.served_model_name
-        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+        folder = Path(self.model).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.model
 
 
 def option_name(field: str) -> str:

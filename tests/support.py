@@ -89,7 +89,7 @@ def run_all(
     while pending or engine.has_work:
         while pending and (not arrive_every or step % arrive_every == 0 or not engine.has_work):
             request = pending.pop(0)
-            engine.validate(request)
+            engine.info.check(request)
             engine.add(request)
             if arrive_every:
                 break

@@ -142,6 +142,32 @@ def test_four_choices_are_four_texts_and_the_same_four_again(tree: Server, plain
     assert first == four(tree) == four(plain)
 
 
+def test_extreme_values_harm_nobody(tree: Server) -> None:
+    """What passes validation must run: the fake engine of the server's own tests cannot show this."""
+
+    async def ask() -> list[str]:
+        extremes = [
+            {"temperature": 1e-38},
+            {"top_k": 2**64},
+            {"min_p": 1.0},
+            {"top_p": 1e-30},
+            {"seed": -(2**63)},
+        ]
+        async with new_client(tree.url) as http:
+            answers = await asyncio.gather(
+                chat(http, MODEL, PROMPTS[0], stream=False, temperature=0, max_tokens=8),
+                *(
+                    chat(http, MODEL, PROMPTS[0], stream=False, max_tokens=8, **extreme)
+                    for extreme in extremes
+                ),
+            )
+        return [answer.text for answer in answers]
+
+    greedy, tiny_temperature, _, certain, nucleus_of_one, _ = asyncio.run(ask())
+    assert "Paris" in greedy
+    assert greedy == tiny_temperature == certain == nucleus_of_one
+
+
 def test_hanging_up_loses_nothing(tree: Server, tmp_path: Path) -> None:
     args = parse_disconnect(["--requests", "24", "--concurrency", "8", "--max-tokens", "12"])
     result = asyncio.run(drive(args, tree.url))

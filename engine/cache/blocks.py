@@ -10,7 +10,7 @@ __all__ = ["BlockManager"]
 class BlockManager:
     """Hands out pool blocks and takes them back; every block is free or has owners, counted.
 
-    Block 0 is never handed out: padding rows of a batch write there.
+    Block 0 is never handed out: unused entries of a block table point to it.
     """
 
     NULL_BLOCK = 0
@@ -56,7 +56,7 @@ class BlockManager:
         return True
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add an owner to blocks that have one."""
+        """Add an owner to blocks that have one (a prompt's blocks used by several sequences)."""
         for block in blocks:
             if self._references[block] < 1:
                 raise ValueError(f"block {block} is free and cannot be shared")

@@ -12,7 +12,7 @@ class KVPool:
     """K/V rows of every layer in blocks of `block_size` tokens.
 
     One tensor [layers, 2, blocks, block_size, kv_heads, head_dim]; a flat row is
-    block * block_size + offset. Rows are never cleared: what is not masked in was written first.
+    block * block_size + offset. Freed rows keep their old values: what is not masked in was written first.
     """
 
     def __init__(
@@ -41,6 +41,10 @@ class KVPool:
         k_rows, v_rows = self._layer_rows[layer]
         k_rows.index_copy_(0, rows, k)
         v_rows.index_copy_(0, rows, v)
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zero `blocks` [n] (int64) in every layer."""
+        self.data.index_fill_(2, blocks, 0.0)
 
     def gather_index(self, blocks: Tensor) -> Tensor:
         """For `gather`, computed once for all layers: from blocks [batch, n] to int64 [2 * batch * n]."""

@@ -72,14 +72,22 @@ class HeadDrafter:
     """Fills the first `size` nodes of a fixed tree with the heads' best guesses.
 
     Raises:
-        TreeError: the tree is deeper than the heads.
+        TreeError: the tree is deeper than the heads or wider than the vocabulary.
     """
 
     def __init__(
-        self, heads: MedusaHeads, lm_head: Callable[[Tensor], Tensor], tree: Tree, device: torch.device
+        self,
+        heads: MedusaHeads,
+        lm_head: Callable[[Tensor], Tensor],
+        tree: Tree,
+        *,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
         if tree.depth > heads.num_heads:
             raise TreeError(f"the tree is {tree.depth} deep and there are {heads.num_heads} heads")
+        if tree.width > vocab_size:
+            raise TreeError(f"the tree takes a head's {tree.width} best of {vocab_size} tokens")
         self._heads, self._lm_head, self._tree, self._device = heads, lm_head, tree, device
         self._prefixes: dict[int, tuple[Tree, Topology, Tensor]] = {}
 

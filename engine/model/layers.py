@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,14 @@ from torch import Tensor, nn
 from engine.model.config import RopeConfig
 
 __all__ = ["Linear", "RMSNorm", "RotaryTable", "apply_rotary"]
+
+
+_PACKABLE: dict[torch.dtype, Callable[[], bool]] = {
+    torch.float32: lambda: True,
+    torch.bfloat16: lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    torch.float16: lambda: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+}
+"""Whether this CPU has the instructions oneDNN needs for the dtype."""
 
 
 class Linear(nn.Module):
@@ -27,15 +37,14 @@ class Linear(nn.Module):
         )
         self.packed: Tensor | None = None
 
-    def pack(self, *, keep_weight: bool = False) -> None:
-        """Reorder for this device; a no-op where nothing is gained. `keep_weight` keeps a plain copy too."""
+    def pack(self) -> None:
+        """Reorder the weight for this device; nothing happens where oneDNN cannot run its dtype."""
         weight = self.weight
-        if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        if weight.device.type != "cpu" or not torch._C._has_mkldnn or not _PACKABLE[weight.dtype]():
             return
         # The hint of 8 rows picks a blocking that was as good as any at 1 to 64 rows.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
-        if not keep_weight:
-            self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:

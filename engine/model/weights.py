@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.errors import ModelError, WeightsError
+from engine.errors import ModelError, RequestError, WeightsError
 from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
+from engine.types import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,11 +27,14 @@ __all__ = [
     "resolve_model",
 ]
 
+log = logging.getLogger(__name__)
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_IGNORED = ("*/*", "consolidated*")  # other formats' folders; Mistral's second copy of the weights
+_NOT_APPLIED = {"repetition_penalty", "no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _MAX_NAMED = 8  # tensors an error names of each kind
 
 
@@ -138,14 +143,22 @@ def load_generation_defaults(folder: Path) -> GenerationDefaults:
             raise ModelError(f"{path}: {key} must be a number, got {value!r}")
         return value
 
+    if ignored := sorted(_NOT_APPLIED & {key for key, value in sampling.items() if value is not None}):
+        log.warning("%s recommends %s, which this server does not apply", path, ", ".join(ignored))
     top_k = number("top_k")
-    return GenerationDefaults(
+    defaults = GenerationDefaults(
         temperature=number("temperature"),
         top_p=number("top_p"),
         top_k=None if top_k is None else max(0, int(top_k)),  # some write -1 for all tokens
         min_p=number("min_p"),
         eos_token_ids=_eos_token_ids(folder, generation),
     )
+    values = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    try:
+        SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    except RequestError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return defaults
 
 
 def _eos_token_ids(folder: Path, generation: dict[str, Any]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request as HttpRequest
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from engine.errors import ContextLengthError, MedusaError
+from engine.errors import MedusaError, RequestError
 from engine.types import Request
 from server.context import Context, RequestRecord, ServerContext, record_of
 from server.errors import to_status
@@ -43,7 +43,7 @@ async def chat_completions(body: ChatRequest, http: HttpRequest, context: Contex
     record = record_of(http)
     record.fields["model"] = body.model
     context.check_model(body.model)
-    generation = _submit(body, context, record)
+    generation = await _submit(body, context, record)
     writer = _Writer(f"chatcmpl-{record.engine_id}", body)
     if body.stream:
         return EventStream(writer.events(generation), generation)
@@ -56,15 +56,17 @@ async def chat_completions(body: ChatRequest, http: HttpRequest, context: Contex
     return Response(completion.model_dump_json(), media_type="application/json")
 
 
-def _submit(body: ChatRequest, context: ServerContext, record: RequestRecord) -> Generation:
+async def _submit(body: ChatRequest, context: ServerContext, record: RequestRecord) -> Generation:
     """Everything that can be refused is refused here, before a status is sent."""
     sampling = body.sampling(context.defaults, context.engine.info.vocab_size)
-    prompt = context.text.encode_chat([message.as_template_input() for message in body.messages])
+    messages = [message.as_template_input() for message in body.messages]
+    prompt = await context.encode(context.text.encode_chat, messages)
     request = Request(record.engine_id, tuple(prompt), sampling)
     try:
         return Generation(context, record, request, stop=tuple(body.stop or ()))
-    except ContextLengthError as error:
-        error.param = "messages"  # the client gave no tokens, only these
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = "messages"  # the client gave no tokens, only these
         raise
 
 

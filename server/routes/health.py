@@ -24,7 +24,7 @@ async def health(context: Context) -> JSONResponse:
 
 @router.get("/ready")
 async def ready(context: Context) -> JSONResponse:
-    """200 while new requests are taken; 503 asks the load balancer to look elsewhere."""
+    """200 while new requests are taken, else 503. In a drain the listening socket is closed first."""
     return _status(context.engine.healthy and context.engine.ready, "ready", "not ready")
 
 

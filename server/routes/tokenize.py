@@ -18,13 +18,14 @@ async def tokenize(body: TokenizeRequest, context: Context) -> TokenizeResponse:
     if body.model is not None:
         context.check_model(body.model)
     if body.messages is not None:
-        tokens = context.text.encode_chat(
+        tokens = await context.encode(
+            context.text.encode_chat,
             [message.as_template_input() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt is not False,
         )
     else:
-        tokens = context.text.encode(
-            body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+        tokens = await context.encode(
+            context.text.encode, body.prompt or "", add_special_tokens=body.add_special_tokens is not False
         )
     return TokenizeResponse(
         count=len(tokens),

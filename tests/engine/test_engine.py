@@ -200,15 +200,15 @@ def test_few_tokens_are_few(narrow: TinyModel, max_tokens: int) -> None:
 
 def test_requests_that_cannot_run_are_refused(tiny: TinyModel) -> None:
     engine = make_engine(tiny.folder, max_model_len=32)
-    with pytest.raises(RequestError, match="empty"):
-        engine.validate(greedy("r", [], 1))
+    with pytest.raises(RequestError, match="no tokens"):
+        engine.info.check(greedy("r", [], 1))
     with pytest.raises(RequestError, match="token ids"):
-        engine.validate(greedy("r", [61], 1))
+        engine.info.check(greedy("r", [61], 1))
     with pytest.raises(ContextLengthError, match="holds 32"):
-        engine.validate(greedy("r", [1] * 30, 3))
+        engine.info.check(greedy("r", [1] * 30, 3))
     with pytest.raises(ContextLengthError):
-        engine.validate(Request("r", (1,) * 32))
-    engine.validate(greedy("r", [1] * 30, 2))
+        engine.info.check(Request("r", (1,) * 32))
+    engine.info.check(greedy("r", [1] * 30, 2))
 
 
 def test_abort_frees_everything_at_once(tiny: TinyModel) -> None:
@@ -295,4 +295,48 @@ def test_stats_add_up(narrow: TinyModel) -> None:
     assert s.draft_tokens == 7 * s.num_drafts
     emitted = sum(n * c for n, c in enumerate(s.acceptance_counts))
     assert emitted == s.generation_tokens - 5
-    assert s.num_drafts <= emitted - s.accepted_tokens + 5
+    # A step emits its accepted nodes and one draw more, unless max_tokens cut the draw off at the end.
+    assert s.num_drafts - 5 <= emitted - s.accepted_tokens <= s.num_drafts
+
+
+def test_values_that_are_not_finite_end_their_own_request_only(tiny: TinyModel) -> None:
+    """A NaN in the cache spreads to whoever attends to it; it must not outlive its sequence."""
+    for tree in ("off", 8):
+        engine = make_engine(tiny.folder, **with_heads(tiny, {"tree": tree}))
+        engine.add(greedy("bad", [1, 2, 3], 30))
+        engine.add(greedy("good", [4, 5], 30))
+        engine.step()
+        bad = next(s for s in engine._scheduler.running if s.request.request_id == "bad")
+        engine._runner._pool.data[:, :, bad.blocks[0], 0] = float("nan")
+        deltas = [delta for _ in range(40) for delta in engine.step()]
+        ends = {delta.request_id: delta for delta in deltas if delta.finish_reason is not None}
+        assert ends["bad"].finish_reason is FinishReason.ERROR
+        assert "not finite" in (ends["bad"].error or "")
+        assert ends["good"].finish_reason is FinishReason.LENGTH
+        assert engine._runner._pool.data.isfinite().all()
+        asked = [greedy(f"r{i}", [i, 7], 20) for i in range(8)]
+        outputs = run_all(engine, asked)
+        for request in asked:
+            prompt = list(request.prompt_token_ids)
+            assert outputs[request.request_id, 0] == greedy_reference(tiny.reference, prompt, 20)
+
+
+def test_a_lost_device_ends_the_engine_not_just_the_step(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny.folder)
+    engine.add(greedy("r", [1], 5))
+
+    def lost(chunk: object) -> None:
+        raise torch.AcceleratorError("device-side assert triggered", 1)
+
+    monkeypatch.setattr(engine._runner, "prefill", lost)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_prompt_tokens_are_counted_once_a_request(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, max_model_len=128, kv_cache_tokens=192)
+    run_all(engine, [greedy(f"r{i}", [1] * 40, 60, n=2) for i in range(4)])
+    assert engine.stats.preemptions > 0
+    assert engine.stats.prompt_tokens == 160

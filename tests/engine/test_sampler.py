@@ -141,3 +141,28 @@ def test_reached_nodes_of_a_tree_draw_as_plain_decoding_would(seed: int, truncat
             own = draw(logits[b, node][None], row).item()
             reached = parent < 0 or (targets[b, parent] == tokens[b, node] and targets[b, parent] >= 0)
             assert targets[b, node] == (own if reached else -1)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-38, 1e-20, 1e-6])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 10, "min_p": 0.1}], ids=str)
+def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float, filters: dict) -> None:
+    logits = torch.randn(20, 300) * 30
+    drawn = draw(logits, rows(20, temperature=temperature, **filters))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_a_nan_row_still_draws_an_id_that_exists() -> None:
+    drawn = draw(torch.full((2, 30), float("nan")), rows(2))
+    assert ((drawn >= 0) & (drawn < 30)).all()
+
+
+def test_a_filter_without_top_p_never_sorts_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the whole row was sorted")
+
+    monkeypatch.setattr(Tensor, "sort", refuse)
+    logits = torch.randn(16, 5000)
+    for filters in ({"top_k": 50}, {"min_p": 0.01}, {"top_k": 300, "min_p": 0.001}):
+        draw(logits, rows(16, **filters))
+    with pytest.raises(AssertionError, match="sorted"):
+        draw(logits * 0.01, rows(16, top_p=0.9))

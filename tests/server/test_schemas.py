@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,3 +229,14 @@ def test_tokenize_takes_a_prompt_or_messages() -> None:
     with pytest.raises(UnsupportedFieldError, match="add_special_tokens"):
         TokenizeRequest.model_validate({"messages": messages, "add_special_tokens": True})
     assert TokenizeRequest.model_validate({"prompt": "", "messages": None}).prompt == ""
+
+
+def test_the_documentation_lists_every_field_and_what_has_no_effect() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    chat, _, _ = page.partition("## Other paths")
+    table, _, inert = chat.partition("without effect:")
+    assert set(re.findall(r"`([a-z_]+)`", inert)) == NO_EFFECT
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`([a-z_]+)", row)
+    }
+    assert documented == set(ChatRequest.model_fields) - NO_EFFECT

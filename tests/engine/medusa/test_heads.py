@@ -46,7 +46,7 @@ def test_drafts_are_the_heads_best_guesses(tmp_path: Path, own: bool, layers: in
     assert heads.num_heads == 3
     shared = torch.randn(VOCAB, HIDDEN)
     tree = default_tree(3).prefix(30)
-    drafter = HeadDrafter(heads, lambda h: F.linear(h, shared), tree, CPU)
+    drafter = HeadDrafter(heads, lambda h: F.linear(h, shared), tree, vocab_size=VOCAB, device=CPU)
     root, hidden = torch.tensor([7, 8]), torch.randn(2, HIDDEN)
     for size in (30, 9, 1):
         draft = drafter.draft(root, hidden, size)
@@ -106,12 +106,20 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "other.safetensors")
 
 
-def test_a_tree_deeper_than_the_heads_is_refused(tmp_path: Path) -> None:
+def test_a_tree_deeper_or_wider_than_the_heads_is_refused(tmp_path: Path) -> None:
     file = save_random_heads(tmp_path / "h.safetensors", hidden=HIDDEN, vocab=VOCAB, heads=1)
     with pytest.raises(TreeError, match="2 deep and there are 1"):
-        HeadDrafter(load(file), lambda h: h, Tree.from_paths([[0], [0, 0]]), CPU)
+        HeadDrafter(load(file), lambda h: h, Tree.from_paths([[0], [0, 0]]), vocab_size=VOCAB, device=CPU)
+    with pytest.raises(TreeError, match="41 best of 40"):
+        HeadDrafter(load(file), lambda h: h, Tree.from_paths([[40]]), vocab_size=VOCAB, device=CPU)
 
 
-def test_a_tree_without_heads_is_refused(tiny: TinyModel) -> None:
+def test_heads_and_tree_go_together_or_say_so(tiny: TinyModel) -> None:
     with pytest.raises(ConfigError, match="needs Medusa heads"):
         make_engine(tiny.folder, tree=8)
+    with pytest.raises(ConfigError, match="tree_file has no effect"):
+        make_engine(tiny.folder, heads=str(tiny.heads), tree="off", tree_file="absent.json")
+    assert make_engine(tiny.folder, heads=str(tiny.heads)).info.tree_size == 16
+    off = make_engine(tiny.folder, heads=str(tiny.heads), tree="off").info
+    assert (off.tree_size, off.num_heads) == (1, 0)
+    assert make_engine(tiny.folder).info.tree_size == 1
