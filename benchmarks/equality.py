@@ -35,7 +35,7 @@ from benchmarks.common import (
     new_client,
     print_result,
 )
-from benchmarks.reference import Answer, Reference, first_difference, load_reference
+from benchmarks.reference import DEFAULT_CACHE, Answer, Reference, first_difference, load_reference
 
 TIE_GAP = 1e-4
 """Best two logits closer than this may change places by the order of a sum, in float32."""
@@ -238,7 +238,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--reference-cache", type=Path, default=Path("/tmp/medusa-reference.json"))
+    parser.add_argument("--reference-cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--heads-folder", type=Path, help="kept head files; a temporary folder if not given")
     parser.add_argument("--heads", type=int, default=4, help="heads in the files it makes")
     parser.add_argument("--variants", default=",".join(names), help=f"of {', '.join(names)}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import first_turns, model_folder, print_result
-from benchmarks.reference import load_reference
+from benchmarks.reference import DEFAULT_CACHE, load_reference
 
 if TYPE_CHECKING:
     from benchmarks.reference import Reference
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--own-lm-head", action="store_true", help="random heads get an lm_head of their own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, help="MT-bench-shaped JSONL; handmade only")
-    parser.add_argument("--reference-cache", type=Path, default=Path("/tmp/medusa-reference.json"))
+    parser.add_argument("--reference-cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,10 @@ from benchmarks.common import prompt_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Answer", "Reference", "first_difference", "load_reference"]
+__all__ = ["DEFAULT_CACHE", "Answer", "Reference", "first_difference", "load_reference"]
+
+
+DEFAULT_CACHE = Path(tempfile.gettempdir()) / "medusa-reference.json"
 
 
 @dataclass(frozen=True, slots=True)
