@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from engine.errors import EngineStoppedError, QueueFullError
+from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.stats import EngineStats
 from engine.types import DraftSource, EngineInfo, FinishReason, Request, StepTrace, TokenDelta
 
@@ -149,6 +149,8 @@ class FakeEngine:
             raise EngineStoppedError("the engine is shutting down")
         self._info.check(request)
         sampling = request.sampling
+        if sampling.n > (most := self._info.max_num_seqs + self._max_waiting):
+            raise RequestError(f"n must be at most {most} on this server", param="n")
         free_slots = self._info.max_num_seqs - len(self._running)
         if len(self._waiting) + sampling.n > self._max_waiting + free_slots:
             raise QueueFullError("too many requests are waiting")

@@ -189,6 +189,8 @@ class EngineLoop:
                 deltas += command()
             if engine.has_work:
                 deltas += engine.step()
+            if not engine.has_work and log.isEnabledFor(logging.DEBUG):
+                engine.check()
             if deltas:
                 self._hand_over(self._deliver, deltas)
 

@@ -289,4 +289,7 @@ class EngineClient(Protocol):
         """
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest."""
+        """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest.
+
+        May be called again, also while an earlier call waits.
+        """
