@@ -1,6 +1,6 @@
 """Is greedy decoding through the server, tree or no tree, transformers' greedy decoding? The long form.
 
-    python -m benchmarks.equality --prompts mt_bench.jsonl --reference-cache /tmp/reference.json
+    python -m benchmarks.equality --prompts mt_bench.jsonl --reference-cache reference.json
 
 For every variant (tree off; trees of several sizes with random heads, and with hand-made heads that
 are often right) it starts the real server in float32 and asks it for every prompt at temperature 0:

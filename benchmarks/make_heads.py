@@ -1,8 +1,8 @@
 """Head files for checks, in the official format (`medusa_lm_head.safetensors`); they are not trained heads.
 
-    python -m benchmarks.make_heads random   --model smollm2-135m --output /tmp/heads/random
-    python -m benchmarks.make_heads handmade --model smollm2-135m --output /tmp/heads/handmade \\
-        --prompts mt_bench.jsonl --reference-cache /tmp/reference.json
+    python -m benchmarks.make_heads random   --model smollm2-135m --output heads/random
+    python -m benchmarks.make_heads handmade --model smollm2-135m --output heads/handmade \\
+        --prompts mt_bench.jsonl --reference-cache reference.json
 
 Random heads are nearly always wrong. Hand-made heads are fitted to the very answers a check will ask
 for, so that they are often right and long acceptances happen; they are worth nothing on other text.

@@ -180,7 +180,8 @@ def _tree_size(config: EngineConfig, heads: bool) -> int:
 
 def _tree(config: EngineConfig, heads: MedusaHeads, size: int) -> Tree:
     tree = Tree.load(Path(config.tree_file)) if config.tree_file else default_tree(heads.num_heads)
-    return tree.prefix(size)
+    # A size nobody asked for must not fail on few heads or a small file.
+    return tree.prefix(size if config.tree is not None else min(size, tree.size))
 
 
 def _num_blocks(

@@ -114,12 +114,14 @@ def test_a_tree_deeper_or_wider_than_the_heads_is_refused(tmp_path: Path) -> Non
         HeadDrafter(load(file), lambda h: h, Tree.from_paths([[40]]), vocab_size=VOCAB, device=CPU)
 
 
-def test_heads_and_tree_go_together_or_say_so(tiny: TinyModel) -> None:
+def test_heads_and_tree_go_together_or_say_so(tiny: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs Medusa heads"):
         make_engine(tiny.folder, tree=8)
     with pytest.raises(ConfigError, match="tree_file has no effect"):
         make_engine(tiny.folder, heads=str(tiny.heads), tree="off", tree_file="absent.json")
     assert make_engine(tiny.folder, heads=str(tiny.heads)).info.tree_size == 16
+    one = save_random_heads(tmp_path / "one.safetensors", hidden=32, vocab=61, heads=1)
+    assert make_engine(tiny.folder, heads=str(one)).info.tree_size == 11  # all that one head offers
     off = make_engine(tiny.folder, heads=str(tiny.heads), tree="off").info
     assert (off.tree_size, off.num_heads) == (1, 0)
     assert make_engine(tiny.folder).info.tree_size == 1
