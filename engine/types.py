@@ -7,25 +7,36 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from engine.config import MAX_TREE_NODES
 from engine.errors import ContextLengthError, RequestError
 
 if TYPE_CHECKING:
     from engine.stats import EngineStats
 
 __all__ = [
+    "Acceptance",
     "DraftSource",
     "EngineClient",
     "EngineInfo",
     "FinishReason",
+    "MedusaParams",
     "Request",
     "SamplingParams",
     "Sequence",
     "StepTrace",
     "TokenDelta",
+    "TokenLogprobs",
     "TokenStream",
 ]
 
 MAX_SEED = 2**63 - 1
+
+MAX_LOGPROBS = 20
+"""Most alternatives reported beside a token, OpenAI's bound."""
+
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 16
+"""Bounds of `bad_words`: they live in slot tensors of this shape."""
 
 
 class FinishReason(StrEnum):
@@ -42,13 +53,24 @@ class DraftSource(StrEnum):
 
     ROOT = "root"
     HEAD = "head"
+    LOOKUP = "lookup"
+    PREDICTION = "prediction"
+
+
+class Acceptance(StrEnum):
+    """Which drafted nodes become text: those the model's own draw confirms, or the paper's typical ones."""
+
+    EXACT = "exact"
+    TYPICAL = "typical"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are drawn.
 
-    Order of the filters, as in vLLM: temperature, min_p, top_k, top_p, renormalise.
+    Order of the logits' adjustments: repetition, frequency and presence penalty, logit_bias, then what is
+    forbidden (min_tokens, bad_words). Order of the filters, as in vLLM: temperature, min_p, top_k, top_p,
+    renormalise.
 
     Args:
         temperature: 0 is greedy; at most 2 over HTTP, not bounded here.
@@ -60,6 +82,16 @@ class SamplingParams:
         stop_token_ids: these end the output as EOS does, and are not part of it as text.
         ignore_eos: go on past the model's EOS ids (stop_token_ids still stop).
         n: number of choices.
+        presence_penalty: subtracted from the logit of every token that the output holds, in [-2, 2].
+        frequency_penalty: the same, times how often the output holds it, in [-2, 2].
+        repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative
+            ones multiplied (Keskar et al. 2019); above 0, 1 is none.
+        logit_bias: (token id, bias in [-100, 100]) pairs, added to the logits.
+        min_tokens: no EOS or stop token id before so many tokens of output.
+        bad_words: token sequences that the output must not hold; at most 64 of at most 16 tokens.
+        logprobs: report the log-probability of each emitted token and of so many best ones, at most 20;
+            None reports nothing. Raw: before penalties, bias, temperature and truncation.
+        prompt_logprobs: the same for the prompt's tokens.
 
     Raises:
         RequestError: a value out of range, with the field's name.
@@ -74,6 +106,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, param: str, rule: str) -> None:
@@ -87,6 +127,23 @@ class SamplingParams:
         check(self.seed is None or -MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", "a 64-bit integer")
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         check(self.n >= 1, "n", "at least 1")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
+        check(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty", "a finite number above 0")
+        check(all(-100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "values in [-100, 100]")
+        check(self.min_tokens >= 0, "min_tokens", "at least 0")
+        check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens"
+        )
+        check(
+            len(self.bad_words) <= MAX_BAD_WORDS
+            and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words),
+            "bad_words",
+            f"at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}")
 
     @property
     def greedy(self) -> bool:
@@ -96,6 +153,53 @@ class SamplingParams:
     def truncates(self) -> bool:
         """True where a filter may exclude tokens."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """True where earlier tokens change the logits."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0.0, 0.0, 1.0)
+
+    @property
+    def adjusts(self) -> bool:
+        """True where logits are changed before they are filtered and drawn from."""
+        return self.penalizes or bool(self.logit_bias or self.min_tokens or self.bad_words)
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaParams:
+    """How the drafts of one request are verified.
+
+    Args:
+        acceptance: `exact` keeps the model's own distribution; `typical` accepts a child where
+            p(child) > min(epsilon, delta * exp(-H)) (Cai et al. 2024, section 2.3.1), more of it and
+            with another distribution. Greedy requests are always exact.
+        epsilon: hard threshold, in [0, 1].
+        delta: entropy-dependent threshold, at least 0.
+        max_tree_size: most nodes a step, root counted; None leaves it to the server, 1 is plain decoding.
+
+    Raises:
+        RequestError: a value out of range, with the field's name.
+    """
+
+    acceptance: Acceptance = Acceptance.EXACT
+    epsilon: float = 0.09
+    delta: float = 0.3
+    max_tree_size: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(
+                    f"medusa.{name} must be {rule}, got {getattr(self, name)!r}", param=f"medusa.{name}"
+                )
+
+        check(0.0 <= self.epsilon <= 1.0, "epsilon", "in [0, 1]")
+        check(0.0 <= self.delta < float("inf"), "delta", "a finite number, at least 0")
+        size = self.max_tree_size
+        check(
+            size is None or 1 <= size <= MAX_TREE_NODES, "max_tree_size", f"from 1 to {MAX_TREE_NODES} nodes"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +211,23 @@ class Request:
         prompt_token_ids: at least one token.
         sampling: how to draw.
         trace: attach a `StepTrace` to every delta of a decode step.
+        medusa: how drafts are verified.
+        prediction_token_ids: what the answer is expected to hold (OpenAI's `prediction`); the lookup
+            branch drafts from it, so what comes true comes faster.
+        cache_salt: prefixes are reused among requests with equal salt only.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     trace: bool = False
+    medusa: MedusaParams = field(default_factory=MedusaParams)
+    prediction_token_ids: tuple[int, ...] = ()
+    cache_salt: str | None = None
+
+    @property
+    def typical(self) -> bool:
+        return self.medusa.acceptance is Acceptance.TYPICAL and not self.sampling.greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +253,23 @@ class StepTrace:
     duration_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Raw log-probabilities at one position.
+
+    Args:
+        token_id: the token that stands there.
+        logprob: its log-probability, natural logarithm.
+        rank: 1 for the most likely token.
+        top: (token id, log-probability) of the best ones, falling; as many as the request asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(slots=True)
 class TokenDelta:
     """New tokens of one choice from one engine step.
@@ -153,6 +285,11 @@ class TokenDelta:
         time_s: `time.monotonic()` at the end of the step.
         trace: the step's record, where the request asked for it.
         error: what to tell the user, with `FinishReason.ERROR`.
+        logprobs: one entry per token of `token_ids`, where the request asked for them.
+        prompt_logprobs: on the first delta of choice 0, where asked for: one entry per prompt token, None
+            for the first, which nothing predicts.
+        cached_tokens: on the first delta: prompt tokens whose K/V was reused.
+        accepted_prediction_tokens: emitted tokens that `Request.prediction_token_ids` had drafted.
     """
 
     request_id: str
@@ -164,6 +301,10 @@ class TokenDelta:
     time_s: float = 0.0
     trace: StepTrace | None = None
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0
+    accepted_prediction_tokens: int = 0
 
 
 class SequenceState(StrEnum):
@@ -179,6 +320,11 @@ class Sequence:
 
     `token_ids` holds prompt and emitted tokens. While decoding, the last of them is the root: drawn
     and emitted, its K/V not yet in the cache, so `num_cached == len(token_ids) - 1` between steps.
+
+    Args:
+        num_reused: of its first prefill, tokens whose K/V another sequence had left.
+        head_nodes: nodes of the heads' branch in the step being planned.
+        lookup_nodes: nodes of the lookup branch in the step being planned.
     """
 
     request: Request
@@ -190,8 +336,16 @@ class Sequence:
     arrival: int
     state: SequenceState = SequenceState.WAITING
     num_cached: int = 0
+    num_reused: int = 0
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
+    head_nodes: int = 0
+    lookup_nodes: int = 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Tree nodes of the step being planned, root counted; 1 is plain decoding."""
+        return 1 + self.head_nodes + self.lookup_nodes
 
     @property
     def num_output(self) -> int:
@@ -228,8 +382,14 @@ class EngineInfo:
         prompt, wanted = request.prompt_token_ids, request.sampling.max_tokens
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
-        if not all(0 <= token < self.vocab_size for token in prompt):
-            raise RequestError(f"prompt token ids must be in [0, {self.vocab_size})", param="prompt")
+        for name, tokens in (
+            ("prompt", prompt),
+            ("prediction", request.prediction_token_ids),
+            ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
+            ("bad_words", [token for word in request.sampling.bad_words for token in word]),
+        ):
+            if not all(0 <= token < self.vocab_size for token in tokens):
+                raise RequestError(f"{name} token ids must be in [0, {self.vocab_size})", param=name)
         if len(prompt) + (wanted or 1) > self.max_model_len:
             asked = f"{len(prompt)} prompt tokens" + (f" and max_tokens {wanted}" if wanted else "")
             raise ContextLengthError(
