@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 __all__ = ["MAX_TREE_NODES", "EngineConfig"]
 
 MAX_TREE_NODES = 64
 """Nodes of a tree with its root: the ancestors of a node fit one 64-bit mask."""
+
+_LOOKUP_NODES = 16
+"""Most nodes where lookup is `on`: a copied passage runs on, and `tree: auto` cuts the chain to what pays."""
 
 
 class EngineConfig(BaseModel):
@@ -26,16 +29,25 @@ class EngineConfig(BaseModel):
         None,
         description="Medusa heads: a .safetensors or .pt file, a folder or hub id that holds one, or 'none'.",
     )
-    tree: int | Literal["off"] | None = Field(
-        None,
-        description="Tree nodes verified per step, root included (2 to 64), or 'off' for plain decoding; "
-        "if unset, 16 with heads and off without.",
+    tree: int | Literal["auto", "off"] = Field(
+        "auto",
+        description="Tree nodes verified per step, root included (2 to 64); 'auto' fits them to the load, "
+        "'off' is plain decoding.",
     )
     tree_file: str | None = Field(
         None, description="JSON list of tree paths, in which every prefix is a tree; a built-in one if unset."
     )
+    lookup: int | Literal["on", "off"] = Field(
+        "on",
+        description="Draft from what a sequence has already said: 'on' (up to 16 nodes), 'off', or the most "
+        "nodes (1 to 63).",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and activations: 'auto' is float32 on CPU, the checkpoint's own on CUDA."
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="'int8': weights in 8 bits per output channel and activations in 8 bits per row (CPU).",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
     max_model_len: int | None = Field(
@@ -51,20 +63,35 @@ class EngineConfig(BaseModel):
         description="Most tokens in one forward pass: prefill chunk, or sequences times tree nodes.",
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens per K/V block.")
+    prefix_caching: bool = Field(
+        True,
+        description="Reuse the K/V of equal prompt prefixes across requests (within equal `cache_salt`).",
+    )
     kv_cache_tokens: int | None = Field(
         None, ge=64, description="K/V pool size in tokens; sized from memory if unset."
+    )
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="K/V pool size in bytes, instead of kv_cache_tokens."
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of GPU memory for weights, activations and the K/V pool."
     )
 
-    @field_validator("tree", mode="before")
+    @field_validator("tree", "lookup", mode="before")
     @classmethod
-    def _tree(cls, value: object) -> object:
+    def _number_or_word(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and value.strip().isdigit():
             value = int(value)
-        if value is False:  # YAML 1.1 reads a bare `off` as false
-            return "off"
-        if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= MAX_TREE_NODES:
-            raise ValueError(f"must be 'off' or a number of nodes from 1 to {MAX_TREE_NODES}")
+        if isinstance(value, bool):  # YAML 1.1 reads a bare `on` or `off` as a truth value
+            value = "on" if value else "off"
+        most = MAX_TREE_NODES if info.field_name == "tree" else MAX_TREE_NODES - 1
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise ValueError(f"must be a word or a number of nodes from 1 to {most}")
         return value
+
+    @property
+    def lookup_nodes(self) -> int:
+        """Most nodes of the lookup branch; 0 is off."""
+        if self.tree in ("off", 1) or self.lookup == "off":
+            return 0
+        return _LOOKUP_NODES if self.lookup == "on" else self.lookup

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from engine.errors import MedusaError
 from engine.loader import Loaded
-from engine.medusa.accept import Accepted, accept_exact
-from engine.medusa.heads import Draft
-from engine.runner import NOT_FINITE, Runner
+from engine.medusa.accept import Accepted, accept
+from engine.medusa.adaptive import AdaptiveTree, FixedTree, LookupRecord
+from engine.medusa.draft import Draft
+from engine.runner import NOT_FINITE, Runner, StepRow, Verified
 from engine.scheduler import Chunk, Scheduler
 from engine.stats import EngineStats
 from engine.types import (
@@ -27,7 +27,9 @@ from engine.types import (
     SequenceState,
     StepTrace,
     TokenDelta,
+    TokenLogprobs,
 )
+from engine.warmup import measure
 
 __all__ = ["Engine"]
 
@@ -49,19 +51,25 @@ class Engine:
         self.stats = EngineStats(kv_blocks_total=loaded.blocks.total, kv_blocks_free=loaded.blocks.total)
         self._eos = frozenset(loaded.generation_defaults.eos_token_ids)
         self._blocks = loaded.blocks
-        self._scheduler = Scheduler(
-            loaded.blocks,
-            max_num_seqs=loaded.info.max_num_seqs,
-            max_step_tokens=loaded.max_step_tokens,
-            tree_size=loaded.info.tree_size,
-        )
         self._runner = Runner(
             loaded.decoder,
             loaded.attention,
             loaded.pool,
-            loaded.drafter,
+            loaded.heads,
+            lookup_size=loaded.info.lookup,
+            eos_token_ids=self._eos,
             max_num_seqs=loaded.info.max_num_seqs,
             max_model_len=loaded.info.max_model_len,
+        )
+        self._lookup = LookupRecord(loaded.info.lookup)
+        self._chooser = self._make_chooser(loaded)
+        self._scheduler = Scheduler(
+            loaded.blocks,
+            max_num_seqs=loaded.info.max_num_seqs,
+            max_step_tokens=loaded.max_step_tokens,
+            chooser=self._chooser,
+            prefix_caching=loaded.prefix_caching,
+            max_tree_nodes=loaded.info.tree_size,
         )
         self._arrivals = 0
 
@@ -74,21 +82,23 @@ class Engine:
 
         An error fails the sequences of the pass it happened in, with a delta that says so, and no others.
         """
-        started = time.monotonic()
         plan = self._scheduler.plan()
         deltas: list[TokenDelta] = []
         for chunk in plan.prefill:
             with self._failing([chunk.sequence], deltas):
                 deltas += self._prefill(chunk)
         if plan.decode:
+            started = time.perf_counter()
             with self._failing(plan.decode, deltas):
                 batch = self._runner.batch(plan.decode)
-                draft = self._runner.draft(batch, plan.tree_size)
+                draft = self._runner.draft(batch)
                 verified = self._runner.forward(batch, draft)
                 targets = self._runner.targets(batch, draft, verified.logits)
-                accepted = accept_exact(draft.tokens, targets, draft.topology)
-                self._runner.compact(batch, verified, accepted)
-                deltas += self._emit(plan.decode, draft, accepted, self._runner.finite(batch), started)
+                accepted = accept(draft.tokens, targets, draft.topology)
+                self._runner.compact(batch, draft, verified, accepted)
+                rows = self._runner.report(batch, accepted)
+                self._learn(plan.decode, rows, time.perf_counter() - started)
+                deltas += self._emit(plan.decode, draft, verified, accepted, rows, started)
         self.stats.num_steps += 1
         self._count()
         return deltas
@@ -130,44 +140,111 @@ class Engine:
         if not self._scheduler.has_work and self._blocks.used:
             raise RuntimeError(f"{self._blocks.used} K/V blocks are owned while nothing runs")
 
+    def _make_chooser(self, loaded: Loaded) -> AdaptiveTree | FixedTree | None:
+        info = loaded.info
+        heads = loaded.heads.tree if loaded.heads is not None else None
+        if info.tree_size == 1:
+            return None
+        if info.tree != "auto":
+            return FixedTree(info.tree_size, heads, info.lookup, loaded.max_step_tokens)
+        times = measure(
+            self._runner,
+            loaded.blocks,
+            heads,
+            max_num_seqs=info.max_num_seqs,
+            max_step_tokens=loaded.max_step_tokens,
+            max_model_len=info.max_model_len,
+        )
+        return AdaptiveTree(times, heads, self._lookup, loaded.max_step_tokens)
+
     def _prefill(self, chunk: Chunk) -> list[TokenDelta]:
         sequence = chunk.sequence
-        first = self._runner.prefill(chunk)
-        if first is not None and sequence.index == 0:  # once a request: not its choices, not a recompute
-            self.stats.prompt_tokens += sequence.num_prompt
+        result = self._runner.prefill(chunk)
         sequence.num_cached = chunk.end
-        if chunk.last:
-            sequence.state = SequenceState.DECODE
-        return [] if first is None else [self._append(sequence, [first])]
-
-    def _emit(
-        self, sequences: list[Sequence], draft: Draft, accepted: Accepted, finite: Tensor, started: float
-    ) -> list[TokenDelta]:
-        """Bring the accepted tokens to the host in one copy and append them to their sequences."""
-        rows = torch.column_stack((finite.long(), accepted.length, accepted.tokens)).tolist()
-        traces = self._trace(sequences, draft, accepted, started)
-        drafted = draft.tokens.shape[1] - 1
+        self._scheduler.publish(sequence)
+        if result is None:
+            return []
+        sequence.state = SequenceState.DECODE
         deltas = []
-        for sequence, (sound, length, *tokens), trace in zip(sequences, rows, traces, strict=True):
-            if not sound:
-                deltas.append(self._fail(sequence, NOT_FINITE))
-                continue
-            sequence.num_cached += length + 1
-            delta = self._append(sequence, tokens[: length + 1])
-            delta.num_steps, delta.trace = 1, trace
-            emitted = len(delta.token_ids)
-            self.stats.acceptance_counts[emitted] += 1
-            if drafted:
-                self.stats.num_drafts += 1
-                self.stats.draft_tokens += drafted
-                self.stats.accepted_tokens += min(length, emitted)
-            deltas.append(delta)
+        if result.first is not None:
+            if sequence.index == 0:  # once a request: not its choices, not a recompute
+                self.stats.prompt_tokens += sequence.num_prompt
+            deltas = [self._append(sequence, [result.first], result.logprobs)]
+            deltas[0].cached_tokens = sequence.num_reused
+            deltas[0].prompt_logprobs = sequence.prompt_logprobs or None
+        self._propose([sequence])
         return deltas
 
-    def _append(self, sequence: Sequence, tokens: list[int]) -> TokenDelta:
+    def _learn(self, sequences: list[Sequence], rows: list[StepRow], seconds: float) -> None:
+        """Let the choice of the tree see what this step took and gave."""
+        for sequence, row in zip(sequences, rows, strict=True):
+            self._lookup.observe(sequence.lookup, row.tokens)
+        if isinstance(self._chooser, AdaptiveTree):
+            self._chooser.observe(sequences, [row.nodes for row in rows], seconds)
+            self.stats.explored_steps = self._chooser.explored_steps
+
+    def _propose(self, sequences: list[Sequence]) -> None:
+        """Look up what may follow in each sequence that goes on."""
+        going = [sequence for sequence in sequences if sequence.slot >= 0]
+        if not going or not self.info.lookup:
+            return
+        for sequence, (chain, kind) in zip(going, self._runner.propose(going), strict=True):
+            self._lookup.propose(sequence.lookup, chain, kind)
+
+    def _emit(
+        self,
+        sequences: list[Sequence],
+        draft: Draft,
+        verified: Verified,
+        accepted: Accepted,
+        rows: list[StepRow],
+        started: float,
+    ) -> list[TokenDelta]:
+        """Append the accepted tokens to their sequences."""
+        traces = self._trace(sequences, draft, accepted, started)
+        self.stats.tree_size = max(sequence.num_nodes for sequence in sequences)
+        self.stats.head_nodes = max(sequence.head_nodes for sequence in sequences)
+        deltas = []
+        for i, (sequence, row, trace) in enumerate(zip(sequences, rows, traces, strict=True)):
+            if not row.sound:
+                deltas.append(self._fail(sequence, NOT_FINITE))
+                continue
+            num_top = sequence.request.sampling.logprobs
+            logprobs = (
+                None if num_top is None else self._runner.logprobs(draft, verified, accepted, i, num_top)
+            )
+            sequence.num_cached += row.length + 1
+            source = _source(sequence, row.last)
+            delta = self._append(sequence, row.tokens, logprobs)
+            delta.num_steps, delta.trace = 1, trace
+            self._count_accepted(sequence, row.length, source, delta)
+            deltas.append(delta)
+            if sequence.state is not SequenceState.FINISHED:
+                self._scheduler.publish(sequence)
+        self._propose(sequences)
+        return deltas
+
+    def _count_accepted(
+        self, sequence: Sequence, length: int, source: DraftSource, delta: TokenDelta
+    ) -> None:
+        emitted = len(delta.token_ids)
+        self.stats.acceptance_counts[emitted] += 1
+        if sequence.num_nodes == 1:
+            return
+        self.stats.num_drafts += 1
+        self.stats.draft_tokens += sequence.num_nodes - 1
+        if used := min(length, emitted):
+            self.stats.accepted_tokens += used
+            self.stats.accepted_by_source[source.value] += used
+            if source is DraftSource.PREDICTION:
+                delta.accepted_prediction_tokens = used
+
+    def _append(
+        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> TokenDelta:
         """Append tokens up to whatever ends the sequence: a stop id inside the run, or its length."""
         sampling = sequence.request.sampling
-        tokens = tokens[: sequence.max_total - len(sequence.token_ids)]
+        tokens = tokens[: sequence.remaining]
         reason, stop_id = None, None
         for count, token in enumerate(tokens, start=1):
             if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
@@ -175,15 +252,16 @@ class Engine:
                 break
         sequence.token_ids += tokens
         self.stats.generation_tokens += len(tokens)
-        if reason is None and len(sequence.token_ids) >= sequence.max_total:
+        if reason is None and sequence.remaining <= 0:
             reason = FinishReason.LENGTH
         delta = self._delta(sequence, tokens) if reason is None else self._end(sequence, reason, tokens)
         delta.stop_token_id = stop_id
+        delta.logprobs = logprobs[: len(tokens)] if logprobs is not None else None
         return delta
 
     def _fail(self, sequence: Sequence, error: str) -> TokenDelta:
-        if sequence.blocks:
-            self._runner.clear(sequence)
+        if sequence.blocks and (own := self._scheduler.forget(sequence)):
+            self._runner.clear(own)
         return self._end(sequence, FinishReason.ERROR, [], error)
 
     def _end(
@@ -222,27 +300,37 @@ class Engine:
     ) -> list[StepTrace | None]:
         if not any(sequence.request.trace for sequence in sequences):
             return [None] * len(sequences)
-        duration_s = time.monotonic() - started
+        duration_s = time.perf_counter() - started
         tokens, parents = draft.tokens.tolist(), draft.topology.parents.tolist()
         paths, lengths, roots = accepted.path.tolist(), accepted.length.tolist(), accepted.next_root.tolist()
-        sources = (DraftSource.ROOT, *[DraftSource.HEAD] * (draft.tokens.shape[1] - 1))
-        return [
-            StepTrace(
-                tokens=tuple(tokens[i]),
-                parents=(-1, *parents[i][1:]),
-                sources=sources,
+        traces: list[StepTrace | None] = []
+        for i, sequence in enumerate(sequences):
+            size = sequence.num_nodes
+            trace = StepTrace(
+                tokens=tuple(tokens[i][:size]),
+                parents=(-1, *parents[i][1:size]),
+                sources=tuple(_source(sequence, node) for node in range(size)),
                 accepted=tuple(paths[i][: lengths[i] + 1]),
                 next_root=roots[i],
                 batch_size=len(sequences),
                 duration_s=duration_s,
             )
-            if sequence.request.trace
-            else None
-            for i, sequence in enumerate(sequences)
-        ]
+            traces.append(trace if sequence.request.trace else None)
+        return traces
 
     def _count(self) -> None:
         stats, scheduler, blocks = self.stats, self._scheduler, self._blocks
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
         stats.preemptions = scheduler.preemptions
+        stats.prefix_query_tokens = scheduler.prefix_query_tokens
+        stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
         stats.kv_blocks_free, stats.kv_blocks_cached = blocks.free, blocks.cached
+
+
+def _source(sequence: Sequence, node: int) -> DraftSource:
+    """What proposed a node of the sequence's tree in this step; call before the next chain is looked up."""
+    if node == 0:
+        return DraftSource.ROOT
+    if node <= sequence.head_nodes:
+        return DraftSource.HEAD
+    return DraftSource.PREDICTION if sequence.lookup.from_prediction else DraftSource.LOOKUP

@@ -14,7 +14,7 @@ from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.errors import ConfigError
-from engine.medusa.heads import Drafter, HeadDrafter, MedusaHeads, load_heads
+from engine.medusa.heads import HeadDrafter, MedusaHeads, load_heads
 from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
@@ -33,9 +33,6 @@ __all__ = ["Loaded", "load"]
 
 log = logging.getLogger(__name__)
 
-_TREE_WITH_HEADS = 16
-"""Tree nodes where heads are given and no size: on a CPU they cost little more than one."""
-
 _CPU_POOL_BYTES = 2 << 30
 """K/V pool on the CPU where no size is given; pages nobody writes cost nothing."""
 
@@ -49,10 +46,11 @@ class Loaded:
     attention: AttentionBackend
     pool: KVPool
     blocks: BlockManager
-    drafter: Drafter | None
+    heads: HeadDrafter | None
     text: TextProcessor
     generation_defaults: GenerationDefaults
     max_step_tokens: int
+    prefix_caching: bool
 
 
 def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
@@ -72,20 +70,20 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             f"max_num_seqs ({config.max_num_seqs}) must not exceed max_step_tokens ({config.max_step_tokens})"
         )
 
-    wanted = config.heads is not None and config.heads != "none"
-    tree_size = _tree_size(config, wanted)
+    _check_tree(config)
     heads = None
-    if wanted and tree_size == 1:
-        log.info("the tree is off, so the heads are not loaded")
-    elif wanted and config.heads is not None:
-        heads = load_heads(
-            config.heads,
-            hidden_size=model_config.hidden_size,
-            vocab_size=model_config.vocab_size,
-            dtype=dtype,
-            device=device,
-        )
-    tree = _tree(config, heads, tree_size) if heads is not None else None
+    if config.heads is not None and config.heads != "none":
+        if config.tree in ("off", 1):
+            log.info("the tree is off, so the heads are not loaded")
+        else:
+            heads = load_heads(
+                config.heads,
+                hidden_size=model_config.hidden_size,
+                vocab_size=model_config.vocab_size,
+                dtype=dtype,
+                device=device,
+            )
+    tree = _tree(config, heads) if heads is not None else None
 
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES).to(device)
     checkpoint = Checkpoint(folder)
@@ -93,6 +91,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     load_weights(
         checkpoint, dict(decoder.named_parameters()), decoder.weight_map(), ignored=ignored, progress=progress
     )
+    if config.quantization == "int8":
+        decoder.quantize()
     decoder.pack()
     drafter = None
     if heads is not None and tree is not None:
@@ -115,11 +115,14 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         num_heads=heads.num_heads if heads is not None else 0,
-        tree_size=tree.size if tree is not None else 1,
+        tree_size=_tree_size(config, tree),
         max_model_len=max_model_len,
         kv_cache_tokens=blocks.total * config.block_size,
         vocab_size=model_config.vocab_size,
         max_num_seqs=config.max_num_seqs,
+        tree=str(config.tree),
+        lookup=config.lookup_nodes,
+        quantization=config.quantization,
     )
     return Loaded(
         info=info,
@@ -127,10 +130,11 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         attention=SdpaAttention(model_config.num_heads // model_config.num_kv_heads),
         pool=pool,
         blocks=blocks,
-        drafter=drafter,
+        heads=drafter,
         text=TextProcessor(load_tokenizer(folder)),
         generation_defaults=load_generation_defaults(folder),
         max_step_tokens=config.max_step_tokens,
+        prefix_caching=config.prefix_caching,
     )
 
 
@@ -165,23 +169,46 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _tree_size(config: EngineConfig, heads: bool) -> int:
-    """Nodes per sequence and step, root counted."""
-    size = config.tree if config.tree is not None else (_TREE_WITH_HEADS if heads else "off")
-    nodes = 1 if size == "off" else size
-    if nodes > 1 and not heads:
-        raise ConfigError(f"tree {nodes} needs Medusa heads; pass --heads PATH, or --tree off")
-    if nodes == 1 and config.tree_file:
+def _check_tree(config: EngineConfig) -> None:
+    with_heads = config.heads is not None and config.heads != "none"
+    off = config.tree in ("off", 1)
+    if off and config.tree_file:
         raise ConfigError(
             "tree_file has no effect while the tree is off; leave it out, or set heads and tree"
         )
-    return nodes
+    if off and isinstance(config.lookup, int):
+        raise ConfigError("lookup has no effect while the tree is off; leave it out, or set tree to auto")
+    if config.tree_file and not with_heads:
+        raise ConfigError("tree_file needs Medusa heads; pass --heads PATH")
+    if isinstance(config.tree, int) and not off and not with_heads:
+        if not config.lookup_nodes:
+            raise ConfigError(
+                f"tree {config.tree} needs Medusa heads or the lookup branch; pass --heads PATH, "
+                "--lookup on, or --tree off"
+            )
+        if config.tree - 1 > config.lookup_nodes:
+            raise ConfigError(
+                f"tree {config.tree} without heads is a lookup chain of {config.tree - 1} nodes, and lookup "
+                f"allows {config.lookup_nodes}; pass --lookup {config.tree - 1}, or --tree auto"
+            )
 
 
-def _tree(config: EngineConfig, heads: MedusaHeads, size: int) -> Tree:
+def _tree(config: EngineConfig, heads: MedusaHeads) -> Tree:
     tree = Tree.load(Path(config.tree_file)) if config.tree_file else default_tree(heads.num_heads)
-    # A size nobody asked for must not fail on few heads or a small file.
-    return tree.prefix(size if config.tree is not None else min(size, tree.size))
+    if config.tree == "auto":
+        return tree
+    assert isinstance(config.tree, int)
+    nodes = config.tree - min(config.lookup_nodes, (config.tree - 1) // 3)
+    return tree.prefix(nodes)
+
+
+def _tree_size(config: EngineConfig, heads: Tree | None) -> int:
+    """Most nodes per sequence and step, root counted."""
+    if config.tree == "off":
+        return 1
+    if isinstance(config.tree, int):
+        return config.tree
+    return min(MAX_TREE_NODES, (heads.size if heads is not None else 1) + config.lookup_nodes)
 
 
 def _num_blocks(
@@ -192,8 +219,12 @@ def _num_blocks(
         2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * config.block_size
     )
     one_sequence = -(-(max_model_len + MAX_TREE_NODES) // config.block_size)
+    if config.kv_cache_tokens is not None and config.kv_cache_bytes is not None:
+        raise ConfigError("give either kv_cache_tokens or kv_cache_bytes")
     if config.kv_cache_tokens is not None:
         num_blocks = config.kv_cache_tokens // config.block_size
+    elif config.kv_cache_bytes is not None:
+        num_blocks = config.kv_cache_bytes // block_bytes
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # Logits of a full step in the model's dtype and, for the draw, a few copies in float32.
@@ -214,7 +245,8 @@ def _num_blocks(
         have, need = max(0, num_blocks) * config.block_size, one_sequence * config.block_size
         raise ConfigError(
             f"the K/V pool would hold {have} tokens and one sequence of max_model_len {max_model_len} with "
-            f"its tree needs {need}; lower max_model_len, or raise kv_cache_tokens or gpu_memory_utilization"
+            f"its tree needs {need}; lower max_model_len, or raise kv_cache_tokens (or kv_cache_bytes, or "
+            "gpu_memory_utilization)"
         )
     return num_blocks + 1
 

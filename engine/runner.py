@@ -11,28 +11,38 @@ from engine.attention.base import AttentionBackend, AttentionInput
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import StepError
+from engine.logprobs import token_logprobs
 from engine.medusa.accept import Accepted
-from engine.medusa.heads import Draft, Drafter
-from engine.medusa.tree import Tree
+from engine.medusa.draft import Draft, Drafter
+from engine.medusa.heads import HeadDrafter
+from engine.medusa.lookup import Lookup, Proposal
 from engine.model.decoder import Decoder
-from engine.sampler import SamplingRows, draw, draw_tree
+from engine.sampler import Targets, draw, verify
+from engine.sampling_slots import SamplingSlots
 from engine.scheduler import Chunk
-from engine.types import Sequence
+from engine.types import Sequence, TokenLogprobs
 
-__all__ = ["NOT_FINITE", "Batch", "Runner", "Verified"]
+__all__ = ["NOT_FINITE", "Batch", "Prefilled", "Runner", "StepRow", "Verified"]
 
 NOT_FINITE = "the model computed values that are not finite; a wider dtype may help"
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The sequences of one decode step: their slots [B] int64, lengths [B] int64, and host knowledge."""
+    """The sequences of one decode step, their slots [B] int64 and lengths [B] int64."""
 
+    sequences: list[Sequence]
     slots: Tensor
     lengths: Tensor
     max_length: int
-    all_greedy: bool
-    truncates: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What the last chunk of a prompt gave: the first token, unless it was drawn before preemption."""
+
+    first: int | None
+    logprobs: list[TokenLogprobs] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +50,8 @@ class Verified:
     """What the forward pass over the trees gave.
 
     Args:
-        hidden: [B, N, hidden], after the final norm.
-        logits: [B, N, vocab] float32.
+        hidden: [T, hidden], after the final norm, of the T valid nodes.
+        logits: [T, vocab] float32.
         rows: [B, N] int64, flat pool rows of the nodes.
     """
 
@@ -50,12 +60,42 @@ class Verified:
     rows: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One sequence's share of a step, on the host.
+
+    Args:
+        sound: the carried hidden state has no NaN or infinity. One that is not finite spreads to all
+            later rows of its sequence, this one included.
+        length: accepted nodes without the root.
+        last: node at the accepted path's end.
+        nodes: bit mask of the nodes that matched together with all their ancestors, root bit 0.
+        tokens: what is emitted, length + 1 of them.
+    """
+
+    sound: bool
+    length: int
+    last: int
+    nodes: int
+    tokens: list[int]
+
+
 class Runner:
     """Holds every per-request device tensor, each allocated once with a row per slot.
 
     Carried from step to step for each running sequence: the root (drawn, not yet in the cache), the
-    hidden state it was drawn from, the number of rows in the cache, and the output position of the
-    next draw.
+    hidden state it was drawn from, the number of rows in the cache, what draws depend on
+    (`SamplingSlots`), and the history that the lookup branch searches.
+
+    Args:
+        decoder: the model.
+        attention: its backend.
+        pool: K/V memory.
+        heads: the heads' branch; None without heads.
+        lookup_size: most nodes of the lookup branch; 0 without.
+        eos_token_ids: the model's own.
+        max_num_seqs: slots.
+        max_model_len: longest sequence.
     """
 
     def __init__(
@@ -63,15 +103,17 @@ class Runner:
         decoder: Decoder,
         attention: AttentionBackend,
         pool: KVPool,
-        drafter: Drafter | None,
+        heads: HeadDrafter | None,
         *,
+        lookup_size: int,
+        eos_token_ids: frozenset[int],
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
-        self._decoder, self._attention, self._pool, self._drafter = decoder, attention, pool, drafter
+        self._decoder, self._attention, self._pool = decoder, attention, pool
         self._device = pool.device
-        self._chain = Tree(()).topology(self._device)
-        max_blocks = -(-(max_model_len + MAX_TREE_NODES) // pool.block_size)
+        self._drafter = Drafter(heads, self._device)
+        self._table_length = -(-(max_model_len + MAX_TREE_NODES) // pool.block_size)
 
         def slots(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(max_num_seqs, *shape, dtype=dtype, device=self._device)
@@ -79,26 +121,34 @@ class Runner:
         self._root = slots(torch.int64)
         self._hidden = slots(pool.dtype, decoder.config.hidden_size)
         self._lengths = slots(torch.int64)
-        self._tables = slots(torch.int64, max_blocks)
+        self._tables = slots(torch.int64, self._table_length)
         self._table_lengths = [0] * max_num_seqs
-        self._position = slots(torch.int64)
-        self._seed = slots(torch.int64)
-        self._choice = slots(torch.int64)
-        self._temperature = slots(torch.float32)
-        self._top_p = slots(torch.float32)
-        self._top_k = slots(torch.int64)
-        self._min_p = slots(torch.float32)
+        self._sampling = SamplingSlots(
+            max_num_seqs=max_num_seqs,
+            vocab_size=decoder.config.vocab_size,
+            eos_token_ids=eos_token_ids,
+            device=self._device,
+        )
+        self._lookup = (
+            Lookup(
+                size=lookup_size,
+                max_num_seqs=max_num_seqs,
+                max_tokens=max_model_len + MAX_TREE_NODES + 1,
+                device=self._device,
+            )
+            if lookup_size
+            else None
+        )
 
     @torch.inference_mode()
-    def prefill(self, chunk: Chunk) -> int | None:
+    def prefill(self, chunk: Chunk) -> Prefilled | None:
         """Compute the K/V of a chunk; after the last chunk of a new sequence, draw its first token.
 
         Returns:
-            The first token, or None where the chunk is not the last or the root was drawn before
-            (recompute after preemption).
+            None where the chunk is not the last.
         """
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
-        if start == 0:
+        if chunk.first:
             self._admit(sequence)
         self._sync_table(sequence)
         size = end - start
@@ -112,45 +162,60 @@ class Runner:
         hidden = self._decoder(tokens, positions, self._attention)
         if not hidden[-1].isfinite().all():
             raise StepError(NOT_FINITE)
+        self._prompt_logprobs(chunk, hidden)
         if not chunk.last:
             return None
-        first = None
-        if sequence.num_output == 0:
-            sampling = sequence.request.sampling
-            rows = self._sampling(slot, all_greedy=sampling.greedy, truncates=sampling.truncates)
-            root = draw(self._decoder.logits(hidden[-1:]), rows)
-            first = int(root.item())
-        self._root[sequence.slot] = sequence.token_ids[-1] if first is None else first
+        first, logprobs = None, None
+        self._root[sequence.slot] = sequence.token_ids[-1]
         self._hidden[sequence.slot] = hidden[-1]
         self._lengths[sequence.slot] = end
-        self._position[sequence.slot] = max(1, sequence.num_output)
-        return first
+        if sequence.num_output == 0:
+            logits = self._decoder.logits(hidden[-1:])
+            root = draw(logits, self._sampling.rows(slot, [sequence]))
+            first = int(root.item())
+            if (num_top := sequence.request.sampling.logprobs) is not None:
+                logprobs = token_logprobs(logits, root, num_top)
+            self._root[sequence.slot] = first
+            one = torch.ones_like(slot)
+            self._sampling.advance(slot, root.unsqueeze(1), one)
+            if self._lookup is not None:
+                self._lookup.append(slot, lengths + size, root.unsqueeze(1), one)
+        return Prefilled(first, logprobs)
 
-    def clear(self, sequence: Sequence) -> None:
+    def clear(self, blocks: list[int]) -> None:
         """Zero the K/V of a failed sequence: a NaN left behind would spread to the blocks' next owner."""
-        self._pool.clear(torch.tensor(sequence.blocks, dtype=torch.int64, device=self._device))
+        self._pool.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The decode batch of `sequences`, their block tables brought up to date."""
         for sequence in sequences:
             self._sync_table(sequence)
         slots = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
-        sampling = [sequence.request.sampling for sequence in sequences]
         return Batch(
+            sequences=sequences,
             slots=slots,
             lengths=self._lengths[slots],
             max_length=max(sequence.num_cached for sequence in sequences),
-            all_greedy=all(s.greedy for s in sampling),
-            truncates=any(s.truncates for s in sampling),
         )
 
+    def place(self, sequences: list[Sequence]) -> Batch:
+        """A decode batch of sequences that were never prefilled, for measuring: their K/V mean nothing."""
+        for sequence in sequences:
+            self._admit(sequence)
+            self._root[sequence.slot] = sequence.token_ids[-1]
+            self._lengths[sequence.slot] = sequence.num_cached
+        return self.batch(sequences)
+
     @torch.inference_mode()
-    def draft(self, batch: Batch, size: int) -> Draft:
-        """Candidates for the next tokens: trees of `size` nodes, root first; 1 is plain decoding."""
-        root = self._root[batch.slots]
-        if size == 1 or self._drafter is None:
-            return Draft(root.unsqueeze(1), self._chain.expand(len(root)))
-        return self._drafter.draft(root, self._hidden[batch.slots], size)
+    def draft(self, batch: Batch) -> Draft:
+        """Candidates for the next tokens: each sequence's tree of `num_nodes` nodes; 1 is plain decoding."""
+        return self._drafter.draft(
+            root=self._root[batch.slots],
+            hidden=self._hidden[batch.slots],
+            chain=self._lookup.tokens[batch.slots] if self._lookup is not None else None,
+            head_nodes=[sequence.head_nodes for sequence in batch.sequences],
+            lookup_nodes=[sequence.lookup_nodes for sequence in batch.sequences],
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch, draft: Draft) -> Verified:
@@ -158,29 +223,21 @@ class Runner:
         topology = draft.topology
         max_length = batch.max_length + draft.tokens.shape[1]
         attention_input = self._attention_input(
-            batch.slots, batch.lengths, topology.visible(), max_length=max_length
+            batch.slots, batch.lengths, topology.visible(), max_length=max_length, index=draft.index
         )
         self._attention.plan(attention_input, self._pool)
-        positions = (batch.lengths.unsqueeze(1) + topology.depths).flatten()
-        hidden = self._decoder(draft.tokens.flatten(), positions, self._attention)
-        hidden = hidden.view(*draft.tokens.shape, -1)
+        positions = draft.rows(batch.lengths.unsqueeze(1) + topology.depths)
+        hidden = self._decoder(draft.rows(draft.tokens), positions, self._attention)
         return Verified(hidden=hidden, logits=self._decoder.logits(hidden), rows=attention_input.rows)
 
     @torch.inference_mode()
-    def targets(self, batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
-        """[B, N] int64: the model's own draw at each node."""
-        rows = self._sampling(batch.slots, all_greedy=batch.all_greedy, truncates=batch.truncates)
-        return draw_tree(logits, draft.tokens, draft.topology, rows)
-
-    def finite(self, batch: Batch) -> Tensor:
-        """[B] bool: the carried hidden state has no NaN or infinity, so the last pass was sound.
-
-        A value that is not finite spreads to all later rows of its sequence, this one included.
-        """
-        return self._hidden[batch.slots].isfinite().all(1)
+    def targets(self, batch: Batch, draft: Draft, logits: Tensor) -> Targets:
+        """The model's own draw at each node, and which nodes may follow their parents."""
+        rows = self._sampling.rows(batch.slots, batch.sequences)
+        return verify(logits, draft.row_of, draft.tokens, draft.topology, rows)
 
     @torch.inference_mode()
-    def compact(self, batch: Batch, verified: Verified, accepted: Accepted) -> None:
+    def compact(self, batch: Batch, draft: Draft, verified: Verified, accepted: Accepted) -> None:
         """Move accepted K/V rows behind the prefix and carry the state over to the next step."""
         depth = torch.arange(accepted.path.shape[1], device=self._device)
         if len(depth) > 1:
@@ -189,48 +246,96 @@ class Runner:
             source_rows = verified.rows.gather(1, accepted.path)
             target_rows = verified.rows.gather(1, target)
             self._pool.move(source_rows[:, 1:].flatten(), target_rows[:, 1:].flatten())
-        batch_index = torch.arange(len(batch.slots), device=self._device)
+        last_row = draft.row_of.gather(1, accepted.last.unsqueeze(1)).squeeze(1)
         advance = accepted.length + 1
         self._root[batch.slots] = accepted.next_root
-        self._hidden[batch.slots] = verified.hidden[batch_index, accepted.last]
+        self._hidden[batch.slots] = verified.hidden[last_row]
         self._lengths[batch.slots] = batch.lengths + advance
-        self._position[batch.slots] += advance
+        self._sampling.advance(batch.slots, accepted.tokens, advance)
+        if self._lookup is not None:
+            self._lookup.append(batch.slots, batch.lengths + 1, accepted.tokens, advance)
+
+    @torch.inference_mode()
+    def report(self, batch: Batch, accepted: Accepted) -> list[StepRow]:
+        """The step's results on the host, in one copy."""
+        finite = self._hidden[batch.slots].isfinite().all(1)
+        columns = (finite.long(), accepted.length, accepted.last, accepted.nodes, accepted.tokens)
+        rows = torch.column_stack(columns).tolist()
+        return [
+            StepRow(bool(sound), length, last, nodes, tokens[: length + 1])
+            for sound, length, last, nodes, *tokens in rows
+        ]
+
+    @torch.inference_mode()
+    def propose(self, sequences: list[Sequence]) -> list[tuple[list[int], int]]:
+        """The lookup chain of each sequence's next step, and the kind of its match."""
+        if self._lookup is None:
+            raise ValueError("there is no lookup")
+        slots = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
+        proposal: Proposal = self._lookup.propose(
+            slots,
+            self._lengths[slots],
+            max_length=max(sequence.num_cached for sequence in sequences),
+            predicted=any(sequence.request.prediction_token_ids for sequence in sequences),
+        )
+        rows = torch.column_stack((proposal.kind, proposal.count, proposal.tokens)).tolist()
+        return [(chain[:count], kind) for kind, count, *chain in rows]
+
+    @torch.inference_mode()
+    def logprobs(
+        self, draft: Draft, verified: Verified, accepted: Accepted, row: int, num_top: int
+    ) -> list[TokenLogprobs]:
+        """Raw log-probabilities of what sequence `row` of the batch emits in this step."""
+        count = int(accepted.length[row]) + 1
+        nodes = draft.row_of[row].index_select(0, accepted.path[row, :count])
+        return token_logprobs(verified.logits[nodes], accepted.tokens[row, :count], num_top)
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Append those of the prompt tokens that this chunk's rows predict."""
+        sequence, start = chunk.sequence, chunk.start
+        num_top = sequence.request.sampling.prompt_logprobs
+        if num_top is None or sequence.index != 0 or sequence.num_output:
+            return
+        if start == 0:
+            sequence.prompt_logprobs = [None]
+        follows = sequence.token_ids[start + 1 : min(chunk.end + 1, sequence.num_prompt)]
+        for offset in range(0, len(follows), MAX_TREE_NODES):
+            part = follows[offset : offset + MAX_TREE_NODES]
+            logits = self._decoder.logits(hidden[offset : offset + len(part)])
+            sequence.prompt_logprobs += token_logprobs(
+                logits, torch.tensor(part, device=self._device), num_top
+            )
 
     def _attention_input(
-        self, slots: Tensor, lengths: Tensor, visible: Tensor, *, max_length: int
+        self,
+        slots: Tensor,
+        lengths: Tensor,
+        visible: Tensor,
+        *,
+        max_length: int,
+        index: Tensor | None = None,
     ) -> AttentionInput:
         tables = self._tables[slots]
         row = lengths.unsqueeze(1) + torch.arange(visible.shape[1], device=self._device)
         block_size = self._pool.block_size
-        rows = tables.gather(1, row // block_size) * block_size + row % block_size
+        # A node that is not valid may lie past the sequence's last block; it is never written.
+        block = (row // block_size).clamp(max=self._table_length - 1)
+        rows = tables.gather(1, block) * block_size + row % block_size
         return AttentionInput(
-            block_tables=tables, lengths=lengths, rows=rows, visible=visible, max_length=max_length
-        )
-
-    def _sampling(self, slots: Tensor, *, all_greedy: bool, truncates: bool) -> SamplingRows:
-        return SamplingRows(
-            temperature=self._temperature[slots],
-            top_p=self._top_p[slots],
-            top_k=self._top_k[slots],
-            min_p=self._min_p[slots],
-            seed=self._seed[slots],
-            choice=self._choice[slots],
-            position=self._position[slots],
-            all_greedy=all_greedy,
-            truncates=truncates,
+            block_tables=tables,
+            lengths=lengths,
+            rows=rows,
+            visible=visible,
+            max_length=max_length,
+            index=index,
         )
 
     def _admit(self, sequence: Sequence) -> None:
-        """Write the slot's constants."""
-        slot, sampling = sequence.slot, sequence.request.sampling
-        self._temperature[slot] = sampling.temperature
-        self._top_p[slot] = sampling.top_p
-        self._top_k[slot] = min(sampling.top_k, self._decoder.config.vocab_size)
-        self._min_p[slot] = sampling.min_p
-        self._seed[slot] = sequence.seed
-        self._choice[slot] = sequence.index
-        self._position[slot] = sequence.num_output
-        self._table_lengths[slot] = 0
+        """Write what the slot holds from here to the sequence's end."""
+        self._sampling.admit(sequence)
+        if self._lookup is not None:
+            self._lookup.admit(sequence)
+        self._table_lengths[sequence.slot] = 0
 
     def _sync_table(self, sequence: Sequence) -> None:
         """Append blocks the scheduler has added since the last step to the slot's block table."""

@@ -1,4 +1,8 @@
-"""Drawing tokens: temperature, min-p, top-k, top-p, and seeds that do not depend on batch or tree."""
+"""Drawing tokens: temperature, min-p, top-k, top-p, and seeds that do not depend on batch or tree.
+
+A draw is a function of the seed, the choice, the output position and the adjusted distribution. A tree
+node's is that of its path's, so what is drawn does not depend on what was drafted.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from engine.adjust import Adjustment
+from engine.medusa.accept import Targets
 from engine.medusa.tree import Topology
 
-__all__ = ["SamplingRows", "draw", "draw_tree", "uniform"]
+__all__ = [
+    "Adjusting",
+    "SamplingRows",
+    "Targets",
+    "TypicalRows",
+    "draw",
+    "draw_tree",
+    "uniform",
+    "verify",
+]
 
 _NUCLEUS_CANDIDATES = 256
 """Tokens looked at before a whole row is sorted for top-p; sorting 49k floats costs 26 ms a row on a
@@ -17,6 +32,35 @@ CPU, the best 256 of them 0.1 ms, and the nucleus of a language model is nearly 
 
 
 _LEAST_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class TypicalRows:
+    """Which of R rows accept typically, and their thresholds (see `MedusaParams`).
+
+    Args:
+        asked: [R] bool; a greedy row is exact all the same.
+        epsilon: [R] float32.
+        delta: [R] float32.
+    """
+
+    asked: Tensor
+    epsilon: Tensor
+    delta: Tensor
+
+    def select(self, rows: Tensor) -> TypicalRows:
+        return TypicalRows(self.asked[rows], self.epsilon[rows], self.delta[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Adjusting:
+    """What adjusts the logits of R rows: their slots [R] int64, and what some of them use, in order."""
+
+    slots: Tensor
+    adjustments: tuple[Adjustment, ...]
+
+    def select(self, rows: Tensor) -> Adjusting:
+        return Adjusting(self.slots[rows], self.adjustments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +77,8 @@ class SamplingRows:
         position: int64, output position of the draw, from 0.
         all_greedy: every row has temperature 0.
         truncates: some row has top_p, top_k or min_p set.
+        typical: None where no row accepts typically.
+        adjusting: None where no row's logits are adjusted.
     """
 
     temperature: Tensor
@@ -44,6 +90,8 @@ class SamplingRows:
     position: Tensor
     all_greedy: bool
     truncates: bool
+    typical: TypicalRows | None = None
+    adjusting: Adjusting | None = None
 
     def select(self, rows: Tensor) -> SamplingRows:
         """Rows [n] (int64) of it."""
@@ -56,7 +104,15 @@ class SamplingRows:
             seed=self.seed[rows],
             choice=self.choice[rows],
             position=self.position[rows],
+            typical=self.typical.select(rows) if self.typical else None,
+            adjusting=self.adjusting.select(rows) if self.adjusting else None,
         )
+
+    def adjust_(self, logits: Tensor, path: Tensor) -> None:
+        """Adjust logits [R, vocab] in place; path [R, d] int64 is drafted and stands before the draw."""
+        if self.adjusting is not None:
+            for adjustment in self.adjusting.adjustments:
+                adjustment.apply_(logits, self.adjusting.slots, self.position, path)
 
 
 def uniform(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
@@ -85,28 +141,39 @@ def draw(logits: Tensor, rows: SamplingRows) -> Tensor:
     logits moves a boundary by as little and does not reorder the tokens.
 
     Args:
-        logits: [R, vocab] float32.
+        logits: [R, vocab] float32, raw; left as they are.
         rows: their parameters.
 
     Returns:
         [R] int64.
     """
+    if rows.adjusting is not None:
+        logits = logits.clone()
+        rows.adjust_(logits, rows.position.new_empty(len(logits), 0))
     greedy = logits.argmax(-1)
-    if rows.all_greedy:
-        return greedy
+    return greedy if rows.all_greedy else _pick(_probabilities(logits, rows), greedy, rows)
+
+
+def _probabilities(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """[R, vocab] float32: what adjusted logits leave after temperature and truncation."""
     # Greedy rows pass through the arithmetic and are replaced at the end. The best logit is moved to 0, so
     # that no temperature can overflow it; below the bound only the best tokens keep any mass.
     temperature = rows.temperature.clamp(min=_LEAST_TEMPERATURE).unsqueeze(1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if rows.truncates:
         scaled = _truncate(scaled, rows)
-    cumulative = scaled.softmax(-1).cumsum(-1)
+    return scaled.softmax(-1)
+
+
+def _pick(p: Tensor, greedy: Tensor, rows: SamplingRows) -> Tensor:
+    """[R] int64: the token where each row's number falls in p [R, vocab], or `greedy` [R]."""
+    cumulative = p.cumsum(-1)
     total = cumulative[:, -1:]
     point = uniform(rows.seed, rows.choice, rows.position).unsqueeze(1) * total
     # Rounding may lift the point to the total itself, past every token.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     # NaN logits compare as past the end; the runner finds them, but an id must exist until then.
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=p.shape[-1] - 1)
     return torch.where(rows.temperature > 0, drawn, greedy)
 
 
@@ -135,36 +202,76 @@ def _truncate(logits: Tensor, rows: SamplingRows) -> Tensor:
     return logits.masked_fill(logits < cut, float("-inf"))
 
 
-def draw_tree(logits: Tensor, tokens: Tensor, topology: Topology, rows: SamplingRows) -> Tensor:
-    """The target of each node: one draw per node from the model's distribution there.
+def verify(logits: Tensor, row_of: Tensor, tokens: Tensor, topology: Topology, rows: SamplingRows) -> Targets:
+    """Draw at the nodes, and say which of them may follow their parents.
 
     The draw at a node of depth d is that of output position `rows.position + d`, the same at every
-    node of that depth. Nodes that no draw can reach are not drawn (their target is -1): a draw reads
-    the whole vocabulary, and all but a few nodes of a tree are off the accepted path.
+    node of that depth. Nodes that nothing can reach are not drawn: a draw reads the whole vocabulary,
+    and all but a few nodes of a tree are off the accepted path. Only rows of reached nodes are copied.
+
+    An exact row's child may follow where it is the draw at its parent. A typical row's may follow where
+    p(child) > min(epsilon, delta * exp(-H)) (Cai et al. 2024, section 2.3.1), with p and its entropy H
+    those of the parent's adjusted, tempered, truncated and renormalised distribution.
 
     Args:
-        logits: [B, N, vocab] float32.
+        logits: [T, vocab] float32, raw, of the nodes that were computed; left as they are.
+        row_of: [B, N] int64, the row of each valid node; any row for the others.
         tokens: [B, N] int64, node tokens.
         topology: the trees.
-        rows: parameters of the B sequences; `position` is the root's.
-
-    Returns:
-        [B, N] int64.
+        rows: parameters of the B sequences; `position` is that of the draw at the root.
     """
-    if rows.all_greedy:
-        return logits.argmax(-1)
-    batch, size = tokens.shape
-    targets = torch.full_like(tokens, -1)
-    flat_logits, flat_targets = logits.view(batch * size, -1), targets.view(-1)
-    reached = torch.zeros_like(tokens, dtype=torch.bool)
+    parents, depths, valid = topology.parents, topology.depths, topology.valid
+    if rows.all_greedy and rows.adjusting is None:
+        drawn = torch.where(valid, logits.argmax(-1)[row_of], -1)
+        matched = valid & (tokens == drawn.gather(1, parents))
+        matched[:, 0] = True
+        return Targets(tokens=drawn, matched=matched)
+
+    size = tokens.shape[1]
+    drawn = torch.full_like(tokens, -1)
+    reached = torch.zeros_like(valid)
     reached[:, 0] = True
+    log_p = tokens.new_zeros(tokens.shape, dtype=torch.float32) if rows.typical else None
+    # Where a node stands among the reached ones of its depth; only read for those.
+    place = torch.zeros_like(tokens)
+    path = tokens.new_empty(len(tokens), 0)
     for depth in range(topology.max_depth + 1):
-        frontier = (reached & (topology.depths == depth)).view(-1).nonzero().squeeze(1)
+        frontier = (reached & (depths == depth)).view(-1).nonzero().squeeze(1)
         if not len(frontier):
             break
-        node_rows = rows.select(frontier // size)
-        node_rows = replace(node_rows, position=node_rows.position + depth)
-        flat_targets[frontier] = draw(flat_logits[frontier], node_rows)
-        matches = tokens == targets.gather(1, topology.parents)
-        reached |= topology.valid & matches & reached.gather(1, topology.parents)
-    return targets
+        if depth and rows.adjusting is not None:
+            before = path[place.gather(1, parents).view(-1)[frontier]]
+            path = torch.cat([before, tokens.view(-1)[frontier].unsqueeze(1)], dim=1)
+        place.view(-1)[frontier] = torch.arange(len(frontier), device=frontier.device)
+
+        at = rows.select(frontier // size)
+        at = replace(at, position=at.position + depth)
+        own = logits[row_of.reshape(-1)[frontier]]
+        at.adjust_(own, path)
+        greedy, p = own.argmax(-1), None
+        if not rows.all_greedy:
+            p = _probabilities(own, at)
+        drawn.view(-1)[frontier] = greedy if p is None else _pick(p, greedy, at)
+
+        follows = tokens == drawn.gather(1, parents)
+        children = valid & (depths == depth + 1) & reached.gather(1, parents)
+        if log_p is not None and p is not None and at.typical is not None:
+            parent = place.gather(1, parents) * children  # of no child: any row
+            child_p = p[parent, tokens * children]
+            typical = (at.typical.asked & (at.temperature > 0))[parent]
+            follows = torch.where(typical, child_p > _threshold(p, at.typical)[parent], follows)
+            log_p = torch.where(children & follows & typical, child_p.log(), log_p)
+        reached |= children & follows
+    return Targets(tokens=drawn, matched=reached, log_p=log_p)
+
+
+def _threshold(p: Tensor, typical: TypicalRows) -> Tensor:
+    """[R] float32: what a child must exceed to be typical of p [R, vocab]."""
+    entropy = torch.special.entr(p).sum(-1)
+    return torch.minimum(typical.epsilon, typical.delta * torch.exp(-entropy))
+
+
+def draw_tree(logits: Tensor, tokens: Tensor, topology: Topology, rows: SamplingRows) -> Tensor:
+    """`verify(...).tokens` where logits [B, N, vocab] hold a row for every node, valid or not."""
+    row_of = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+    return verify(logits.flatten(0, 1), row_of, tokens, topology, rows).tokens

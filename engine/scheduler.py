@@ -2,60 +2,116 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.cache.blocks import BlockManager
-from engine.types import Sequence, SequenceState
+from engine.cache.prefix import PrefixCache, PrivateRoot
+from engine.types import Request, Sequence, SequenceState
 
-__all__ = ["Chunk", "Plan", "Scheduler"]
+__all__ = ["Chunk", "Plan", "Scheduler", "TreeChooser"]
+
+
+class TreeChooser(Protocol):
+    """Decides how many nodes each sequence of a decode step verifies."""
+
+    def choose(self, sequences: list[Sequence]) -> None:
+        """Set `head_nodes` and `lookup_nodes` of every sequence.
+
+        The nodes of all, roots counted, stay within the scheduler's `max_step_tokens`, those of one
+        within its `max_tree_nodes`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start .. end-1 of a sequence to prefill; `last` where these complete it."""
+    """Tokens start .. end-1 of a sequence to prefill.
+
+    Args:
+        first: the sequence begins with this chunk, anew or again after preemption; `start` is above 0
+            where the K/V of an equal prefix is reused.
+        last: this chunk completes the prefill.
+    """
 
     sequence: Sequence
     start: int
     end: int
     last: bool
+    first: bool
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step: prefill chunks, each its own pass, then one decode pass over `tree_size` nodes a sequence."""
+    """One step: prefill chunks, each its own pass, then one decode pass over `num_nodes` each."""
 
     prefill: list[Chunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
-    tree_size: int = 1
+
+
+@dataclass(slots=True)
+class _Chain:
+    """How far a sequence's blocks are published.
+
+    Args:
+        root: where its chain begins; sequences share blocks within equal roots only.
+        before: what the next block stands after.
+        blocks: leading blocks that are published, or whose content another sequence has published.
+        fresh: not admitted yet.
+    """
+
+    root: Hashable
+    before: Hashable
+    blocks: int = 0
+    fresh: bool = True
 
 
 class Scheduler:
-    """First come, first served, with preemption by recompute when the pool runs dry.
+    """First come, first served, with prefix reuse, and preemption by recompute when the pool runs dry.
 
-    A sequence holds a slot and blocks from admission to its end. When a running sequence needs a
-    block and none is free, the latest arrival gives up all of its own and waits at the head of the
-    queue; it keeps its emitted tokens and its drawn root, so its text does not change. The earliest
-    arrival is never the victim of another and always fits alone, so something always advances.
+    A sequence holds a slot and blocks from admission to its end. It begins with the blocks that others
+    have published for the same first tokens, and prefills the rest. A choice waits, and others may pass
+    it, while another choice of its request still prefills what it can reuse.
+
+    When a running sequence needs a block and none is free or cached, it gives up its tree for this
+    step. If that is not enough the latest arrival gives up all of its blocks and waits, keeping its
+    emitted tokens and its drawn root, so its text does not change. The earliest arrival is never the
+    victim of another and always fits alone, so something always advances.
 
     Args:
         blocks: the pool's books.
-        max_num_seqs: slots.
-        max_step_tokens: bound on prefill tokens a step, and on sequences times nodes.
-        tree_size: nodes a sequence, root counted; 1 is plain decoding.
+        max_num_seqs: slots; no more than `max_step_tokens` are used.
+        max_step_tokens: bound on prefill tokens a step, and on the nodes of a decode step.
+        chooser: sets the trees; None is plain decoding.
+        prefix_caching: reuse across requests; without it only the choices of one request share, and a
+            preempted sequence finds what is left of its own.
+        max_tree_nodes: most nodes of one sequence, root counted.
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_step_tokens: int, tree_size: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        chooser: TreeChooser | None = None,
+        prefix_caching: bool = True,
+        max_tree_nodes: int = 1,
     ) -> None:
         self._blocks = blocks
+        self._cache = PrefixCache(blocks)
         self._max_step_tokens = max_step_tokens
-        self._tree_size = tree_size
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self._chooser = chooser
+        self._prefix_caching = prefix_caching
+        self._max_tree_nodes = max_tree_nodes
+        self._free_slots = list(range(min(max_num_seqs, max_step_tokens) - 1, -1, -1))
+        self._chains: dict[Sequence, _Chain] = {}
+        self.waiting: deque[Sequence] = deque()  # by arrival
+        self.running: list[Sequence] = []  # by admission
         self.preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -66,6 +122,8 @@ class Scheduler:
         yield from self.waiting
 
     def add(self, sequence: Sequence) -> None:
+        root = self._root(sequence.request)
+        self._chains[sequence] = _Chain(root, root)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -75,50 +133,159 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self.waiting.remove(sequence)
+        del self._chains[sequence]
         sequence.state = SequenceState.FINISHED
 
     def plan(self) -> Plan:
-        """Choose the next step's work and reserve its blocks."""
+        """Choose the next step's work and reserve its blocks.
+
+        Raises:
+            RuntimeError: the chooser broke its promise.
+        """
         plan = Plan()
         self._plan_decode(plan)
         self._plan_prefill(plan)
         return plan
 
+    def publish(self, sequence: Sequence) -> None:
+        """Let others reuse the blocks that `sequence` has filled with emitted tokens.
+
+        Call after `num_cached` and `token_ids` have grown and before `remove`. Rows below both are never
+        written again; behind them lie trees.
+        """
+        chain, size = self._chains[sequence], self._blocks.block_size
+        full = min(sequence.num_cached, len(sequence.token_ids)) // size
+        for index in range(chain.blocks, full):
+            tokens = sequence.token_ids[index * size : (index + 1) * size]
+            chain.before = self._cache.publish(chain.before, tokens, sequence.blocks[index])
+            chain.blocks = index + 1
+
+    def forget(self, sequence: Sequence) -> list[int]:
+        """Let nobody reuse the blocks of a sequence whose K/V may be unsound.
+
+        Call before `remove`, and do not `publish` it again.
+
+        Returns:
+            Blocks that nobody else owns, for the caller to zero.
+        """
+        for block in sequence.blocks:
+            self._cache.forget(block)
+        return [block for block in sequence.blocks if self._blocks.owners(block) == 1]
+
+    def check(self) -> None:
+        """Raises RuntimeError if a block is lost, or owned by other than the running sequences."""
+        self._blocks.check()
+        self._cache.check()
+        owners = Counter(block for sequence in self.running for block in sequence.blocks)
+        if len(owners) != self._blocks.used or any(self._blocks.owners(b) != n for b, n in owners.items()):
+            raise RuntimeError(
+                f"{self._blocks.used} K/V blocks are owned, {len(owners)} by running sequences"
+            )
+
     def _plan_decode(self, plan: Plan) -> None:
         ready = [sequence for sequence in self.running if sequence.state is SequenceState.DECODE]
         if not ready:
             return
-        plan.tree_size = max(1, min(self._tree_size, self._max_step_tokens // len(ready)))
+        if self._chooser is None:
+            for sequence in ready:
+                sequence.head_nodes = sequence.lookup_nodes = 0
+        else:
+            self._chooser.choose(ready)
+            self._check_trees(ready)
         for sequence in ready:  # admission order: the earliest reserves first
             if sequence.slot < 0:
                 continue  # given up for an earlier one a moment ago
-            while not self._blocks.grow(sequence.blocks, sequence.num_cached + plan.tree_size):
+            if self._blocks.grow(sequence.blocks, sequence.num_cached + sequence.num_nodes):
+                continue
+            sequence.head_nodes = sequence.lookup_nodes = 0
+            while not self._blocks.grow(sequence.blocks, sequence.num_cached + 1):
                 victim = max(self.running, key=lambda candidate: candidate.arrival)
                 self._preempt(victim)
                 if victim is sequence:
                     break
         plan.decode = [sequence for sequence in ready if sequence.slot >= 0]
 
+    def _check_trees(self, sequences: list[Sequence]) -> None:
+        rows = sum(sequence.num_nodes for sequence in sequences)
+        largest = max(sequence.num_nodes for sequence in sequences)
+        if rows > self._max_step_tokens or largest > self._max_tree_nodes:
+            raise RuntimeError(
+                f"trees of {rows} nodes in all and {largest} at most exceed the bounds of "
+                f"{self._max_step_tokens} and {self._max_tree_nodes}"
+            )
+
     def _plan_prefill(self, plan: Plan) -> None:
         budget = self._max_step_tokens
         for sequence in self.running:
             if budget > 0 and sequence.state is SequenceState.PREFILL:
-                budget -= self._chunk(plan, sequence, budget)
-        while budget > 0 and self.waiting and self._free_slots:
-            sequence = self.waiting[0]
-            # Blocks for the whole prefill and the first tree, so that admission does not end in preemption.
-            if not self._blocks.grow(sequence.blocks, sequence.prefill_target + self._tree_size):
+                budget -= self._chunk(plan, sequence, budget, first=False)
+        progress: dict[int, int] = {}  # of each request with choices: tokens its furthest one has cached
+        for sequence in self.running:
+            self._note_progress(progress, sequence)
+        passed = 0
+        while budget > 0 and self._free_slots and passed < len(self.waiting):
+            sequence = self.waiting[passed]
+            if self._waits_for_sibling(progress, sequence):
+                passed += 1
+                continue
+            if not self._admit(sequence):
                 break
-            self.waiting.popleft()
-            sequence.slot = self._free_slots.pop()
-            sequence.state = SequenceState.PREFILL
-            self.running.append(sequence)
-            budget -= self._chunk(plan, sequence, budget)
+            del self.waiting[passed]
+            self._note_progress(progress, sequence)
+            budget -= self._chunk(plan, sequence, budget, first=True)
 
-    def _chunk(self, plan: Plan, sequence: Sequence, budget: int) -> int:
+    @staticmethod
+    def _note_progress(progress: dict[int, int], sequence: Sequence) -> None:
+        if sequence.request.sampling.n > 1:
+            key = id(sequence.request)
+            progress[key] = max(progress.get(key, 0), sequence.num_cached)
+
+    def _waits_for_sibling(self, progress: dict[int, int], sequence: Sequence) -> bool:
+        """True while a running choice of the same request prefills blocks that `sequence` can reuse."""
+        furthest = progress.get(id(sequence.request))
+        if furthest is None:
+            return False
+        common = min(sequence.num_prompt // self._blocks.block_size, self._reusable(sequence))
+        return furthest < common * self._blocks.block_size
+
+    def _reusable(self, sequence: Sequence) -> int:
+        """Most blocks it may begin with: at least one token is computed, for its logits and hidden state."""
+        if _wants_prompt_logits(sequence):
+            return 0
+        return (sequence.prefill_target - 1) // self._blocks.block_size
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give `sequence` a slot and blocks for its prefill and first tree; False where they are too few.
+
+        Reserving all of them now, admission does not end in preemption.
+        """
+        chain, limit = self._chains[sequence], self._reusable(sequence)
+        blocks, before = self._cache.find(chain.root, sequence.token_ids, limit)
+        reused = len(blocks)
+        self._blocks.share(blocks)
+        # Room for a small tree will do: a larger one gives way before anyone is preempted.
+        first_tree = min(self._max_tree_nodes, self._blocks.block_size)
+        if not self._blocks.grow(blocks, sequence.prefill_target + first_tree):
+            self._blocks.release(blocks)  # now the latest used, and rightly so: they are wanted next
+            return False
+        sequence.blocks = blocks
+        sequence.num_cached = reused * self._blocks.block_size
+        sequence.slot = self._free_slots.pop()
+        sequence.state = SequenceState.PREFILL
+        self.running.append(sequence)
+        chain.before, chain.blocks = before, reused
+        if chain.fresh:
+            chain.fresh = False
+            sequence.num_reused = sequence.num_cached
+            if not _wants_prompt_logits(sequence):
+                self.prefix_query_tokens += sequence.num_prompt
+            self.prefix_hit_tokens += sequence.num_reused
+        return True
+
+    def _chunk(self, plan: Plan, sequence: Sequence, budget: int, *, first: bool) -> int:
         start = sequence.num_cached
         end = min(sequence.prefill_target, start + budget)
-        plan.prefill.append(Chunk(sequence, start, end, last=end == sequence.prefill_target))
+        plan.prefill.append(Chunk(sequence, start, end, last=end == sequence.prefill_target, first=first))
         return end - start
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -126,10 +293,22 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.state = SequenceState.WAITING
-        self.waiting.appendleft(sequence)
+        place = 0
+        while place < len(self.waiting) and self.waiting[place].arrival < sequence.arrival:
+            place += 1  # choices that waited for their sibling while it passed
+        self.waiting.insert(place, sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         sequence.num_cached = 0
+
+    def _root(self, request: Request) -> Hashable:
+        return request.cache_salt if self._prefix_caching else PrivateRoot(request)
+
+
+def _wants_prompt_logits(sequence: Sequence) -> bool:
+    """True while a prefill has to give the logits of every prompt token, reused K/V having none."""
+    wanted = sequence.request.sampling.prompt_logprobs is not None
+    return wanted and sequence.index == 0 and sequence.num_output == 0

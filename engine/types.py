@@ -19,6 +19,7 @@ __all__ = [
     "EngineClient",
     "EngineInfo",
     "FinishReason",
+    "LookupState",
     "MedusaParams",
     "Request",
     "SamplingParams",
@@ -314,6 +315,34 @@ class SequenceState(StrEnum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True)
+class LookupState:
+    """What the lookup branch proposes for a sequence, and how often it was right there.
+
+    Args:
+        chain: tokens that may follow the root, nearest first; empty where nothing in the history matches.
+        kind: how good the match is: tokens that matched up to the root, 0 for none; plus 8 where it lies
+            in the prediction.
+        watched: an earlier chain, held against what is emitted until its first miss.
+        watched_kind: its kind.
+        watched_depth: tokens of it that have come true.
+        first: log-odds by which this sequence's chains begin right more often than the average of all.
+        deeper: the same for going on right.
+    """
+
+    chain: list[int] = field(default_factory=list)
+    kind: int = 0
+    watched: list[int] = field(default_factory=list)
+    watched_kind: int = 0
+    watched_depth: int = 0
+    first: float = 0.0
+    deeper: float = 0.0
+
+    @property
+    def from_prediction(self) -> bool:
+        return self.kind > 8
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of one request as the engine carries it from admission to its end.
@@ -325,6 +354,8 @@ class Sequence:
         num_reused: of its first prefill, tokens whose K/V another sequence had left.
         head_nodes: nodes of the heads' branch in the step being planned.
         lookup_nodes: nodes of the lookup branch in the step being planned.
+        lookup: what the lookup branch may draft next.
+        prompt_logprobs: of the prompt tokens prefilled so far, where asked for.
     """
 
     request: Request
@@ -341,6 +372,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     head_nodes: int = 0
     lookup_nodes: int = 0
+    lookup: LookupState = field(default_factory=LookupState)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def num_nodes(self) -> int:
@@ -352,6 +385,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def remaining(self) -> int:
+        """Tokens it may still emit."""
+        return self.max_total - len(self.token_ids)
+
+    @property
     def prefill_target(self) -> int:
         """Tokens whose K/V prefill must compute: all but an already drawn root."""
         return len(self.token_ids) - (1 if self.num_output else 0)
@@ -359,7 +397,11 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a running engine is, for the start-up line, `/v1/models` and build info."""
+    """What a running engine is, for the start-up line, `/v1/models` and build info.
+
+    `tree_size` is the most nodes of a tree, root counted, 1 for plain decoding; `tree` the setting:
+    "auto", "off" or a number. `lookup` is the most nodes of the lookup branch, 0 where off.
+    """
 
     model: str
     architecture: str
@@ -371,6 +413,9 @@ class EngineInfo:
     kv_cache_tokens: int
     vocab_size: int
     max_num_seqs: int
+    tree: str = "off"
+    lookup: int = 0
+    quantization: str = "none"
 
     def check(self, request: Request) -> None:
         """Raise if the request can never run here.

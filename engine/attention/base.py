@@ -26,6 +26,9 @@ class AttentionInput:
             new row j is row lengths + j of its sequence.
         visible: [B, N, N] bool, visible[b, i, j]: query i sees new row j.
         max_length: host upper bound of lengths + N, so that shapes need no device read.
+        index: [T] int64, ascending positions in the flattened [B, N] grid of the T rows that are really
+            computed; None means all B * N. Where trees differ in size, only their nodes go through the
+            linear layers. Rows that are left out are neither written nor visible to the others.
     """
 
     block_tables: Tensor
@@ -33,6 +36,7 @@ class AttentionInput:
     rows: Tensor
     visible: Tensor
     max_length: int
+    index: Tensor | None = None
 
 
 class AttentionBackend(Protocol):
@@ -42,14 +46,14 @@ class AttentionBackend(Protocol):
         """Prepare what all layers of this step share (gather indices, mask)."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v into the pool, then attend.
+        """Write k, v into the pool, then attend. T is B * N, or the length of `AttentionInput.index`.
 
         Args:
             layer: index of the layer.
-            q: [B * N, heads, head_dim], rotated.
-            k: [B * N, kv_heads, head_dim], rotated.
-            v: [B * N, kv_heads, head_dim].
+            q: [T, heads, head_dim], rotated.
+            k: [T, kv_heads, head_dim], rotated.
+            v: [T, kv_heads, head_dim].
 
         Returns:
-            [B * N, heads * head_dim].
+            [T, heads * head_dim].
         """

@@ -25,6 +25,7 @@ class SdpaAttention:
         self._pool: KVPool | None = None
         self._index = torch.empty(0, dtype=torch.int64)
         self._mask = torch.empty(0)
+        self._rows = torch.empty(0, dtype=torch.int64)
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         self._batch, self._pool = batch, pool
@@ -32,21 +33,26 @@ class SdpaAttention:
         self._index = pool.gather_index(batch.block_tables[:, :num_blocks])
         mask = additive_mask(batch, num_blocks * pool.block_size, pool.dtype)
         self._mask = mask.repeat(1, 1, self._group, 1)
+        self._rows = batch.rows.flatten() if batch.index is None else batch.rows.flatten()[batch.index]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._batch is None or self._pool is None:
             raise RuntimeError("plan() must be called before attend()")
         pool, (batch, num_rows) = self._pool, self._batch.rows.shape
         group, (kv_heads, head_dim) = self._group, k.shape[1:]
-        pool.write(layer, self._batch.rows.flatten(), k, v)
+        pool.write(layer, self._rows, k, v)
         keys, values = pool.gather(layer, self._index, batch)  # [B, context, kv_heads, head_dim]
+        index = self._batch.index
+        if index is not None:
+            q = q.new_zeros(batch * num_rows, *q.shape[1:]).index_copy_(0, index, q)
         q = q.view(batch, num_rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, group * num_rows, head_dim)
         out = F.scaled_dot_product_attention(
             q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self._mask
         )
         out = out.view(batch, kv_heads, group, num_rows, head_dim).permute(0, 3, 1, 2, 4)
-        return out.reshape(batch * num_rows, -1)
+        out = out.reshape(batch * num_rows, -1)
+        return out if index is None else out[index]
 
 
 def additive_mask(batch: AttentionInput, context: int, dtype: torch.dtype) -> Tensor:

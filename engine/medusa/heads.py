@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import HeadsError, TreeError
-from engine.medusa.tree import Topology, Tree
+from engine.medusa.tree import Tree
 from engine.model.layers import Linear
 
-__all__ = ["Draft", "Drafter", "HeadDrafter", "MedusaHeads", "load_heads"]
+__all__ = ["HeadDrafter", "MedusaHeads", "load_heads"]
 
 _FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A tree of candidates for each sequence: node tokens [B, N] int64, root first, and their topology."""
-
-    tokens: Tensor
-    topology: Topology
-
-
-class Drafter(Protocol):
-    """A source of drafts: the carried state of B sequences in, a tree of candidates out."""
-
-    def draft(self, root: Tensor, hidden: Tensor, size: int) -> Draft:
-        """root [B] int64, hidden [B, hidden] (of the token before the root), tree nodes with the root."""
 
 
 class MedusaHeads(nn.Module):
@@ -69,7 +52,7 @@ class MedusaHeads(nn.Module):
 
 
 class HeadDrafter:
-    """Fills the first `size` nodes of a fixed tree with the heads' best guesses.
+    """Fills the first nodes of a fixed tree with the heads' best guesses.
 
     Raises:
         TreeError: the tree is deeper than the heads or wider than the vocabulary.
@@ -88,26 +71,37 @@ class HeadDrafter:
             raise TreeError(f"the tree is {tree.depth} deep and there are {heads.num_heads} heads")
         if tree.width > vocab_size:
             raise TreeError(f"the tree takes a head's {tree.width} best of {vocab_size} tokens")
-        self._heads, self._lm_head, self._tree, self._device = heads, lm_head, tree, device
-        self._prefixes: dict[int, tuple[Tree, Topology, Tensor]] = {}
+        self.tree = tree
+        self._heads, self._lm_head, self._device = heads, lm_head, device
+        self._prefixes: dict[int, tuple[Tree, Tensor]] = {}
 
-    def draft(self, root: Tensor, hidden: Tensor, size: int) -> Draft:
-        """See `Drafter`. Raises TreeError if the tree holds fewer than `size` nodes."""
-        tree, topology, choices = self._prefix(size)
-        batch = root.shape[0]
+    def guess(self, hidden: Tensor, nodes: int) -> Tensor:
+        """Tokens of the tree's first nodes.
+
+        Args:
+            hidden: [B, hidden], the state the root was drawn from.
+            nodes: how many, the root not counted.
+
+        Returns:
+            [B, nodes] int64.
+
+        Raises:
+            TreeError: the tree holds fewer.
+        """
+        tree, choices = self._prefix(nodes)
         if tree.depth == 0:
-            return Draft(root.unsqueeze(1), topology.expand(batch))
+            return torch.empty(len(hidden), 0, dtype=torch.int64, device=self._device)
         logits = self._heads(hidden, self._lm_head, tree.depth)
         guesses = logits.topk(tree.width, dim=-1).indices  # [heads, B, width]
-        table = guesses.transpose(0, 1).reshape(batch, -1)
-        tokens = torch.cat((root.unsqueeze(1), table.index_select(1, choices)), dim=1)
-        return Draft(tokens, topology.expand(batch))
+        table: Tensor = guesses.transpose(0, 1).reshape(len(hidden), -1)
+        tokens: Tensor = table.index_select(1, choices)
+        return tokens
 
-    def _prefix(self, size: int) -> tuple[Tree, Topology, Tensor]:
-        if size not in self._prefixes:
-            tree = self._tree.prefix(size)
-            self._prefixes[size] = (tree, tree.topology(self._device), tree.choices(self._device))
-        return self._prefixes[size]
+    def _prefix(self, nodes: int) -> tuple[Tree, Tensor]:
+        if nodes not in self._prefixes:
+            tree = self.tree.prefix(nodes + 1)
+            self._prefixes[nodes] = (tree, tree.choices(self._device))
+        return self._prefixes[nodes]
 
 
 def load_heads(

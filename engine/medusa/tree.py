@@ -135,10 +135,24 @@ class Tree:
         index = {(): 0} | {path: i for i, path in enumerate(self.paths, start=1)}
         return (-1, *(index[path[:-1]] for path in self.paths))
 
-    def topology(self, device: torch.device) -> Topology:
-        """As [1, N] tensors on `device`; `Topology.expand` makes it a batch."""
+    def topology(self, device: torch.device, chain: int = 0) -> Topology:
+        """As [1, N + chain] tensors on `device`; `Topology.expand` makes it a batch.
+
+        Args:
+            device: of the tensors.
+            chain: nodes of a second branch, a chain under the root, placed after the tree's own.
+
+        Raises:
+            TreeError: more than 64 nodes in all.
+        """
+        if self.size + chain > MAX_TREE_NODES:
+            raise TreeError(
+                f"{self.size} nodes and a chain of {chain} exceed the {MAX_TREE_NODES} of one tree"
+            )
+        parents = [*self.parents, *(0 if i == 0 else self.size + i - 1 for i in range(chain))]
+        depths = [0, *(len(path) for path in self.paths), *range(1, chain + 1)]
         ancestors = [1]
-        for node, parent in enumerate(self.parents[1:], start=1):
+        for node, parent in enumerate(parents[1:], start=1):
             ancestors.append(ancestors[parent] | 1 << node)
         # Bit 63 is the sign of an int64; its arithmetic shift still ends in the right low bit.
         signed = [bits - (1 << 64) if bits >> 63 else bits for bits in ancestors]
@@ -147,11 +161,11 @@ class Tree:
             return torch.tensor([list(values)], dtype=torch.int64, device=device)
 
         return Topology(
-            parents=row(max(parent, 0) for parent in self.parents),
-            depths=row((0, *(len(path) for path in self.paths))),
+            parents=row(max(parent, 0) for parent in parents),
+            depths=row(depths),
             ancestors=row(signed),
-            valid=torch.ones(1, self.size, dtype=torch.bool, device=device),
-            max_depth=self.depth,
+            valid=torch.ones(1, len(parents), dtype=torch.bool, device=device),
+            max_depth=max(depths),
         )
 
     def choices(self, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +19,8 @@ from tests.support import greedy, greedy_reference, make_engine, run_all
 
 SETTINGS = [
     pytest.param({"tree": "off"}, id="off"),
+    pytest.param({"tree": "auto"}, id="auto"),
+    pytest.param({"tree": 8, "prefix_caching": False, "lookup": "off"}, id="heads-only-no-reuse"),
     pytest.param({"tree": 2}, id="tree2"),
     pytest.param({"tree": 8}, id="tree8"),
     pytest.param({"tree": 33}, id="tree33"),
@@ -25,6 +28,13 @@ SETTINGS = [
     pytest.param({"tree": 8, "max_step_tokens": 64, "max_num_seqs": 3}, id="small-chunks"),
     pytest.param({"tree": 8, "max_model_len": 128, "kv_cache_tokens": 200}, id="preemption"),
     pytest.param({"tree": "off", "max_model_len": 128, "kv_cache_tokens": 192}, id="preemption-off"),
+    pytest.param({"tree": "auto", "max_model_len": 128, "kv_cache_tokens": 200}, id="preemption-auto"),
+    pytest.param({"tree": 33, "max_step_tokens": 67, "block_size": 8}, id="odd-chunks"),
+]
+LOOKUP = [
+    pytest.param({"tree": 9, "lookup": 8}, id="chain"),
+    pytest.param({"tree": "auto"}, id="chain-auto"),
+    pytest.param({"tree": 5, "max_model_len": 128, "kv_cache_tokens": 200}, id="chain-preemption"),
 ]
 
 
@@ -40,6 +50,18 @@ def prompts(count: int, vocab: int, longest: int) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
+def check_greedy(model: TinyModel, engine: Engine, arrive_every: int) -> None:
+    """Ten prompts, half of them sharing a beginning, and the same again now that prefixes are known."""
+    asked = prompts(10, model.reference.config.vocab_size, 90)
+    asked[5:] = [asked[0][:40] + prompt for prompt in asked[5:]]
+    asked = [prompt[:90] for prompt in asked]
+    for _ in range(2):
+        requests = [greedy(f"r{i}", prompt, 30) for i, prompt in enumerate(asked)]
+        outputs = run_all(engine, requests, arrive_every=arrive_every)
+        for i, prompt in enumerate(asked):
+            assert outputs[f"r{i}", 0] == greedy_reference(model.reference, prompt, 30), f"prompt {i}"
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("arrive_every", [0, 2])
 def test_greedy_is_transformers_greedy(
@@ -47,15 +69,27 @@ def test_greedy_is_transformers_greedy(
 ) -> None:
     for model in (tiny, narrow, certain):
         engine = make_engine(model.folder, **with_heads(model, settings))
-        asked = prompts(10, model.reference.config.vocab_size, 90)
-        requests = [greedy(f"r{i}", prompt, 30) for i, prompt in enumerate(asked)]
-        outputs = run_all(engine, requests, arrive_every=arrive_every)
-        for i, prompt in enumerate(asked):
-            assert outputs[f"r{i}", 0] == greedy_reference(model.reference, prompt, 30), f"prompt {i}"
+        check_greedy(model, engine, arrive_every)
         if settings["tree"] == 64 and model is certain:
             assert engine.stats.acceptance_length > 3, "the test is to see long runs"
         if "kv_cache_tokens" in settings and not arrive_every:
             assert engine.stats.preemptions > 0, "the pool is to be too small"
+        if settings.get("prefix_caching", True):
+            assert engine.stats.prefix_hit_tokens > 0
+        else:
+            assert engine.stats.prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("settings", LOOKUP)
+@pytest.mark.parametrize("arrive_every", [0, 2])
+def test_greedy_with_lookup_alone_is_transformers_greedy(
+    narrow: TinyModel, certain: TinyModel, settings: dict, arrive_every: int
+) -> None:
+    for model in (narrow, certain):
+        engine = make_engine(model.folder, **settings)
+        check_greedy(model, engine, arrive_every)
+        assert engine.stats.accepted_by_source["lookup"] > 50
+        assert engine.stats.accepted_by_source["head"] == 0
 
 
 def seeded(count: int, **values: object) -> SamplingParams:
@@ -100,7 +134,7 @@ def pair_counts(engine: Engine, draws: int) -> np.ndarray:
     counts = np.zeros((12, 12))
     for start in range(0, draws, 32):
         requests = [
-            Request(f"{start + i}", (1, 2, 3), SamplingParams(temperature=1.5, seed=start + i, max_tokens=3))
+            Request(f"{start + i}", (1, 2, 3), SamplingParams(temperature=1.5, seed=start + i, max_tokens=6))
             for i in range(32)
         ]
         for tokens in run_all(engine, requests).values():
@@ -135,7 +169,7 @@ def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
 def test_exact_acceptance_keeps_the_models_distribution(narrow: TinyModel) -> None:
     engine = make_engine(narrow.folder, tree=16, heads=str(narrow.heads), max_num_seqs=32)
     counts = pair_counts(engine, 2400)
-    assert engine.stats.acceptance_length > 1.3, "the tree is to have a say in the draws"
+    assert engine.stats.acceptance_length > 1.2, "the tree is to have a say in the draws"
     assert p_value(counts, model_pairs(narrow)) > 1e-3
 
 
@@ -144,13 +178,14 @@ def test_the_distribution_test_can_fail(narrow: TinyModel, monkeypatch: pytest.M
     import engine.engine as module
 
     def gullible(tokens, targets, topology):
-        targets = targets.clone()
+        found = accept(tokens, targets, topology)
         if tokens.shape[1] > 1:
-            targets[:, 0] = tokens[:, 1]
-        return accept(tokens, targets, topology)
+            nothing = (found.length == 0) & topology.valid[:, 1]
+            found = replace(found, tokens=torch.where(nothing[:, None], tokens[:, 1:2], found.tokens))
+        return found
 
-    accept = module.accept_exact
-    monkeypatch.setattr(module, "accept_exact", gullible)
+    accept = module.accept
+    monkeypatch.setattr(module, "accept", gullible)
     engine = make_engine(narrow.folder, tree=16, heads=str(narrow.heads), max_num_seqs=32)
     assert p_value(pair_counts(engine, 640), model_pairs(narrow)) < 1e-6
 
@@ -272,7 +307,7 @@ def test_a_trace_shows_the_step(narrow: TinyModel) -> None:
         for delta in engine.step():
             assert delta.trace is None or delta.request_id == "r"
             if trace := delta.trace:
-                assert len(trace.tokens) == len(trace.parents) == len(trace.sources) == 8
+                assert 1 <= len(trace.tokens) == len(trace.parents) == len(trace.sources) <= 8
                 assert trace.tokens[0] == text[-1]
                 assert trace.sources[0] is DraftSource.ROOT
                 path = trace.accepted
@@ -291,12 +326,14 @@ def test_stats_add_up(narrow: TinyModel) -> None:
     s = engine.stats
     assert s.generation_tokens == sum(map(len, outputs.values())) == 105
     assert s.prompt_tokens == 15
-    assert s.num_drafts == sum(s.acceptance_counts)
-    assert s.draft_tokens == 7 * s.num_drafts
+    assert s.num_drafts <= sum(s.acceptance_counts)  # the last step of an output may be plain
+    assert 5 * s.num_drafts <= s.draft_tokens <= 7 * s.num_drafts  # a chain of two where something matches
+    assert sum(s.accepted_by_source.values()) == s.accepted_tokens
     emitted = sum(n * c for n, c in enumerate(s.acceptance_counts))
     assert emitted == s.generation_tokens - 5
     # A step emits its accepted nodes and one draw more, unless max_tokens cut the draw off at the end.
-    assert s.num_drafts - 5 <= emitted - s.accepted_tokens <= s.num_drafts
+    steps = sum(s.acceptance_counts)
+    assert steps - 5 <= emitted - s.accepted_tokens <= steps
 
 
 def test_values_that_are_not_finite_end_their_own_request_only(tiny: TinyModel) -> None:

@@ -47,15 +47,14 @@ def test_drafts_are_the_heads_best_guesses(tmp_path: Path, own: bool, layers: in
     shared = torch.randn(VOCAB, HIDDEN)
     tree = default_tree(3).prefix(30)
     drafter = HeadDrafter(heads, lambda h: F.linear(h, shared), tree, vocab_size=VOCAB, device=CPU)
-    root, hidden = torch.tensor([7, 8]), torch.randn(2, HIDDEN)
-    for size in (30, 9, 1):
-        draft = drafter.draft(root, hidden, size)
-        assert draft.tokens.shape == draft.topology.parents.shape == (2, size)
-        assert torch.equal(draft.tokens[:, 0], root)
+    hidden = torch.randn(2, HIDDEN)
+    for nodes in (29, 8, 0):
+        guesses = drafter.guess(hidden, nodes)
+        assert guesses.shape == (2, nodes)
         for b in range(2):
-            for node, path in enumerate(tree.paths[: size - 1], start=1):
+            for node, path in enumerate(tree.paths[:nodes]):
                 logits = reference_logits(tensors, hidden[b], len(path) - 1, layers, shared)
-                assert draft.tokens[b, node] == logits.argsort(descending=True)[path[-1]]
+                assert guesses[b, node] == logits.argsort(descending=True)[path[-1]]
 
 
 def broken(tmp_path: Path, **changes) -> Path:
@@ -114,14 +113,26 @@ def test_a_tree_deeper_or_wider_than_the_heads_is_refused(tmp_path: Path) -> Non
         HeadDrafter(load(file), lambda h: h, Tree.from_paths([[40]]), vocab_size=VOCAB, device=CPU)
 
 
-def test_heads_and_tree_go_together_or_say_so(tiny: TinyModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs Medusa heads"):
-        make_engine(tiny.folder, tree=8)
+def test_heads_tree_and_lookup_go_together_or_say_so(tiny: TinyModel, tmp_path: Path) -> None:
+    def info(**settings: object):
+        return make_engine(tiny.folder, **settings).info
+
+    heads = str(tiny.heads)
+    with pytest.raises(ConfigError, match="needs Medusa heads or the lookup"):
+        info(tree=8, lookup="off")
+    with pytest.raises(ConfigError, match="chain of 29 nodes, and lookup allows 16"):
+        info(tree=30)
     with pytest.raises(ConfigError, match="tree_file has no effect"):
-        make_engine(tiny.folder, heads=str(tiny.heads), tree="off", tree_file="absent.json")
-    assert make_engine(tiny.folder, heads=str(tiny.heads)).info.tree_size == 16
+        info(heads=heads, tree="off", tree_file="absent.json")
+    with pytest.raises(ConfigError, match="tree_file needs Medusa heads"):
+        info(tree_file="absent.json")
+    with pytest.raises(ConfigError, match="lookup has no effect"):
+        info(tree="off", lookup=8)
+    assert info(tree="off", heads=heads).num_heads == 0
+    assert (info(tree="off").tree_size, info(tree="off").lookup) == (1, 0)
+    assert (info(tree=9, lookup=8).tree_size, info(tree=9, lookup=8).num_heads) == (9, 0)
+    assert (info().tree, info().tree_size, info().lookup) == ("auto", 17, 16)
+    assert info(lookup="off").tree_size == 1
+    assert info(heads=heads).tree_size == 64
     one = save_random_heads(tmp_path / "one.safetensors", hidden=32, vocab=61, heads=1)
-    assert make_engine(tiny.folder, heads=str(one)).info.tree_size == 11  # all that one head offers
-    off = make_engine(tiny.folder, heads=str(tiny.heads), tree="off").info
-    assert (off.tree_size, off.num_heads) == (1, 0)
-    assert make_engine(tiny.folder).info.tree_size == 1
+    assert info(heads=str(one), lookup="off").tree_size == 11  # all that one head offers

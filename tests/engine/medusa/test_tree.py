@@ -33,6 +33,25 @@ def test_topology_says_what_the_paths_say(tree: Tree) -> None:
     assert tree.width == max((max(path) for path in tree.paths), default=-1) + 1
 
 
+@given(trees(), st.integers(0, 8))
+def test_a_chain_stands_beside_the_tree(tree: Tree, chain: int) -> None:
+    """Its nodes see the root and each other only, and the tree's nodes none of them."""
+    topology = tree.topology(CPU, chain)
+    alone = tree.topology(CPU)
+    visible = topology.visible()[0]
+    size = tree.size
+    assert torch.equal(visible[:size, :size], alone.visible()[0])
+    assert torch.equal(topology.parents[:, :size], alone.parents)
+    assert not visible[:size, size:].any()
+    assert not visible[size:, 1:size].any()
+    assert visible[size:, 0].all()
+    assert torch.equal(visible[size:, size:], torch.ones(chain, chain, dtype=torch.bool).tril())
+    assert topology.depths[0, size:].tolist() == list(range(1, chain + 1))
+    assert topology.parents[0, size:].tolist() == [0, *range(size, size + chain - 1)][:chain]
+    with pytest.raises(TreeError, match="exceed the 64"):
+        tree.topology(CPU, 65 - size)
+
+
 def test_the_64th_node_uses_the_sign_bit() -> None:
     tree = Tree.from_paths([[0] * depth for depth in range(1, 64)])
     visible = tree.topology(CPU).visible()[0]

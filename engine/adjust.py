@@ -1,0 +1,238 @@
+"""What changes logits before they are filtered and drawn from: penalties, bias, and tokens forbidden for now.
+
+Each adjustment owns its slot tensors, keeps them up to date as tokens are emitted, and applies itself to
+the rows whose request asked for it. A tree node is adjusted given its own path: what was emitted (the root
+is part of that) and then the drafted tokens from the root's child down to the node.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams, Sequence
+
+__all__ = ["Adjustment", "BadWords", "LogitBias", "MinTokens", "Penalties"]
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+_NO_TOKEN = -1
+"""In the output's tail before its first token, and in the last column of an unused bad word."""
+
+_ANY_TOKEN = -2
+"""Where a bad word is shorter than the longest there may be: whatever stands before it matches."""
+
+
+class Adjustment(ABC):
+    """One way of changing logits, for the slots whose request asks for it.
+
+    Its tensors are allocated at the first such request and kept: a server that never sees one does not
+    pay for it. A slot's row is written whole at admission and read for nobody who did not ask, so what
+    an earlier owner left needs no clearing.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._max_num_seqs, self._vocab_size, self._device = max_num_seqs, vocab_size, device
+        self._users: set[int] = set()
+        self._uses = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)
+        self._allocated = False
+
+    @staticmethod
+    @abstractmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        """True where a request asks for it."""
+
+    def admit(self, sequence: Sequence) -> None:
+        """Write the slot's row from the request and from what was emitted so far."""
+        wanted = self.wanted(sequence.request.sampling)
+        if wanted and not self._allocated:
+            self._allocate()
+            self._allocated = True
+        if wanted != (sequence.slot in self._users):
+            self._uses[sequence.slot] = wanted
+            (self._users.add if wanted else self._users.discard)(sequence.slot)
+        if wanted:
+            self._write(sequence)
+
+    def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Of slots [B], the first counts[b] of tokens [B, K] were emitted. Slots that do not use it may be
+        among them: their rows are written and never read."""
+        if self._users:
+            self._emit(slots, tokens, counts)
+
+    def apply_(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> None:
+        """Change logits [R, vocab] float32 in place.
+
+        Args:
+            logits: one row per draw; rows of slots that do not use it stay as they are.
+            slots: [R] int64.
+            position: [R] int64, output position of the draw.
+            path: [R, d] int64, what would be emitted between the slot's output and the draw.
+        """
+        rows = self._uses[slots].nonzero().squeeze(1)
+        if len(rows):
+            logits[rows] = self._adjust(logits[rows], slots[rows], position[rows], path[rows])
+
+    def _slots(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros(self._max_num_seqs, *shape, dtype=dtype, device=self._device)
+
+    def _ids(self, tokens: Iterable[int]) -> Tensor:
+        """int64, only those of the vocabulary: an EOS id of a wider tokenizer cannot be drawn anyway."""
+        known = [token for token in tokens if 0 <= token < self._vocab_size]
+        return torch.tensor(known, dtype=torch.int64, device=self._device)
+
+    @abstractmethod
+    def _allocate(self) -> None: ...
+
+    @abstractmethod
+    def _write(self, sequence: Sequence) -> None: ...
+
+    def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:  # noqa: B027
+        """What depends on the output follows it; nothing does by default."""
+
+    @abstractmethod
+    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:
+        """Adjusted logits [R, vocab] of rows that all use it; may write to `logits`, which are a copy."""
+
+
+class Penalties(Adjustment):
+    """Repetition, frequency and presence penalty, in this order and with vLLM's meaning.
+
+    Takes 5 bytes per slot and vocabulary entry: int32 counts of the output's tokens (int16 would wrap in
+    a long repetitive output) and which tokens the prompt holds; 16 MB for 64 slots of 49,152 tokens.
+    """
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return sampling.penalizes
+
+    def _allocate(self) -> None:
+        self._in_output = self._slots(torch.int32, self._vocab_size)
+        self._in_prompt = self._slots(torch.bool, self._vocab_size)
+        self._presence = self._slots(torch.float32)
+        self._frequency = self._slots(torch.float32)
+        self._repetition = self._slots(torch.float32)
+
+    def _write(self, sequence: Sequence) -> None:
+        slot, sampling = sequence.slot, sequence.request.sampling
+        self._presence[slot] = sampling.presence_penalty
+        self._frequency[slot] = sampling.frequency_penalty
+        self._repetition[slot] = sampling.repetition_penalty
+        tokens = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self._device)
+        self._in_prompt[slot] = False
+        self._in_prompt[slot, tokens[: sequence.num_prompt]] = True
+        self._in_output[slot] = tokens[sequence.num_prompt :].bincount(minlength=self._vocab_size)
+
+    def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        emitted = torch.arange(tokens.shape[1], device=self._device) < counts.unsqueeze(1)
+        rows = slots.unsqueeze(1).expand_as(tokens)
+        # What was not emitted adds 0 to some entry, and may be any number.
+        self._in_output.index_put_(
+            (rows, torch.where(emitted, tokens, 0)), emitted.to(torch.int32), accumulate=True
+        )
+
+    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
+        in_output = self._in_output[slots]
+        in_output.scatter_add_(1, path, torch.ones_like(path, dtype=torch.int32))
+        seen = self._in_prompt[slots] | (in_output > 0)
+        repetition = self._repetition[slots].unsqueeze(1)
+        penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
+        # A penalty far from 1 must not make an infinity, of which softmax makes NaN.
+        logits = torch.where(seen, penalized.clamp_(-_FLOAT_MAX, _FLOAT_MAX), logits)
+        logits -= self._frequency[slots].unsqueeze(1) * in_output
+        logits -= self._presence[slots].unsqueeze(1) * (in_output > 0)
+        return logits
+
+
+class LogitBias(Adjustment):
+    """A number added to some logits. Takes 4 bytes per slot and vocabulary entry."""
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return bool(sampling.logit_bias)
+
+    def _allocate(self) -> None:
+        self._bias = self._slots(torch.float32, self._vocab_size)
+
+    def _write(self, sequence: Sequence) -> None:
+        tokens, biases = zip(*sequence.request.sampling.logit_bias, strict=True)
+        row = self._bias[sequence.slot].zero_()
+        row.index_add_(
+            0,
+            torch.tensor(tokens, dtype=torch.int64, device=self._device),
+            torch.tensor(biases, dtype=torch.float32, device=self._device),
+        )
+
+    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
+        return logits.add_(self._bias[slots])
+
+
+class MinTokens(Adjustment):
+    """No token ends the output before its time: EOS ids (also with ignore_eos, as in vLLM) and the
+    request's stop ids. Takes 1 byte per slot and vocabulary entry."""
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: torch.device, *, eos_token_ids: Iterable[int]
+    ) -> None:
+        super().__init__(max_num_seqs, vocab_size, device)
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return sampling.min_tokens > 0
+
+    def _allocate(self) -> None:
+        self._ends = self._slots(torch.bool, self._vocab_size)
+        self._min_tokens = self._slots(torch.int64)
+
+    def _write(self, sequence: Sequence) -> None:
+        slot, sampling = sequence.slot, sequence.request.sampling
+        self._min_tokens[slot] = sampling.min_tokens
+        self._ends[slot] = False
+        self._ends[slot, self._ids((*self._eos_token_ids, *sampling.stop_token_ids))] = True
+
+    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
+        early = (position < self._min_tokens[slots]).unsqueeze(1)
+        return logits.masked_fill_(early & self._ends[slots], float("-inf"))
+
+
+class BadWords(Adjustment):
+    """The last token of a sequence is forbidden where the others have just been emitted. As in vLLM, the
+    prompt's tokens do not count. Takes 9 KB a slot."""
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return bool(sampling.bad_words)
+
+    def _allocate(self) -> None:
+        self._words = self._slots(torch.int64, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
+        self._tail = self._slots(torch.int64, MAX_BAD_WORD_TOKENS - 1)
+
+    def _write(self, sequence: Sequence) -> None:
+        slot, words = sequence.slot, sequence.request.sampling.bad_words
+        rows = [[_ANY_TOKEN] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word) for word in words]
+        unused = [_NO_TOKEN] * MAX_BAD_WORD_TOKENS
+        rows += [unused] * (MAX_BAD_WORDS - len(rows))
+        self._words[slot] = torch.tensor(rows, device=self._device)
+        width = self._tail.shape[1]
+        tail = ([_NO_TOKEN] * width + sequence.token_ids[sequence.num_prompt :])[-width:]
+        self._tail[slot] = torch.tensor(tail, device=self._device)
+
+    def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        width = self._tail.shape[1]
+        columns = counts.unsqueeze(1) + torch.arange(width, device=self._device)
+        self._tail[slots] = torch.cat([self._tail[slots], tokens], dim=1).gather(1, columns)
+
+    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
+        width = self._tail.shape[1]
+        before = torch.cat([self._tail[slots], path], dim=1)[:, -width:].unsqueeze(1)
+        words = self._words[slots]
+        begun = ((words[..., :-1] == before) | (words[..., :-1] == _ANY_TOKEN)).all(-1)
+        last = words[..., -1]
+        forbidden = begun & (last != _NO_TOKEN)
+        # amin, because several words may end in one token: forbidden by one is forbidden.
+        ceiling = torch.where(forbidden, float("-inf"), float("inf"))
+        return logits.scatter_reduce_(1, last.clamp(min=0), ceiling, "amin")

@@ -1,0 +1,147 @@
+"""The lookup branch: what a sequence has said, and what it is expected to say, drafts what it says next.
+
+Summaries, edits, retrieval and loops repeat their own history. The tokens up to the root are matched
+against it, and what followed the best match becomes a chain under the root, in the same tree as the
+heads' nodes. It needs no training and no heads. (Prompt lookup decoding, Saxena 2023, as a tree branch.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.types import Sequence
+
+__all__ = ["NUM_KINDS", "Lookup", "Proposal"]
+
+_MOST = 8
+"""Tokens of context compared; a longer match is a better guess, and past eight it no longer tells more."""
+
+_CONTEXT = 2
+"""Prompt tokens put before a prediction, so that its own first tokens have something to match."""
+
+NUM_KINDS = 2 * _MOST + 1
+"""Kinds of match: 0 is none, 1 to 8 tokens matched in the history, 9 to 16 in the prediction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A chain for each of B sequences: tokens [B, D] int64, count [B] int64 of them, kind [B] int64."""
+
+    tokens: Tensor
+    count: Tensor
+    kind: Tensor
+
+
+class Lookup:
+    """The token history of every slot, [slots, max_model_len + 64] int32, and the search in it.
+
+    Args:
+        size: D, most tokens of a chain.
+        max_num_seqs: slots.
+        max_tokens: longest history.
+        device: where the history lives.
+    """
+
+    def __init__(self, *, size: int, max_num_seqs: int, max_tokens: int, device: torch.device) -> None:
+        self.size = size
+        self._device = device
+        self._history = torch.zeros(max_num_seqs, max_tokens, dtype=torch.int32, device=device)
+        self._prediction: Tensor | None = None
+        self._prediction_length = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._num_prompt = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(max_num_seqs, size, dtype=torch.int64, device=device)
+        """[slots, D]: the chain proposed for each slot's next step."""
+
+    def admit(self, sequence: Sequence) -> None:
+        """Write a sequence's tokens so far, and its prediction, to its slot."""
+        slot = sequence.slot
+        tokens = torch.tensor(sequence.token_ids, dtype=torch.int32, device=self._device)
+        self._history[slot, : len(tokens)] = tokens
+        self._num_prompt[slot] = sequence.num_prompt
+        expected = sequence.request.prediction_token_ids
+        context = sequence.request.prompt_token_ids[-_CONTEXT:]
+        self._prediction_length[slot] = len(expected) + len(context) if expected else 0
+        if expected:
+            if self._prediction is None:
+                self._prediction = torch.zeros_like(self._history)
+            row = torch.tensor((*context, *expected), dtype=torch.int32, device=self._device)
+            row = row[: self._prediction.shape[1]]
+            self._prediction[slot, : len(row)] = row
+            self._prediction_length[slot] = len(row)
+
+    def append(self, slots: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Write the first counts [B] of tokens [B, K] to index lengths [B] and on of their histories."""
+        offset = torch.arange(tokens.shape[1], device=self._device)
+        offset = torch.minimum(offset, counts.unsqueeze(1) - 1)  # past the end: the last token once more
+        self._history[slots.unsqueeze(1), lengths.unsqueeze(1) + offset] = tokens.gather(1, offset).int()
+
+    def propose(self, slots: Tensor, lengths: Tensor, *, max_length: int, predicted: bool) -> Proposal:
+        """Search what followed the tokens up to the root the last time, and keep it for the next step.
+
+        The longest match of up to eight tokens wins, then the latest. A chain that reaches the root goes
+        on as if the text repeated from the match, as it does in a loop.
+
+        Args:
+            slots: [B] int64.
+            lengths: [B] int64, index of the root in the history.
+            max_length: host upper bound of `lengths`.
+            predicted: some sequence has a prediction.
+        """
+        history = self._history[slots, : max_length + 1]
+        suffix = self._suffix(history, lengths)
+        order = _match_order(history, suffix)
+        place = torch.arange(history.shape[1], device=self._device)
+        order = torch.where(place < lengths.unsqueeze(1), order, 0)
+        best = (order * (max_length + 1) + place).argmax(1, keepdim=True)
+        kind = order.gather(1, best)
+        step = torch.arange(self.size, device=self._device)
+        # From the match on, and round again from it where the root is reached.
+        index = best + 1 + step % (lengths.unsqueeze(1) - best).clamp(min=1)
+        tokens = history.gather(1, index.clamp(max=max_length)).long()
+        count = torch.where(kind > 0, self.size, 0)
+        if predicted and self._prediction is not None:
+            tokens, count, kind = self._prefer_prediction(slots, lengths, suffix, tokens, count, kind)
+        self.tokens[slots] = tokens
+        return Proposal(tokens, count.squeeze(1), kind.squeeze(1))
+
+    def _prefer_prediction(
+        self, slots: Tensor, lengths: Tensor, suffix: Tensor, tokens: Tensor, count: Tensor, kind: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the chain from the prediction where its match is as good: it is there to be followed."""
+        assert self._prediction is not None
+        expected, length = self._prediction[slots], self._prediction_length[slots].unsqueeze(1)
+        order = _match_order(expected, suffix)
+        place = torch.arange(expected.shape[1], device=self._device)
+        order = torch.where(place < length - 1, order, 0)
+        # Of equally long matches the one nearest to where the output stands: an edit moves text little.
+        here = lengths.unsqueeze(1) - self._num_prompt[slots].unsqueeze(1) + _CONTEXT
+        best = (order * 2 * expected.shape[1] - (place - here).abs()).argmax(1, keepdim=True)
+        found = order.gather(1, best)
+        index = best + 1 + torch.arange(self.size, device=self._device)
+        follows = expected.gather(1, index.clamp(max=expected.shape[1] - 1)).long()
+        take = (found >= 2) & (found >= kind.clamp(max=3))
+        return (
+            torch.where(take, follows, tokens),
+            torch.where(take, (length - 1 - best).clamp(0, self.size), count),
+            torch.where(take, found + _MOST, kind),
+        )
+
+    def _suffix(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """[B, 8] int32, the tokens up to the root, root first; -1 before the history begins."""
+        back = lengths.unsqueeze(1) - torch.arange(_MOST, device=self._device)
+        return torch.where(back >= 0, history.gather(1, back.clamp(min=0)), -1)
+
+
+def _match_order(text: Tensor, suffix: Tensor) -> Tensor:
+    """[B, W] int64: how many tokens of `suffix` [B, 8] match backwards from each place of `text` [B, W]."""
+    running = text == suffix[:, :1]
+    order = running.long()
+    for back in range(1, _MOST):
+        shifted = torch.zeros_like(running)
+        shifted[:, back:] = text[:, :-back] == suffix[:, back : back + 1]
+        running = running & shifted
+        order += running
+    return order

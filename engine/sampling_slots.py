@@ -1,0 +1,118 @@
+"""The sampling state of every running sequence, on the device, one row per slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from engine.adjust import Adjustment, BadWords, LogitBias, MinTokens, Penalties
+from engine.sampler import Adjusting, SamplingRows, TypicalRows
+from engine.types import Sequence
+
+__all__ = ["SamplingSlots"]
+
+
+class SamplingSlots:
+    """Every slot tensor a draw depends on, allocated once: parameters, output positions, adjustments.
+
+    The adjustments' tables are allocated when a request first needs them, see `engine.adjust` for their
+    sizes; all else is a few bytes a slot.
+
+    Args:
+        max_num_seqs: number of slots.
+        vocab_size: width of the logits.
+        eos_token_ids: the model's; ids outside the vocabulary are ignored.
+        device: where the tensors live.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, vocab_size: int, eos_token_ids: Iterable[int], device: torch.device
+    ) -> None:
+        self._vocab_size = vocab_size
+
+        def slots(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(max_num_seqs, dtype=dtype, device=device)
+
+        self._temperature = slots(torch.float32)
+        self._top_p = slots(torch.float32)
+        self._top_k = slots(torch.int64)
+        self._min_p = slots(torch.float32)
+        self._seed = slots(torch.int64)
+        self._choice = slots(torch.int64)
+        self._position = slots(torch.int64)
+        self._typical = slots(torch.bool)
+        self._epsilon = slots(torch.float32)
+        self._delta = slots(torch.float32)
+        shape = (max_num_seqs, vocab_size, device)
+        # In the order in which SamplingParams promises to apply them.
+        self._adjustments: tuple[Adjustment, ...] = (
+            Penalties(*shape),
+            LogitBias(*shape),
+            MinTokens(*shape, eos_token_ids=eos_token_ids),
+            BadWords(*shape),
+        )
+
+    @torch.inference_mode()
+    def admit(self, sequence: Sequence) -> None:
+        """Make the slot the sequence's: its constants, and what follows from the tokens it has.
+
+        A sequence that returns after preemption goes on where it was: the next draw is that of output
+        position `sequence.num_output`, and its output counts as emitted.
+        """
+        slot, sampling, medusa = sequence.slot, sequence.request.sampling, sequence.request.medusa
+        self._temperature[slot] = sampling.temperature
+        self._top_p[slot] = sampling.top_p
+        self._top_k[slot] = min(sampling.top_k, self._vocab_size)
+        self._min_p[slot] = sampling.min_p
+        self._seed[slot] = sequence.seed
+        self._choice[slot] = sequence.index
+        self._position[slot] = sequence.num_output
+        self._typical[slot] = sequence.request.typical
+        self._epsilon[slot] = medusa.epsilon
+        self._delta[slot] = medusa.delta
+        for adjustment in self._adjustments:
+            adjustment.admit(sequence)
+
+    @torch.inference_mode()
+    def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Follow what was emitted. Fixed shapes, nothing is read by the host.
+
+        Args:
+            slots: [B] int64, all different.
+            tokens: [B, K] int64; past a row's count anything may stand.
+            counts: [B] int64, 0 to K: the first counts[b] tokens of row b were emitted.
+        """
+        self._position[slots] += counts
+        for adjustment in self._adjustments:
+            adjustment.advance(slots, tokens, counts)
+
+    def rows(self, slots: Tensor, sequences: list[Sequence]) -> SamplingRows:
+        """The rows of a draw.
+
+        Args:
+            slots: [B] int64, the sequences' slots.
+            sequences: the B sequences; their parameters say what the draw may skip.
+        """
+        sampling = [sequence.request.sampling for sequence in sequences]
+        typical = None
+        if any(sequence.request.typical for sequence in sequences):
+            typical = TypicalRows(self._typical[slots], self._epsilon[slots], self._delta[slots])
+        adjusting = None
+        if any(s.adjusts for s in sampling):
+            wanted = tuple(a for a in self._adjustments if any(a.wanted(s) for s in sampling))
+            adjusting = Adjusting(slots, wanted)
+        return SamplingRows(
+            temperature=self._temperature[slots],
+            top_p=self._top_p[slots],
+            top_k=self._top_k[slots],
+            min_p=self._min_p[slots],
+            seed=self._seed[slots],
+            choice=self._choice[slots],
+            position=self._position[slots],
+            all_greedy=all(s.greedy for s in sampling),
+            truncates=any(s.truncates for s in sampling),
+            typical=typical,
+            adjusting=adjusting,
+        )

@@ -1,0 +1,137 @@
+"""Start-up measurement: what a decode step takes on this very device, by batch size and rows."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from engine.cache.blocks import BlockManager
+from engine.config import MAX_TREE_NODES
+from engine.medusa.accept import accept
+from engine.medusa.adaptive import StepTimes, considered_sizes
+from engine.medusa.draft import Draft, Drafter
+from engine.medusa.tree import Tree
+from engine.runner import Runner
+from engine.types import Request, SamplingParams, Sequence
+
+__all__ = ["measure"]
+
+log = logging.getLogger(__name__)
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_NODES = (1, 2, 4, 8, 16, 32, 64)
+
+_CONTEXT = 96
+"""Tokens in the cache of each measured sequence."""
+
+_MOST_ROWS = 128
+"""Steps of more rows are not measured but extrapolated: they take long and are rarely worth it."""
+
+_ROUNDS = 2
+
+
+@torch.inference_mode()
+def measure(
+    runner: Runner,
+    blocks: BlockManager,
+    heads: Tree | None,
+    *,
+    max_num_seqs: int,
+    max_step_tokens: int,
+    max_model_len: int,
+) -> StepTimes:
+    """Time decode steps of made-up sequences, which leave nothing behind.
+
+    Args:
+        runner: all of its slots are free.
+        blocks: the pool's books; all blocks are free.
+        heads: the heads' tree; None without heads.
+        max_num_seqs: slots.
+        max_step_tokens: bound on the rows of a step.
+        max_model_len: bound on the context.
+
+    Returns:
+        For each batch size and number of nodes the faster of two rounds.
+    """
+    started = time.monotonic()
+    context = max(1, min(_CONTEXT, max_model_len // 2))
+    most_rows = min(_MOST_ROWS, max_step_tokens)
+    points: dict[int, list[tuple[int, float]]] = {}
+    drafts: dict[int, list[float]] = {}
+    for batch in _BATCHES:
+        sequences = _sequences(blocks, batch, context) if batch <= max_num_seqs else None
+        if sequences is None:
+            break
+        shapes = [nodes for nodes in _NODES if nodes == 1 or batch * nodes <= most_rows]
+        best = dict.fromkeys(shapes, float("inf"))
+        cost = dict.fromkeys(considered_sizes(heads), float("inf"))
+        for _ in range(_ROUNDS):
+            for nodes in shapes:
+                best[nodes] = min(best[nodes], _step(runner, sequences, nodes))
+            for size in cost:
+                cost[size] = min(cost[size], _draft(runner, sequences, size))
+        points[batch] = [(batch * nodes, best[nodes]) for nodes in shapes]
+        drafts[batch] = list(cost.values())
+        for sequence in sequences:
+            blocks.release(sequence.blocks)
+    log.info("measured decode steps of up to %d sequences in %.1f s", max(points), time.monotonic() - started)
+    return StepTimes(points, drafts)
+
+
+def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence] | None:
+    """Sequences with room for their largest tree; None where the pool has none for so many."""
+    made: list[Sequence] = []
+    for slot in range(count):
+        request = Request(f"measure-{slot}", (0,) * context, SamplingParams(temperature=0.0))
+        sequence = Sequence(
+            request, 0, 0, [0] * (context + 1), context, context + MAX_TREE_NODES, slot, slot=slot
+        )
+        sequence.num_cached = context
+        if not blocks.grow(sequence.blocks, context + MAX_TREE_NODES):
+            for other in made:
+                blocks.release(other.blocks)
+            return None
+        made.append(sequence)
+    return made
+
+
+def _step(runner: Runner, sequences: list[Sequence], nodes: int) -> float:
+    """Seconds of a step that verifies chains; what the tokens are does not matter to the time."""
+    batch = runner.place(sequences)
+    draft = _chains(batch.slots, nodes)
+    _wait(batch.slots.device)
+    start = time.perf_counter()
+    verified = runner.forward(batch, draft)
+    targets = runner.targets(batch, draft, verified.logits)
+    accepted = accept(draft.tokens, targets, draft.topology)
+    runner.compact(batch, draft, verified, accepted)
+    runner.report(batch, accepted)
+    return time.perf_counter() - start
+
+
+def _chains(slots: torch.Tensor, nodes: int) -> Draft:
+    root = torch.zeros_like(slots)
+    chain = root.unsqueeze(1).expand(-1, nodes - 1)
+    count = len(slots)
+    return Drafter(None, slots.device).draft(root, root, chain, [0] * count, [nodes - 1] * count)
+
+
+def _draft(runner: Runner, sequences: list[Sequence], head_nodes: int) -> float:
+    """Seconds of drafting so many nodes of the heads' branch."""
+    if head_nodes == 0:
+        return 0.0
+    for sequence in sequences:
+        sequence.head_nodes = head_nodes
+    batch = runner.place(sequences)
+    _wait(batch.slots.device)
+    start = time.perf_counter()
+    runner.draft(batch)
+    _wait(batch.slots.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
