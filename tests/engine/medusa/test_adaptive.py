@@ -27,12 +27,14 @@ def cpu_like(batch: int, rows: int) -> float:
     return 0.03 + 0.001 * batch + max(0, rows - 8) / 70 * 0.07
 
 
-def step_times(true: Callable[[int, int], float], drafting: float = 0.004) -> StepTimes:
+def step_times(
+    true: Callable[[int, int], float], heads: Tree | None = HEADS, drafting: float = 0.004
+) -> StepTimes:
     points = {
         b: [(b * n, true(b, b * n)) for n in (1, 2, 4, 8, 16, 32, 64) if n == 1 or b * n <= 128]
         for b in (1, 2, 4, 8, 16)
     }
-    drafts = {b: [0.0] + [drafting] * (len(considered_sizes(HEADS)) - 1) for b in points}
+    drafts = {b: [0.0] + [drafting] * (len(considered_sizes(heads)) - 1) for b in points}
     return StepTimes(points, drafts)
 
 
@@ -87,7 +89,7 @@ class World:
 
 
 def adaptive(lookup: int = 0, heads: Tree | None = HEADS) -> AdaptiveTree:
-    return AdaptiveTree(step_times(cpu_like), heads, LookupRecord(lookup), 512)
+    return AdaptiveTree(step_times(cpu_like, heads), heads, LookupRecord(lookup), 512)
 
 
 @pytest.mark.parametrize("rank_hit", [0.0, 0.15, 0.5, 0.8])
