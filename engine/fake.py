@@ -15,11 +15,37 @@ from dataclasses import dataclass, field
 
 from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.stats import EngineStats
-from engine.types import DraftSource, EngineInfo, FinishReason, Request, StepTrace, TokenDelta
+from engine.types import (
+    DraftSource,
+    EngineInfo,
+    FinishReason,
+    Request,
+    StepTrace,
+    TokenDelta,
+    TokenLogprobs,
+)
 
-__all__ = ["FakeEngine", "FakeStream", "Reply", "Step"]
+__all__ = ["FakeEngine", "FakeStep", "FakeStream", "Reply", "Step"]
 
-Step = SequenceOf[int] | Exception
+
+@dataclass(frozen=True, slots=True)
+class FakeStep:
+    """One step's tokens of one choice, and what else its delta says.
+
+    Args:
+        tokens: emitted.
+        logprobs: one per token, for requests that ask; made up if None.
+        cached_tokens: prompt tokens that were reused; for the first step of choice 0.
+        accepted_prediction_tokens: of the tokens, how many the prediction had drafted.
+    """
+
+    tokens: SequenceOf[int]
+    logprobs: SequenceOf[TokenLogprobs] | None = None
+    cached_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+
+
+Step = SequenceOf[int] | FakeStep | Exception
 """One step's tokens of one choice, or what that step fails with."""
 
 Reply = Callable[[Request, int], Iterable[Step]]
@@ -77,6 +103,8 @@ class FakeEngine:
         vocab_size: reported in `info`.
         eos_token_ids: end a choice unless the request ignores them.
         draft_tokens: draft nodes counted per decode step; 0 is plain decoding.
+        lookup: reported in `info`.
+        quantization: reported in `info`.
         kv_blocks: size of the pretended pool; a running choice holds one block.
     """
 
@@ -91,6 +119,8 @@ class FakeEngine:
         vocab_size: int = 256,
         eos_token_ids: tuple[int, ...] = (),
         draft_tokens: int = 0,
+        lookup: int = 0,
+        quantization: str = "none",
         kv_blocks: int = 256,
     ) -> None:
         self._reply = reply
@@ -106,7 +136,12 @@ class FakeEngine:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._stats = EngineStats(kv_blocks_total=kv_blocks, kv_blocks_free=kv_blocks)
+        self._stats = EngineStats(
+            kv_blocks_total=kv_blocks,
+            kv_blocks_free=kv_blocks,
+            tree_size=draft_tokens + 1,
+            head_nodes=draft_tokens,
+        )
         self._info = EngineInfo(
             model="fake",
             architecture="FakeForCausalLM",
@@ -118,6 +153,9 @@ class FakeEngine:
             kv_cache_tokens=kv_blocks * 16,
             vocab_size=vocab_size,
             max_num_seqs=max_num_seqs,
+            tree=str(draft_tokens + 1) if draft_tokens else "off",
+            lookup=lookup,
+            quantization=quantization,
         )
         self.submitted: list[Request] = []
         """Every request taken, in order, for tests to look at."""
@@ -211,8 +249,11 @@ class FakeEngine:
         choice.position += 1
         if isinstance(step, Exception):
             return self._finish(choice, FinishReason.ERROR, error=str(step))
-        tokens, reason, stop_token_id = self._truncate(choice, list(step))
+        if not isinstance(step, FakeStep):
+            step = FakeStep(step)
+        tokens, reason, stop_token_id = self._truncate(choice, list(step.tokens))
         prefill = choice.num_output == 0
+        sampling = choice.request.sampling
         if reason is None and choice.position == len(choice.script):
             reason = FinishReason.STOP
         delta = TokenDelta(
@@ -224,7 +265,15 @@ class FakeEngine:
             num_steps=0 if prefill else 1,
             time_s=time.monotonic(),
             trace=self._trace(choice, tokens, batch_size) if choice.request.trace and not prefill else None,
+            cached_tokens=step.cached_tokens,
+            accepted_prediction_tokens=min(step.accepted_prediction_tokens, len(tokens)),
         )
+        if sampling.logprobs is not None:
+            known = step.logprobs or [self._made_up(token, sampling.logprobs) for token in tokens]
+            delta.logprobs = list(known[: len(tokens)])
+        if sampling.prompt_logprobs is not None and prefill and choice.index == 0:
+            rest = choice.request.prompt_token_ids[1:]
+            delta.prompt_logprobs = [None, *(self._made_up(t, sampling.prompt_logprobs) for t in rest)]
         choice.num_output += len(tokens)
         choice.last_token = tokens[-1] if tokens else choice.last_token
         self._count(choice, delta, prefill=prefill)
@@ -248,6 +297,11 @@ class FakeEngine:
                 return tokens[: i + 1], FinishReason.LENGTH, None
         return tokens, None, None
 
+    def _made_up(self, token: int, count: int) -> TokenLogprobs:
+        """Token ids by rank as their own numbers say: the token is the best, the next one half as likely."""
+        best = [((token + i) % self._info.vocab_size, -0.5 - i * 0.6931471805599453) for i in range(count)]
+        return TokenLogprobs(token, -0.5, 1, tuple(best))
+
     def _trace(self, choice: _Choice, tokens: list[int], batch_size: int) -> StepTrace:
         """A chain: the root, then every emitted token but the last, which is the next root."""
         nodes = (choice.last_token, *tokens[:-1])
@@ -267,12 +321,17 @@ class FakeEngine:
         if prefill:
             if choice.index == 0:  # the choices of one request prefill once
                 stats.prompt_tokens += len(choice.request.prompt_token_ids)
+                stats.prefix_query_tokens += len(choice.request.prompt_token_ids)
+                stats.prefix_hit_tokens += delta.cached_tokens
             return
         stats.acceptance_counts[len(delta.token_ids)] += 1
         if self._draft_tokens:
             stats.num_drafts += 1
             stats.draft_tokens += self._draft_tokens
-            stats.accepted_tokens += max(0, len(delta.token_ids) - 1)
+            accepted, predicted = len(delta.token_ids) - 1, delta.accepted_prediction_tokens
+            stats.accepted_tokens += max(0, accepted)
+            stats.accepted_by_source["prediction"] += predicted
+            stats.accepted_by_source["head"] += max(0, accepted - predicted)
 
     def _finish(self, choice: _Choice, reason: FinishReason, error: str | None = None) -> None:
         self._remove(choice)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import RequestError
+from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Detokenizer", "TextDelta", "TextProcessor"]
+__all__ = ["Detokenizer", "TextDelta", "TextProcessor", "TokenText"]
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a UTF-8 character
 _MAX_OPEN = 3  # tokens of an open UTF-8 character: it has four bytes at most
 _CONTEXT = 8  # tokens kept before the text still to come: more than a character has bytes
 _WINDOW = 32  # tokens decoded together before the window slides on
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte-fallback vocabularies spell a byte
+_SAMPLE = "Hé, wörld:  1 日本 😀\n\tx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +35,29 @@ class TextDelta:
         num_tokens: tokens of this push that belong to the output: all, or those up to and including
             the one that completed a stop string.
         stop: the stop string that ended the output, else None. It is not part of `text`.
+        num_released: of an aligned detokenizer, how many of the output's tokens, those of earlier pushes
+            that were held first, have no more text to come than up to here. A token that lies in the
+            stop string as a whole never counts.
     """
 
     text: str
     num_tokens: int
     stop: str | None
+    num_released: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One token by itself.
+
+    Args:
+        text: what it decodes to, with U+FFFD for a part of a character; a special token's name.
+        data: its bytes; those of all tokens joined are the output's. None for a special token, which
+            never becomes text.
+    """
+
+    text: str
+    data: bytes | None
 
 
 class TextProcessor:
@@ -51,19 +76,20 @@ class TextProcessor:
         self._special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             tokenizer.all_special_ids
         )
+        self._token_bytes = _TokenBytes(self._bytes_of)
 
     @property
     def vocab_size(self) -> int:
         """Token ids the tokenizer knows, added ones included; a model's logits may be padded beyond."""
         return len(self.tokenizer)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it are recognised.
 
         Raises:
-            RequestError: the text is not valid Unicode (an unpaired surrogate).
+            RequestError: the text is not valid Unicode (an unpaired surrogate), with `param`.
         """
-        return self._encode(text, add_special_tokens, param=None)
+        return self._encode(text, add_special_tokens, param)
 
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation as the model's own chat template writes it.
@@ -101,8 +127,53 @@ class TextProcessor:
         """The vocabulary's own spelling of each id (`Ġhello`); empty for an id it does not know."""
         return [token or "" for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
 
+    def token_text(self, token_id: int) -> TokenText:
+        """A token by itself, as logprobs report it; empty for an id the vocabulary does not know."""
+        if token_id in self._special_ids:
+            return TokenText(self.token_strings([token_id])[0], None)
+        data = self._token_bytes[token_id]
+        return TokenText(data.decode("utf-8", "replace"), data)
+
+    def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token sequences to keep out of an output that must not hold these words, as in vLLM.
+
+        A word is encoded as it stands and with a space before it, since it is other tokens inside a
+        text; the second counts where it is as long and begins with another token.
+
+        Raises:
+            RequestError: a word without a token or with too many, more sequences than a request may have,
+                or text that is not Unicode (`param` is "bad_words").
+        """
+        sequences: list[tuple[int, ...]] = []
+        for word in words:
+            bare, spaced = (
+                tuple(self._encode(prefix + word.lstrip(), add_special_tokens=False, param="bad_words"))
+                for prefix in ("", " ")
+            )
+            if not 1 <= len(bare) <= MAX_BAD_WORD_TOKENS:
+                raise RequestError(
+                    f"bad_words: {word!r} has {len(bare)} tokens; it must have 1 to {MAX_BAD_WORD_TOKENS}",
+                    param="bad_words",
+                )
+            sequences.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        if len(sequences) > MAX_BAD_WORDS:
+            raise RequestError(
+                f"bad_words make {len(sequences)} token sequences, with and without a space before them;"
+                f" at most {MAX_BAD_WORDS} are possible",
+                param="bad_words",
+            )
+        return sequences
+
     def detokenizer(
-        self, prompt_token_ids: Sequence[int], *, stop: tuple[str, ...] = (), skip_special_tokens: bool = True
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+        aligned: bool = False,
     ) -> Detokenizer:
         """A fresh incremental detokenizer for one choice.
 
@@ -110,18 +181,47 @@ class TextProcessor:
             prompt_token_ids: the prompt; its end decides whether the output opens with a space where a
                 tokenizer drops the first one (sentencepiece). Stop strings are not searched in it.
             stop: the output ends before the first of these to be complete in it.
+            min_tokens: a stop string that is complete within so many tokens is text like any other.
             skip_special_tokens: leave special tokens out of the text.
+            aligned: count the tokens whose text is out (`TextDelta.num_released`).
 
         Raises:
             RequestError: a stop string is empty.
         """
         if "" in stop:
             raise RequestError("a stop string must not be empty", param="stop")
-        return Detokenizer(self, prompt_token_ids, stop, skip_special_tokens)
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        source: _Source
+        if self._byte_level:
+            source = _ByteText(self._token_bytes, skipped)
+        else:
+            source = _WindowText(self, prompt_token_ids, skipped)
+        return Detokenizer(source, stop, min_tokens, aligned)
 
-    def skipped_ids(self, skip_special_tokens: bool) -> frozenset[int]:
-        """Ids that never become text."""
-        return self._special_ids if skip_special_tokens else frozenset()
+    @cached_property
+    def _byte_level(self) -> bool:
+        """True where a text's bytes are its tokens' bytes joined, whatever their neighbours."""
+        from tokenizers.decoders import ByteLevel  # late, as transformers is
+
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not isinstance(backend.decoder, ByteLevel):
+            return False
+        # The tokenizer's class may decode in a way of its own.
+        sample = self.encode(_SAMPLE, add_special_tokens=False)
+        return b"".join(map(_spelled_bytes, self.token_strings(sample))) == self.decode(sample).encode()
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """A token's bytes as a part of some text: what a second one of it adds to the first.
+
+        A tokenizer may drop a text's first space, so the first one may tell less.
+        """
+        spelling = self.token_strings([token_id])[0]
+        if self._byte_level:
+            return _spelled_bytes(spelling)
+        once = self.decode([token_id], skip_special_tokens=False)
+        if (byte := _BYTE.fullmatch(spelling)) and once != spelling:
+            return bytes([int(byte[1], 16)])
+        return self.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
 
     def _encode(self, text: str, add_special_tokens: bool, param: str | None) -> list[int]:
         try:
@@ -131,32 +231,47 @@ class TextProcessor:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
 
+class _TokenBytes(dict[int, bytes]):
+    """Each token's bytes, found when first asked for."""
+
+    def __init__(self, find: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes:
+        data = self[token_id] = self._find(token_id)
+        return data
+
+
 class Detokenizer:
     """Text of one choice, as its tokens arrive. Made by `TextProcessor.detokenizer`.
 
     Whatever the splits into pushes, the texts joined are `decode(prompt + output)` less
-    `decode(prompt)`, cut before a stop string. Cost per token does not grow with the output: a window
-    of the last tokens is decoded and what of it was sent already is left out (the idea of vLLM's
-    prefix and read offsets, with characters for the second). One deviation: a byte-fallback decoder
-    (Llama 2) turns a whole run of byte tokens to U+FFFD when a later one is invalid; characters already
-    sent stay.
+    `decode(prompt)`, cut before a stop string. Cost per token does not grow with the output.
     """
 
-    __slots__ = ("_processor", "_sent", "_skipped", "_stop", "_stops", "_window")
+    __slots__ = (
+        "_aligned",
+        "_fed",
+        "_held",
+        "_min_tokens",
+        "_num_tokens",
+        "_sent",
+        "_source",
+        "_stop",
+        "_stops",
+    )
 
-    def __init__(
-        self,
-        processor: TextProcessor,
-        prompt_token_ids: Sequence[int],
-        stop: tuple[str, ...],
-        skip_special_tokens: bool,
-    ) -> None:
-        self._processor = processor
-        self._skipped = processor.skipped_ids(skip_special_tokens)
-        self._stops = _StopFinder(stop)
+    def __init__(self, source: _Source, stop: tuple[str, ...], min_tokens: int, aligned: bool) -> None:
+        self._source = source
+        self._stops = _StopFinder(stop) if stop else None
+        self._min_tokens = min_tokens
+        self._aligned = aligned
         self._stop: str | None = None
-        self._window = self._prompt_context(prompt_token_ids)
-        self._sent = len(self._decode(self._window))  # characters of the window's text not to send again
+        self._num_tokens = 0
+        self._fed = 0  # characters that are certain
+        self._sent = 0  # of these, those returned
+        self._held: deque[tuple[int, int]] = deque()  # first and last character + 1 of tokens not released
 
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> TextDelta:
         """Take the next tokens and return the text that is certain now.
@@ -170,17 +285,111 @@ class Detokenizer:
         """
         if self._stop is not None:
             return TextDelta("", 0, self._stop)
-        before = self._window
-        self._window = before + self._kept(token_ids)
+        if self._stops is None and not self._aligned:
+            return TextDelta(self._source.feed(token_ids, final), len(token_ids), None)
+        # Token by token, so that it is known which token completed what.
+        texts: list[str] = []
+        released = 0
+        last = max(len(token_ids) - 1, 0)
+        for index in range(last + 1):
+            ended = final and index == last
+            text, self._stop = self._take(token_ids[index : index + 1], ended)
+            texts.append(text)
+            released += self._release(ended)
+            if self._stop is not None:
+                return TextDelta("".join(texts), index + 1, self._stop, released)
+        return TextDelta("".join(texts), len(token_ids), None, released)
+
+    def _take(self, token_ids: Sequence[int], final: bool) -> tuple[str, str | None]:
+        """The text that may go out after at most one more token, and the stop string this completed."""
+        start, stop = self._fed, None
+        text = self._source.feed(token_ids, final)
+        self._fed += len(text)
+        self._num_tokens += len(token_ids)
+        if self._aligned and token_ids:
+            self._held.append((start, self._fed + self._source.open))
+        if self._stops is not None:
+            text, stop = self._stops.feed(text, final, armed=self._num_tokens > self._min_tokens)
+        self._sent += len(text)
+        return text, stop
+
+    def _release(self, final: bool) -> int:
+        """How many more tokens are out: those that end before the next character to be sent.
+
+        At the output's end it is all, or, of those before a stop string, all that begin before it.
+        """
+        count = 0
+        while self._held:
+            start, end = self._held[0]
+            if self._stop is not None:
+                if start >= self._sent:
+                    break
+            elif end > self._sent and not final:
+                break
+            self._held.popleft()
+            count += 1
+        return count
+
+
+class _Source(Protocol):
+    """Tokens in, text out that cannot change any more."""
+
+    def feed(self, token_ids: Sequence[int], final: bool) -> str: ...
+
+    @property
+    def open(self) -> bool:
+        """True while bytes of an unfinished character wait."""
+
+
+class _ByteText:
+    """Text of a byte-level vocabulary: the tokens' bytes joined and read as UTF-8."""
+
+    __slots__ = ("_decoder", "_skipped", "_token_bytes")
+
+    def __init__(self, token_bytes: _TokenBytes, skipped: frozenset[int]) -> None:
+        self._token_bytes = token_bytes
+        self._skipped = skipped
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_ids: Sequence[int], final: bool) -> str:
+        known, skipped = self._token_bytes, self._skipped
+        data = b"".join([known[token] for token in token_ids if token not in skipped])
+        return self._decoder.decode(data, final)
+
+    @property
+    def open(self) -> bool:
+        return bool(self._decoder.getstate()[0])
+
+
+class _WindowText:
+    """Text of any other vocabulary, where a token's text may depend on its neighbours.
+
+    A window of the last tokens is decoded and what of it was sent already is left out (the idea of vLLM's
+    prefix and read offsets, with characters for the second). One deviation from decoding the whole: a
+    byte-fallback decoder (Llama 2) turns a whole run of byte tokens to U+FFFD when a later one is invalid;
+    characters already sent stay.
+    """
+
+    __slots__ = ("_processor", "_sent", "_skipped", "_window", "open")
+
+    def __init__(
+        self, processor: TextProcessor, prompt_token_ids: Sequence[int], skipped: frozenset[int]
+    ) -> None:
+        self._processor = processor
+        self._skipped = skipped
+        self._window = self._prompt_context(prompt_token_ids)
+        self._sent = len(self._decode(self._window))  # characters of the window's text not to send again
+        self.open = False
+
+    def feed(self, token_ids: Sequence[int], final: bool) -> str:
+        self._window = self._window + self._kept(token_ids)
         certain = self._certain(self._window)
-        ready, match = self._stops.feed((certain.flushed if final else certain.text)[self._sent :], final)
-        if match is not None:
-            self._stop = match.stop
-            return TextDelta(ready, self._tokens_until(self._sent + match.end, before, token_ids), match.stop)
+        self.open = len(certain.flushed) > len(certain.text)
+        text = (certain.flushed if final else certain.text)[self._sent :]
         self._sent = max(self._sent, len(certain.text))
         if len(self._window) > _WINDOW:
             self._slide(certain)
-        return TextDelta(ready, len(token_ids), None)
+        return text
 
     def _certain(self, token_ids: list[int]) -> _Certain:
         """What of the text of `token_ids` stands, whatever follows: all but a character still open."""
@@ -195,13 +404,6 @@ class Detokenizer:
         # Bytes that are no character, and after them perhaps an open one.
         trailing = len(text) - len(text.rstrip(_REPLACEMENT))
         return _Certain(text[: len(text) - min(trailing, _MAX_OPEN)], text, len(token_ids), text)
-
-    def _tokens_until(self, end: int, window: list[int], token_ids: Sequence[int]) -> int:
-        """How many of `token_ids`, put after `window`, it takes to be certain of `end` characters."""
-        for count in range(1, len(token_ids)):
-            if len(self._certain(window + self._kept(token_ids[:count])).text) >= end:
-                return count
-        return len(token_ids)
 
     def _slide(self, certain: _Certain) -> None:
         """Forget the window's beginning, where the rest decodes to the same text without it.
@@ -255,12 +457,6 @@ class _Certain:
     decoded: str  # `text`, or that and bytes that may be an open character
 
 
-@dataclass(frozen=True, slots=True)
-class _Match:
-    stop: str
-    end: int  # characters of the text just fed up to the match's end
-
-
 class _StopFinder:
     """The first stop string to be complete in a stream of characters; of two at once, the longer.
 
@@ -276,15 +472,16 @@ class _StopFinder:
         self._matched = [0] * len(self._stops)  # characters of each stop string in progress
         self._held = ""
 
-    def feed(self, text: str, final: bool) -> tuple[str, _Match | None]:
-        """Text that may go out now, and the match if one was completed in `text`."""
-        if not self._stops:
-            return text, None
+    def feed(self, text: str, final: bool, *, armed: bool = True) -> tuple[str, str | None]:
+        """Text that may go out now, and the stop string that was completed in `text`.
+
+        While not armed, a complete one is text like any other.
+        """
         for end, char in enumerate(text, 1):
             complete = [stop for index, stop in enumerate(self._stops) if self._advance(index, char)]
-            if complete:
+            if complete and armed:
                 stop = max(complete, key=len)
-                return (self._held + text[:end])[: -len(stop)], _Match(stop, end)
+                return (self._held + text[:end])[: -len(stop)], stop
         pending = self._held + text
         hold = 0 if final else max(self._matched)
         self._held = pending[len(pending) - hold :]
@@ -296,8 +493,27 @@ class _StopFinder:
             matched = self._borders[index][matched - 1]
         if stop[matched] == char:
             matched += 1
-        self._matched[index] = matched
-        return matched == len(stop)
+        complete = matched == len(stop)
+        self._matched[index] = self._borders[index][-1] if complete else matched
+        return complete
+
+
+def _spelled_bytes(spelling: str) -> bytes:
+    """The bytes of a byte-level token; one that is not spelled in that alphabet stands for itself."""
+    try:
+        return bytes([_BYTE_OF[char] for char in spelling])
+    except KeyError:
+        return spelling.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling: printable bytes are themselves, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 def _borders(pattern: str) -> list[int]:

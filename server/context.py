@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from engine.text import TextProcessor
 
 __all__ = ["Context", "RequestRecord", "ServerContext", "record_of"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class ServerContext:
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
     )
 
-    async def encode(self, encode: Callable[..., list[int]], *args: Any, **options: Any) -> list[int]:
+    async def encode(self, encode: Callable[..., T], *args: Any, **options: Any) -> T:
         """The result of one of `text`'s encode methods, in a thread: a prompt of megabytes takes seconds,
         and every stream and probe would wait for it."""
         loop = asyncio.get_running_loop()

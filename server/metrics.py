@@ -63,10 +63,15 @@ class _EngineCollector(Collector):
         yield _counter(
             "spec_decode_num_draft_tokens", "Tree nodes verified, root not counted.", stats.draft_tokens
         )
+        yield _accepted(stats)
+        yield _counter("explored_steps", "Decode steps that tried another tree.", stats.explored_steps)
         yield _counter(
-            "spec_decode_num_accepted_tokens", "Tree nodes accepted, root not counted.", stats.accepted_tokens
+            "prefix_cache_queries", "Prompt tokens looked up for reuse.", stats.prefix_query_tokens
         )
+        yield _counter("prefix_cache_hits", "Of these, tokens reused.", stats.prefix_hit_tokens)
         yield _counter("preemptions", "Sequences put back to waiting for want of blocks.", stats.preemptions)
+        yield _gauge("tree_size", "Nodes of the last decode step's tree, root counted.", stats.tree_size)
+        yield _gauge("tree_head_nodes", "Of these, nodes of the heads' branch.", stats.head_nodes)
         yield _gauge("num_requests_running", "Sequences that hold a slot.", stats.running)
         yield _gauge("num_requests_waiting", "Sequences that wait for a slot.", stats.waiting)
         yield _acceptance(stats)
@@ -79,6 +84,17 @@ def _counter(name: str, text: str, value: int) -> CounterMetricFamily:
 
 def _gauge(name: str, text: str, value: int) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"medusa_{name}", text, value=value)
+
+
+def _accepted(stats: EngineStats) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        "medusa_spec_decode_num_accepted_tokens",
+        "Tree nodes accepted, root not counted, by what had drafted them.",
+        labels=["source"],
+    )
+    for source, count in stats.accepted_by_source.items():
+        family.add_metric([source], count)
+    return family
 
 
 def _acceptance(stats: EngineStats) -> HistogramMetricFamily:

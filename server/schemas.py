@@ -1,4 +1,4 @@
-"""Request and response bodies, strict: nothing is accepted and ignored.
+"""Request bodies, strict: nothing is accepted and ignored.
 
 A field is supported (a model field here), or without effect and documented as such (`NO_EFFECT`), or
 refused by name unless it has its default value (`UNSUPPORTED`), or unknown and refused.
@@ -6,39 +6,33 @@ refused by name unless it has its default value (`UNSUPPORTED`), or unknown and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.errors import RequestError
-from engine.types import SamplingParams
+from engine.types import MAX_BAD_WORDS, MAX_LOGPROBS, Acceptance, MedusaParams, SamplingParams
 from server.errors import UnsupportedFieldError, field_path
 
 __all__ = [
     "NO_EFFECT",
     "UNSUPPORTED",
-    "ChatChoice",
-    "ChatChunk",
-    "ChatCompletion",
-    "ChatDelta",
     "ChatMessage",
     "ChatRequest",
-    "ChunkChoice",
-    "ModelCard",
-    "ModelList",
-    "ResponseMessage",
+    "MedusaOptions",
+    "Prediction",
     "SamplingDefaults",
     "StreamOptions",
     "TokenizeRequest",
-    "TokenizeResponse",
-    "Usage",
 ]
 
 MAX_TEMPERATURE = 2.0
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
 
 NO_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
 """Fields of a chat completion that are checked and then have no effect, as the API's documentation says."""
@@ -46,32 +40,24 @@ NO_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "ser
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     # OpenAI's
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True,),
-    "prediction": (),
-    "presence_penalty": (0,),
     "prompt_cache_options": ({},),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": (),
-    "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -85,11 +71,8 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "request_id": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -149,6 +132,17 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _biases(value: object) -> object:
+    """JSON's keys are strings: decimal token ids."""
+    if not isinstance(value, dict):
+        return value
+    if wrong := [key for key in value if not _TOKEN_ID.fullmatch(str(key))]:
+        raise ValueError(f"{wrong[0]!r} is not a token id")
+    return {int(key): bias for key, bias in value.items()}
+
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+
 Content = Annotated[
     list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]), Field(min_length=1)
 ]
@@ -157,6 +151,13 @@ StopStrings = Annotated[
     list[StopString],
     BeforeValidator(_listed, json_schema_input_type=str | list[StopString]),
     Field(max_length=MAX_STOP_STRINGS),
+]
+
+
+LogitBias = Annotated[
+    dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]],
+    BeforeValidator(_biases, json_schema_input_type=dict[str, float]),
+    Field(max_length=MAX_LOGIT_BIAS),
 ]
 
 
@@ -182,6 +183,57 @@ class StreamOptions(_Body):
         return _without_unsupported(cls, data, unsupported, "stream_options")
 
 
+class Prediction(_Body):
+    """OpenAI's predicted output: text that the answer is expected to repeat."""
+
+    type: Literal["content"]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        return _without_unsupported(cls, data, {}, "prediction")
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
+class MedusaOptions(_Body):
+    """How the request's drafts are verified; not in OpenAI's API."""
+
+    acceptance: Literal["exact", "typical"] | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    max_tree_size: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        return _without_unsupported(cls, data, {}, "medusa")
+
+    def params(self) -> MedusaParams:
+        """The engine's parameters.
+
+        Raises:
+            RequestError: a value out of range, or a threshold that would have no effect.
+        """
+        defaults = MedusaParams()
+        params = MedusaParams(
+            acceptance=Acceptance(_first(self.acceptance, defaults.acceptance)),
+            epsilon=_first(self.epsilon, defaults.epsilon),
+            delta=_first(self.delta, defaults.delta),
+            max_tree_size=self.max_tree_size,
+        )
+        if params.acceptance is Acceptance.EXACT:
+            for name in ("epsilon", "delta"):
+                if getattr(params, name) != getattr(defaults, name):
+                    raise UnsupportedFieldError(
+                        f"medusa.{name} goes with medusa.acceptance 'typical'", param=f"medusa.{name}"
+                    )
+        return params
+
+
 class ChatRequest(_Body):
     """Body of POST /v1/chat/completions."""
 
@@ -200,6 +252,18 @@ class ChatRequest(_Body):
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=MAX_BAD_WORDS)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prediction: Prediction | None = None
+    cache_salt: str | None = Field(None, min_length=1)
+    medusa: MedusaOptions | None = None
 
     user: str | None = Field(None, description="No effect.")
     metadata: dict[str, str] | None = Field(None, description="No effect.")
@@ -222,23 +286,41 @@ class ChatRequest(_Body):
             raise RequestError(
                 "max_tokens and max_completion_tokens cannot both be set", param="max_completion_tokens"
             )
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is not allowed when stream is true", param="prompt_logprobs")
         return self
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, defaults: SamplingDefaults, vocab_size: int) -> SamplingParams:
+    @property
+    def prediction_text(self) -> str:
+        """What the answer is predicted to hold; empty for no prediction."""
+        return "" if self.prediction is None else self.prediction.text
+
+    def sampling(
+        self,
+        defaults: SamplingDefaults,
+        vocab_size: int,
+        bad_words: Sequence[tuple[int, ...]] = (),
+    ) -> SamplingParams:
         """The engine's parameters: the request's values, else the model's defaults, else OpenAI's.
+
+        Args:
+            defaults: the model's.
+            vocab_size: token ids are below it.
+            bad_words: the field's tokens.
 
         Raises:
             RequestError: a value out of range, with the field's name as the client wrote it.
         """
-        if beyond := [token for token in self.stop_token_ids or [] if token >= vocab_size]:
-            raise RequestError(
-                f"stop_token_ids: {beyond[0]} is not a token of this model (it has {vocab_size})",
-                param="stop_token_ids",
-            )
+        for field, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            if beyond := [token for token in tokens or () if token >= vocab_size]:
+                message = f"{field}: {beyond[0]} is not a token of this model (it has {vocab_size})"
+                raise RequestError(message, param=field)
         top_k = _first(self.top_k, defaults.top_k, 0)
         try:
             return SamplingParams(
@@ -251,13 +333,22 @@ class ChatRequest(_Body):
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=bool(self.ignore_eos),
                 n=_first(self.n, 1),
+                presence_penalty=_first(self.presence_penalty, 0.0),
+                frequency_penalty=_first(self.frequency_penalty, 0.0),
+                repetition_penalty=_first(self.repetition_penalty, 1.0),
+                logit_bias=tuple((self.logit_bias or {}).items()),
+                min_tokens=_first(self.min_tokens, 0),
+                bad_words=tuple(bad_words),
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+                prompt_logprobs=self.prompt_logprobs,
             )
         except RequestError as error:
-            if error.param == "max_tokens" and self.max_completion_tokens is not None:
-                raise RequestError(
-                    str(error).replace("max_tokens", "max_completion_tokens"), param="max_completion_tokens"
-                ) from None
-            raise
+            if self.max_completion_tokens is None or "max_tokens" not in str(error):
+                raise
+            # The client knows the bound by its other name.
+            param = "max_completion_tokens" if error.param == "max_tokens" else error.param
+            message = str(error).replace("max_tokens", "max_completion_tokens")
+            raise RequestError(message, param=param) from None
 
 
 class TokenizeRequest(_Body):
@@ -340,82 +431,3 @@ def _without_unsupported(
 def _same(value: object, default: object) -> bool:
     """Equal as JSON: 0 and 0.0 are, false and 0 are not."""
     return isinstance(value, bool) == isinstance(default, bool) and value == default
-
-
-# Responses. Chunks are dumped with exclude_unset, so a null is sent exactly where one was set.
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-FinishReasonName = Literal["stop", "length"]
-
-
-class ResponseMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ResponseMessage
-    logprobs: None = None
-    finish_reason: FinishReasonName
-
-
-class ChatCompletion(BaseModel):
-    """Answer of a chat completion that is not streamed."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: ChatDelta
-    logprobs: None
-    finish_reason: FinishReasonName | None
-
-
-class ChatChunk(BaseModel):
-    """One event of a streamed chat completion."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "medusa-serve"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None

@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from engine.errors import EngineStoppedError, StepError
-from engine.types import FinishReason, Request, TokenDelta
+from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
-from server.schemas import FinishReasonName, Usage
+from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
 
-__all__ = ["DONE", "EventStream", "Generation", "TextPiece", "to_json", "unless_disconnected"]
-
-DONE = "[DONE]"
-"""The data of a stream's last event."""
+__all__ = ["EventStream", "Generation", "TextPiece", "unless_disconnected"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """New text of one choice from one step; `finish_reason` is set on the choice's last piece."""
+    """New text of one choice from one step.
+
+    Args:
+        index: the choice.
+        text: may be empty.
+        finish_reason: set on the choice's last piece.
+        logprobs: of the tokens whose text is complete with this piece; None if the request wants none.
+    """
 
     index: int
     text: str
     finish_reason: FinishReasonName | None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(slots=True)
 class _Choice:
-    """What is counted about one choice."""
+    """What is counted about one choice, and the logprobs of tokens whose text is still held."""
 
+    logprobs: deque[TokenLogprobs] = field(default_factory=deque)
+    accepted_prediction_tokens: int = 0
     tokens: int = 0
     decode_tokens: int = 0
     decode_steps: int = 0
@@ -71,8 +78,18 @@ class Generation:
         self._choices = [_Choice() for _ in range(request.sampling.n)]
         self._open = set(range(request.sampling.n))
         self._closed = False
+        self._cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        """One per prompt token, the first None, once the first piece is there and if asked for."""
+        self._wants_logprobs = request.sampling.logprobs is not None
         self._detokenizers = [
-            context.text.detokenizer(request.prompt_token_ids, stop=stop) for _ in self._choices
+            context.text.detokenizer(
+                request.prompt_token_ids,
+                stop=stop,
+                min_tokens=request.sampling.min_tokens,
+                aligned=self._wants_logprobs,
+            )
+            for _ in self._choices
         ]
         self._stream = context.engine.submit(request)
 
@@ -81,7 +98,21 @@ class Generation:
         """Tokens so far; output is counted up to where a stop token or string ended it."""
         prompt = len(self._request.prompt_token_ids)
         completion = sum(choice.tokens for choice in self._choices)
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        usage = Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
+        )
+        if predicted := len(self._request.prediction_token_ids):
+            accepted = sum(choice.accepted_prediction_tokens for choice in self._choices)
+            usage.completion_tokens_details = CompletionTokensDetails(
+                accepted_prediction_tokens=accepted,
+                rejected_prediction_tokens=max(0, predicted - accepted),
+                reasoning_tokens=0,
+                audio_tokens=0,
+            )
+        return usage
 
     async def pieces(self) -> AsyncIterator[TextPiece]:
         """The text of all choices, interleaved as the engine makes it: one piece per choice and step.
@@ -113,12 +144,17 @@ class Generation:
 
     def _take(self, delta: TokenDelta) -> TextPiece:
         choice = self._choices[delta.index]
+        if delta.index == 0 and not choice.tokens:
+            self._cached_tokens = delta.cached_tokens
+            self.prompt_logprobs = delta.prompt_logprobs
         # A stop token counts as output and is no text.
         token_ids = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
         ended = delta.finish_reason is not None
         text = self._detokenizers[delta.index].push(token_ids, final=ended)
         finish_reason = _NAMES[delta.finish_reason] if delta.finish_reason else None
         choice.tokens += text.num_tokens
+        # Tokens after a stop string are no part of the answer.
+        choice.accepted_prediction_tokens += min(delta.accepted_prediction_tokens, text.num_tokens)
         if text.stop is not None:
             finish_reason = "stop"
             if not ended:
@@ -129,7 +165,11 @@ class Generation:
             self._open.remove(delta.index)
             choice.finish_reason = finish_reason
         self._time(choice, delta)
-        return TextPiece(delta.index, text.text, finish_reason)
+        logprobs = None
+        if self._wants_logprobs:
+            choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
+            logprobs = [choice.logprobs.popleft() for _ in range(text.num_released)]
+        return TextPiece(delta.index, text.text, finish_reason, logprobs)
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:
         now, metrics = time.monotonic(), self._context.metrics
@@ -171,7 +211,7 @@ class EventStream(EventSourceResponse):
     the generator never starts.
     """
 
-    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
+    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
         super().__init__(
             events, sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
         )
@@ -182,6 +222,10 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._generation.close()
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """The base class opens a cancel scope for each event, also where no timeout is set, as here."""
+        await send(message)
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
@@ -205,16 +249,3 @@ async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def to_json(model: BaseModel) -> str:
-    """JSON of the fields that were set.
-
-    Line breaks that only Unicode counts as such are escaped: clients that split a stream by
-    `str.splitlines` (httpx does) would cut an event at them.
-    """
-    text = model.model_dump_json(exclude_unset=True)
-    return text if text.isascii() else text.translate(_LINE_BREAKS)
-
-
-_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}

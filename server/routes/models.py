@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from server.context import Context, ServerContext
-from server.schemas import ModelCard, ModelList
+from server.responses import ModelCard, ModelList
 
 __all__ = ["router"]
 

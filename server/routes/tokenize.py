@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from server.context import Context
-from server.schemas import TokenizeRequest, TokenizeResponse
+from server.responses import TokenizeResponse
+from server.schemas import TokenizeRequest
 
 __all__ = ["router"]
 

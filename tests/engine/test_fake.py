@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from engine.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
-from engine.fake import FakeEngine
-from engine.types import DraftSource, EngineClient, FinishReason, Request, SamplingParams, TokenDelta
+from engine.fake import FakeEngine, FakeStep
+from engine.types import (
+    DraftSource,
+    EngineClient,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprobs,
+)
 
 SCRIPT: list[list[int]] = [[1], [2, 3, 4], [5, 6]]
 
@@ -172,6 +180,35 @@ def test_statistics_and_traces_of_a_tree() -> None:
         assert (trace.tokens, trace.parents, trace.accepted) == ((1, 2, 3), (-1, 0, 1), (0, 1, 2))
         assert (trace.next_root, trace.sources[0]) == (4, DraftSource.ROOT)
         assert (await collect(engine, request()))[1].trace is None
+        await engine.stop()
+
+    run(work())
+
+
+def test_a_step_may_say_more_than_its_tokens() -> None:
+    given = [TokenLogprobs(token, -1.0, 2, ((9, -0.5),)) for token in (2, 3, 4)]
+    script = [
+        FakeStep([1], cached_tokens=2),
+        FakeStep([2, 3, 4], logprobs=given, accepted_prediction_tokens=3),
+    ]
+
+    async def work() -> None:
+        engine = FakeEngine(lambda _r, _i: script, draft_tokens=7)
+        await engine.start()
+        first, second = await collect(engine, request(logprobs=2, prompt_logprobs=1, prompt=3, max_tokens=3))
+        assert first.logprobs is not None
+        assert [one.token_id for one in first.logprobs] == [1]
+        assert len(first.logprobs[0].top) == 2
+        assert first.prompt_logprobs is not None
+        assert [one and one.token_id for one in first.prompt_logprobs] == [None, 1, 2]
+        assert (first.cached_tokens, second.cached_tokens) == (2, 0)
+        assert second.token_ids == [2, 3]  # cut by max_tokens, and so is what belongs to them
+        assert second.logprobs == given[:2]
+        assert (second.prompt_logprobs, second.accepted_prediction_tokens) == (None, 2)
+        assert engine.stats.accepted_by_source == {"head": 0, "lookup": 0, "prediction": 2}
+        assert (engine.stats.prefix_query_tokens, engine.stats.prefix_hit_tokens) == (3, 2)
+        (plain, *_) = await collect(engine, request())
+        assert (plain.logprobs, plain.prompt_logprobs) == (None, None)
         await engine.stop()
 
     run(work())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from engine.errors import RequestError
 from engine.model.embedded import ensure_converted
 from engine.model.weights import load_tokenizer
-from engine.text import TextDelta, TextProcessor
+from engine.text import TextDelta, TextProcessor, TokenText
+from engine.types import MAX_BAD_WORDS
 
 EOS = 2
 EMOJI = (10813, 242, 218)  # 😀 in SmolLM2's tokens
@@ -25,6 +26,14 @@ FIRST_BYTE, FIRST_WORD = 3, 3 + 256  # of the sentencepiece-like vocabulary
 def smol() -> TextProcessor:
     """The embedded model's byte-level tokenizer. Not a fixture: strategies need it too."""
     return TextProcessor(load_tokenizer(ensure_converted()))
+
+
+@functools.cache
+def windowed() -> TextProcessor:
+    """The same without the byte-level shortcut: what any other kind of vocabulary goes through."""
+    tokenizer = load_tokenizer(ensure_converted())
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()])
+    return TextProcessor(tokenizer)
 
 
 @functools.cache
@@ -123,14 +132,16 @@ FEW = pieces(
 @given(cuts(IDS), IDS, st.booleans())
 def test_pushes_joined_are_the_decoded_output(pushes: list[list[int]], prompt: list[int], skip: bool) -> None:
     expected = smol().tokenizer.decode(flat(pushes), skip_special_tokens=skip)
-    assert stream(smol(), prompt, pushes, skip=skip) == (expected, len(flat(pushes)), None)
+    for processor in (smol(), windowed()):
+        assert stream(processor, prompt, pushes, skip=skip) == (expected, len(flat(pushes)), None)
 
 
 @settings(deadline=None, max_examples=100)
 @given(cuts(st.lists(st.integers(100, 235), min_size=40, max_size=150)))
 def test_bytes_that_are_no_utf8_survive_the_window(pushes: list[list[int]]) -> None:
     ids = [[EOS if index == 235 else byte_ids()[index] for index in push] for push in pushes]
-    assert stream(smol(), [], ids)[0] == smol().tokenizer.decode(flat(ids), skip_special_tokens=True)
+    for processor in (smol(), windowed()):
+        assert stream(processor, [], ids)[0] == smol().tokenizer.decode(flat(ids), skip_special_tokens=True)
 
 
 @st.composite
@@ -156,7 +167,8 @@ def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], da
             expected = (whole[: end - len(stop)], used, stop)
             break
     # The prompt ends in every stop string's beginning: none of it may count.
-    assert stream(smol(), smol().encode("ab\naba"), pushes, stop=tuple(stops)) == expected
+    for processor in (smol(), windowed()):
+        assert stream(processor, smol().encode("ab\naba"), pushes, stop=tuple(stops)) == expected
 
 
 @settings(deadline=None, max_examples=200)
@@ -254,13 +266,18 @@ def test_special_tokens_are_left_out_unless_asked_for() -> None:
     assert stream(smol(), [], [ids], skip=False, stop=("<|im",)) == ("Hi", 2, "<|im")
 
 
-@pytest.mark.parametrize("kind", ["text", "special", "invalid", "bytes"])
+@pytest.mark.parametrize(
+    "kind", ["text", "special", "invalid", "window", "window special", "window invalid", "bytes"]
+)
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_cost_per_token_does_not_grow_with_the_output(kind: str, step: int) -> None:
     of, unit = {
         "text": (smol(), smol().encode("Once upon a 日本 time 😀, ")),
         "special": (smol(), [EOS]),
         "invalid": (smol(), byte_ids()[-1:]),
+        "window": (windowed(), smol().encode("Once upon a 日本 time 😀, ")),
+        "window special": (windowed(), [EOS]),
+        "window invalid": (windowed(), byte_ids()[-1:]),
         "bytes": (llama2(), [FIRST_BYTE + byte for byte in "日".encode()]),
     }[kind]
     processor = Counting(of.tokenizer)
@@ -327,3 +344,93 @@ def test_messages_the_template_refuses(
     with pytest.raises(RequestError, match=reason) as caught:
         processor.encode_chat(messages)
     assert caught.value.param == "messages"
+
+
+@settings(deadline=None, max_examples=200)
+@given(cuts(FEW), st.data())
+def test_released_tokens_are_those_whose_text_is_out(pushes: list[list[int]], data: st.DataObject) -> None:
+    ids = flat(pushes)
+    stops = tuple(data.draw(stops_of(smol().decode(ids))))
+    for processor in (smol(), windowed()):
+        detokenizer = processor.detokenizer([], stop=stops, aligned=True)
+        plain = processor.detokenizer([], stop=stops)
+        text, released = "", 0
+        for index, push in enumerate(pushes):
+            final = index == len(pushes) - 1
+            delta, expected = detokenizer.push(push, final=final), plain.push(push, final=final)
+            assert (delta.text, delta.num_tokens, delta.stop) == (
+                expected.text,
+                expected.num_tokens,
+                expected.stop,
+            )
+            text, released = text + delta.text, released + delta.num_released
+            if delta.stop is None:
+                own = b"".join(smol().token_text(token).data or b"" for token in ids[:released])
+                assert text.encode().startswith(own) or "\ufffd" in text  # nothing is told before its text
+            else:
+                # With the stop string's cut inside a token, that token counts, and none after it.
+                before = smol().decode(ids[: max(released - 1, 0)])
+                assert text.startswith(before.rstrip("\ufffd"))
+                assert smol().decode(ids[:released]).startswith(text)
+        if detokenizer.push([]).stop is None:
+            assert released == len(ids)
+
+
+def test_min_tokens_lets_stop_strings_pass_that_are_complete_before() -> None:
+    ids = [smol().encode(char)[0] for char in "a.b.c"]
+    for least, expected in ((0, "a"), (1, "a"), (2, "a.b"), (3, "a.b"), (4, "a.b.c")):
+        detokenizer = smol().detokenizer([], stop=(".",), min_tokens=least)
+        assert detokenizer.push(ids, final=True).text == expected
+    # A stop string that overlaps itself is met again from its own end.
+    detokenizer = smol().detokenizer([], stop=("aba",), min_tokens=3)
+    assert detokenizer.push([smol().encode(char)[0] for char in "ababa"]) == TextDelta("ab", 5, "aba")
+
+
+@pytest.mark.parametrize("processor", [smol, llama2])
+def test_the_bytes_of_tokens_joined_are_the_text(processor: Callable[[], TextProcessor]) -> None:
+    of = processor()
+    text = " a日 b😀" if of is llama2() else "a日 b😀\n\tx  ünï<|im_end"
+    ids = (
+        of.encode(text)
+        if of is not llama2()
+        else [
+            of.tokenizer.convert_tokens_to_ids("▁a"),
+            *(FIRST_BYTE + byte for byte in "日".encode()),
+            *of.tokenizer.convert_tokens_to_ids(["▁", "b"]),
+            *(FIRST_BYTE + byte for byte in "😀".encode()),
+        ]
+    )
+    assert b"".join(of.token_text(token).data or b"" for token in ids).decode() == text
+
+
+def test_a_token_by_itself() -> None:
+    first = smol().token_text(EMOJI[0])
+    assert first.text == "\ufffd"
+    assert first.data
+    assert "😀".encode().startswith(first.data)
+    assert smol().token_text(EOS) == TokenText("<|im_end|>", None)
+    assert smol().token_text(49152 + 5) == TokenText("", b"")
+    assert llama2().token_text(llama2().tokenizer.convert_tokens_to_ids("▁Hello")) == TokenText(
+        " Hello", b" Hello"
+    )
+
+
+def test_bad_words_are_encoded_with_and_without_a_space() -> None:
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(smol().encode(text))
+
+    assert smol().encode_bad_words(["the", " cat"]) == [encode(t) for t in ("the", " the", "cat", " cat")]
+    assert smol().encode_bad_words([]) == []
+    long = "colourless green ideas"
+    expected = [encode(long)]
+    if len(encode(" " + long)) == len(encode(long)):
+        expected.append(encode(" " + long))
+    assert smol().encode_bad_words([long]) == expected
+    for words, reason in (
+        ([" "], "0 tokens"),
+        (["word " * 17], "tokens; it must have"),
+        (["the"] * (MAX_BAD_WORDS // 2 + 1), f"make {MAX_BAD_WORDS + 2} token sequences"),
+    ):
+        with pytest.raises(RequestError, match=reason) as caught:
+            smol().encode_bad_words(words)
+        assert caught.value.param == "bad_words"

@@ -32,7 +32,10 @@ settings = load_settings(
     {"served_model_name": MODEL, "port": 0, "drain_s": drain_s, "log_format": log_format}
 )
 configure_logging("info", log_format)
-engine = FakeEngine(lambda r, i: [ids("x")] * 60, step_s=0.02, draft_tokens=7, vocab_size=TEXT.vocab_size)
+engine = FakeEngine(
+    lambda r, i: [ids("x")] * 60, step_s=0.02, draft_tokens=7, lookup=5, quantization="int8",
+    vocab_size=TEXT.vocab_size,
+)
 app = create_app(engine, TEXT, settings, Defaults())
 config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
 Server(config, engine, settings).run(sockets=[bind("127.0.0.1", 0)])
@@ -68,7 +71,8 @@ def test_start_up_line_and_a_request_to_try() -> None:
         running.send_signal(signal.SIGTERM)
         running.wait(10)
     text = "".join(lines)
-    for part in (f"model={MODEL}", "heads=4", "tree=8", "kv_cache_tokens=4096", f"address={url}"):
+    settings = ("dtype=float32", "quantization=int8", "heads=4", "tree=8", "lookup=5", "kv_cache_tokens=4096")
+    for part in (f"model={MODEL}", *settings, f"address={url}"):
         assert part in lines[0]
     assert f"curl {url}/v1/chat/completions" in text
     assert "Traceback" not in text

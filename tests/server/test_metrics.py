@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.fake import FakeEngine
-from tests.server.conftest import EOS_ID, TEXT, Serve, chat_body, endless, says, wait_until
+from engine.fake import FakeEngine, FakeStep
+from tests.server.conftest import EOS_ID, TEXT, Serve, chat_body, endless, ids, says, wait_until
 
 
 def test_values_after_known_traffic(serve: Serve) -> None:
@@ -22,7 +22,11 @@ def test_values_after_known_traffic(serve: Serve) -> None:
     assert metrics["medusa_generation_tokens_total"] == 2 * 14
     assert metrics["medusa_spec_decode_num_drafts_total"] == 2 * 5
     assert metrics["medusa_spec_decode_num_draft_tokens_total"] == 2 * 5 * 7
-    assert metrics["medusa_spec_decode_num_accepted_tokens_total"] == 2 * 4 * 2
+    accepted = "medusa_spec_decode_num_accepted_tokens_total[('source', '{}')]"
+    by_source = {source: metrics[accepted.format(source)] for source in ("head", "lookup", "prediction")}
+    assert by_source == {"head": 2 * 4 * 2, "lookup": 0, "prediction": 0}
+    assert (metrics["medusa_tree_size"], metrics["medusa_tree_head_nodes"]) == (8, 7)
+    assert metrics["medusa_explored_steps_total"] == 0
     assert metrics["medusa_num_requests_running"] == metrics["medusa_num_requests_waiting"] == 0
     assert metrics["medusa_acceptance_length_count"] == 2 * 5
     assert metrics["medusa_acceptance_length_sum"] == 2 * 13
@@ -38,6 +42,21 @@ def test_values_after_known_traffic(serve: Serve) -> None:
     assert metrics["medusa_time_to_first_token_seconds_count"] == 2
     assert 0 < metrics["medusa_time_to_first_token_seconds_sum"] < 5
     assert metrics["medusa_time_per_output_token_seconds_count"] == 2
+
+
+def test_reuse_and_what_had_drafted_are_counted(serve: Serve) -> None:
+    script = [FakeStep(ids("a"), cached_tokens=7), FakeStep(ids("bcd"), accepted_prediction_tokens=2)]
+    engine = FakeEngine(lambda _r, _i: script, vocab_size=TEXT.vocab_size, draft_tokens=7)
+    engine.stats.explored_steps = 3
+    server = serve(engine)
+    server.chat(n=2)
+    metrics = server.metrics()
+    accepted = "medusa_spec_decode_num_accepted_tokens_total[('source', '{}')]"
+    assert (metrics[accepted.format("head")], metrics[accepted.format("prediction")]) == (0, 4)
+    prompt = len(engine.submitted[0].prompt_token_ids)
+    assert metrics["medusa_prefix_cache_queries_total"] == prompt
+    assert metrics["medusa_prefix_cache_hits_total"] == 7
+    assert metrics["medusa_explored_steps_total"] == 3
 
 
 def test_times_are_measured_in_seconds(serve: Serve) -> None:

@@ -12,6 +12,7 @@ from openai.types.chat import completion_create_params as openai_params
 from pydantic import ValidationError
 
 from engine.errors import RequestError
+from engine.types import Acceptance, MedusaParams
 from server.errors import UnsupportedFieldError
 from server.schemas import NO_EFFECT, UNSUPPORTED, ChatRequest, TokenizeRequest
 from tests.server.conftest import Defaults
@@ -24,30 +25,22 @@ SUPPORTED = sorted(set(ChatRequest.model_fields) - NO_EFFECT)
 
 MEANT: dict[str, Any] = {
     "audio": {"voice": "alloy", "format": "wav"},
-    "frequency_penalty": 0.5,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
-    "logit_bias": {"5": -100},
-    "logprobs": True,
     "modalities": ["text", "audio"],
     "moderation": {"model": "m"},
     "parallel_tool_calls": False,
-    "prediction": {"type": "content", "content": "x"},
-    "presence_penalty": -0.1,
     "prompt_cache_options": {"mode": "explicit"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
     "response_format": {"type": "json_object"},
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
-    "top_logprobs": 3,
     "verbosity": "low",
     "web_search_options": {},
     "best_of": 2,
     "echo": True,
-    "repetition_penalty": 1.1,
     "skip_special_tokens": False,
-    "min_tokens": 1,
     "use_beam_search": True,
 }
 """A value of each unsupported field that a client would send to get something."""
@@ -138,6 +131,37 @@ def test_fields_without_effect_pass(field: str, value: Any) -> None:
         ("messages", []),
         ("messages", "hi"),
         ("model", None),
+        ("logprobs", 1),
+        ("top_logprobs", 21),
+        ("top_logprobs", -1),
+        ("prompt_logprobs", True),
+        ("prompt_logprobs", -1),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", float("nan")),
+        ("repetition_penalty", float("inf")),
+        ("min_tokens", 1.5),
+        ("logit_bias", [5]),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"٥": 1}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": 100.5}),
+        ("logit_bias", {str(i): 1 for i in range(1025)}),
+        ("bad_words", "word"),
+        ("bad_words", [""]),
+        ("bad_words", ["x"] * 65),
+        ("cache_salt", ""),
+        ("cache_salt", "\ud800"),
+        ("prediction", "text"),
+        ("prediction", {"type": "content"}),
+        ("prediction", {"type": "text", "content": "x"}),
+        ("prediction", {"type": "content", "content": [{"type": "image_url"}]}),
+        ("medusa", "typical"),
+        ("medusa", {"acceptance": "Typical"}),
+        ("medusa", {"epsilon": "0.1"}),
+        ("medusa", {"max_tree_size": 2.0}),
     ],
 )
 def test_value_of_a_wrong_type_or_range_is_refused(field: str, value: Any) -> None:
@@ -156,6 +180,11 @@ def test_value_of_a_wrong_type_or_range_is_refused(field: str, value: Any) -> No
         ("max_tokens", 0),
         ("max_completion_tokens", 0),
         ("stop_token_ids", [256]),
+        ("logit_bias", {"256": 1}),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("min_tokens", -1),
     ],
 )
 def test_value_out_of_the_engines_range_is_refused_by_the_clients_name(field: str, value: Any) -> None:
@@ -166,7 +195,7 @@ def test_value_out_of_the_engines_range_is_refused_by_the_clients_name(field: st
 
 @pytest.mark.parametrize("default", [False, True])
 def test_numbers_are_not_booleans_in_unsupported_fields(default: bool) -> None:
-    field = "skip_special_tokens" if default else "logprobs"
+    field = "skip_special_tokens" if default else "echo"
     with pytest.raises(UnsupportedFieldError):
         parse(**{field: int(default)})
 
@@ -177,6 +206,8 @@ def test_unknown_fields_are_refused_at_every_level() -> None:
         ({"temprature": None}, "temprature"),
         ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "messages[0].contents"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"medusa": {"acceptence": "typical"}}, "medusa.acceptence"),
+        ({"prediction": {"type": "content", "content": "x", "id": 1}}, "prediction.id"),
     ]:
         with pytest.raises(UnsupportedFieldError) as caught:
             parse(**body)
@@ -219,6 +250,81 @@ def test_combinations() -> None:
     with pytest.raises(UnsupportedFieldError, match="include_obfuscation"):
         parse(stream=True, stream_options={"include_obfuscation": True})
     assert parse(stream=True, stream_options={"include_obfuscation": False}).include_usage is False
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"top_logprobs": 1, "logprobs": False}, "top_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+    ],
+)
+def test_fields_that_need_or_exclude_another(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match=param) as caught:
+        parse(**body)
+    assert caught.value.param == param
+
+
+def test_logprobs_reach_the_engine_as_a_count() -> None:
+    def count(**fields: Any) -> int | None:
+        return parse(**fields).sampling(Defaults(), 256).logprobs
+
+    assert count() is count(logprobs=False) is count(logprobs=False, top_logprobs=0) is None
+    assert count(logprobs=True) == count(logprobs=True, top_logprobs=0) == 0
+    assert count(logprobs=True, top_logprobs=20) == 20
+
+
+def test_min_tokens_beyond_the_output_names_the_field_the_client_used() -> None:
+    for bound in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(RequestError, match=f"at most {bound}") as caught:
+            parse(min_tokens=5, **{bound: 4}).sampling(Defaults(), 256)
+        assert caught.value.param == "min_tokens"
+
+
+def test_logit_bias_keys_are_token_ids() -> None:
+    biased = parse(logit_bias={"5": -100, "17": 2.5}).sampling(Defaults(), 256)
+    assert biased.logit_bias == ((5, -100.0), (17, 2.5))
+    assert parse(logit_bias={}).sampling(Defaults(), 256) == parse().sampling(Defaults(), 256)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"epsilon": 1.5, "acceptance": "typical"}, "medusa.epsilon"),
+        ({"delta": -0.1, "acceptance": "typical"}, "medusa.delta"),
+        ({"max_tree_size": 0}, "medusa.max_tree_size"),
+        ({"max_tree_size": 65}, "medusa.max_tree_size"),
+        ({"epsilon": 0.5}, "medusa.epsilon"),
+        ({"delta": 0.5, "acceptance": "exact"}, "medusa.delta"),
+    ],
+)
+def test_medusa_values_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    body = parse(medusa=fields)
+    assert body.medusa is not None
+    with pytest.raises(RequestError, match=param) as caught:
+        body.medusa.params()
+    assert caught.value.param == param
+
+
+def test_medusa_values_that_pass() -> None:
+    def params(**fields: Any) -> MedusaParams:
+        body = parse(medusa=fields)
+        assert body.medusa is not None
+        return body.medusa.params()
+
+    null = dict.fromkeys(["acceptance", "epsilon", "delta", "max_tree_size"])
+    assert params() == params(**null) == params(acceptance="exact", epsilon=0.09, delta=0.3) == MedusaParams()
+    typical = params(acceptance="typical", epsilon=0, delta=1.5, max_tree_size=1)
+    assert typical == MedusaParams(Acceptance.TYPICAL, 0.0, 1.5, 1)
+
+
+def test_prediction_is_text_or_parts() -> None:
+    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
+    assert parse(prediction={"type": "content", "content": parts}).prediction_text == "a\nb"
+    assert parse(prediction={"type": "content", "content": "ab"}).prediction_text == "ab"
+    for empty in (None, {"type": "content", "content": ""}, {"type": "content", "content": []}):
+        assert parse(prediction=empty).prediction_text == ""
 
 
 def test_tokenize_takes_a_prompt_or_messages() -> None:

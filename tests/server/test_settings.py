@@ -36,7 +36,7 @@ def test_engine_fields_are_the_engines_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tree"), [("tree: off", "off"), ("tree: 'off'", "off"), ("tree: 33", 33), ("", None)]
+    ("text", "tree"), [("tree: off", "off"), ("tree: 'off'", "off"), ("tree: 33", 33), ("", "auto")]
 )
 def test_tree_in_yaml(tmp_path: Path, text: str, tree: object) -> None:
     """YAML 1.1 reads a bare `off` as false."""

@@ -63,6 +63,7 @@ def test_whole_answer_has_openais_shape(hello: RunningServer) -> None:
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -1,0 +1,141 @@
+"""Chunks written by hand are what the models would write, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hypothesis import given, strategies as st
+
+from engine.types import TokenLogprobs
+from server.chunks import ChunkWriter, chat_logprobs, event, prompt_logprobs, to_json
+from server.responses import (
+    ChatChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChunkChoice,
+    FinishReasonName,
+    PromptTokensDetails,
+    Usage,
+)
+from tests.server.conftest import EOS_ID, TEXT, ids
+
+MODEL = 'a "model" with [] in its näme'
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+LOGPROBS = st.builds(
+    TokenLogprobs,
+    st.integers(0, TEXT.vocab_size - 1),
+    st.floats(max_value=0.0, allow_nan=False),
+    st.integers(1, 9),
+    st.lists(
+        st.tuples(st.integers(0, TEXT.vocab_size - 1), st.floats(max_value=0.0, allow_nan=False)), max_size=3
+    ).map(tuple),
+)
+
+
+def model_event(
+    usage: bool, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, reason: FinishReasonName | None
+) -> bytes:
+    """What the models make of a chunk."""
+    choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
+    chunk = ChatChunk(
+        id="chatcmpl-1", object="chat.completion.chunk", created=17, model=MODEL, choices=[choice]
+    )
+    if usage:
+        chunk.usage = None
+    return event(to_json(chunk))
+
+
+@given(
+    st.booleans(),
+    st.integers(0, 127),
+    TEXTS.filter(bool),
+    st.none() | st.lists(LOGPROBS, max_size=3),
+    st.sampled_from([None, "stop", "length"]),
+)
+def test_chunks_are_what_the_models_would_write(
+    usage: bool,
+    index: int,
+    text: str,
+    logprobs: list[TokenLogprobs] | None,
+    reason: FinishReasonName | None,
+) -> None:
+    writer = ChunkWriter("chatcmpl-1", 17, MODEL, usage, TEXT)
+    whole = None if logprobs is None else chat_logprobs(logprobs, TEXT)
+    first = model_event(usage, index, ChatDelta(role="assistant", content=""), None, None)
+    middle = model_event(usage, index, ChatDelta(content=text), whole, None)
+    last = model_event(usage, index, ChatDelta(), None, reason) if reason else b""
+    assert writer.step(index, text, logprobs, reason) == first + middle + last
+    assert writer.step(index, text, logprobs, reason) == middle + last  # the role is told once
+    for data in (first + middle + last).decode().splitlines():
+        if data:
+            ChatChunk.model_validate_json(data.removeprefix("data: "))
+
+
+def test_a_step_without_text_is_no_event() -> None:
+    writer = ChunkWriter("chatcmpl-1", 17, MODEL, False, TEXT)
+    assert writer.step(0, "", None, None).count(b"data: ") == 1  # the role
+    assert writer.step(0, "", None, None) == writer.step(0, "", [], None) == b""
+    assert writer.step(0, "", None, "stop").count(b"data: ") == 1
+
+
+def test_usage_chunk_has_no_choices() -> None:
+    details = PromptTokensDetails(cached_tokens=1)
+    usage = Usage(prompt_tokens=2, completion_tokens=3, total_tokens=5, prompt_tokens_details=details)
+    writer = ChunkWriter("chatcmpl-1", 17, MODEL, True, TEXT)
+    chunk = json.loads(writer.usage(usage).removeprefix(b"data: "))
+    assert chunk["choices"] == []
+    assert chunk["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    assert b'"usage":null' in writer.step(0, "x", None, None)  # the template is as it was
+
+
+@given(TEXTS)
+def test_an_event_is_one_line_to_any_client(text: str) -> None:
+    writer = ChunkWriter("chatcmpl-1", 17, MODEL, False, TEXT)
+    _, middle, rest = (writer.step(0, text + ".", None, None)).split(b"\n\n")
+    assert rest == b""
+    (line,) = middle.decode().splitlines()
+    assert json.loads(line.removeprefix("data: "))["choices"][0]["delta"]["content"] == text + "."
+
+
+def test_entries_have_text_bytes_and_a_bounded_logprob() -> None:
+    first, second = ids("é")
+    found = chat_logprobs(
+        [
+            TokenLogprobs(first, -0.25, 1, ((first, -0.25), (EOS_ID, -math.inf))),
+            TokenLogprobs(second, -math.inf, 5, ()),
+        ],
+        TEXT,
+    ).model_dump()["content"]
+    assert found[0]["token"] == "\ufffd"
+    assert bytes(found[0]["bytes"] + found[1]["bytes"]).decode() == "é"
+    assert found[0]["top_logprobs"] == [
+        {"token": "\ufffd", "logprob": -0.25, "bytes": found[0]["bytes"]},
+        {"token": "<|im_end|>", "logprob": -9999.0, "bytes": None},
+    ]
+    assert (found[1]["logprob"], found[1]["top_logprobs"]) == (-9999.0, [])
+
+
+def test_prompt_logprobs_have_the_prompts_own_token_first_and_once() -> None:
+    a, b, c = ids("abc")
+    in_top = TokenLogprobs(b, -1.0, 2, ((a, -0.5), (b, -1.0)))
+    beyond = TokenLogprobs(c, -math.inf, 40, ((a, -0.5),))
+    found = [one and {key: value.model_dump() for key, value in one.items()} for one in
+             prompt_logprobs([None, in_top, beyond], TEXT)]  # fmt: skip
+    assert found == [
+        None,
+        {
+            b: {"logprob": -1.0, "rank": 2, "decoded_token": "b"},
+            a: {"logprob": -0.5, "rank": 1, "decoded_token": "a"},
+        },
+        {
+            c: {"logprob": -9999.0, "rank": 40, "decoded_token": "c"},
+            a: {"logprob": -0.5, "rank": 1, "decoded_token": "a"},
+        },
+    ]
+    assert [list(one) for one in found if one] == [[b, a], [c, a]]
