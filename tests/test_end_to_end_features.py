@@ -1,0 +1,146 @@
+"""Sampling, logprobs and prediction on the real model over HTTP, through the official client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from benchmarks.common import Server, model_folder
+from engine.model.weights import load_tokenizer
+from engine.text import TextProcessor
+
+MODEL = "smollm2-135m"
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+ESSAY = "The harbour was quiet that morning, and the old boats lay on the sand as if they had been forgotten."
+COPY = [{"role": "user", "content": f"Repeat this text exactly, without any change:\n\n{ESSAY}"}]
+
+
+@pytest.fixture(scope="module")
+def text() -> TextProcessor:
+    return TextProcessor(load_tokenizer(model_folder(MODEL)))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Server]:
+    args = [MODEL, "--dtype", "float32", "--tree", "off", "--lookup", "off", "--max-num-seqs", "4"]
+    with Server(args) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lookup() -> Iterator[Server]:
+    with Server([MODEL, "--dtype", "float32", "--tree", "auto", "--max-num-seqs", "4"]) as server:
+        yield server
+
+
+def ask(server: Server, **fields: Any) -> Any:
+    """A chat completion, greedy and short unless told."""
+    given: dict[str, Any] = {"model": MODEL, "messages": PARIS, "temperature": 0, "max_tokens": 16, **fields}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(**given)
+        return list(answer) if given.get("stream") else answer
+
+
+def test_logprobs_streamed_and_whole(plain: Server, lookup: Server) -> None:
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
+    whole = ask(plain, **fields).choices[0]
+    entries = whole.logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == whole.message.content
+    for entry in entries:
+        best = [top.logprob for top in entry.top_logprobs]
+        assert len(best) == 3
+        assert best == sorted(best, reverse=True)
+        assert (entry.top_logprobs[0].token, best[0]) == (entry.token, entry.logprob)  # greedy
+        assert entry.logprob <= 0.0
+    streamed = [
+        entry
+        for chunk in ask(lookup, **fields, stream=True)
+        if chunk.choices[0].logprobs is not None
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+    assert [entry.logprob for entry in streamed] == pytest.approx([e.logprob for e in entries], abs=1e-4)
+
+
+def test_prompt_logprobs_are_one_per_prompt_token(plain: Server) -> None:
+    answer = ask(plain, extra_body={"prompt_logprobs": 1}, max_tokens=1)
+    first, *rest = answer.prompt_logprobs
+    assert first is None
+    assert len(rest) == answer.usage.prompt_tokens - 1
+    assert all(entry["logprob"] <= 0 for position in rest for entry in position.values())
+
+
+@pytest.mark.parametrize("kind", ["plain", "lookup"])
+def test_logit_bias_forces_and_forbids(
+    kind: str, text: TextProcessor, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(kind)
+    (banana,) = text.encode(" banana")
+    forced = ask(server, logit_bias={str(banana): 100}, max_tokens=5)
+    assert forced.choices[0].message.content == " banana" * 5
+    (paris,) = text.encode(" Paris")
+    assert " Paris" in ask(server).choices[0].message.content
+    assert " Paris" not in ask(server, logit_bias={str(paris): -100}).choices[0].message.content
+    assert "Paris" not in ask(server, extra_body={"bad_words": ["Paris"]}).choices[0].message.content
+
+
+def test_min_tokens_goes_past_the_end_of_the_answer(plain: Server, lookup: Server) -> None:
+    short = ask(plain, max_tokens=60)
+    assert short.choices[0].finish_reason == "stop"
+    least = short.usage.completion_tokens + 5
+    answers = [ask(server, max_tokens=60, extra_body={"min_tokens": least}) for server in (plain, lookup)]
+    assert all(answer.usage.completion_tokens >= least for answer in answers)
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+        {"extra_body": {"repetition_penalty": 1.3}},
+        {"temperature": 0},
+    ],
+    ids=["additive", "repetition", "greedy"],
+)
+def test_a_seed_gives_the_same_text_tree_on_or_off_with_penalties(
+    plain: Server, lookup: Server, fields: dict[str, Any]
+) -> None:
+    given = {"temperature": 0.9, "seed": 11, "max_tokens": 40, "messages": COPY, **fields}
+    if given["temperature"] == 0:
+        given["frequency_penalty"] = 1.0
+    texts = [ask(server, **given).choices[0].message.content for server in (plain, lookup)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
+
+
+def test_a_prediction_that_comes_true_is_counted_and_changes_nothing(plain: Server, lookup: Server) -> None:
+    expected = ask(plain, max_tokens=48).choices[0].message.content
+    prediction = {"type": "content", "content": expected}
+    answer = ask(lookup, prediction=prediction, max_tokens=48)
+    assert answer.choices[0].message.content == expected
+    details = answer.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens > 0
+    wrong = ask(lookup, prediction={"type": "content", "content": ESSAY}, max_tokens=48)
+    assert wrong.choices[0].message.content == expected
+    details = wrong.usage.completion_tokens_details
+    assert details.rejected_prediction_tokens > details.accepted_prediction_tokens
+
+
+def test_a_second_request_reuses_the_first_ones_prefix_within_its_salt(lookup: Server) -> None:
+    def cached(salt: str) -> int:
+        usage = ask(lookup, messages=COPY, max_tokens=4, extra_body={"cache_salt": salt}).usage
+        return int(usage.prompt_tokens_details.cached_tokens)
+
+    assert [cached("a"), cached("b")] == [0, 0]
+    assert cached("a") > 0
+
+
+def test_typical_acceptance_runs_and_is_greedy_at_temperature_zero(plain: Server, lookup: Server) -> None:
+    typical = {"medusa": {"acceptance": "typical", "epsilon": 0.3, "delta": 0.6}}
+    greedy = ask(plain).choices[0].message.content
+    assert ask(lookup, extra_body=typical).choices[0].message.content == greedy
+    drawn = ask(lookup, extra_body=typical, temperature=0.8, seed=3, messages=COPY, max_tokens=40)
+    assert drawn.usage.completion_tokens > 1
