@@ -88,7 +88,14 @@ def test_paris_through_the_official_client_streamed_and_not(plain: Server) -> No
         )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert whole.usage is not None
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(usage, count) == getattr(whole.usage, count)
+    # The second finds what the first has left in the cache.
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens
 
 
 @pytest.mark.parametrize("concurrency", [1, 8], ids=["alone", "together"])
