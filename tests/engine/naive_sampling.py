@@ -69,7 +69,7 @@ def sequence(
     index: int = 0,
     medusa: MedusaParams | None = None,
 ) -> Sequence:
-    """As the engine would hold it after `output` was emitted, also before the prefill that preemption asks for."""
+    """As the engine holds it after `output` was emitted, also when it returns after preemption."""
     return Sequence(
         request=Request("r", tuple(prompt), sampling, medusa=medusa or MedusaParams()),
         index=index,
@@ -183,9 +183,9 @@ def steps(
     row_of[valid] = torch.randperm(int(valid.sum()), generator=generator)
     lean = torch.randn(VOCAB, generator=generator) * draw(st.sampled_from([0.5, 3.0]))
     logits = lean + torch.randn(int(valid.sum()), VOCAB, generator=generator)
-    likely = logits.softmax(-1)[row_of].flatten(0, 1).multinomial(1, generator=generator).view(batch, -1)
     shape = tree.topology(CPU).expand(batch)
-    node_tokens = likely.gather(1, shape.parents)  # of the parent's row: a child that may well follow
+    at_parent = logits.softmax(-1)[row_of.gather(1, shape.parents)]  # a child that may well follow
+    node_tokens = at_parent.flatten(0, 1).multinomial(1, generator=generator).view(batch, -1)
     node_tokens[:, 0] = torch.tensor([each.token_ids[-1] for each in sequences])
     return Step(
         sequences=sequences,

@@ -1,14 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from scipy import stats
 from torch import Tensor
 
+from engine.medusa.accept import accept
 from engine.medusa.tree import Tree
-from engine.sampler import SamplingRows, draw, draw_tree, uniform
-
-CPU = torch.device("cpu")
+from engine.sampler import SamplingRows, draw, uniform, verify
+from engine.types import Acceptance, MedusaParams, SamplingParams
+from tests.engine.naive_sampling import CPU, TYPICAL, Step, kept, sequence, slot_ids, slots_for, steps
 
 
 def rows(count: int, **values: float) -> SamplingRows:
@@ -29,22 +32,6 @@ def rows(count: int, **values: float) -> SamplingRows:
         all_greedy=get["temperature"] == 0,
         truncates=get["top_p"] < 1 or get["top_k"] > 0 or get["min_p"] > 0,
     )
-
-
-def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """The distribution after vLLM's filters, in numpy and one row at a time."""
-    scaled = logits.astype(np.float64) / temperature
-    p = np.exp(scaled - scaled.max())
-    p /= p.sum()
-    p[p < min_p * p.max()] = 0
-    if top_k:
-        p[p < np.sort(p)[::-1][min(top_k, len(p)) - 1]] = 0
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    before = np.cumsum(p[order]) - p[order]
-    if top_p < 1:
-        p[order[before >= top_p]] = 0
-    return p / p.sum()
 
 
 @pytest.mark.parametrize("vocab", [40, 1000])
@@ -123,24 +110,144 @@ def test_every_draw_lands_on_a_possible_token() -> None:
     assert set(draw(logits, rows(4096)).tolist()) == {7, 9}
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32), st.booleans())
-def test_reached_nodes_of_a_tree_draw_as_plain_decoding_would(seed: int, truncate: bool) -> None:
-    """A node's target is the draw of its row at its depth, and unreached nodes match nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    tree = Tree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-    topology, batch, vocab = tree.topology(CPU).expand(5), 5, 4
-    logits = torch.randn(batch, tree.size, vocab, generator=generator)
-    tokens = torch.randint(0, vocab, (batch, tree.size), generator=generator)
-    parameters = rows(batch, position=3, **({"top_k": 3, "top_p": 0.9} if truncate else {}))
-    targets = draw_tree(logits, tokens, topology, parameters)
-    for b in range(batch):
-        for node, (parent, depth) in enumerate(zip(tree.parents, topology.depths[0].tolist(), strict=True)):
-            row = parameters.select(torch.tensor([b]))
-            row.position.add_(depth)
-            own = draw(logits[b, node][None], row).item()
-            reached = parent < 0 or (targets[b, parent] == tokens[b, node] and targets[b, parent] >= 0)
-            assert targets[b, node] == (own if reached else -1)
+@settings(max_examples=300, deadline=None)
+@given(steps())
+def test_a_reached_node_draws_what_plain_decoding_would_draw_alone(step: Step) -> None:
+    """Exact rows, every feature: the node's path is emitted by a sequence alone in other slots."""
+    raw = step.logits.clone()
+    rows = step.slots.rows(slot_ids(*step.sequences), step.sequences)
+    targets = verify(step.logits, step.row_of, step.tokens, step.topology, rows)
+    assert torch.equal(step.logits, raw)
+    assert targets.log_p is None
+    for b, each in enumerate(step.sequences):
+        reached = [True]
+        for node, parent in enumerate(step.parents):
+            if node:
+                follows = bool(step.tokens[b, node] == targets.tokens[b, parent])
+                reached.append(bool(step.topology.valid[b, node]) and reached[parent] and follows)
+            if not reached[node]:
+                continue
+            assert targets.matched[b, node]
+            alone = sequence(
+                each.request.sampling,
+                prompt=each.request.prompt_token_ids,
+                output=step.output(b, node),
+                slot=0,
+                seed=each.seed,
+                index=each.index,
+            )
+            own = draw(step.row(b, node)[None], slots_for(alone).rows(torch.tensor([0]), [alone]))
+            assert targets.tokens[b, node] == own.item()
+        if not (rows.all_greedy and rows.adjusting is None):
+            assert (targets.tokens[b] >= 0).tolist() == reached
+            assert targets.matched[b].tolist() == reached
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps(medusas=(MedusaParams(), *TYPICAL)))
+def test_typical_acceptance_beside_exact_rows(step: Step) -> None:
+    """Against the criterion in float64, and against the longest path of the largest summed log p."""
+    rows = step.slots.rows(slot_ids(*step.sequences), step.sequences)
+    targets = verify(step.logits, step.row_of, step.tokens, step.topology, rows)
+    accepted = accept(step.tokens, targets, step.topology)
+    for b, each in enumerate(step.sequences):
+        request = each.request
+        paths = {0: ([0], 0.0)}
+        for node, parent in enumerate(step.parents):
+            if not node:
+                continue
+            if parent not in paths or not step.topology.valid[b, node]:
+                # With greedy rows alone every node is drawn at once, also below one that did not match.
+                argmax_only = rows.all_greedy and rows.adjusting is None and step.topology.valid[b, node]
+                assert argmax_only or not targets.matched[b, node]
+                continue
+            token, log_p = int(step.tokens[b, node]), 0.0
+            follows = token == targets.tokens[b, parent]
+            if request.typical:
+                sampling, medusa = request.sampling, request.medusa
+                filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+                p = kept(step.adjusted(b, parent), *filters)
+                entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+                threshold = min(medusa.epsilon, medusa.delta * np.exp(-entropy))
+                assume(p[token] == 0 or abs(p[token] - threshold) > 1e-5)
+                follows = p[token] > threshold
+                log_p = np.log(p[token]) if follows else 0.0
+            assert targets.matched[b, node] == follows
+            if targets.log_p is not None:
+                assert targets.log_p[b, node] == pytest.approx(log_p, abs=1e-4)
+            if follows:
+                before, summed = paths[parent]
+                paths[node] = ([*before, node], summed + log_p)
+        best = paths[int(accepted.last[b])]
+        assert accepted.path[b, : accepted.length[b] + 1].tolist() == best[0]
+        for path, summed in paths.values():
+            assert len(path) <= len(best[0])
+            assert len(path) < len(best[0]) or summed <= best[1] + 1e-4
+        assert accepted.nodes[b] == sum(1 << node for node in paths)
+        assert accepted.next_root[b] == targets.tokens[b, accepted.last[b]] >= 0
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "follows"),
+    [
+        (0.0, 1.0, [True, True, False]),  # whatever has any mass; nothing that top_k cut
+        (1.0, 0.0, [True, True, False]),
+        (1.0, 1e30, [False, False, False]),
+        (0.3, 1e30, [True, False, False]),  # p is 0.75, 0.25, 0
+        (1.0, 0.4, [True, True, False]),  # exp(-H) is 0.57: the threshold is 0.228
+        (1.0, 0.5, [True, False, False]),
+    ],
+)
+def test_the_typical_threshold_by_hand(epsilon: float, delta: float, follows: list[bool]) -> None:
+    medusa = MedusaParams(acceptance=Acceptance.TYPICAL, epsilon=epsilon, delta=delta)
+    each = sequence(SamplingParams(top_k=2), prompt=[1], output=[0], medusa=medusa)
+    rows = slots_for(each, vocab=3).rows(slot_ids(each), [each])
+    topology = Tree.from_paths([[0], [1], [2]]).topology(CPU)
+    logits = torch.tensor([0.75, 0.25, 0.2]).log().expand(4, -1)
+    targets = verify(logits, torch.arange(4)[None], torch.tensor([[0, 0, 1, 2]]), topology, rows)
+    assert targets.matched.tolist() == [[True, *follows]]
+
+
+def test_a_greedy_row_is_exact_beside_a_typical_one() -> None:
+    """Both ask for typical acceptance with a threshold of 0, which would accept any child."""
+    medusa = MedusaParams(acceptance=Acceptance.TYPICAL, epsilon=0.0)
+    greedy = sequence(SamplingParams(temperature=0), prompt=[1], output=[0], medusa=medusa)
+    sampled = sequence(SamplingParams(), prompt=[1], output=[0], slot=1, medusa=medusa)
+    both = [greedy, sampled]
+    topology = Tree.from_paths([[0], [1]]).topology(CPU).expand(2)
+    logits = torch.zeros(6, 7)
+    logits[:, 4] = 1.0
+    tokens = torch.tensor([[0, 4, 5]] * 2)
+    rows = slots_for(*both).rows(slot_ids(*both), both)
+    targets = verify(logits, torch.arange(6).view(2, 3), tokens, topology, rows)
+    assert targets.matched.tolist() == [[True, True, False], [True, True, True]]
+
+
+def test_where_no_node_is_drawn_beyond_the_accepted_ones_only_their_rows_are_read() -> None:
+    """Of 1 + 3 nodes the root and its draw are reached; the rows of the others may hold anything."""
+    each = sequence(SamplingParams(temperature=0, presence_penalty=1.0), prompt=[1], output=[0])
+    rows = slots_for(each).rows(slot_ids(each), [each])
+    topology = Tree.from_paths([[0], [1], [1, 0]]).topology(CPU)
+    logits = torch.full((4, 7), float("nan"))
+    logits[0] = logits[1] = torch.arange(7.0)
+    targets = verify(logits, torch.arange(4)[None], torch.tensor([[0, 6, 2, 2]]), topology, rows)
+    assert targets.tokens.tolist() == [[6, 5, -1, -1]]  # the penalty on the drafted 6 makes 5 the next
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_invalid_nodes_match_nothing_whatever_row_they_point_at(greedy: bool) -> None:
+    each = sequence(SamplingParams(temperature=0.0 if greedy else 1.0), prompt=[1], output=[0])
+    rows = slots_for(each).rows(slot_ids(each), [each])
+    shape = Tree.from_paths([[0], [0, 0]]).topology(CPU)
+    topology = replace(shape, valid=torch.tensor([[True, False, True]]))
+    logits = torch.zeros(2, 7)
+    logits[:, 4] = 60.0
+    tokens = torch.tensor([[0, 4, 4]])
+    targets = verify(logits, torch.tensor([[0, 0, 1]]), tokens, topology, rows)
+    assert targets.tokens[0, 0] == 4
+    assert targets.tokens[0, 1] == -1
+    assert not targets.matched[0, 1]
+    assert accept(tokens, targets, topology).length.item() == 0
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-38, 1e-20, 1e-6])
