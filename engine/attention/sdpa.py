@@ -38,11 +38,16 @@ class SdpaAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._batch is None or self._pool is None:
             raise RuntimeError("plan() must be called before attend()")
-        pool, (batch, num_rows) = self._pool, self._batch.rows.shape
-        group, (kv_heads, head_dim) = self._group, k.shape[1:]
-        pool.write(layer, self._rows, k, v)
+        self._pool.write(layer, self._rows, k, v)
+        return self.read(layer, q)
+
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """`attend` for rows whose K/V are in the pool already."""
+        if self._batch is None or self._pool is None:
+            raise RuntimeError("plan() must be called before read()")
+        pool, (batch, num_rows), index = self._pool, self._batch.rows.shape, self._batch.index
+        group, (kv_heads, head_dim) = self._group, pool.data.shape[-2:]
         keys, values = pool.gather(layer, self._index, batch)  # [B, context, kv_heads, head_dim]
-        index = self._batch.index
         if index is not None:
             q = q.new_zeros(batch * num_rows, *q.shape[1:]).index_copy_(0, index, q)
         q = q.view(batch, num_rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)

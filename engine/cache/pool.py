@@ -46,6 +46,16 @@ class KVPool:
         """Zero `blocks` [n] (int64) in every layer."""
         self.data.index_fill_(2, blocks, 0.0)
 
+    def rows(self, layer: int, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """K and V of `size` flat rows of one layer in place, [kv_heads, size, head_dim]."""
+        k, v = self._layer_rows[layer]
+        return k.narrow(0, start, size).transpose(0, 1), v.narrow(0, start, size).transpose(0, 1)
+
+    def collect(self, layer: int, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """K and V of the first `size` rows in `blocks` ([n] int64), copied, [kv_heads, size, head_dim]."""
+        k, v = self.gather(layer, self.gather_index(blocks), 1)
+        return k[0, :size].transpose(0, 1), v[0, :size].transpose(0, 1)
+
     def gather_index(self, blocks: Tensor) -> Tensor:
         """For `gather`, computed once for all layers: from blocks [batch, n] to int64 [2 * batch * n]."""
         flat = blocks.flatten()

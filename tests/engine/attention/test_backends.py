@@ -1,0 +1,211 @@
+"""Both backends against the formula, in float64, over contiguous, scattered and shared blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionBackend, AttentionInput
+from engine.attention.cpu import CpuAttention
+from engine.attention.sdpa import SdpaAttention
+from engine.cache.pool import KVPool
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 16, 16
+CPU = torch.device("cpu")
+
+
+def contiguous_tables(sequences: int, blocks: int) -> Tensor:
+    return (torch.arange(sequences * blocks) + 1).view(sequences, blocks)
+
+
+def scattered_tables(sequences: int, blocks: int) -> Tensor:
+    order = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(3)) + 1
+    return order.view(sequences, blocks)
+
+
+def shared_prefix_tables(sequences: int, blocks: int) -> Tensor:
+    """All sequences begin with the same block; the rest is each one's own and contiguous."""
+    tables = contiguous_tables(sequences, blocks) + 1
+    tables[:, 0] = 1
+    return tables
+
+
+BACKENDS: dict[str, type[CpuAttention] | type[SdpaAttention]] = {"sdpa": SdpaAttention, "cpu": CpuAttention}
+TABLES = {"contiguous": contiguous_tables, "scattered": scattered_tables, "shared": shared_prefix_tables}
+
+
+@dataclass
+class Step:
+    """Random inputs of one layer: a pool with prefixes in it, and the new rows of B sequences."""
+
+    pool: KVPool
+    batch: AttentionInput
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def attend(self, backend: str) -> Tensor:
+        attention: AttentionBackend = BACKENDS[backend](HEADS // KV_HEADS)
+        attention.plan(self.batch, self.pool)
+        index = self.batch.index
+        if index is None:
+            return attention.attend(0, self.q, self.k, self.v)
+        return attention.attend(0, self.q[index], self.k[index], self.v[index])
+
+
+def make_step(
+    tables: Tensor, lengths: list[int], size: int, *, seed: int = 0, index: Tensor | None = None
+) -> Step:
+    """`size` new rows a sequence; each sees itself and a random choice of the rows before it."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    pool = KVPool(
+        num_layers=1,
+        num_blocks=int(tables.max()) + 1,
+        block_size=BLOCK,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    pool.write(
+        0, torch.arange(pool.num_blocks * BLOCK), *random(2, pool.num_blocks * BLOCK, KV_HEADS, HEAD_DIM)
+    )
+    cached = torch.tensor(lengths)
+    row = cached[:, None] + torch.arange(size)
+    rows = tables.gather(1, row // BLOCK) * BLOCK + row % BLOCK
+    visible = (random(batch, size, size) > 0).tril() | torch.eye(size, dtype=torch.bool)
+    if index is not None:
+        chosen = torch.zeros(batch * size, dtype=torch.bool)
+        chosen[index] = True
+        visible &= chosen.view(batch, 1, size)
+    return Step(
+        pool,
+        AttentionInput(tables, cached, rows, visible, max(lengths) + size, index),
+        random(batch * size, HEADS, HEAD_DIM),
+        random(batch * size, KV_HEADS, HEAD_DIM),
+        random(batch * size, KV_HEADS, HEAD_DIM),
+    )
+
+
+def expected(step: Step) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for every row that is computed, one at a time. Call before `attend`."""
+    batch, size = step.batch.rows.shape
+    keys, values = step.pool.data[0].double().flatten(1, 2)
+    index = range(batch * size) if step.batch.index is None else step.batch.index.tolist()
+    outputs = []
+    for position in index:
+        b, node = divmod(position, size)
+        length = int(step.batch.lengths[b])
+        row = torch.arange(length)
+        prefix = step.batch.block_tables[b, row // BLOCK] * BLOCK + row % BLOCK
+        seen = step.batch.visible[b, node].nonzero().flatten() + b * size
+        for head in range(HEADS):
+            group = head // (HEADS // KV_HEADS)
+            k = torch.cat((keys[prefix, group], step.k[seen, group].double()))
+            v = torch.cat((values[prefix, group], step.v[seen, group].double()))
+            weights = (k @ step.q[position, head].double() / HEAD_DIM**0.5).softmax(0)
+            outputs.append(weights @ v)
+    return torch.stack(outputs).view(len(list(index)), HEADS * HEAD_DIM)
+
+
+LENGTHS = {"short": [18, 21, 16, 34], "long": [300, 401, 257, 620], "mixed": [31, 290, 700, 17], "one": [530]}
+"""Cached rows of each sequence; the CPU's backend takes those of up to 256 together."""
+
+blocks = pytest.mark.parametrize("layout", TABLES)
+contexts = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@backends
+@blocks
+@contexts
+@pytest.mark.parametrize("size", [1, 2, 24])
+def test_every_row_is_the_formula(backend: str, layout: str, lengths: list[int], size: int) -> None:
+    step = make_step(TABLES[layout](len(lengths), 46), lengths, size)
+    wanted = expected(step)
+    torch.testing.assert_close(step.attend(backend).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@backends
+@blocks
+@pytest.mark.parametrize("lengths", [[33, 40, 36], [300, 290, 400], [290, 33, 400]], ids=str)
+@pytest.mark.parametrize(
+    "index", [[0, 1, 2, 6, 7, 9, 12, 17], [3], [6, 11], list(range(18))], ids=["ragged", "one", "ends", "all"]
+)
+def test_only_the_rows_of_the_index_are_computed_and_written(
+    backend: str, layout: str, lengths: list[int], index: list[int]
+) -> None:
+    chosen = torch.tensor(index)
+    step = make_step(TABLES[layout](3, 30), lengths, 6, index=chosen)
+    wanted = expected(step)
+    before = step.pool.data[0].clone().flatten(1, 2)
+    torch.testing.assert_close(step.attend(backend).double(), wanted, atol=1e-5, rtol=1e-5)
+
+    written = step.batch.rows.flatten()[chosen]
+    keys, values = step.pool.data[0].flatten(1, 2)
+    assert torch.equal(keys[written], step.k[chosen])
+    assert torch.equal(values[written], step.v[chosen])
+    untouched = torch.ones(step.pool.num_blocks * BLOCK, dtype=torch.bool)
+    untouched[written] = False
+    assert torch.equal(keys[untouched], before[0][untouched])
+    assert torch.equal(values[untouched], before[1][untouched])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "scattered"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_neighbours_do_not_change_a_bit_on_the_cpu(layout: str, size: int) -> None:
+    """Whatever they hold, however long they are, in whatever place the sequence stands, and without them."""
+    lengths = [37, 230, 22, 480, 120]
+    tables = TABLES[layout](5, 50)
+    together = make_step(tables, lengths, size)
+    outputs = together.attend("cpu").view(5, size, -1)
+
+    def rerun(order: list[int], loud: list[int], lengths: dict[int, int]) -> Tensor:
+        """Sequences in another order or company, the inputs of `loud` ones 30 times larger."""
+        other = make_step(
+            tables, [lengths.get(b, n) for b, n in enumerate(together.batch.lengths.tolist())], size
+        )
+        other.pool.data.copy_(together.pool.data)
+        scale = torch.ones(5, 1, 1, 1)
+        scale[loud] = 30.0
+        q, k, v = (
+            (x.view(5, size, *x.shape[1:]) * scale)[order].flatten(0, 1)
+            for x in (together.q, together.k, together.v)
+        )
+        for b in loud:
+            other.pool.data[:, :, tables[b]] *= 30
+        batch = other.batch
+        step = Step(
+            other.pool,
+            AttentionInput(
+                tables[order],
+                batch.lengths[order],
+                batch.rows[order],
+                together.batch.visible[order],
+                600,  # an upper bound is enough
+            ),
+            q,
+            k,
+            v,
+        )
+        return step.attend("cpu").view(len(order), size, -1)
+
+    assert torch.equal(rerun([2, 0, 3], [], {}), outputs[[2, 0, 3]])
+    found = rerun([0, 1, 2, 3, 4], [1, 3], {1: 500, 3: 3})
+    assert torch.equal(found[[0, 2, 4]], outputs[[0, 2, 4]])
+    assert not torch.equal(found[[1, 3]], outputs[[1, 3]])
+
+
+@backends
+def test_attend_without_a_plan_says_so(backend: str) -> None:
+    step = make_step(contiguous_tables(1, 2), [3], 1)
+    with pytest.raises(RuntimeError, match="plan"):
+        BACKENDS[backend](HEADS // KV_HEADS).attend(0, step.q, step.k, step.v)
