@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.attention.base import AttentionBackend
+from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
@@ -109,6 +110,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         device=device,
     )
     blocks = BlockManager(num_blocks, config.block_size)
+    attention = CpuAttention if device.type == "cpu" else SdpaAttention
     info = EngineInfo(
         model=config.model,
         architecture=model_config.architecture,
@@ -127,7 +129,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     return Loaded(
         info=info,
         decoder=decoder,
-        attention=SdpaAttention(model_config.num_heads // model_config.num_kv_heads),
+        attention=attention(model_config.num_heads // model_config.num_kv_heads),
         pool=pool,
         blocks=blocks,
         heads=drafter,

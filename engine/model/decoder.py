@@ -36,11 +36,10 @@ class DecoderLayer(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.head_dim)
         qk = apply_rotary(qkv[:, : heads + kv_heads], cos, sin)
-        x = x + self.o_proj(
-            attention.attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
-        )
+        mixed = attention.attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
+        x = self.o_proj(mixed, x)
         gate, up = self.gate_up_proj(self.post_attention_norm(x)).chunk(2, dim=-1)
-        y: Tensor = x + self.down_proj(F.silu(gate).mul_(up))
+        y: Tensor = self.down_proj(F.silu(gate).mul_(up), x)
         return y
 
 
@@ -87,6 +86,16 @@ class Decoder(nn.Module):
         """[..., hidden] to [..., vocab] in float32."""
         logits: Tensor = self.lm_head(hidden).float()
         return logits
+
+    def quantize(self) -> None:
+        """All linear layers to int8, once, after the weights are loaded; embeddings and norms stay float.
+
+        Raises:
+            ConfigError: see `Linear.quantize`.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantize()
 
     def pack(self) -> None:
         """Reorder the weights for this device, once, after they are loaded."""

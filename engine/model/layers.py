@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.model.config import RopeConfig
+from engine.model.quantize import Int8Weight
 
 __all__ = ["Linear", "RMSNorm", "RotaryTable", "apply_rotary"]
 
@@ -26,7 +28,7 @@ class Linear(nn.Module):
 
     On the CPU `pack()` reorders the weight once into oneDNN's blocked layout. torch's own CPU linear
     repacks (or streams badly) at every call: on two cores, fp32, SmolLM2's 120 layers cost 22 ms a pass
-    packed against 39 ms at one row, and 22 against 48 ms at eight.
+    packed against 39 ms at one row, and 22 against 48 ms at eight. `quantize()` turns it to int8.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
@@ -36,21 +38,47 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         )
         self.packed: Tensor | None = None
+        self.quantized: Int8Weight | None = None
 
     def pack(self) -> None:
         """Reorder the weight for this device; nothing happens where oneDNN cannot run its dtype."""
         weight = self.weight
+        if self.quantized is not None or self.packed is not None:
+            return
         if weight.device.type != "cpu" or not torch._C._has_mkldnn or not _PACKABLE[weight.dtype]():
             return
         # The hint of 8 rows picks a blocking that was as good as any at 1 to 64 rows.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
-        self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        self._drop_weight()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-            return y
-        return F.linear(x, self.weight, self.bias)
+    def quantize(self) -> None:
+        """From float weights to int8 (see `Int8Weight`), before `pack()`.
+
+        Raises:
+            ConfigError: this device cannot run int8, or the activations are not float32.
+        """
+        if self.weight.dtype != torch.float32:
+            raise ConfigError("quantization int8 takes dtype float32: its activations are 8 bits either way")
+        self.quantized = Int8Weight(self.weight, self.bias)
+        self._drop_weight()
+
+    def _drop_weight(self) -> None:
+        """Nobody reads the plain copy any more (an embedding that shares it keeps its own reference)."""
+        self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in_features] to [..., out_features]; `residual`, of that shape, is added."""
+        y: Tensor
+        if self.quantized is not None:
+            return self.quantized(x, residual)
+        if self.packed is None:
+            y = F.linear(x, self.weight, self.bias)
+            return y if residual is None else y.add_(residual)
+        if residual is None:
+            y = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+        else:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -60,9 +88,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
         self.eps = eps
+        self.register_buffer("_eps", torch.tensor(eps), persistent=False)
+
+    _eps: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch's own is eight operators on the CPU and takes twice as long: 18 against 9 µs a row.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
+        return (x * scale).mul_(self.weight)
 
 
 class RotaryTable(nn.Module):

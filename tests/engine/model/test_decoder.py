@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.attention.base import AttentionInput
+from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.pool import KVPool
 from engine.errors import ModelError, UnsupportedModelError
@@ -52,7 +53,13 @@ VARIANTS = [
 class Bench:
     """A decoder with a pool and one block table per sequence, scattered over the pool."""
 
-    def __init__(self, model: LlamaForCausalLM, folder: Path, sequences: int) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        folder: Path,
+        sequences: int,
+        backend: type[CpuAttention] | type[SdpaAttention],
+    ) -> None:
         with torch.no_grad():  # biases start at zero and would hide a missing one
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
@@ -78,7 +85,7 @@ class Bench:
         )
         order = torch.randperm(40 * sequences, generator=torch.Generator().manual_seed(0)) + 1
         self.tables = order.view(sequences, 40)
-        self.attention = SdpaAttention(config.num_heads // config.num_kv_heads)
+        self.attention = backend(config.num_heads // config.num_kv_heads)
 
     def run(self, tokens: torch.Tensor, depths: torch.Tensor, lengths: list[int], visible: torch.Tensor):
         """Logits [B, N, vocab] of `tokens` [B, N] written behind `lengths` rows."""
@@ -103,12 +110,15 @@ class Bench:
         return logits
 
 
+@pytest.mark.parametrize("backend", [CpuAttention, SdpaAttention])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @torch.inference_mode()
-def test_prefill_decode_and_every_tree_path_agree(variant: dict, tmp_path: Path) -> None:
+def test_prefill_decode_and_every_tree_path_agree(
+    variant: dict, backend: type[CpuAttention] | type[SdpaAttention], tmp_path: Path
+) -> None:
     with torch.inference_mode(False):
         model = tiny_llama(**variant)
-    bench = Bench(model, tmp_path, sequences=3)
+    bench = Bench(model, tmp_path, 3, backend)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in (23, 9, 58)]
 

@@ -1,0 +1,142 @@
+"""int8 linears: exact sums, rows that know nothing of each other, and a model that still answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.model import quantize
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
+from engine.model.layers import Linear
+from engine.model.quantize import Int8Weight, check_int8
+from tests.support import greedy, make_engine, run_all, save_model, tiny_llama
+
+
+def int8_runs_here() -> bool:
+    try:
+        check_int8(torch.device("cpu"))
+    except ConfigError:
+        return False
+    return True
+
+
+needs_int8 = pytest.mark.skipif(not int8_runs_here(), reason="this CPU has no AVX-512 VNNI")
+
+
+@pytest.fixture(params=["plain", "packed"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two kernels for weights of any size."""
+    monkeypatch.setattr(quantize, "_PACKED_WEIGHTS", 0 if request.param == "packed" else 1 << 60)
+    return str(request.param)
+
+
+def by_hand(x: Tensor, weight: Tensor) -> Tensor:
+    """The definition, in float64: round both sides, multiply exactly, scale."""
+    weight_scale = weight.abs().amax(1) / 127
+    x_scale = x.abs().amax(-1, keepdim=True) / 127
+    quantized = (weight / weight_scale[:, None]).round().double()
+    return (x / x_scale).round().double() @ quantized.T * x_scale * weight_scale
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(96, 64), (40, 144), (130, 33)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33, 70])
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_is_the_definition_and_near_the_float_product(
+    kernel: str, shape: tuple[int, int], rows: int, bias: bool
+) -> None:
+    torch.manual_seed(1)
+    weight, x = torch.randn(shape), torch.randn(rows, shape[1])
+    offset = torch.randn(shape[0]) if bias else None
+    residual = torch.randn(rows, shape[0])
+    linear = Int8Weight(weight, offset)
+    wanted = by_hand(x, weight) + (0 if offset is None else offset)
+    # A product that falls on a rounding boundary may go the other way: one step of one weight.
+    torch.testing.assert_close(linear(x).double(), wanted, atol=0.03, rtol=0)
+    assert (linear(x).double() - wanted).abs().mean() < 1e-3
+    assert torch.equal(linear(x, residual), linear(x) + residual)
+    exact = x @ weight.T + (0 if offset is None else offset)
+    assert (linear(x) - exact).norm() / exact.norm() < 0.02
+
+
+@needs_int8
+def test_a_row_does_not_depend_on_its_neighbours_by_a_single_bit(kernel: str) -> None:
+    torch.manual_seed(2)
+    linear = Int8Weight(torch.randn(80, 576), torch.randn(80))
+    x = torch.randn(64, 576)
+    alone = linear(x[5:6])
+    for rows in (2, 8, 9, 16, 33, 64):
+        for place in (0, 1, rows - 1):
+            company = 30 * torch.randn(rows, 576)
+            company[place] = x[5]
+            assert torch.equal(linear(company)[place], alone[0]), (rows, place)
+    loud = x.clone()
+    loud[:5] *= 30
+    loud[6:] *= 30
+    assert torch.equal(linear(loud)[5], alone[0])
+    assert torch.equal(linear(x.view(4, 16, 576)).view(64, 80), linear(x))
+
+
+@needs_int8
+def test_zeros_give_zeros_and_what_is_not_finite_stays_in_its_row(kernel: str) -> None:
+    linear = Int8Weight(torch.randn(40, 24), None)
+    x = torch.randn(5, 24)
+    x[1], x[2, 3], x[3, 3] = 0.0, float("nan"), float("inf")
+    y = linear(x)
+    assert not y[1].any()
+    assert not y[2].isfinite().any()
+    assert not y[3].isfinite().any()
+    assert torch.equal(y[[0, 4]], linear(x[[0, 4]]))
+    assert not Int8Weight(torch.zeros(8, 24), None)(x[:2]).any()
+
+
+@needs_int8
+def test_a_requests_text_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+    """Three requests in one batch; the prompts of two are replaced, and their hidden states made 30 times
+    larger by an embedding that is: the third's text stays."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[40:] *= 30
+    folder = save_model(model, tmp_path)
+    mine = [5, 9, 33, 12, 7]
+    quiet = [[1, 2, 3, 4], [8, 30, 11, 21, 6, 2]]
+    loud = [[50, 60, 41, 44], [47, 58, 59, 43, 42, 55]]
+    texts = []
+    for others in ([], quiet, loud):
+        engine = make_engine(folder, quantization="int8", tree="off", prefix_caching=False)
+        assert engine.info.quantization == "int8"
+        prompts = [mine, *others]
+        outputs = run_all(engine, [greedy(f"r{i}", prompt, 40) for i, prompt in enumerate(prompts)])
+        texts.append(outputs["r0", 0])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 40
+
+
+@needs_int8
+def test_every_linear_is_converted_and_the_tied_embedding_stays_float(tmp_path: Path) -> None:
+    config = ModelConfig.from_folder(save_model(tiny_llama(tie_word_embeddings=True), tmp_path))
+    decoder = Decoder(config, torch.float32, 64)
+    torch.nn.init.normal_(decoder.embed)
+    for module in decoder.modules():
+        if isinstance(module, Linear) and module is not decoder.lm_head:
+            torch.nn.init.normal_(module.weight)
+    hidden = torch.randn(3, config.hidden_size)
+    wanted = hidden @ decoder.embed.T
+    decoder.quantize()
+    decoder.pack()
+    linears = [module for module in decoder.modules() if isinstance(module, Linear)]
+    assert all(linear.quantized is not None and not linear.weight.numel() for linear in linears)
+    assert decoder.embed.shape == (config.vocab_size, config.hidden_size)
+    assert (decoder.logits(hidden) - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cuda"):
+        check_int8(torch.device("cuda"))
+    with pytest.raises(ConfigError, match="float32"):
+        Linear(4, 4, bias=False, dtype=torch.bfloat16).quantize()
