@@ -136,7 +136,7 @@ class Engine:
 
     def check(self) -> None:
         """Raise RuntimeError if K/V blocks are lost, or owned while nothing runs."""
-        self._blocks.check()
+        self._scheduler.check()
         if not self._scheduler.has_work and self._blocks.used:
             raise RuntimeError(f"{self._blocks.used} K/V blocks are owned while nothing runs")
 
@@ -219,8 +219,6 @@ class Engine:
             delta.num_steps, delta.trace = 1, trace
             self._count_accepted(sequence, row.length, source, delta)
             deltas.append(delta)
-            if sequence.state is not SequenceState.FINISHED:
-                self._scheduler.publish(sequence)
         self._propose(sequences)
         return deltas
 
@@ -251,6 +249,7 @@ class Engine:
                 tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
                 break
         sequence.token_ids += tokens
+        self._scheduler.publish(sequence)
         self.stats.generation_tokens += len(tokens)
         if reason is None and sequence.remaining <= 0:
             reason = FinishReason.LENGTH
