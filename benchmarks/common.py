@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -16,31 +16,43 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import httpx
 
+from engine.config import EngineConfig
+from server.bench import cores, hardware
+from server.settings import load_settings
+
 __all__ = [
     "Completion",
     "Encoder",
+    "Item",
     "Server",
     "bootstrap_interval",
     "chat",
     "cores",
     "cpu_seconds",
+    "engine_config",
     "exact_prompt",
+    "first_model",
     "first_turns",
+    "free_port",
     "hardware",
     "kv_blocks",
     "metrics",
     "model_folder",
     "new_client",
+    "numbers",
+    "parse_with_engine_options",
     "print_result",
     "prompt_ids",
+    "ratio_interval",
+    "read_items",
     "thread_environment",
+    "word_prompt",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +67,51 @@ def model_folder(model: str) -> Path:
     from engine.model.weights import resolve_model
 
     return Path(resolve_model(model))
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[int]:
+    """`1,8,16` as a list, for argparse's `type`."""
+    return [int(part) for part in text.split(",")]
+
+
+def parse_with_engine_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and those of `medusa-serve serve` among or (after `--`) behind them."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    args, options = parser.parse_known_args(given[:cut])
+    options += given[cut + 1 :]
+    try:
+        engine_config(options)  # a mistyped option is told now and not after minutes
+    except ValueError as error:
+        parser.error(str(error))
+    return args, options
+
+
+def engine_config(options: Sequence[str], **values: Any) -> EngineConfig:
+    """What an engine in this process needs for `serve` options; `values` win over them.
+
+    Raises:
+        ValueError: an option that the server does not have, or that lacks its value.
+        ConfigError: a bad value.
+    """
+    given: dict[str, Any] = {}
+    rest = list(options)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        field = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--") or field not in EngineConfig.model_fields:
+            raise ValueError(f"unrecognized argument: {name}")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{name} needs a value")
+            value = rest.pop(0)
+        given[field] = value
+    return load_settings(given | values).engine_config
 
 
 # -- the server ------------------------------------------------------------------------------------
@@ -72,7 +129,7 @@ class Server:
     """
 
     def __init__(self, args: Sequence[str], *, threads: int | None = None) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.args = [*args, "--host", "127.0.0.1", "--port", str(self.port)]
         self._env = {**os.environ, **thread_environment(threads)}
@@ -137,7 +194,8 @@ class Server:
         raise RuntimeError(f"the server was not ready within {READY_S:.0f} s:\n{self.log_tail()}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -180,6 +238,14 @@ def new_client(url: str) -> httpx.AsyncClient:
         limits=httpx.Limits(max_connections=None),
         trust_env=False,
     )
+
+
+async def first_model(url: str) -> str:
+    """The first name that `/v1/models` lists."""
+    async with new_client(url) as client:
+        answer = await client.get("/v1/models")
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
 
 
 async def chat(
@@ -248,10 +314,28 @@ def kv_blocks(page: dict[str, float]) -> dict[str, int]:
 # -- prompts ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One line of a prompt file: its category, the first user turn, and the answer expected, if any."""
+
+    category: str
+    prompt: str
+    prediction: str | None = None
+
+
+def read_items(path: Path, limit: int | None = None) -> list[Item]:
+    """Items of an MT-bench-shaped file: a line is {"category", "turns": [...]}, `prediction` may be there."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [json.loads(line) for line in lines[:limit]]
+    return [
+        Item(str(item.get("category", path.stem)), str(item["turns"][0]), item.get("prediction"))
+        for item in found
+    ]
+
+
 def first_turns(path: Path, limit: int | None = None) -> list[str]:
     """First turns of an MT-bench-shaped file: a line is {"question_id", "category", "turns": [...]}."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [str(json.loads(line)["turns"][0]) for line in lines[:limit]]
+    return [item.prompt for item in read_items(path, limit)]
 
 
 class Encoder(Protocol):
@@ -289,6 +373,12 @@ def exact_prompt(tokenizer: Encoder, num_tokens: int, rng: random.Random) -> str
     return text
 
 
+def word_prompt(num_words: int, rng: random.Random) -> str:
+    """A user turn of so many common words, for a server whose tokenizer is not at hand."""
+    words = ["Write", "a", "long", "story", "about", "these", "things:"]
+    return " ".join((words + rng.choices(_WORDS, k=num_words))[: max(num_words, len(words) + 1)])
+
+
 def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
     """Token ids of the chat prompt of one user turn, ready for the answer."""
     found = tokenizer.apply_chat_template(
@@ -315,39 +405,16 @@ def bootstrap_interval(
     return found[round(tail * (resamples - 1))], found[round((1.0 - tail) * (resamples - 1))]
 
 
-def cores() -> int:
-    """CPU cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def hardware() -> dict[str, Any]:
-    """Machine and library versions, for the JSON line of every measurement."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    memory_gib: float | None = None
-    try:
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            cpu = found[1]
-        memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (OSError, ValueError):
-        pass  # not Linux: the architecture's name is what there is
+def ratio_interval(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """Median of a / b over rounds, each round's values a pair, with its 95 % interval."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    low, high = bootstrap_interval(ratios)
     return {
-        "cpu": cpu,
-        "cores": cores(),
-        "memory_gib": memory_gib,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "medusa-serve")},
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_mean": round(statistics.fmean(ratios), 3),
+        "ratio_interval_95": [round(low, 3), round(high, 3)],
+        "rounds": len(ratios),
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -7,6 +7,11 @@ are often right) it starts the real server in float32 and asks it for every prom
 `alone` (one at a time) and `together` (8 at once, arriving at random), every other request streamed.
 An answer is exact, or a tie (it parts from the reference where the reference's best two logits are
 closer than 1e-4), or a failure. Exit code 1 on any failure, or on more than one tie in 80 answers.
+
+Options of `serve` may follow, and win: the same table with preemption, with small chunks, without reuse:
+    … -- --max-model-len 1024 --kv-cache-tokens 1152
+    … -- --max-step-tokens 64
+    … -- --prefix-caching false
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +39,7 @@ from benchmarks.common import (
     metrics,
     model_folder,
     new_client,
+    parse_with_engine_options,
     print_result,
 )
 from benchmarks.reference import DEFAULT_CACHE, Answer, Reference, first_difference, load_reference
@@ -58,10 +65,11 @@ class Variant:
     def name(self) -> str:
         return "off" if self.heads == "none" else f"{self.heads}-{self.tree}"
 
-    def args(self, model: str, device: str, heads: dict[str, Path]) -> list[str]:
+    def args(self, model: str, device: str, heads: dict[str, Path], options: Sequence[str] = ()) -> list[str]:
+        """What follows `serve`; of an option given twice the last one counts."""
         file = str(heads[self.heads]) if self.heads != "none" else "none"
         common = [model, "--dtype", "float32", "--device", device, "--max-num-seqs", "8"]
-        return [*common, "--heads", file, "--tree", self.tree]
+        return [*common, "--heads", file, "--tree", self.tree, *options]
 
 
 VARIANTS = [
@@ -150,18 +158,19 @@ def run_variant(
 ) -> list[dict[str, Any]]:
     """Start the server this way, ask everything in each mode; a list of result rows."""
     rows: list[dict[str, Any]] = []
-    with Server(variant.args(args.model, args.device, heads), threads=args.threads) as server:
+    with Server(variant.args(args.model, args.device, heads, args.serve), threads=args.threads) as server:
         otherwise = asyncio.run(tokenised_otherwise(server.url, reference))
         if otherwise:
             print(f"{variant.name:12} tokenises prompts {otherwise} otherwise than the reference", flush=True)
         for mode in args.modes:
-            before = _speculation(server.url)
+            before = _counters(server.url)
             start = time.monotonic()
             verdicts = asyncio.run(
                 ask_all(server.url, reference, args.max_tokens, CONCURRENCY[mode], args.seed)
             )
             seconds = time.monotonic() - start
-            drafts, accepted = (b - a for a, b in zip(before, _speculation(server.url), strict=True))
+            after = _counters(server.url)
+            drafts, accepted, preemptions, reused = (b - a for a, b in zip(before, after, strict=True))
             row = {
                 "variant": variant.name,
                 "mode": mode,
@@ -169,13 +178,17 @@ def run_variant(
                 "tokenised_otherwise": len(otherwise),
                 # Tokens per verified tree, the root counted; None where no tree was verified.
                 "acceptance_length": round(1 + accepted / drafts, 3) if drafts else None,
+                # That these happened at all is what makes the row say something about them.
+                "preemptions": round(preemptions),
+                "reused_prompt_tokens": round(reused),
                 "seconds": round(seconds, 1),
             }
             rows.append(row)
             length = row["acceptance_length"] or "-"
             print(
                 f"{variant.name:12} {mode:9} exact {row['exact']:3}  ties {row['tie']:2}  "
-                f"failures {row['failure']:3}  acceptance length {length}  {seconds:.0f} s",
+                f"failures {row['failure']:3}  acceptance length {length}  "
+                f"preemptions {row['preemptions']}  {seconds:.0f} s",
                 flush=True,
             )
             for number, verdict in enumerate(verdicts):
@@ -184,17 +197,15 @@ def run_variant(
     return rows
 
 
-def _speculation(url: str) -> tuple[float, float]:
-    """Trees verified so far, and their nodes accepted (root not counted)."""
+def _counters(url: str) -> tuple[float, ...]:
+    """So far: trees verified, their nodes accepted (root not counted), preemptions, prompt tokens reused."""
     page = metrics(httpx.get(f"{url}/metrics", trust_env=False).text)
 
     def total(name: str) -> float:
-        return sum(value for key, value in page.items() if key.split("{")[0] == name)
+        return sum(value for key, value in page.items() if key.split("{")[0] == f"medusa_{name}_total")
 
-    return (
-        total("medusa_spec_decode_num_drafts_total"),
-        total("medusa_spec_decode_num_accepted_tokens_total"),
-    )
+    names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "preemptions", "prefix_cache_hits")
+    return tuple(total(name) for name in names)
 
 
 def passed(rows: list[dict[str, Any]]) -> bool:
@@ -246,7 +257,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="of reference and server: cpu, cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of the server")
     parser.add_argument("--seed", type=int, default=0, help="of order and arrival")
-    args = parser.parse_args(argv)
+    args, args.serve = parse_with_engine_options(parser, argv)
     args.variants = args.variants.split(",")
     args.modes = args.modes.split(",")
     for given, known in ((args.variants, names), (args.modes, list(CONCURRENCY))):
@@ -278,6 +289,7 @@ def main() -> int:
             "prompts": len(prompts),
             "max_tokens": args.max_tokens,
             "tie_gap": TIE_GAP,
+            "serve": args.serve,
             "rows": rows,
             "hardware": hardware(),
         }

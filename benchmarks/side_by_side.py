@@ -6,7 +6,8 @@ Both sides stay loaded, each in a process of its own with the same threads and d
 the order A B B A, so that a slow drift of the machine hits both. Ours: tree off, so many streamed chat
 completions at once at temperature 0. Theirs: one `generate` over a batch of so many. Every prompt is
 exactly the same number of tokens (no padding), new in every round, the same for both sides; prefill
-counts for both; tokenising and HTTP count for ours only.
+counts for both; tokenising and HTTP count for ours only. Options of `serve` may follow for our side, and
+win: `-- --quantization int8`.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from typing import Any, Self
 from benchmarks.common import (
     ROOT,
     Server,
-    bootstrap_interval,
     chat,
     cores,
     cpu_seconds,
     exact_prompt,
+    first_model,
     hardware,
     model_folder,
     new_client,
+    numbers,
+    parse_with_engine_options,
     print_result,
     prompt_ids,
+    ratio_interval,
     thread_environment,
 )
 
@@ -149,23 +153,13 @@ async def ours(url: str, model: str, prompts: list[str], prompt_tokens: int, new
     return seconds
 
 
-async def first_model(url: str) -> str:
-    async with new_client(url) as client:
-        return str((await client.get("/v1/models")).json()["data"][0]["id"])
-
-
 def summary(streams: int, ours_rate: list[float], theirs_rate: list[float]) -> dict[str, Any]:
     """Rates of both sides, and the ratio of each round's pair with its interval."""
-    ratios = [a / b for a, b in zip(ours_rate, theirs_rate, strict=True)]
-    low, high = bootstrap_interval(ratios)
     return {
         "streams": streams,
         "ours_tokens_per_s": round(statistics.median(ours_rate), 2),
         "transformers_tokens_per_s": round(statistics.median(theirs_rate), 2),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_mean": round(statistics.fmean(ratios), 3),
-        "ratio_interval_95": [round(low, 3), round(high, 3)],
-        "rounds": len(ratios),
+        **ratio_interval(ours_rate, theirs_rate),
     }
 
 
@@ -220,35 +214,36 @@ def measure(
     return rows, busy
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantization", default="none", choices=("none", "int8"), help="of ours")
     parser.add_argument("--threads", type=int, default=cores(), help="of each side")
-    parser.add_argument("--streams", default="1,8,16")
+    parser.add_argument("--streams", type=numbers, default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=60)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.streams = [int(n) for n in args.streams.split(",")]
+    args, options = parse_with_engine_options(parser, argv)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    return args
+    return args, options
 
 
 def main() -> int:
-    args = parse()
+    args, options = parse()
     if args.worker:
         worker(args.model, args.dtype, args.device, args.threads)
         return 0
     folder = model_folder(args.model)
     serve = [args.model, "--dtype", args.dtype, "--device", args.device, "--heads", "none", "--tree", "off"]
-    serve += ["--max-num-seqs", str(max(args.streams))]
+    serve += ["--max-num-seqs", str(max(args.streams)), "--quantization", args.quantization]
+    serve += options  # the last one given wins
     with (
         Server(serve, threads=args.threads) as server,
         TransformersWorker(folder, args.dtype, args.device, args.threads) as other,
@@ -261,7 +256,7 @@ def main() -> int:
             "dtype": args.dtype,
             "device": args.device,
             "threads": args.threads,
-            "tree": "off",
+            "serve": serve,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "streamed": True,

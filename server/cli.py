@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from engine.errors import ConfigError
+from engine.config import EngineConfig
+from engine.errors import ConfigError, MedusaError
 from server import __version__
 from server.settings import Settings, load_settings, option_name
 
@@ -46,16 +49,46 @@ def serve(config: Path | None, **options: str | None) -> None:
     Every option can also be set in the environment (MEDUSA_MAX_NUM_SEQS) or in the YAML file given by
     --config (max_num_seqs). The command line wins over the environment, which wins over the file.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        settings = load_settings(given, config)
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    settings = _settings(config, options)
 
     from server.lifecycle import run  # here, so that --help and --version do not import the engine
 
     raise typer.Exit(run(settings))
+
+
+def bench(config: Path | None, concurrency: str, **options: Any) -> None:
+    """Measure the engine on this machine, without HTTP: tokens/s, step time, TTFT, TPOT, acceptance length.
+
+    Prompts are random tokens, whose answers say nothing about acceptance on text; --prompts takes real
+    ones. Temperature is 0. The engine's settings are those of `serve`. The last line is JSON.
+    """
+    from server.bench import Workload, run
+
+    own = {name: options.pop(name) for name in ("prompt_tokens", "new_tokens", "rounds", "prompts", "seed")}
+    settings = _settings(config, options)
+    try:
+        if not all(part.strip().isdigit() for part in concurrency.split(",")):
+            raise ConfigError(f"--concurrency must be numbers like 1,8,16, got {concurrency!r}")
+        workload = Workload(concurrency=tuple(int(part) for part in concurrency.split(",")), **own)
+        result = run(settings.engine_config, workload)
+    except ConfigError as error:
+        _fail(error, 2)
+    except (MedusaError, RuntimeError) as error:
+        _fail(error, 1)
+    typer.echo(json.dumps(result, ensure_ascii=False))
+
+
+def _settings(config: Path | None, options: dict[str, str | None]) -> Settings:
+    """The settings these options give; ends the command where one is bad."""
+    try:
+        return load_settings({name: value for name, value in options.items() if value is not None}, config)
+    except ConfigError as error:
+        _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(code)
 
 
 def _metavar(annotation: Any) -> str:
@@ -86,21 +119,46 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def _signature() -> inspect.Signature:
-    config = inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            Path | None,
-            typer.Option("--config", envvar="MEDUSA_CONFIG", metavar="YAML", help="YAML file of settings."),
-        ],
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option("--config", envvar="MEDUSA_CONFIG", metavar="YAML", help="YAML file of settings."),
+    ],
+)
+
+
+def _signature(
+    fields: Iterable[tuple[str, FieldInfo]], own: Iterable[inspect.Parameter] = ()
+) -> inspect.Signature:
+    return inspect.Signature([_CONFIG, *own, *(_parameter(name, field) for name, field in fields)])
+
+
+def _own(name: str, kind: Any, default: Any, metavar: str, help_text: str) -> inspect.Parameter:
+    """An option of one command that is no setting of the engine."""
+    option = typer.Option(option_name(name), metavar=metavar, help=help_text)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
-    return inspect.Signature([config, *(_parameter(*item) for item in Settings.model_fields.items())])
 
 
-serve.__signature__ = _signature()  # type: ignore[attr-defined]
+serve.__signature__ = _signature(Settings.model_fields.items())  # type: ignore[attr-defined]
 app.command()(serve)
+
+bench.__signature__ = _signature(  # type: ignore[attr-defined]
+    EngineConfig.model_fields.items(),
+    [
+        _own("concurrency", str, "1,8,16", "N,N,…", "Requests that run together, one measurement each."),
+        _own("prompt_tokens", int, 60, "INT", "Length of a random prompt."),
+        _own("new_tokens", int, 128, "INT", "Tokens of an answer; real prompts may end before."),
+        _own("rounds", int, 3, "INT", "Per concurrency, each with new prompts, after one to warm up."),
+        _own("prompts", Path | None, None, "JSONL", "Real prompts: lines with 'turns' or 'prompt'."),
+        _own("seed", int, 0, "INT", "Of the random prompts."),
+    ],
+)
+app.command()(bench)
 
 
 def main() -> None:

@@ -1,0 +1,212 @@
+"""How many tokens a step brings, and what that is worth: the tree on against the tree off, per category.
+
+    python -m benchmarks.acceptance --prompts mt_bench.jsonl -- --tree 9 --lookup 8
+    python -m benchmarks.acceptance --prompts benchmarks/data/code_editing.jsonl --prediction
+
+The first line of use is lookup alone, a chain of 8; any option of `serve` may follow. Two engines in this
+process, one with these options and one with the tree off, answer every prompt in turn, A B B A, at
+temperature 0. The acceptance length is tokens emitted per sequence and decode step, the root counted, so
+that plain decoding is 1.0. Both answers must be the same text (float32); a difference is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import (
+    Item,
+    bootstrap_interval,
+    engine_config,
+    hardware,
+    parse_with_engine_options,
+    print_result,
+    ratio_interval,
+    read_items,
+)
+from engine.types import FinishReason, Request, SamplingParams
+from server.bench import settings_given
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One batch of items on one side: what came, how long it took, and through how many steps."""
+
+    answers: list[list[int]]
+    seconds: float
+    decoded: int
+    sequence_steps: int
+    predicted: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer) for answer in self.answers)
+
+
+def run_turn(llm: LLM, items: Sequence[Item], max_tokens: int, *, prediction: bool, salt: str) -> Turn:
+    """Answer these items together.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    requests = [
+        Request(
+            f"{salt}-{number}",
+            tuple(llm.text.encode_chat([{"role": "user", "content": item.prompt}])),
+            SamplingParams(temperature=0.0, max_tokens=max_tokens),
+            prediction_token_ids=tuple(
+                llm.text.encode(item.prediction, add_special_tokens=False)
+                if prediction and item.prediction
+                else ()
+            ),
+            cache_salt=salt,  # no round finds its prompts in the prefix cache
+        )
+        for number, item in enumerate(items)
+    ]
+    outputs = llm.generate(requests)
+    if failed := [output.error for output in outputs if output.finish_reason is FinishReason.ERROR]:
+        raise RuntimeError(f"a request failed: {failed[0]}")
+    return Turn(
+        answers=[output.token_ids for output in outputs],
+        seconds=max(output.seconds for output in outputs),
+        decoded=sum(output.num_decoded for output in outputs),
+        sequence_steps=sum(output.num_steps for output in outputs),
+        predicted=sum(delta.accepted_prediction_tokens for output in outputs for delta in output.deltas),
+    )
+
+
+def summary(name: str, on: Sequence[Turn], off: Sequence[Turn]) -> dict[str, Any]:
+    """One row: tokens per sequence and step with its interval over turns, and the rates of both sides."""
+    lengths = [turn.decoded / turn.sequence_steps for turn in on if turn.sequence_steps]
+    steps = sum(turn.sequence_steps for turn in on)
+    row: dict[str, Any] = {
+        "category": name,
+        "turns": len(on),
+        "tokens": sum(turn.tokens for turn in on),
+        "acceptance_length": round(sum(turn.decoded for turn in on) / steps, 3) if steps else None,
+        # Over turns, where each counts the same, whatever its length.
+        "acceptance_length_mean": round(statistics.fmean(lengths), 3) if lengths else None,
+        "acceptance_length_interval_95": [round(x, 3) for x in bootstrap_interval(lengths, statistics.fmean)]
+        if lengths
+        else None,
+        "predicted_tokens": sum(turn.predicted for turn in on),
+        "tokens_per_s": _rate(on),
+    }
+    if off:
+        rates = [[turn.tokens / turn.seconds for turn in side] for side in (on, off)]
+        row |= {
+            "tokens_per_s_off": round(
+                sum(turn.tokens for turn in off) / sum(turn.seconds for turn in off), 2
+            ),
+            **ratio_interval(*rates),
+            "answers_differ": sum(
+                a != b
+                for x, y in zip(on, off, strict=True)
+                for a, b in zip(x.answers, y.answers, strict=True)
+            ),
+        }
+    return row
+
+
+def _rate(turns: Sequence[Turn]) -> float:
+    return round(sum(turn.tokens for turn in turns) / sum(turn.seconds for turn in turns), 2)
+
+
+def batches(items: Sequence[Item], streams: int) -> list[list[Item]]:
+    """Items of one category at a time, so many together; the last of a category may be fewer."""
+    found: list[list[Item]] = []
+    for category in dict.fromkeys(item.category for item in items):
+        same = [item for item in items if item.category == category]
+        found += [same[start : start + streams] for start in range(0, len(same), streams)]
+    return found
+
+
+def measure(args: argparse.Namespace, on: LLM, off: LLM | None) -> list[dict[str, Any]]:
+    """A row per category and one for all."""
+    items = read_items(args.prompts, args.limit)
+    work = batches(items, args.streams) * args.rounds
+    options: dict[str, Any] = {"prediction": args.prediction}
+    for llm in filter(None, (on, off)):
+        run_turn(llm, work[0], 8, **options, salt="warm")
+    turns: dict[str, list[tuple[Turn, Turn | None]]] = {}
+    for number, batch in enumerate(work):
+        done: dict[bool, Turn] = {}
+        for tree in (True, False) if number % 2 == 0 else (False, True):
+            if llm := (on if tree else off):
+                done[tree] = run_turn(llm, batch, args.max_tokens, **options, salt=str(number))
+        turns.setdefault(batch[0].category, []).append((done[True], done.get(False)))
+
+    groups = {**turns, "all": [pair for pairs in turns.values() for pair in pairs]}
+    rows: list[dict[str, Any]] = []
+    for name, pairs in groups.items():
+        rows.append(row := summary(name, [x for x, _ in pairs], [y for _, y in pairs if y is not None]))
+        text = f"{name:16} {row['acceptance_length'] or 1:5.2f} tokens/step  {row['tokens_per_s']:7.1f} tok/s"
+        if off is not None:
+            text += f"  off {row['tokens_per_s_off']:7.1f}  ratio {row['ratio_median']:.2f}"
+            text += f" {row['ratio_interval_95']}  answers that differ {row['answers_differ']}"
+        print(text, flush=True)
+    return rows
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--streams", type=int, default=1, help="prompts answered together")
+    parser.add_argument("--rounds", type=int, default=1, help="how often every prompt is asked")
+    parser.add_argument("--prediction", action="store_true", help="send each item's `prediction`")
+    parser.add_argument("--no-off", action="store_true", help="acceptance only: leave the tree-off side out")
+    args, options = parse_with_engine_options(parser, argv)
+    if args.rounds < 1 or args.streams < 1:
+        parser.error("--rounds and --streams must be at least 1")
+    if args.prediction and not any(item.prediction for item in read_items(args.prompts)):
+        parser.error(f"--prediction: no item of {args.prompts} has one")
+    return args, options
+
+
+def main() -> int:
+    args, options = parse()
+    from engine.llm import LLM
+
+    values: dict[str, Any] = {"model": args.model}
+    config = engine_config(options, **values)
+    on = LLM(config)
+    off = None if args.no_off else LLM(engine_config(options, **values, **TREE_OFF))
+    rows = measure(args, on, off)
+    print_result(
+        {
+            "benchmark": "acceptance",
+            "prompts": args.prompts.name,
+            "prediction": args.prediction,
+            "max_tokens": args.max_tokens,
+            "temperature": 0,
+            "streams": args.streams,
+            "order": "ABBA",
+            "rows": rows,
+            "settings": settings_given(config),
+            "dtype": on.info.dtype,
+            "device": on.info.device,
+            "hardware": hardware(),
+        }
+    )
+    return 1 if on.info.dtype == "float32" and rows[-1].get("answers_differ") else 0
+
+
+TREE_OFF = {"tree": "off", "lookup": "off", "heads": "none", "tree_file": None}
+"""Plain decoding, whatever tree the other options ask for."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

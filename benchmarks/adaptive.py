@@ -1,0 +1,333 @@
+"""`tree: auto` against `tree: off`, and against every fixed size: does it find the best, and never cost much?
+
+    python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads none,random,handmade --rounds 10
+    python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads handmade --sweep
+
+All engines live in this process and take turns, so that none runs while another is measured. The first form
+gives, per kind of heads and number of streams, the ratio of tokens/s of each A B B A pair of rounds with its
+interval: passed where no interval lies wholly below --least. The second runs a load of 1, 16 and 1 streams
+on `auto` and on each fixed number of nodes and asks whether the size that `auto` settled on in each phase is
+the sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1.
+
+Heads: `none`, `random` (nearly always wrong: the worst case), `handmade` (fitted to transformers' answers to
+these very prompts, often right), or a file. Options of `serve` may follow (`-- --lookup off`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.acceptance import TREE_OFF
+from benchmarks.common import (
+    engine_config,
+    first_turns,
+    hardware,
+    model_folder,
+    numbers,
+    parse_with_engine_options,
+    print_result,
+    ratio_interval,
+)
+from benchmarks.reference import DEFAULT_CACHE
+from engine.errors import ConfigError, ModelError
+from engine.types import FinishReason, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+PHASES = (1, 16, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one engine did under one load: its rate, and the nodes of each decode step's largest tree."""
+
+    tokens_per_s: float
+    sizes: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    acceptance_length: float
+
+    @property
+    def settled(self) -> list[int]:
+        """Sizes of the second half: by then a choice has had time to follow the load."""
+        return list(self.sizes[len(self.sizes) // 2 :])
+
+
+def run_phase(llm: LLM, prompts: Sequence[tuple[int, ...]], new_tokens: int, salt: str) -> Phase:
+    """Answer these prompts together at temperature 0.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens)
+    requests = [Request(f"{salt}-{i}", ids, sampling, cache_salt=salt) for i, ids in enumerate(prompts)]
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    sizes: list[int] = []
+    decoded = sequence_steps = 0
+    start = time.perf_counter()
+    for deltas in llm.steps(requests):
+        steps = 0
+        for delta in deltas:
+            if delta.finish_reason is FinishReason.ERROR:
+                raise RuntimeError(f"a request failed: {delta.error}")
+            tokens[delta.request_id] += delta.token_ids
+            steps += delta.num_steps
+            decoded += len(delta.token_ids) if delta.num_steps else 0
+        if steps:
+            sizes.append(llm.stats.tree_size)
+            sequence_steps += steps
+    seconds = time.perf_counter() - start
+    return Phase(
+        tokens_per_s=sum(map(len, tokens.values())) / seconds,
+        sizes=tuple(sizes),
+        tokens=tuple(tuple(found) for found in tokens.values()),
+        acceptance_length=decoded / sequence_steps if sequence_steps else 1.0,
+    )
+
+
+class Prompts:
+    """Token ids of the file's prompts, around and around, so that every round has others."""
+
+    def __init__(self, texts: Sequence[str], llm: LLM, max_tokens: int) -> None:
+        encoded = [tuple(llm.text.encode_chat([{"role": "user", "content": text}])) for text in texts]
+        self._next: Iterator[tuple[int, ...]] = cycle([ids for ids in encoded if len(ids) <= max_tokens])
+
+    def take(self, count: int) -> list[tuple[int, ...]]:
+        return [next(self._next) for _ in range(count)]
+
+
+# -- auto against off ------------------------------------------------------------------------------
+
+
+def against_off(args: argparse.Namespace, heads: str, auto: LLM, off: LLM) -> list[dict[str, Any]]:
+    """One row per number of streams."""
+    prompts = Prompts(args.texts, auto, args.max_prompt)
+    rows: list[dict[str, Any]] = []
+    for streams in args.streams:
+        done: dict[str, list[Phase]] = {"auto": [], "off": []}
+        for number in range(-1, args.rounds):
+            chosen = prompts.take(streams)
+            for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
+                # Round -1 warms both up, and lets the choice follow the load.
+                found = run_phase(auto if side == "auto" else off, chosen, args.new_tokens, f"{number}")
+                if number >= 0:
+                    done[side].append(found)
+        rates = {side: [phase.tokens_per_s for phase in phases] for side, phases in done.items()}
+        row: dict[str, Any] = {
+            "heads": heads,
+            "streams": streams,
+            "auto_tokens_per_s": round(statistics.median(rates["auto"]), 2),
+            "off_tokens_per_s": round(statistics.median(rates["off"]), 2),
+            **ratio_interval(rates["auto"], rates["off"]),
+            "acceptance_length": round(statistics.fmean(p.acceptance_length for p in done["auto"]), 3),
+            "tree_sizes": shares([size for phase in done["auto"] for size in phase.sizes]),
+            "answers_differ": sum(
+                x != y
+                for a, b in zip(done["auto"], done["off"], strict=True)
+                for x, y in zip(a.tokens, b.tokens, strict=True)
+            ),
+        }
+        rows.append(row)
+        print(
+            f"{heads:9} {streams:3} streams: auto {row['auto_tokens_per_s']:8.1f} tok/s  off "
+            f"{row['off_tokens_per_s']:8.1f}  ratio {row['ratio_median']:.3f} {row['ratio_interval_95']}  "
+            f"length {row['acceptance_length']:.2f}  nodes {row['tree_sizes']}",
+            flush=True,
+        )
+    return rows
+
+
+def shares(sizes: Sequence[int]) -> dict[str, float]:
+    """Share of the steps at each size, the five most common ones."""
+    return {str(size): round(count / len(sizes), 3) for size, count in Counter(sizes).most_common(5)}
+
+
+# -- the sweep -------------------------------------------------------------------------------------
+
+
+def sweep(args: argparse.Namespace, heads: str, engines: dict[str, LLM]) -> list[dict[str, Any]]:
+    """One row per phase. `engines` are named by their nodes, and one "auto"."""
+    prompts = Prompts(args.texts, engines["auto"], args.max_prompt)
+    done: dict[str, list[list[Phase]]] = {name: [] for name in engines}
+    for number in range(-1, args.rounds):
+        chosen = [prompts.take(streams) for streams in args.phases]
+        names = list(engines) if number % 2 == 0 else list(reversed(engines))
+        for name in names:
+            found = [
+                run_phase(engines[name], batch, args.new_tokens, f"{number}-{i}")
+                for i, batch in enumerate(chosen)
+            ]
+            if number >= 0:
+                done[name].append(found)
+    rows: list[dict[str, Any]] = []
+    for phase, streams in enumerate(args.phases):
+        rates = {name: [found[phase].tokens_per_s for found in rounds] for name, rounds in done.items()}
+        settled = [size for found in done["auto"] for size in found[phase].settled]
+        row = {"heads": heads, "phase": phase, "streams": streams, **verdict(rates, settled)}
+        rows.append(row)
+        shown = "  ".join(f"{name}: {rate:.1f}" for name, rate in row["tokens_per_s"].items())
+        print(
+            f"{heads:9} phase {phase}, {streams:2} streams: {shown}\n  best {row['best']}, auto settled on "
+            f"{row['settled']} (its ratio to the best {row['settled_to_best']}); auto's rate to the best's "
+            f"{row['auto_to_best']}: {'ok' if row['passed'] else 'NOT the best'}",
+            flush=True,
+        )
+    return rows
+
+
+def verdict(rates: dict[str, list[float]], settled: Sequence[int]) -> dict[str, Any]:
+    """Is the size that `auto` settled on the best of the fixed ones, or not to be told from it?
+
+    Args:
+        rates: tokens/s per round of each fixed size (by its nodes) and of "auto".
+        settled: nodes of auto's trees in the second half of the phase, one per step.
+
+    Returns:
+        The row's part: `settled` is their median. Where it lies between two fixed sizes, the better of
+        them stands for it.
+    """
+    fixed = {int(name): values for name, values in rates.items() if name != "auto"}
+    best = max(fixed, key=lambda size: statistics.median(fixed[size]))
+    size = round(statistics.median(settled))
+    below = max((n for n in fixed if n <= size), default=min(fixed))
+    above = min((n for n in fixed if n >= size), default=max(fixed))
+    near = max((below, above), key=lambda n: statistics.median(fixed[n]))
+    compared = ratio_interval(fixed[near], fixed[best])
+    return {
+        "passed": near == best or compared["ratio_interval_95"][1] >= 1.0,
+        "best": best,
+        "settled": size,
+        "settled_sizes": shares(settled),
+        "stands_for_settled": near,
+        "settled_to_best": compared,
+        "auto_to_best": ratio_interval(rates["auto"], fixed[best]),
+        "tokens_per_s": {name: round(statistics.median(values), 2) for name, values in rates.items()},
+    }
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+def head_files(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
+    """What `--heads` gets for each kind asked for; random and hand-made ones are made where missing."""
+    from benchmarks.equality import make_head_files
+    from benchmarks.reference import Reference, load_reference
+
+    made = {kind for kind in args.heads if kind in ("random", "handmade")}
+    files = {kind: kind for kind in args.heads if kind not in made}
+    if made:
+        folder = model_folder(args.model)
+        if "handmade" in made:
+            cache: Path = args.reference_cache
+            reference = load_reference(folder, args.texts, args.reference_tokens, cache)
+        else:
+            reference = Reference([], [])
+        options = argparse.Namespace(heads_folder=args.heads_folder or scratch, heads=args.num_heads)
+        files |= {kind: str(path) for kind, path in make_head_files(options, folder, made, reference).items()}
+    return files
+
+
+def make_engines(
+    args: argparse.Namespace, options: Sequence[str], names: Sequence[str], heads: str
+) -> dict[str, LLM]:
+    """An engine per name: "auto", "off" or a number of nodes. Sizes the drafts cannot fill are left out."""
+    from engine.llm import LLM
+
+    common = {"model": args.model, "max_num_seqs": max(*args.streams, *args.phases)}
+    found: dict[str, LLM] = {}
+    for name in names:
+        values = TREE_OFF if name in ("off", "1") else {"tree": name, "heads": heads}
+        config = engine_config([*_options(common), *options], **values)
+        try:
+            llm = LLM(config)
+        except (ConfigError, ModelError) as error:
+            if not name.isdigit():
+                raise
+            print(f"{name} nodes left out: {error}", flush=True)
+            continue
+        if name.isdigit() and llm.info.tree_size != int(name):
+            print(f"{name} nodes left out: the drafts fill {llm.info.tree_size}", flush=True)
+            continue
+        found[name] = llm
+    return found
+
+
+def _options(values: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
+    parser.add_argument("--max-prompt", type=int, default=256, help="longer prompts, in tokens, are left out")
+    parser.add_argument("--heads", default="none", help="kinds, by comma: none, random, handmade or a file")
+    parser.add_argument("--num-heads", type=int, default=4, help="heads in the files it makes")
+    parser.add_argument("--heads-folder", type=Path, help="kept head files; a temporary folder if not given")
+    parser.add_argument("--reference-cache", type=Path, default=DEFAULT_CACHE, help="for hand-made heads")
+    parser.add_argument("--reference-tokens", type=int, default=64, help="of each answer in the cache")
+    parser.add_argument("--streams", type=numbers, default=[1, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--least", type=float, default=0.98, help="no interval may lie wholly below this")
+    parser.add_argument("--sweep", action="store_true", help="auto against fixed sizes under a shifting load")
+    parser.add_argument("--sizes", type=numbers, default=list(SIZES), help="fixed sizes of the sweep")
+    parser.add_argument("--phases", type=numbers, default=list(PHASES), help="streams of the sweep's phases")
+    args, options = parse_with_engine_options(parser, argv)
+    args.heads = args.heads.split(",")
+    args.texts = first_turns(args.prompts)
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if taken := {"--tree", "--heads"} & {option.partition("=")[0] for option in options}:
+        parser.error(f"{', '.join(sorted(taken))} is what this command varies")
+    return args, options
+
+
+def main() -> int:
+    args, options = parse()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="medusa-heads-") as scratch:
+        for kind, file in head_files(args, Path(scratch)).items():
+            names = ["auto", *map(str, args.sizes)] if args.sweep else ["auto", "off"]
+            engines = make_engines(args, options, names, file)
+            if args.sweep:
+                rows += sweep(args, kind, engines)
+            else:
+                rows += against_off(args, kind, engines["auto"], engines["off"])
+            for row in rows:
+                row.setdefault("passed", row.get("ratio_interval_95", [0, 0])[1] >= args.least)
+            del engines
+    ok = all(row["passed"] for row in rows)
+    print_result(
+        {
+            "benchmark": "adaptive_sweep" if args.sweep else "adaptive",
+            "passed": ok,
+            "model": args.model,
+            "prompts": args.prompts.name,
+            "new_tokens": args.new_tokens,
+            "temperature": 0,
+            "least": None if args.sweep else args.least,
+            "serve": options,
+            "order": "ABBA",
+            "rows": rows,
+            "hardware": hardware(),
+        }
+    )
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What HTTP costs: the same prompts through our server and through the engine alone, in one run.
+
+    python -m benchmarks.http_cost --streams 8 --rounds 10
+
+The server is a process of its own; the offline engine lives in this one, as the client does. They take
+turns, A B B A, with new prompts of equal length in every round. The share lost is
+1 - (tokens/s over HTTP) / (tokens/s offline), the median over rounds with its interval. Options of `serve`
+may follow and go to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+from benchmarks.common import (
+    Server,
+    bootstrap_interval,
+    cores,
+    cpu_seconds,
+    engine_config,
+    exact_prompt,
+    first_model,
+    hardware,
+    numbers,
+    parse_with_engine_options,
+    print_result,
+)
+from benchmarks.side_by_side import IDLE_SHARE, ours
+from engine.llm import LLM
+from engine.types import Request, SamplingParams
+
+
+def offline(llm: LLM, prompts: list[str], new_tokens: int, salt: str) -> float:
+    """Seconds of the engine for these prompts; the chat template and the tokenizer are not its work.
+
+    Raises:
+        RuntimeError: an answer of another length than asked for.
+    """
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    ids = [llm.text.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    requests = [Request(f"{salt}-{i}", tuple(row), sampling) for i, row in enumerate(ids)]
+    start = time.perf_counter()
+    outputs = llm.generate(requests)
+    seconds = time.perf_counter() - start
+    if wrong := [output for output in outputs if len(output.token_ids) != new_tokens]:
+        raise RuntimeError(f"asked for {new_tokens} tokens: {wrong[0].finish_reason}, {wrong[0].error}")
+    return seconds
+
+
+def summary(streams: int, http: list[float], alone: list[float]) -> dict[str, Any]:
+    """Rates, and the share lost in each round's pair with its interval."""
+    lost = [1 - a / b for a, b in zip(http, alone, strict=True)]
+    low, high = bootstrap_interval(lost)
+    return {
+        "streams": streams,
+        "http_tokens_per_s": round(statistics.median(http), 2),
+        "offline_tokens_per_s": round(statistics.median(alone), 2),
+        "share_lost_median": round(statistics.median(lost), 4),
+        "share_lost_interval_95": [round(low, 4), round(high, 4)],
+        "rounds": len(lost),
+    }
+
+
+def measure(args: argparse.Namespace, server: Server, llm: LLM) -> tuple[list[dict[str, Any]], list[str]]:
+    """One summary per number of streams, and warnings about a server that did not rest."""
+    model = asyncio.run(first_model(server.url))
+    rng = random.Random(args.seed)
+    rows: list[dict[str, Any]] = []
+    busy: list[str] = []
+    for streams in args.streams:
+        rates: dict[str, list[float]] = {"http": [], "offline": []}
+        for number in range(-1, args.rounds):
+            new_tokens = args.new_tokens if number >= 0 else min(8, args.new_tokens)
+            prompts = [exact_prompt(llm.text.tokenizer, args.prompt_tokens, rng) for _ in range(streams)]
+            for side in ("http", "offline") if number % 2 == 0 else ("offline", "http"):
+                if side == "http":
+                    answer = ours(server.url, model, prompts, args.prompt_tokens, new_tokens)
+                    seconds = asyncio.run(answer)
+                else:
+                    before = cpu_seconds(server.pid)
+                    seconds = offline(llm, prompts, new_tokens, str(number))
+                    after = cpu_seconds(server.pid)
+                    share = (after - before) / seconds if before is not None and after is not None else 0.0
+                    if number >= 0 and share > IDLE_SHARE:
+                        busy.append(f"while the engine ran alone, the server used {share:.0%} of a core")
+                if number >= 0:
+                    rates[side].append(streams * new_tokens / seconds)
+        rows.append(row := summary(streams, rates["http"], rates["offline"]))
+        print(
+            f"{streams:3} streams: HTTP {row['http_tokens_per_s']:8.1f} tok/s  offline "
+            f"{row['offline_tokens_per_s']:8.1f} tok/s  lost {row['share_lost_median']:.1%} "
+            f"(95 % {row['share_lost_interval_95']})",
+            flush=True,
+        )
+    for line in busy:
+        print(f"warning: {line}", flush=True)
+    return rows, busy
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser.add_argument("--streams", type=numbers, default=[8])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prompt-tokens", type=int, default=60)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--most", type=float, default=0.10, help="largest share lost that passes")
+    parser.add_argument("--seed", type=int, default=0)
+    args, options = parse_with_engine_options(parser, argv)
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return args, ["--max-num-seqs", str(max(args.streams)), *options]
+
+
+def main() -> int:
+    args, options = parse()
+    llm = LLM(engine_config(options, model=args.model))
+    with Server([args.model, *options], threads=cores()) as server:
+        rows, busy = measure(args, server, llm)
+    ok = all(row["share_lost_median"] <= args.most for row in rows)
+    print_result(
+        {
+            "benchmark": "http_cost",
+            "passed": ok,
+            "most": args.most,
+            "model": args.model,
+            "serve": options,
+            "prompt_tokens": args.prompt_tokens,
+            "new_tokens": args.new_tokens,
+            "order": "ABBA",
+            "rows": rows,
+            "warnings": busy,
+            "hardware": hardware(),
+        }
+    )
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

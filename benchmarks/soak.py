@@ -1,0 +1,292 @@
+"""Minutes of everything at once: does memory stay flat, is every block accounted for, does nothing fail?
+
+    python -m benchmarks.soak --minutes 10 -- --heads /tmp/heads/random --tree auto
+
+A server with few slots and a K/V pool too small for them (so that sequences are preempted) gets a mix of
+requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,
+penalties, biases, stop strings, predictions, both acceptances; a third of them hang up. Some requests are
+asked again and again: their text must be the same every time. The server's resident memory is sampled all
+along; its slope after the warm-up is a least-squares line. Exit code 1 on an error, a text that changed, a
+block lost, no preemption, or a slope above --most-slope.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.common import (
+    Server,
+    first_model,
+    hardware,
+    kv_blocks,
+    new_client,
+    parse_with_engine_options,
+    print_result,
+    word_prompt,
+)
+from benchmarks.disconnect import SETTLE_S, is_idle, page
+
+SERVE = [
+    "--max-num-seqs",
+    "6",
+    "--max-model-len",
+    "512",
+    "--kv-cache-tokens",
+    "768",
+    "--max-step-tokens",
+    "128",
+]
+"""A pool of one and a half contexts for six slots, and chunks that cut prompts in two."""
+
+_SHARED = (
+    "You are the clerk of a small harbour. Ships report at the northern pier, pay by weight, and leave "
+    "with the tide. The office opens at six and closes when the lamp is lit. Answer in one short paragraph "
+    "and name the pier, the fee and the hour. Never promise a berth that is already taken. "
+) * 2
+
+Body = dict[str, Any]
+
+
+def _choices(rng: random.Random) -> Body:
+    return {"n": rng.randint(2, 4), "temperature": 0.9}
+
+
+def _sampled(rng: random.Random) -> Body:
+    return {
+        "temperature": rng.uniform(0.3, 1.5),
+        "top_p": rng.uniform(0.5, 1.0),
+        "seed": rng.randrange(2**31),
+    }
+
+
+def _penalties(rng: random.Random) -> Body:
+    return {"presence_penalty": rng.uniform(0, 2), "frequency_penalty": rng.uniform(0, 1), "temperature": 0.7}
+
+
+def _shared(rng: random.Random) -> Body:
+    ask = f"Ship {rng.randrange(100)} asks for a berth. What do you say?"
+    return {"messages": [{"role": "system", "content": _SHARED}, {"role": "user", "content": ask}]}
+
+
+KINDS: dict[str, Callable[[random.Random], Body]] = {
+    "greedy": lambda _: {"temperature": 0},
+    "sampled": _sampled,
+    "choices": _choices,
+    "shared prefix": _shared,
+    "logprobs": lambda rng: {"logprobs": True, "top_logprobs": rng.randint(0, 5)},
+    "penalties": _penalties,
+    "bias": lambda rng: {"logit_bias": {str(rng.randrange(1000, 2000)): 5.0}, "min_tokens": 4},
+    "stop string": lambda _: {"stop": [".", "\n\n"], "temperature": 0},
+    "prediction": lambda _: {"prediction": {"type": "content", "content": _SHARED}, "temperature": 0},
+    "typical": lambda _: {"medusa": {"acceptance": "typical"}, "temperature": 0.8},
+}
+"""What a request of each kind has beside its prompt and length."""
+
+
+def make_body(kind: str, model: str, rng: random.Random) -> Body:
+    """One request of this kind."""
+    prompt = word_prompt(rng.choice((12, 40, 120)), rng)
+    body: Body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": rng.randint(16, 120),
+        "stream": rng.random() < 0.5,
+    }
+    return body | KINDS[kind](rng)
+
+
+def repeated_bodies(model: str) -> list[Body]:
+    """Requests whose text is a function of themselves: greedy ones and seeded ones."""
+    rng = random.Random(12345)
+    fixed: list[Body] = []
+    for number in range(8):
+        body = make_body("greedy" if number % 2 == 0 else "sampled", model, rng)
+        fixed.append(body | {"max_tokens": 48, "stream": False})
+    return fixed
+
+
+class Soak:
+    """The clients and what they have seen."""
+
+    def __init__(self, url: str, model: str, deadline: float, seed: int) -> None:
+        self.url, self.model, self.deadline = url, model, deadline
+        self.counts: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.changed = 0
+        self._rng = random.Random(seed)
+        self._fixed = repeated_bodies(model)
+        self._texts: dict[int, str] = {}
+
+    async def client(self) -> None:
+        """One request after another until the time is up."""
+        while time.monotonic() < self.deadline:
+            rng = random.Random(self._rng.random())
+            if rng.random() < 0.2:
+                number = rng.randrange(len(self._fixed))
+                text = await self._ask("repeated", self._fixed[number], None)
+                if text is not None and self._texts.setdefault(number, text) != text:
+                    self.changed += 1
+                continue
+            kind = rng.choice(list(KINDS))
+            leave_after_s = rng.uniform(0.0, 4.0) if rng.random() < 1 / 3 else None
+            await self._ask(kind, make_body(kind, self.model, rng), leave_after_s)
+
+    async def _ask(self, kind: str, body: Body, leave_after_s: float | None) -> str | None:
+        """The answer's text; None where it was left early or failed."""
+        # A client of its own: hanging up closes its connection and not a pooled one.
+        async with new_client(self.url) as client:
+            answer = asyncio.ensure_future(self._send(client, body))
+            done, _ = await asyncio.wait({answer}, timeout=leave_after_s)
+            if not done:
+                answer.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await answer
+                self.counts["left"] += 1
+                return None
+            try:
+                text = answer.result()
+            except (httpx.HTTPError, RuntimeError) as error:
+                self.errors[f"{kind}: {type(error).__name__}: {str(error)[:200]}"] += 1
+                return None
+            self.counts[kind] += 1
+            return text
+
+    async def _send(self, client: httpx.AsyncClient, body: Body) -> str:
+        if not body["stream"]:
+            answer = await client.post("/v1/chat/completions", json=body)
+            if answer.status_code != 200:
+                raise RuntimeError(f"HTTP {answer.status_code}: {answer.text}")
+            choices = answer.json()["choices"]
+            if len(choices) != body.get("n", 1):
+                raise RuntimeError(f"{len(choices)} choices, not {body.get('n', 1)}")
+            if body.get("logprobs") and any(not choice["logprobs"]["content"] for choice in choices):
+                raise RuntimeError("no logprobs")
+            return "\n".join(choice["message"]["content"] or "" for choice in choices)
+        parts: list[str] = []
+        last = ""
+        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError(f"HTTP {answer.status_code}: {(await answer.aread()).decode()}")
+            async for line in answer.aiter_lines():
+                if line.startswith("data:"):
+                    last = line
+                    if '"error"' in line[:20]:
+                        raise RuntimeError(line)
+                    parts.append(line)
+        if "[DONE]" not in last:
+            raise RuntimeError("the stream ended early")
+        return "".join(parts)
+
+
+def rss_mib(pid: int) -> float:
+    """Resident memory of a process, in MiB."""
+    kib = next(
+        line.split()[1]
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS:")
+    )
+    return int(kib) / 1024
+
+
+def slope(samples: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of (minutes, MiB) pairs, in MiB per minute."""
+    return statistics.linear_regression(*zip(*samples, strict=True)).slope
+
+
+async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
+    """Run the clients and watch the memory; the result's measured part."""
+    model = await first_model(server.url)
+    total = sum(kv_blocks(await page(server.url)).values())
+    start = time.monotonic()
+    soak = Soak(server.url, model, start + 60 * args.minutes, args.seed)
+    clients = asyncio.gather(*(soak.client() for _ in range(args.clients)))
+    samples: list[tuple[float, float]] = []
+    for number in itertools.count(1):
+        samples.append(((time.monotonic() - start) / 60, rss_mib(server.pid)))
+        if number % 60 == 0:
+            answered, failed = sum(soak.counts.values()), sum(soak.errors.values())
+            print(
+                f"{samples[-1][0]:5.1f} min  {samples[-1][1]:7.1f} MiB  {answered} requests  {failed} errors",
+                flush=True,
+            )
+        done, _ = await asyncio.wait({clients}, timeout=args.sample_s)
+        if done:
+            break
+    await clients
+    end = time.monotonic()
+    while not is_idle(found := await page(server.url), total) and time.monotonic() - end < SETTLE_S:
+        await asyncio.sleep(0.1)
+
+    warm = [sample for sample in samples if sample[0] >= args.warm_share * args.minutes]
+    rise = slope(warm) if len(warm) > 1 else None
+    preemptions = int(found.get("medusa_preemptions_total", 0))
+    idle = is_idle(found, total)
+    return {
+        "passed": idle
+        and not soak.errors
+        and not soak.changed
+        and preemptions > 0
+        and rise is not None
+        and rise <= args.most_slope,
+        "minutes": args.minutes,
+        "clients": args.clients,
+        "requests": dict(soak.counts),
+        "errors": dict(soak.errors),
+        "texts_changed": soak.changed,
+        "preemptions": preemptions,
+        "reused_prompt_tokens": int(found.get("medusa_prefix_cache_hits_total", 0)),
+        "idle": idle,
+        "kv_blocks": {"total": total, **kv_blocks(found)},
+        "memory_mib": {
+            "first": round(samples[0][1], 1),
+            "after_warm_up": round(warm[0][1], 1) if warm else None,
+            "last": round(samples[-1][1], 1),
+            "most": round(max(value for _, value in samples), 1),
+            "slope_per_minute": round(rise, 3) if rise is not None else None,
+            "most_slope": args.most_slope,
+        },
+    }
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between looks at the memory")
+    parser.add_argument("--warm-share", type=float, default=0.3, help="share of the time before the slope")
+    parser.add_argument("--most-slope", type=float, default=2.0, help="MiB per minute that pass as flat")
+    parser.add_argument("--seed", type=int, default=0)
+    return parse_with_engine_options(parser, argv)
+
+
+def main() -> int:
+    args, options = parse()
+    serve = [args.model, "--dtype", "float32", *SERVE, *options]
+    with Server(serve) as server:
+        result = asyncio.run(drive(args, server))
+        if not result["passed"]:
+            print(server.log_tail(), flush=True)
+    for text, count in result["errors"].items():
+        print(f"{count} × {text}", flush=True)
+    print_result({"benchmark": "soak", **result, "serve": serve, "hardware": hardware()})
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
