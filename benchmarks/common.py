@@ -23,6 +23,7 @@ from typing import Any, Protocol, Self
 import httpx
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from server.bench import cores, hardware
 from server.settings import load_settings
 
@@ -87,7 +88,7 @@ def parse_with_engine_options(
     options += given[cut + 1 :]
     try:
         engine_config(options)  # a mistyped option is told now and not after minutes
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         parser.error(str(error))
     return args, options
 

@@ -21,7 +21,6 @@ __all__ = [
     "Targets",
     "TypicalRows",
     "draw",
-    "draw_tree",
     "uniform",
     "verify",
 ]
@@ -269,9 +268,3 @@ def _threshold(p: Tensor, typical: TypicalRows) -> Tensor:
     """[R] float32: what a child must exceed to be typical of p [R, vocab]."""
     entropy = torch.special.entr(p).sum(-1)
     return torch.minimum(typical.epsilon, typical.delta * torch.exp(-entropy))
-
-
-def draw_tree(logits: Tensor, tokens: Tensor, topology: Topology, rows: SamplingRows) -> Tensor:
-    """`verify(...).tokens` where logits [B, N, vocab] hold a row for every node, valid or not."""
-    row_of = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
-    return verify(logits.flatten(0, 1), row_of, tokens, topology, rows).tokens

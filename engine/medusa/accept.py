@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.medusa.tree import Topology
 
-__all__ = ["Accepted", "Targets", "accept", "accept_exact"]
+__all__ = ["Accepted", "Targets", "accept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,3 @@ def accept(tokens: Tensor, targets: Targets, topology: Topology) -> Accepted:
     )
     accepted_bits = (accepted.long() << nodes).sum(1)
     return Accepted(path=path, length=length.squeeze(1), tokens=emitted, nodes=accepted_bits)
-
-
-def accept_exact(tokens: Tensor, targets: Tensor, topology: Topology) -> Accepted:
-    """`accept` where a child may follow if it is the draw at its parent, targets [B, N] int64."""
-    matched = topology.valid & (tokens == targets.gather(1, topology.parents))
-    matched[:, 0] = True
-    return accept(tokens, Targets(tokens=targets, matched=matched), topology)

@@ -176,6 +176,28 @@ def test_chains_get_nodes_where_they_earn_them() -> None:
     assert all(made.num_nodes == 1 for made in sequences)
 
 
+def test_what_padding_costs_keeps_one_long_chain_from_slowing_everyone() -> None:
+    """One of eight sequences copies: where the grid's empty cells cost as much as nodes, it gets less."""
+    sizes = []
+    for cost in (0.0, 0.0003, 0.01):
+        plain = step_times(cpu_like, None)
+        times = StepTimes(
+            {8: [(8 * n, cpu_like(8, 8 * n)) for n in (1, 2, 4, 8, 16)]}, {}, {8: cost}, context=50
+        )
+        assert plain.padding(8, 50) == 0.0
+        chooser = AdaptiveTree(times, None, LookupRecord(16), 512)
+        sequences = [sequence(slot) for slot in range(8)]
+        record = chooser._lookup
+        for _ in range(60):
+            record.propose(sequences[0].lookup, [1] * 16, 8)
+            record.observe(sequences[0].lookup, [1] * 17)
+        record.propose(sequences[0].lookup, [1] * 16, 8)
+        chooser.choose(sequences)
+        sizes.append(sequences[0].num_nodes)
+        assert all(made.num_nodes == 1 for made in sequences[1:])
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
 def test_caps_and_the_end_of_the_output_shrink_a_sequences_own_tree() -> None:
     for chooser in (adaptive(8), FixedTree(64, HEADS, 8, 512)):
         sequences = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention.base import AttentionInput
 from engine.errors import ConfigError
 from engine.model import quantize
 from engine.model.config import ModelConfig
@@ -115,6 +116,32 @@ def test_a_requests_text_does_not_depend_on_its_neighbours(tmp_path: Path) -> No
         texts.append(outputs["r0", 0])
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 40
+
+
+@needs_int8
+@torch.inference_mode()
+def test_a_sequence_does_not_depend_on_its_neighbours_by_a_single_bit(tmp_path: Path) -> None:
+    """The whole decoder: one new row behind contexts of many lengths, in any company."""
+    with torch.inference_mode(False):
+        engine = make_engine(save_model(tiny_llama(), tmp_path), quantization="int8", block_size=16)
+    runner = engine._runner
+    decoder, pool, attention = runner._decoder, runner._pool, runner._attention
+    pool.data.normal_(generator=torch.Generator().manual_seed(4))
+    lengths, blocks = [40, 150, 33, 255, 300, 16, 430, 90], 30
+    tokens = torch.arange(8) + 20
+
+    def run(chosen: list[int]) -> Tensor:
+        sequences = torch.tensor(chosen)
+        tables = sequences[:, None] * blocks + torch.arange(blocks) + 1
+        cached = torch.tensor(lengths)[sequences]
+        rows = tables.gather(1, cached[:, None] // 16) * 16 + cached[:, None] % 16
+        visible = torch.ones(len(chosen), 1, 1, dtype=torch.bool)
+        attention.plan(AttentionInput(tables, cached, rows, visible, int(cached.max()) + 1), pool)
+        return decoder.logits(decoder(tokens[sequences], cached, attention))
+
+    together = run(list(range(8)))
+    for company in ([0], [4], [7, 1], [5, 4, 3, 2], [6, 0, 2], list(range(7, -1, -1))):
+        assert torch.equal(run(company), together[company]), company
 
 
 @needs_int8

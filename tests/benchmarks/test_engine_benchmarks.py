@@ -1,0 +1,234 @@
+"""Acceptance, adaptive, HTTP's cost, peers and soak on tiny models and made-up numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import acceptance, adaptive, http_cost, peers, soak
+from benchmarks.common import Item, engine_config, read_items, word_prompt
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.llm import LLM
+from tests.support import save_model, save_random_heads, tiny_llama
+
+DATA = Path(__file__).parents[2] / "benchmarks" / "data"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of twelve tokens, so that it repeats itself, with random heads."""
+    model = tiny_llama(vocab_size=12)
+    folder = save_model(model, tmp_path_factory.mktemp("benchmarks"))
+    save_random_heads(folder / "heads.safetensors", hidden=model.config.hidden_size, vocab=12)
+    return folder
+
+
+def make_llm(folder: Path, **settings: Any) -> LLM:
+    llm = LLM(EngineConfig(model=str(folder), device="cpu", block_size=4, max_num_seqs=4, **settings))
+    llm.text.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return llm
+
+
+@pytest.fixture(scope="module")
+def off(folder: Path) -> LLM:
+    return make_llm(folder, tree="off")
+
+
+@pytest.fixture(scope="module")
+def lookup(folder: Path) -> LLM:
+    return make_llm(folder, tree=9, lookup=8)
+
+
+# -- acceptance ------------------------------------------------------------------------------------
+
+
+def test_acceptance_counts_tokens_per_step_and_finds_the_same_text(
+    off: LLM, lookup: LLM, tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    lines = [{"category": c, "turns": [f"t1 t2 t{i % 4} t3"]} for i, c in enumerate("xxyx")]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    args = Namespace(prompts=file, limit=None, streams=2, rounds=2, prediction=False, max_tokens=24)
+    rows = acceptance.measure(args, lookup, off)
+    assert [row["category"] for row in rows] == ["x", "y", "all"]
+    every = rows[-1]
+    assert every["turns"] == 2 * 3  # x has a batch of two and one of one, y one
+    assert every["tokens"] == 2 * 4 * 24
+    assert every["answers_differ"] == 0
+    assert every["acceptance_length"] > 1.05  # a model of few tokens repeats itself
+    assert every["ratio_interval_95"][0] <= every["ratio_median"] <= every["ratio_interval_95"][1]
+    (only_off,) = [row for row in acceptance.measure(args, off, None) if row["category"] == "all"]
+    assert only_off["acceptance_length"] == 1.0
+
+
+def test_a_prediction_that_comes_true_shortens_the_way(off: LLM, lookup: LLM) -> None:
+    plain = acceptance.run_turn(off, [Item("x", "t3 t1")], 24, prediction=False, salt="a")
+    item = Item("x", "t3 t1", prediction=lookup.text.decode(plain.answers[0]))
+    found = acceptance.run_turn(lookup, [item], 24, prediction=True, salt="b")
+    assert found.answers == plain.answers
+    assert found.predicted > 0
+    assert acceptance.run_turn(lookup, [item], 24, prediction=False, salt="c").predicted == 0
+
+
+def test_acceptance_refuses_a_prediction_that_is_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"turns": ["t1"]}')
+    with pytest.raises(SystemExit):
+        acceptance.parse(["--prompts", str(file), "--prediction"])
+    args, options = acceptance.parse(["--prompts", str(file), "--tree", "9", "--", "--lookup=8"])
+    assert options == ["--tree", "9", "--lookup=8"]
+    assert args.max_tokens == 128
+
+
+@pytest.mark.parametrize(("name", "count"), [("code_editing", 14), ("summaries", 13)])
+def test_the_prompt_sets(name: str, count: int) -> None:
+    items = read_items(DATA / f"{name}.jsonl")
+    assert len(items) == count
+    assert len({item.prompt for item in items}) == count
+    if name == "summaries":
+        assert all(250 <= len(item.prompt.split()) <= 500 for item in items)
+        return
+    for item in items:
+        assert item.prediction is not None
+        code = item.prompt[item.prompt.index("```") :]
+        before, after = code.splitlines(), item.prediction.splitlines()
+        assert 30 <= len(before) <= 80
+        assert code != item.prediction
+        # An edit, not another file: most lines stay.
+        assert len(set(before) & set(after)) > 0.6 * len(set(before))
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_engine_options() -> None:
+    config = engine_config(["--tree", "8", "--lookup=off", "--max-num-seqs", "2", "--tree=4"], model="m")
+    assert (config.model, config.tree, config.lookup, config.max_num_seqs) == ("m", 4, "off", 2)
+    assert engine_config(["--tree", "8"], **acceptance.TREE_OFF).tree == "off"
+    for wrong in (["--port", "1"], ["--tree"], ["tree", "8"]):
+        with pytest.raises(ValueError, match=r"argument|value"):
+            engine_config(wrong)
+    with pytest.raises(ConfigError, match="--tree"):
+        engine_config(["--tree", "99"])
+
+
+def test_a_bad_engine_option_ends_the_command() -> None:
+    for parse in (soak.parse, http_cost.parse, peers.parse):
+        with pytest.raises(SystemExit):
+            parse(["--lokup", "8"])
+        with pytest.raises(SystemExit):
+            parse(["--", "--tree", "99"])
+
+
+# -- adaptive --------------------------------------------------------------------------------------
+
+
+def test_a_phase_knows_the_trees_it_ran(off: LLM, lookup: LLM) -> None:
+    prompts = [(1, 2, 3), (3, 2)]
+    plain = adaptive.run_phase(off, prompts, 12, "a")
+    tree = adaptive.run_phase(lookup, prompts, 12, "b")
+    assert plain.sizes == (1,) * 11
+    assert plain.settled == [1] * 6
+    assert plain.acceptance_length == 1.0
+    assert max(tree.sizes) <= 9
+    assert tree.acceptance_length > 1.0
+    assert plain.tokens == tree.tokens
+
+
+def test_auto_against_off_end_to_end(folder: Path, off: LLM) -> None:
+    auto = make_llm(folder, tree="auto", heads=str(folder / "heads.safetensors"))
+    args = Namespace(texts=["t1 t2", "t3 t1 t2"], max_prompt=8, streams=[1, 2], rounds=3, new_tokens=12)
+    rows = adaptive.against_off(args, "random", auto, off)
+    assert [row["streams"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["answers_differ"] == 0
+        assert row["rounds"] == 3
+        assert math.isclose(sum(row["tree_sizes"].values()), 1, abs_tol=0.01) or len(row["tree_sizes"]) == 5
+
+
+def test_the_sweep_end_to_end(folder: Path, off: LLM, lookup: LLM) -> None:
+    auto = make_llm(folder, tree="auto", heads=str(folder / "heads.safetensors"))
+    args = Namespace(texts=["t1 t2", "t3 t1"], max_prompt=8, phases=[1, 2, 1], rounds=2, new_tokens=12)
+    rows = adaptive.sweep(args, "random", {"auto": auto, "1": off, "9": lookup})
+    assert [(row["phase"], row["streams"]) for row in rows] == [(0, 1), (1, 2), (2, 1)]
+    assert all(row["best"] in (1, 9) and set(row["tokens_per_s"]) == {"auto", "1", "9"} for row in rows)
+
+
+def test_the_verdict() -> None:
+    rates = {"auto": [10.0] * 5, "1": [8.0] * 5, "4": [10.0, 9.5, 10.5, 10.0, 9.8], "16": [6.0] * 5}
+    assert adaptive.verdict(rates, [4] * 9)["passed"]
+    between = adaptive.verdict(rates, [6] * 9)
+    assert (between["best"], between["stands_for_settled"]) == (4, 4)
+    wrong = adaptive.verdict(rates, [16] * 9)
+    assert not wrong["passed"]
+    assert wrong["settled_to_best"]["ratio_interval_95"][1] < 1
+    # As good as the best within the noise: not to be told from it.
+    assert adaptive.verdict(rates | {"16": [9.9, 10.2, 9.0, 10.4, 9.7]}, [16] * 9)["passed"]
+
+
+def test_engines_are_made_for_what_the_drafts_can_fill(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = Namespace(model=str(folder), streams=[1], phases=[2])
+    options = ["--device", "cpu", "--lookup", "8", "--block-size", "4"]
+    found = adaptive.make_engines(args, options, ["auto", "off", "1", "4", "64"], "none")
+    assert list(found) == ["auto", "off", "1", "4"]
+    assert "64 nodes left out" in capsys.readouterr().out
+    assert (found["1"].info.tree_size, found["4"].info.tree_size) == (1, 4)
+
+
+# -- HTTP's cost, peers ----------------------------------------------------------------------------
+
+
+def test_the_share_lost() -> None:
+    row = http_cost.summary(8, [90.0, 95.0, 97.0], [100.0, 100.0, 100.0])
+    assert row["share_lost_median"] == 0.05
+    assert row["share_lost_interval_95"] == [0.03, 0.1]
+
+
+def test_offline_side_gives_every_token(off: LLM) -> None:
+    assert http_cost.offline(off, ["t1 t2", "t3"], 5, "s") > 0
+
+
+def test_peers_that_are_not_there_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    args, _ = peers.parse([])
+    for name in ("llama.cpp", "vllm", "openvino"):
+        with pytest.raises(peers.NotInstalledError, match=name):
+            peers.PEERS[name](args, Path("/nowhere"), None)  # type: ignore[arg-type]
+
+
+def test_peers_rows_compare_with_the_first_side() -> None:
+    row = peers.summary(4, {"ours": [20.0, 22.0], "x": [10.0, 11.0]})
+    assert row["ours_to"]["x"]["ratio_median"] == 2.0
+    assert peers.parse(["--server", "a=http://h/v1/"])[0].server == [("a", "http://h")]
+    for wrong in (["--server", "http://h"], ["--peers", "other"]):
+        with pytest.raises(SystemExit):
+            peers.parse(wrong)
+
+
+# -- soak ------------------------------------------------------------------------------------------
+
+
+def test_slope_of_memory() -> None:
+    assert soak.slope([(minute, 100 + 3 * minute) for minute in range(5)]) == pytest.approx(3)
+    assert soak.slope([(0, 5.0), (1, 5.0), (2, 5.0)]) == 0
+    assert 10 < soak.rss_mib(os.getpid()) < 100_000
+
+
+def test_repeated_requests_are_the_same_and_decide_their_text() -> None:
+    first = soak.repeated_bodies("m")
+    assert first == soak.repeated_bodies("m")
+    assert all(body["temperature"] == 0 or "seed" in body for body in first)
+
+
+def test_word_prompt_is_as_long_as_asked() -> None:
+    assert len(word_prompt(40, random.Random(0)).split()) == 40
