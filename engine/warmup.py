@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+import numpy as np
 import torch
 
 from engine.cache.blocks import BlockManager
@@ -30,6 +31,9 @@ _MOST_ROWS = 128
 """Steps of more rows are not measured but extrapolated: they take long and are rarely worth it."""
 
 _ROUNDS = 2
+
+_RAGGED = 9
+"""Nodes of the one larger tree in the batch that shows what padding costs."""
 
 
 @torch.inference_mode()
@@ -60,6 +64,7 @@ def measure(
     most_rows = min(_MOST_ROWS, max_step_tokens)
     points: dict[int, list[tuple[int, float]]] = {}
     drafts: dict[int, list[float]] = {}
+    padding: dict[int, float] = {}
     for batch in _BATCHES:
         sequences = _sequences(blocks, batch, context) if batch <= max_num_seqs else None
         if sequences is None:
@@ -67,17 +72,24 @@ def measure(
         shapes = [nodes for nodes in _NODES if nodes == 1 or batch * nodes <= most_rows]
         best = dict.fromkeys(shapes, float("inf"))
         cost = dict.fromkeys(considered_sizes(heads), float("inf"))
+        ragged = float("inf")
         for _ in range(_ROUNDS):
             for nodes in shapes:
-                best[nodes] = min(best[nodes], _step(runner, sequences, nodes))
+                best[nodes] = min(best[nodes], _step(runner, sequences, [nodes] * batch))
+            if batch > 1:
+                ragged = min(ragged, _step(runner, sequences, [_RAGGED, *[1] * (batch - 1)]))
             for size in cost:
                 cost[size] = min(cost[size], _draft(runner, sequences, size))
         points[batch] = [(batch * nodes, best[nodes]) for nodes in shapes]
         drafts[batch] = list(cost.values())
+        if batch > 1:
+            rows = batch + _RAGGED - 1
+            even = float(np.interp(rows, [float(r) for r, _ in points[batch]], [t for _, t in points[batch]]))
+            padding[batch] = max(0.0, ragged - even) / (batch * _RAGGED - rows)
         for sequence in sequences:
             blocks.release(sequence.blocks)
     log.info("measured decode steps of up to %d sequences in %.1f s", max(points), time.monotonic() - started)
-    return StepTimes(points, drafts)
+    return StepTimes(points, drafts, padding, context)
 
 
 def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence] | None:
@@ -97,7 +109,7 @@ def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence]
     return made
 
 
-def _step(runner: Runner, sequences: list[Sequence], nodes: int) -> float:
+def _step(runner: Runner, sequences: list[Sequence], nodes: list[int]) -> float:
     """Seconds of a step that verifies chains; what the tokens are does not matter to the time."""
     batch = runner.place(sequences)
     draft = _chains(batch.slots, nodes)
@@ -111,11 +123,11 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: int) -> float:
     return time.perf_counter() - start
 
 
-def _chains(slots: torch.Tensor, nodes: int) -> Draft:
+def _chains(slots: torch.Tensor, nodes: list[int]) -> Draft:
     root = torch.zeros_like(slots)
-    chain = root.unsqueeze(1).expand(-1, nodes - 1)
-    count = len(slots)
-    return Drafter(None, slots.device).draft(root, root, chain, [0] * count, [nodes - 1] * count)
+    chain = root.unsqueeze(1).expand(-1, max(nodes) - 1)
+    lengths = [count - 1 for count in nodes]
+    return Drafter(None, slots.device).draft(root, root, chain, [0] * len(nodes), lengths)
 
 
 def _draft(runner: Runner, sequences: list[Sequence], head_nodes: int) -> float:

@@ -215,11 +215,21 @@ class StepTimes:
     Args:
         measured: for each batch bucket, (rows, seconds) points, rows rising.
         draft: for each batch bucket, seconds the heads take for each considered size; empty without.
+        padding: for each batch bucket, seconds a cell of the grid takes that holds no node: where trees
+            differ in size, attention works on as many nodes for each sequence as the largest tree has.
+        context: of the measured sequences, in tokens; padding costs in proportion to it.
     """
 
     _RATE = 0.05
 
-    def __init__(self, measured: dict[int, list[tuple[int, float]]], draft: dict[int, list[float]]) -> None:
+    def __init__(
+        self,
+        measured: dict[int, list[tuple[int, float]]],
+        draft: dict[int, list[float]],
+        padding: dict[int, float] | None = None,
+        context: int = 128,
+    ) -> None:
+        self._padding, self._context = padding or {}, context
         self._buckets = sorted(measured)
         self._rows = {b: np.array([row for row, _ in measured[b]], dtype=float) for b in self._buckets}
         self._base = {b: np.log(np.maximum.accumulate([t for _, t in measured[b]])) for b in self._buckets}
@@ -238,16 +248,20 @@ class StepTimes:
             found += np.maximum(0.0, rows - knots[-1]) * slope
         return found
 
+    def padding(self, batch: int, context: int) -> float:
+        """Seconds for each cell of the grid that holds no node."""
+        return self._padding.get(self._bucket(batch), 0.0) * max(1.0, context / self._context)
+
     def draft(self, batch: int) -> Array:
         """[C] seconds of drafting for each considered size of the heads' branch."""
         return self._draft[self._bucket(batch)]
 
-    def observe(self, batch: int, context: int, rows: int, seconds: float, draft_s: float) -> None:
-        """Learn from a step that took `seconds`, of which drafting is thought to be `draft_s`."""
+    def observe(self, batch: int, context: int, rows: int, seconds: float, other_s: float) -> None:
+        """Learn from a step of `seconds`, of which drafting and padding are thought to be `other_s`."""
         bucket = self._bucket(batch)
         shift, local = self._correction(bucket, context)
         predicted = float(self.predict(batch, context, np.array([rows], dtype=float))[0])
-        error = math.log(max(seconds - draft_s, 0.1 * seconds) / predicted)
+        error = math.log(max(seconds - other_s, 0.1 * seconds) / predicted)
         error = min(max(error, -0.3), 0.3)  # a hiccup of the machine is not the step's time
         knots = self._rows[bucket]
         position = float(np.interp(rows, knots, np.arange(len(knots))))
@@ -328,12 +342,18 @@ class AdaptiveTree:
         batch = len(sequences)
         context = max(sequence.num_cached for sequence in sequences)
         reach = self._heads.reach() if self._heads is not None else np.zeros((1, 1))
-        gains, order = self._gains(sequences, reach)  # [C, K] falling, and which sequence each belongs to
+        gains, owner, depth = self._gains(sequences, reach)
         from_heads = batch * (1.0 + reach.sum(1))
         tokens = from_heads[:, None] + np.pad(gains.cumsum(1), ((0, 0), (1, 0)))
         per_tree = (1.0 + self._sizes)[:, None]
         rows: Array = np.asarray(batch * per_tree + np.arange(gains.shape[1] + 1), dtype=np.float64)
-        seconds = self._times.predict(batch, context, rows) + self._times.draft(batch)[:, None]
+        largest = per_tree + np.pad(np.maximum.accumulate(depth, axis=1), ((0, 0), (1, 0)))
+        padding = self._times.padding(batch, context)
+        seconds = (
+            self._times.predict(batch, context, rows)
+            + self._times.draft(batch)[:, None]
+            + padding * (batch * largest - rows)
+        )
         rate = np.where(rows <= self._max_step_tokens, tokens / seconds, 0.0)
         rate[0, 0] *= _MARGIN
 
@@ -344,7 +364,7 @@ class AdaptiveTree:
         self._current = choice
         choice = self._explore(choice, rate, seconds)
         chain = int(rate[choice].argmax())
-        counts = np.bincount(order[choice, :chain], minlength=batch)
+        counts = np.bincount(owner[choice, :chain], minlength=batch)
         for sequence, count in zip(sequences, counts, strict=True):
             self._caps.apply(sequence, int(self._sizes[choice]), int(count))
         self._predicted_draft = float(self._times.draft(batch)[choice])
@@ -360,7 +380,9 @@ class AdaptiveTree:
         """
         rows = sum(sequence.num_nodes for sequence in sequences)
         context = max(sequence.num_cached for sequence in sequences)
-        self._times.observe(len(sequences), context, rows, seconds, self._predicted_draft)
+        cells = len(sequences) * max(sequence.num_nodes for sequence in sequences) - rows
+        other_s = self._predicted_draft + cells * self._times.padding(len(sequences), context)
+        self._times.observe(len(sequences), context, rows, seconds, other_s)
         self._explored.all_steps += 1
         self._explored.all_seconds += seconds
         nodes = max(sequence.head_nodes for sequence in sequences)
@@ -371,21 +393,23 @@ class AdaptiveTree:
         ]
         self._heads.observe(nodes, whole)
 
-    def _gains(self, sequences: list[Sequence], reach: Array) -> tuple[Array, NDArray[np.int64]]:
+    def _gains(
+        self, sequences: list[Sequence], reach: Array
+    ) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
         """Tokens that each further lookup node adds to each size of the heads' branch, best first.
 
         Returns:
-            [C, K] gains, falling along K, and [C, K] the sequence of each.
+            [C, K] gains, falling along K; [C, K] the sequence and [C, K] the depth of each.
         """
         survival = self._lookup.survival(sequence.lookup for sequence in sequences)  # [B, D]
         missed = np.ones((len(reach), survival.shape[1]))
-        depth = min(reach.shape[1], survival.shape[1])
-        missed[:, :depth] -= reach[:, :depth]
+        both = min(reach.shape[1], survival.shape[1])
+        missed[:, :both] -= reach[:, :both]
         missed[1:] *= self._beyond[0] / self._beyond[1]
         gains = np.minimum.accumulate(missed[:, None, :] * survival[None], axis=2).reshape(len(reach), -1)
         order = np.argsort(-gains, axis=1, kind="stable")[:, : self._max_step_tokens]
-        owner = order // survival.shape[1]
-        return np.take_along_axis(gains, order, axis=1), owner
+        owner, depth = order // survival.shape[1], order % survival.shape[1] + 1
+        return np.take_along_axis(gains, order, axis=1), owner, depth
 
     def _count_beyond(self, sequences: list[Sequence], accepted: list[int]) -> None:
         """How much deeper the chains went than the heads, against what was expected of them."""

@@ -179,7 +179,7 @@ def test_chains_get_nodes_where_they_earn_them() -> None:
 def test_what_padding_costs_keeps_one_long_chain_from_slowing_everyone() -> None:
     """One of eight sequences copies: where the grid's empty cells cost as much as nodes, it gets less."""
     sizes = []
-    for cost in (0.0, 0.0003, 0.01):
+    for cost in (0.0, 0.0004, 0.01):
         plain = step_times(cpu_like, None)
         times = StepTimes(
             {8: [(8 * n, cpu_like(8, 8 * n)) for n in (1, 2, 4, 8, 16)]}, {}, {8: cost}, context=50
