@@ -93,9 +93,10 @@ class Decoder(nn.Module):
         Raises:
             ConfigError: see `Linear.quantize`.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, Linear):
-                module.quantize()
+                # Attention's output is an average over many tokens, which has no outliers to spread.
+                module.quantize(rotate=not name.endswith("o_proj"))
 
     def pack(self) -> None:
         """Reorder the weights for this device, once, after they are loaded."""

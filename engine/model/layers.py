@@ -51,7 +51,7 @@ class Linear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
         self._drop_weight()
 
-    def quantize(self) -> None:
+    def quantize(self, *, rotate: bool) -> None:
         """From float weights to int8 (see `Int8Weight`), before `pack()`.
 
         Raises:
@@ -59,7 +59,7 @@ class Linear(nn.Module):
         """
         if self.weight.dtype != torch.float32:
             raise ConfigError("quantization int8 takes dtype float32: its activations are 8 bits either way")
-        self.quantized = Int8Weight(self.weight, self.bias)
+        self.quantized = Int8Weight(self.weight, self.bias, rotate=rotate)
         self._drop_weight()
 
     def _drop_weight(self) -> None:

@@ -55,7 +55,7 @@ def test_it_is_the_definition_and_near_the_float_product(
     weight, x = torch.randn(shape), torch.randn(rows, shape[1])
     offset = torch.randn(shape[0]) if bias else None
     residual = torch.randn(rows, shape[0])
-    linear = Int8Weight(weight, offset)
+    linear = Int8Weight(weight, offset, rotate=False)
     wanted = by_hand(x, weight) + (0 if offset is None else offset)
     # A product that falls on a rounding boundary may go the other way: one step of one weight.
     torch.testing.assert_close(linear(x).double(), wanted, atol=0.03, rtol=0)
@@ -66,9 +66,26 @@ def test_it_is_the_definition_and_near_the_float_product(
 
 
 @needs_int8
-def test_a_row_does_not_depend_on_its_neighbours_by_a_single_bit(kernel: str) -> None:
+@pytest.mark.parametrize("channels", [96, 576, 33])
+def test_the_rotation_keeps_the_product_and_tames_outliers(kernel: str, channels: int) -> None:
+    torch.manual_seed(3)
+    weight, x = torch.randn(80, channels), torch.randn(9, channels)
+    x[:, 7] *= 60
+    exact = x @ weight.T
+    error = {
+        rotate: (Int8Weight(weight, None, rotate=rotate)(x) - exact).norm() / exact.norm()
+        for rotate in (False, True)
+    }
+    assert error[True] < 0.02
+    if channels % 2 == 0:
+        assert error[True] < error[False] / 2
+
+
+@needs_int8
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours_by_a_single_bit(kernel: str, rotate: bool) -> None:
     torch.manual_seed(2)
-    linear = Int8Weight(torch.randn(80, 576), torch.randn(80))
+    linear = Int8Weight(torch.randn(80, 576), torch.randn(80), rotate=rotate)
     x = torch.randn(64, 576)
     alone = linear(x[5:6])
     for rows in (2, 8, 9, 16, 33, 64):
@@ -85,7 +102,7 @@ def test_a_row_does_not_depend_on_its_neighbours_by_a_single_bit(kernel: str) ->
 
 @needs_int8
 def test_zeros_give_zeros_and_what_is_not_finite_stays_in_its_row(kernel: str) -> None:
-    linear = Int8Weight(torch.randn(40, 24), None)
+    linear = Int8Weight(torch.randn(40, 24), None, rotate=False)
     x = torch.randn(5, 24)
     x[1], x[2, 3], x[3, 3] = 0.0, float("nan"), float("inf")
     y = linear(x)
@@ -93,7 +110,7 @@ def test_zeros_give_zeros_and_what_is_not_finite_stays_in_its_row(kernel: str) -
     assert not y[2].isfinite().any()
     assert not y[3].isfinite().any()
     assert torch.equal(y[[0, 4]], linear(x[[0, 4]]))
-    assert not Int8Weight(torch.zeros(8, 24), None)(x[:2]).any()
+    assert not Int8Weight(torch.zeros(8, 24), None, rotate=True)(x[:2]).any()
 
 
 @needs_int8
@@ -166,4 +183,4 @@ def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="cuda"):
         check_int8(torch.device("cuda"))
     with pytest.raises(ConfigError, match="float32"):
-        Linear(4, 4, bias=False, dtype=torch.bfloat16).quantize()
+        Linear(4, 4, bias=False, dtype=torch.bfloat16).quantize(rotate=True)
