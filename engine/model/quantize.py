@@ -12,6 +12,7 @@ by the same, which leaves the product as it is (QuaRot, Ashkboos et al. 2024, ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -93,7 +94,7 @@ def _rotation(size: int) -> Tensor:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     # Without the signs a constant offset of the channels would become one large channel.
     signs = torch.randint(2, (block, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
-    return signs * matrix / block**0.5
+    return signs * matrix / math.sqrt(block)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
