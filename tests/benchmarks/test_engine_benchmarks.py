@@ -145,7 +145,9 @@ def test_a_phase_knows_the_trees_it_ran(off: LLM, lookup: LLM) -> None:
 
 def test_auto_against_off_end_to_end(folder: Path, off: LLM) -> None:
     auto = make_llm(folder, tree="auto", heads=str(folder / "heads.safetensors"))
-    args = Namespace(texts=["t1 t2", "t3 t1 t2"], max_prompt=8, streams=[1, 2], rounds=3, new_tokens=12)
+    args = Namespace(
+        texts=["t1 t2", "t3 t1 t2"], max_prompt=8, streams=[1, 2], rounds=3, new_tokens=12, warm_rounds=1
+    )
     rows = adaptive.against_off(args, "random", auto, off)
     assert [row["streams"] for row in rows] == [1, 2]
     for row in rows:
@@ -156,20 +158,25 @@ def test_auto_against_off_end_to_end(folder: Path, off: LLM) -> None:
 
 def test_the_sweep_end_to_end(folder: Path, off: LLM, lookup: LLM) -> None:
     auto = make_llm(folder, tree="auto", heads=str(folder / "heads.safetensors"))
-    args = Namespace(texts=["t1 t2", "t3 t1"], max_prompt=8, phases=[1, 2, 1], rounds=2, new_tokens=12)
+    args = Namespace(
+        texts=["t1 t2", "t3 t1"], max_prompt=8, phases=[1, 2, 1], rounds=2, new_tokens=12, warm_rounds=1
+    )
     rows = adaptive.sweep(args, "random", {"auto": auto, "1": off, "9": lookup})
     assert [(row["phase"], row["streams"]) for row in rows] == [(0, 1), (1, 2), (2, 1)]
     assert all(row["best"] in (1, 9) and set(row["tokens_per_s"]) == {"auto", "1", "9"} for row in rows)
 
 
 def test_the_verdict() -> None:
-    rates = {"auto": [10.0] * 5, "1": [8.0] * 5, "4": [10.0, 9.5, 10.5, 10.0, 9.8], "16": [6.0] * 5}
+    rates = {"auto": [7.0] * 5, "1": [8.0] * 5, "4": [10.0, 9.5, 10.5, 10.0, 9.8], "16": [6.0] * 5}
     assert adaptive.verdict(rates, [4] * 9)["passed"]
     between = adaptive.verdict(rates, [6] * 9)
     assert (between["best"], between["stands_for_settled"]) == (4, 4)
     wrong = adaptive.verdict(rates, [16] * 9)
     assert not wrong["passed"]
     assert wrong["settled_to_best"]["ratio_interval_95"][1] < 1
+    # Sizes that change with every step are judged by the rate they bring.
+    fast = adaptive.verdict(rates | {"auto": [10.1, 9.9, 10.0, 10.2, 9.9]}, [16] * 9)
+    assert fast["passed_by"] == ["rate"]
     # As good as the best within the noise: not to be told from it.
     assert adaptive.verdict(rates | {"16": [9.9, 10.2, 9.0, 10.4, 9.7]}, [16] * 9)["passed"]
 
