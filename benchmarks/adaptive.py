@@ -7,8 +7,8 @@ All engines live in this process and take turns, so that none runs while another
 gives, per kind of heads and number of streams, the ratio of tokens/s of each A B B A pair of rounds with its
 interval: passed where no interval lies wholly below --least. The second runs a load of 1, 16 and 1 streams
 on `auto` and on each fixed number of nodes and asks whether the size that `auto` settled on in each phase is
-the sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1. Where drafts come
-from lookup, trees are ragged and change with every step, so `auto` passes as well by its own tokens/s.
+the sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1. Where drafts
+come from lookup, trees are ragged and change with every step, so `auto` passes as well by its own tokens/s.
 
 Heads: `none`, `random` (nearly always wrong: the worst case), `handmade` (fitted to transformers' answers to
 these very prompts, often right), or a file. Options of `serve` may follow (`-- --lookup off`).
