@@ -335,6 +335,8 @@ class Runner:
         self._sampling.admit(sequence)
         if self._lookup is not None:
             self._lookup.admit(sequence)
+        # Entries of the slot's last owner would let a padded gather read its blocks' next owners.
+        self._tables[sequence.slot] = 0
         self._table_lengths[sequence.slot] = 0
 
     def _sync_table(self, sequence: Sequence) -> None:

@@ -86,7 +86,7 @@ def measure(
             rows = batch + _RAGGED - 1
             even = float(np.interp(rows, [float(r) for r, _ in points[batch]], [t for _, t in points[batch]]))
             padding[batch] = max(0.0, ragged - even) / (batch * _RAGGED - rows)
-        for sequence in sequences:
+        for sequence in reversed(sequences):  # so that the free list ends as it began
             blocks.release(sequence.blocks)
     log.info("measured decode steps of up to %d sequences in %.1f s", max(points), time.monotonic() - started)
     return StepTimes(points, drafts, padding, context)

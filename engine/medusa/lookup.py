@@ -61,14 +61,13 @@ class Lookup:
         tokens = torch.tensor(sequence.token_ids, dtype=torch.int32, device=self._device)
         self._history[slot, : len(tokens)] = tokens
         self._num_prompt[slot] = sequence.num_prompt
-        expected = sequence.request.prediction_token_ids
         context = sequence.request.prompt_token_ids[-_CONTEXT:]
+        expected = sequence.request.prediction_token_ids[: self._history.shape[1] - len(context)]
         self._prediction_length[slot] = len(expected) + len(context) if expected else 0
         if expected:
             if self._prediction is None:
                 self._prediction = torch.zeros_like(self._history)
             row = torch.tensor((*context, *expected), dtype=torch.int32, device=self._device)
-            row = row[: self._prediction.shape[1]]
             self._prediction[slot, : len(row)] = row
             self._prediction_length[slot] = len(row)
 
