@@ -231,6 +231,7 @@ class StepTimes:
     ) -> None:
         self._padding, self._context = padding or {}, context
         self._buckets = sorted(measured)
+        measured = {b: _with_a_slope(b, measured) for b in self._buckets}
         self._rows = {b: np.array([row for row, _ in measured[b]], dtype=float) for b in self._buckets}
         self._base = {b: np.log(np.maximum.accumulate([t for _, t in measured[b]])) for b in self._buckets}
         self._draft = {b: np.asarray(draft.get(b, [0.0])) for b in self._buckets}
@@ -243,9 +244,11 @@ class StepTimes:
         knots, values = self._rows[bucket], np.exp(self._base[bucket] + shift + local)
         values = np.maximum.accumulate(values)
         found: Array = np.interp(rows, knots, values)
-        if len(knots) > 1:  # past the last point as steep as before it
-            slope = max(0.0, (values[-1] - values[-2]) / (knots[-1] - knots[-2]))
-            found += np.maximum(0.0, rows - knots[-1]) * slope
+        # Beyond the points as steep as beside them; below them lies a batch smaller than its bucket.
+        first = (values[1] - values[0]) / (knots[1] - knots[0])
+        last = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+        found += np.maximum(0.0, rows - knots[-1]) * last - np.maximum(0.0, knots[0] - rows) * first
+        np.maximum(found, 0.1 * values[0], out=found)
         return found
 
     def padding(self, batch: int, context: int) -> float:
@@ -282,6 +285,22 @@ class StepTimes:
                 else (0.0, np.zeros(len(self._rows[bucket])))
             )
         return found
+
+
+def _with_a_slope(bucket: int, measured: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """A bucket's points; of a single one, a second as far up as the next smaller bucket's slope says.
+
+    Where nothing else was measured, twice the rows are thought to take twice as long.
+    """
+    points = measured[bucket]
+    if len(points) > 1:
+        return points
+    (rows, seconds), slope = points[0], points[0][1] / points[0][0]
+    smaller = [measured[b] for b in sorted(measured) if b < bucket and len(measured[b]) > 1]
+    if smaller:
+        (first, fast), (second, slow) = smaller[-1][-2:]
+        slope = max(0.0, (slow - fast) / (second - first))
+    return [*points, (2 * rows, seconds + slope * rows)]
 
 
 def _context_bucket(context: int) -> int:
@@ -330,8 +349,6 @@ class AdaptiveTree:
         self._beyond = np.array([8.0, 8.0])
         self._predicted_beyond = 0.0
         self._predicted_draft = 0.0
-        self.exploring = False
-        """True while the step chosen last tries a larger tree than the best known one."""
 
     @property
     def explored_steps(self) -> int:
@@ -388,6 +405,7 @@ class AdaptiveTree:
         nodes = max(sequence.head_nodes for sequence in sequences)
         if self._heads is None or nodes == 0:
             return
+        self._count_beyond(sequences, accepted)
         whole = [
             mask for sequence, mask in zip(sequences, accepted, strict=True) if sequence.head_nodes == nodes
         ]
@@ -427,7 +445,6 @@ class AdaptiveTree:
 
     def _explore(self, choice: int, rate: Array, seconds: Array) -> int:
         """The choice, or now and then a larger one that the budget affords."""
-        self.exploring = False
         fits = np.flatnonzero(rate[:, 0] > 0)
         larger = fits[fits > choice]
         if not len(larger):
@@ -437,7 +454,6 @@ class AdaptiveTree:
         extra = float(seconds[target, 0] - seconds[choice, 0])
         if not self._explored.affords(extra):
             return choice
-        self.exploring = True
         self._explored.steps += 1
         self._explored.seconds += extra
         self._explored.turn += 1

@@ -247,6 +247,37 @@ def test_without_heads_a_fixed_tree_is_a_chain() -> None:
     assert (made.head_nodes, made.lookup_nodes) == (0, 8)
 
 
+@pytest.mark.parametrize("batch", [3, 6, 12, 17, 24, 128])
+def test_nodes_are_not_free_at_batches_between_the_measured_ones(batch: int) -> None:
+    """A machine on which every row costs: each further node must be seen to."""
+
+    def linear(rows: float) -> float:
+        return 0.02 + 0.001 * rows
+
+    points = {
+        b: [(b * n, linear(b * n)) for n in (1, 2, 4, 8, 16, 32, 64) if n == 1 or b * n <= 128]
+        for b in (1, 2, 4, 8, 16, 32, 64, 128)
+    }
+    rows = np.array([1.0, 1.5, 2.0, 4.0]) * batch
+    assert StepTimes(points, {}).predict(batch, 100, rows) == pytest.approx([linear(r) for r in rows])
+
+
+def test_a_chain_that_repeats_the_heads_is_not_paid_twice() -> None:
+    """Where heads and chain are right together, the chain's gain beyond the heads is learned to be small."""
+    gains = []
+    for together in (True, False):
+        chooser, made = adaptive(8), sequence()
+        for _ in range(150):
+            chooser._lookup.propose(made.lookup, [1] * 8, 8)
+            chooser.choose([made])
+            head = 0b10 if together and made.head_nodes else 0
+            chain = 0 if not made.lookup_nodes else 1 << (1 + made.head_nodes)
+            chooser.observe([made], [1 | head | chain], cpu_like(1, made.num_nodes))
+            chooser._lookup.observe(made.lookup, [1, 0])
+        gains.append(chooser._beyond[0] / chooser._beyond[1])
+    assert gains[0] < gains[1]
+
+
 def test_step_times_follow_what_serving_takes() -> None:
     times = step_times(cpu_like)
     rows = np.array([1.0, 3.0, 8.0, 40.0, 500.0])
