@@ -229,7 +229,7 @@ def main() -> int:
             "benchmark": "quality",
             "model": args.model,
             "device": args.device,
-            "prompts": str(args.prompts),
+            "prompts": args.prompts.name,
             "new_tokens": args.new_tokens,
             "text": [path.name for path in args.text],
             "window": args.window,

@@ -1,6 +1,6 @@
 """Minutes of everything at once: does memory stay flat, is every block accounted for, does nothing fail?
 
-    python -m benchmarks.soak --minutes 10 -- --heads /tmp/heads/random --tree auto
+    python -m benchmarks.soak --minutes 10 -- --heads heads/random.safetensors --tree auto
 
 A server with few slots and a K/V pool too small for them (so that sequences are preempted) gets a mix of
 requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,

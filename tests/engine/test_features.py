@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
+from engine.errors import RequestError
 from engine.types import Acceptance, DraftSource, MedusaParams, Request, SamplingParams, TokenDelta
 from tests.engine.conftest import TinyModel
 from tests.support import greedy, greedy_reference, make_engine, run_all
@@ -285,3 +286,25 @@ def test_logprobs_of_a_single_possible_token_are_finite(narrow: TinyModel) -> No
     assert all(
         entry.token_id == 4 and math.isfinite(entry.logprob) and entry.logprob < 0 for entry in entries
     )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "medusa", "param"),
+    [
+        ({"repetition_penalty": 1e39}, {}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-46}, {}, "repetition_penalty"),
+        ({}, {"delta": 1e39}, "medusa.delta"),
+        ({"min_tokens": 10**30}, {}, "min_tokens"),
+        ({"min_tokens": 510}, {}, "min_tokens"),
+    ],
+)
+def test_numbers_that_no_tensor_or_context_holds_are_refused(
+    narrow: TinyModel, sampling: dict, medusa: dict, param: str
+) -> None:
+    engine = make_engine(narrow.folder, tree="off")
+    with pytest.raises(RequestError) as refused:
+        engine.info.check(Request("r", (1, 2, 3), SamplingParams(**sampling), medusa=MedusaParams(**medusa)))
+    assert refused.value.param == param
+    extreme = SamplingParams(temperature=1.0, repetition_penalty=1e6, max_tokens=5, min_tokens=5)
+    typical = MedusaParams(acceptance=Acceptance.TYPICAL, delta=1e6)
+    assert len(run_all(engine, [Request("r", (1, 2, 3), extreme, medusa=typical)])["r", 0]) == 5
