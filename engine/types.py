@@ -442,9 +442,9 @@ class EngineInfo:
                 f"the context holds {self.max_model_len} tokens; the request asks for {asked}", param="prompt"
             )
         if len(prompt) + sampling.min_tokens > self.max_model_len:
+            asked = f"{len(prompt)} prompt tokens and min_tokens {sampling.min_tokens}"
             raise RequestError(
-                f"min_tokens {sampling.min_tokens} does not fit behind {len(prompt)} prompt tokens: the context "
-                f"holds {self.max_model_len}",
+                f"the context holds {self.max_model_len} tokens; the request asks for {asked}",
                 param="min_tokens",
             )
 
