@@ -77,7 +77,7 @@ class Lookup:
         offset = torch.minimum(offset, counts.unsqueeze(1) - 1)  # past the end: the last token once more
         self._history[slots.unsqueeze(1), lengths.unsqueeze(1) + offset] = tokens.gather(1, offset).int()
 
-    def propose(self, slots: Tensor, lengths: Tensor, *, max_length: int, predicted: bool) -> Proposal:
+    def propose(self, slots: Tensor, lengths: Tensor, *, max_length: int, max_predicted: int) -> Proposal:
         """Search what followed the tokens up to the root the last time, and keep it for the next step.
 
         The longest match of up to eight tokens wins, then the latest. A chain that reaches the root goes
@@ -87,7 +87,7 @@ class Lookup:
             slots: [B] int64.
             lengths: [B] int64, index of the root in the history.
             max_length: host upper bound of `lengths`.
-            predicted: some sequence has a prediction.
+            max_predicted: tokens of the longest prediction among the sequences; 0 where there is none.
         """
         history = self._history[slots, : max_length + 1]
         suffix = self._suffix(history, lengths)
@@ -101,17 +101,26 @@ class Lookup:
         index = best + 1 + step % (lengths.unsqueeze(1) - best).clamp(min=1)
         tokens = history.gather(1, index.clamp(max=max_length)).long()
         count = torch.where(kind > 0, self.size, 0)
-        if predicted and self._prediction is not None:
-            tokens, count, kind = self._prefer_prediction(slots, lengths, suffix, tokens, count, kind)
+        if max_predicted and self._prediction is not None:
+            expected = self._prediction[slots, : max_predicted + _CONTEXT]
+            tokens, count, kind = self._prefer_prediction(
+                slots, lengths, expected, suffix, tokens, count, kind
+            )
         self.tokens[slots] = tokens
         return Proposal(tokens, count.squeeze(1), kind.squeeze(1))
 
     def _prefer_prediction(
-        self, slots: Tensor, lengths: Tensor, suffix: Tensor, tokens: Tensor, count: Tensor, kind: Tensor
+        self,
+        slots: Tensor,
+        lengths: Tensor,
+        expected: Tensor,
+        suffix: Tensor,
+        tokens: Tensor,
+        count: Tensor,
+        kind: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take the chain from the prediction where its match is as good: it is there to be followed."""
-        assert self._prediction is not None
-        expected, length = self._prediction[slots], self._prediction_length[slots].unsqueeze(1)
+        length = self._prediction_length[slots].unsqueeze(1)
         order = _match_order(expected, suffix)
         place = torch.arange(expected.shape[1], device=self._device)
         order = torch.where(place < length - 1, order, 0)

@@ -59,8 +59,8 @@ def proposed(search: Lookup, batch: list[Sequence]) -> list[tuple[list[int], int
         search.admit(made)
     slots = torch.tensor([made.slot for made in batch])
     lengths = torch.tensor([made.num_cached for made in batch])
-    predicted = any(made.request.prediction_token_ids for made in batch)
-    found = search.propose(slots, lengths, max_length=int(lengths.max()), predicted=predicted)
+    predicted = max(len(made.request.prediction_token_ids) for made in batch)
+    found = search.propose(slots, lengths, max_length=int(lengths.max()), max_predicted=predicted)
     assert torch.equal(search.tokens[slots], found.tokens)
     return [
         (tokens[:count], kind)
@@ -128,7 +128,7 @@ def test_appended_tokens_are_history(counts: list[int]) -> None:
     slots = torch.tensor([2, 0])
     lengths = torch.tensor([made.num_cached for made in first])
     step.append(slots, lengths + 1, torch.tensor(tokens), torch.tensor(counts))
-    found = step.propose(slots, lengths + torch.tensor(counts), max_length=9, predicted=False)
+    found = step.propose(slots, lengths + torch.tensor(counts), max_length=9, max_predicted=0)
     for i, (made, count) in enumerate(zip(first, counts, strict=True)):
         made.token_ids += tokens[i][:count]
         made.num_cached += count
