@@ -1,0 +1,46 @@
+"""Start-up measurement leaves nothing behind, whatever the pool and the bounds."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import load
+from tests.engine.conftest import TinyModel
+from tests.support import greedy, greedy_reference, run_all
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_seqs": 1},
+        {"max_model_len": 8, "block_size": 1},
+        {"max_model_len": 16, "kv_cache_tokens": 80},
+        {"max_step_tokens": 64, "max_num_seqs": 64},
+    ],
+    ids=str,
+)
+def test_nothing_is_left_behind(narrow: TinyModel, settings: dict) -> None:
+    loaded = load(
+        EngineConfig(
+            model=str(narrow.folder),
+            heads=str(narrow.heads),
+            device="cpu",
+            **({"block_size": 4, "max_num_seqs": 8} | settings),
+        ),
+        progress=False,
+    )
+    engine = Engine(loaded)
+    assert engine.info.tree == "auto"
+    engine.check()
+    assert loaded.blocks.free == loaded.blocks.total
+    # In order: a long context whose blocks follow one another is read where it lies.
+    blocks: list[int] = []
+    assert loaded.blocks.grow(blocks, loaded.blocks.total * loaded.blocks.block_size)
+    assert blocks == list(range(1, loaded.blocks.total + 1))
+    loaded.blocks.release(blocks)
+    assert engine.stats.num_steps == engine.stats.generation_tokens == 0
+    outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 5) for i in range(3)])
+    assert all(outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 5) for i in range(3))
