@@ -86,7 +86,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of every token that the output holds, in [-2, 2].
         frequency_penalty: the same, times how often the output holds it, in [-2, 2].
         repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative
-            ones multiplied (Keskar et al. 2019); in [1e-6, 1e6], 1 is none.
+            ones multiplied (Keskar et al. 2019); in [1e-44, 3e38] (what float32 holds), 1 is none.
         logit_bias: (token id, bias in [-100, 100]) pairs, added to the logits.
         min_tokens: no EOS or stop token id before so many tokens of output.
         bad_words: token sequences that the output must not hold; at most 64 of at most 16 tokens.
@@ -130,7 +130,7 @@ class SamplingParams:
         check(self.n >= 1, "n", "at least 1")
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
-        check(1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty", "in [1e-06, 1e+06]")
+        check(1e-44 <= self.repetition_penalty <= 3e38, "repetition_penalty", "in [1e-44, 3e+38]")
         check(all(-100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "values in [-100, 100]")
         check(self.min_tokens >= 0, "min_tokens", "at least 0")
         check(
@@ -176,7 +176,7 @@ class MedusaParams:
             p(child) > min(epsilon, delta * exp(-H)) (Cai et al. 2024, section 2.3.1), more of it and
             with another distribution. Greedy requests are always exact.
         epsilon: hard threshold, in [0, 1].
-        delta: entropy-dependent threshold, in [0, 1e6].
+        delta: entropy-dependent threshold, in [0, 3e38]: what float32 holds.
         max_tree_size: most nodes a step, root counted; None leaves it to the server, 1 is plain decoding.
 
     Raises:
@@ -196,7 +196,7 @@ class MedusaParams:
                 )
 
         check(0.0 <= self.epsilon <= 1.0, "epsilon", "in [0, 1]")
-        check(0.0 <= self.delta <= 1e6, "delta", "in [0, 1e+06]")
+        check(0.0 <= self.delta <= 3e38, "delta", "in [0, 3e+38]")
         size = self.max_tree_size
         check(
             size is None or 1 <= size <= MAX_TREE_NODES, "max_tree_size", f"from 1 to {MAX_TREE_NODES} nodes"
