@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
@@ -147,6 +147,45 @@ class LLM:
             if self._working():
                 for request in requests:
                     self._engine.abort(request.request_id)
+
+    def stream(self, take: Callable[[], Request | None]) -> Iterator[list[TokenDelta]]:
+        """Steps over requests that are not all known at once, with every slot busy as long as there are any.
+
+        Closed early, it aborts what still runs.
+
+        Args:
+            take: asked before each step for another request while a slot is free; None where there is
+                none right now. It ends when there is none and nothing runs.
+
+        Raises:
+            RequestError, ContextLengthError: a request that can never run; the others are aborted.
+            RuntimeError: another generation is under way.
+        """
+        if self._working():
+            raise RuntimeError("this LLM is generating already; one call at a time")
+        live: dict[str, int] = {}  # choices still running
+        try:
+            while True:
+                while self.stats.running + self.stats.waiting < self.info.max_num_seqs:
+                    if (request := take()) is None:
+                        break
+                    self.info.check(request)
+                    if request.request_id in live:
+                        raise RequestError("request ids must differ", param="request_id")
+                    self._engine.add(request)
+                    live[request.request_id] = request.sampling.n
+                if not self._working():
+                    return
+                deltas = self._engine.step()
+                for delta in deltas:
+                    if delta.finish_reason is not None:
+                        live[delta.request_id] -= 1
+                        if not live[delta.request_id]:
+                            del live[delta.request_id]
+                yield deltas
+        finally:
+            for request_id in live:
+                self._engine.abort(request_id)
 
     def check(self) -> None:
         """Raise RuntimeError if K/V blocks are lost, or owned while nothing runs."""

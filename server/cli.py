@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, MedusaError
 from server import __version__
 from server.settings import Settings, load_settings, option_name
+from training.cli import app as training_commands
 
 __all__ = ["app", "main"]
 
@@ -159,6 +160,8 @@ bench.__signature__ = _signature(  # type: ignore[attr-defined]
     ],
 )
 app.command()(bench)
+
+app.add_typer(training_commands)  # its modules import torch when a command runs
 
 
 def main() -> None:

@@ -1,0 +1,153 @@
+"""The commands `distill`, `train`, `calibrate` and `export`; `server.cli` adds them to `medusa-serve`.
+
+Nothing heavy is imported before a command runs, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, MedusaError
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+def engine_option(name: str, metavar: str) -> Any:
+    """The option of an engine setting: its help is the setting's own, its default None (the setting's)."""
+    field = EngineConfig.model_fields[name]
+    default = "" if field.default is None else f" [default: {field.default}]"
+    return typer.Option(
+        "--" + name.replace("_", "-"),
+        metavar=metavar,
+        help=f"{field.description}{default}",
+        show_default=False,
+    )
+
+
+def engine_config(**given: Any) -> EngineConfig:
+    """The engine's settings from the options that were given (not None).
+
+    Raises:
+        ConfigError: a bad value, with its option.
+    """
+    try:
+        return EngineConfig(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        parts = (
+            f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_url=False, include_input=False)
+        )
+        raise ConfigError("; ".join(parts)) from None
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """An error of ours ends the command in one line: code 2 for a bad setting, 1 for what failed."""
+    try:
+        yield
+    except (MedusaError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=str(EngineConfig.model_fields["model"].description))
+]
+Revision = Annotated[str | None, engine_option("revision", "TEXT")]
+Dtype = Annotated[str | None, engine_option("dtype", "auto|float32|bfloat16|float16")]
+Quantization = Annotated[str | None, engine_option("quantization", "none|int8")]
+Device = Annotated[str | None, engine_option("device", "TEXT")]
+
+
+@app.command()
+def distill(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where rows, shards and manifest go.")
+    ],
+    model: Model = "smollm2-135m",
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts",
+            metavar="JSONL",
+            help="Lines with 'prompt', 'turns', OpenAI 'messages' or ShareGPT 'conversations'; repeatable.",
+        ),
+    ] = None,
+    self_prompt: Annotated[
+        int, typer.Option(min=0, help="Also so many conversations whose user turns the model samples itself.")
+    ] = 0,
+    self_prompt_temperature: Annotated[
+        float, typer.Option(min=0.01, help="Temperature of those user turns.")
+    ] = 1.0,
+    turns: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most user turns answered in a conversation; all, and 1 of a sampled one, if unset."
+        ),
+    ] = None,
+    temperature: Annotated[
+        str, typer.Option(metavar="T,T,…", help="Each row takes one of these, by its hash; 0 is greedy.")
+    ] = "0,0.7",
+    top_p: Annotated[float, typer.Option(help="Nucleus of the answers that are not greedy.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Longer prompts are skipped, and counted in the manifest.")
+    ] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt; several need a temperature.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of every row's own seed.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the I-th of N disjoint parts, for N processes.")
+    ] = "1/1",
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a full token shard.")] = 4096,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    max_num_seqs: Annotated[int, typer.Option(metavar="INT", help="Conversations answered together.")] = 64,
+    max_step_tokens: Annotated[int | None, engine_option("max_step_tokens", "INT")] = None,
+) -> None:
+    """Let MODEL answer prompts: the rows its heads are trained on.
+
+    Writes rows.jsonl, manifest.json and shards of token ids to the output folder. Stopped or killed, the
+    same command goes on where it was; no row is lost or repeated.
+    """
+    from training.distill import DistillOptions, run
+
+    with failing():
+        options = DistillOptions.parse(
+            prompts=tuple(prompts or ()),
+            self_prompt=self_prompt,
+            self_prompt_temperature=self_prompt_temperature,
+            turns=turns,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            samples=samples,
+            seed=seed,
+            limit=limit,
+            part=part,
+            shard_rows=shard_rows,
+        )
+        config = engine_config(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            max_step_tokens=max_step_tokens,
+            max_model_len=max_prompt_tokens + max_tokens,
+            tree="off",  # a full batch leaves no room for speculation
+        )
+        run(config, options, output)
