@@ -129,7 +129,11 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     return Loaded(
         info=info,
         decoder=decoder,
-        attention=attention(model_config.num_heads // model_config.num_kv_heads),
+        attention=attention(
+            model_config.group,
+            scale=model_config.attention_scale,
+            windows=model_config.windows_within(max_model_len + MAX_TREE_NODES),
+        ),
         pool=pool,
         blocks=blocks,
         heads=drafter,

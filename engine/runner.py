@@ -223,7 +223,12 @@ class Runner:
         topology = draft.topology
         max_length = batch.max_length + draft.tokens.shape[1]
         attention_input = self._attention_input(
-            batch.slots, batch.lengths, topology.visible(), max_length=max_length, index=draft.index
+            batch.slots,
+            batch.lengths,
+            topology.visible(),
+            max_length=max_length,
+            index=draft.index,
+            depths=topology.depths,
         )
         self._attention.plan(attention_input, self._pool)
         positions = draft.rows(batch.lengths.unsqueeze(1) + topology.depths)
@@ -314,6 +319,7 @@ class Runner:
         *,
         max_length: int,
         index: Tensor | None = None,
+        depths: Tensor | None = None,
     ) -> AttentionInput:
         tables = self._tables[slots]
         row = lengths.unsqueeze(1) + torch.arange(visible.shape[1], device=self._device)
@@ -328,6 +334,7 @@ class Runner:
             visible=visible,
             max_length=max_length,
             index=index,
+            depths=depths,
         )
 
     def _admit(self, sequence: Sequence) -> None:

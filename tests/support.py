@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -18,6 +24,11 @@ from engine.types import Request, SamplingParams, TokenDelta
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
     """A random two-layer Llama in float32 whose head_dim is not hidden / heads. No token is EOS."""
+    return tiny_model("llama", **overrides)
+
+
+def tiny_model(model_type: str, **overrides: Any) -> Any:
+    """The same of another family. Biases and norms are random too, so that none can be missed."""
     values = {
         "vocab_size": 61,
         "hidden_size": 32,
@@ -28,15 +39,23 @@ def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
         "head_dim": 16,
         "max_position_embeddings": 512,
         "initializer_range": 0.4,
+        "pad_token_id": None,
         "eos_token_id": None,
         "bos_token_id": None,
         "tie_word_embeddings": False,
     }
     torch.manual_seed(7)
-    return LlamaForCausalLM(LlamaConfig(**(values | overrides))).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(values | overrides))).eval()
+    if model_type != "llama":
+        generator = torch.Generator().manual_seed(8)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> Path:
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
     """Write the model with a word-level tokenizer whose word "t5" is token 5."""
     model.save_pretrained(folder)
     vocab = {f"t{i}": i for i in range(model.config.vocab_size)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.cache.pool import KVPool
@@ -29,6 +30,8 @@ class AttentionInput:
         index: [T] int64, ascending positions in the flattened [B, N] grid of the T rows that are really
             computed; None means all B * N. Where trees differ in size, only their nodes go through the
             linear layers. Rows that are left out are neither written nor visible to the others.
+        depths: [B, N] int64, positions of the new rows less `lengths`, which layers with a window need;
+            None: row j is at depth j, as in a prefill chunk. A cached row's position is its number.
     """
 
     block_tables: Tensor
@@ -37,10 +40,22 @@ class AttentionInput:
     visible: Tensor
     max_length: int
     index: Tensor | None = None
+    depths: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """[B, N] int64, of the new rows."""
+        num_rows = self.rows.shape[1]
+        depths = torch.arange(num_rows, device=self.lengths.device) if self.depths is None else self.depths
+        return self.lengths.unsqueeze(1) + depths
 
 
 class AttentionBackend(Protocol):
-    """Attention over the paged pool. `plan` runs once a step, `attend` once a layer."""
+    """Attention over the paged pool. `plan` runs once a step, `attend` once a layer.
+
+    A backend is made with the model's query heads per K/V head, the factor on q k^T (None:
+    head_dim ** -0.5) and each layer's window (None: no layer has one). A query at position p sees, of
+    what it may see at all, positions p - window + 1 and later.
+    """
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         """Prepare what all layers of this step share (gather indices, mask)."""

@@ -8,7 +8,8 @@ but its own length, and its padding changes no bit of its result, so neither do 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class _Alone:
     Args:
         first: its first query row.
         queries: its query rows.
-        keys: its cached rows and new ones, up to the last that is computed.
-        start: pool row of the first key, if its blocks follow one another.
+        keys: its cached rows and new ones, from the first that a query sees up to the last computed.
+        start: pool row of the first key, if its blocks follow one another; else its place in `blocks`.
         blocks: else its blocks, [n] int64.
         mask: [queries, keys], additive; None where every query sees every key.
     """
@@ -53,14 +54,19 @@ class CpuAttention:
 
     Args:
         group: query heads per K/V head.
+        scale: factor on q k^T; None is head_dim ** -0.5.
+        windows: each layer's window in positions, None for a layer without; None where no layer has one.
     """
 
-    def __init__(self, group: int) -> None:
-        self._group = group
-        self._together = SdpaAttention(group)
+    def __init__(
+        self, group: int, *, scale: float | None = None, windows: Sequence[int | None] | None = None
+    ) -> None:
+        self._group, self._scale, self._windows = group, scale, windows
+        self._together = SdpaAttention(group, scale=scale, windows=windows)
         self._pool: KVPool | None = None
         self._rows = torch.empty(0, dtype=torch.int64)
         self._alone: list[_Alone] = []
+        self._windowed: dict[int | None, list[_Alone]] = {}
         self._short: Tensor | None = None
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
@@ -75,11 +81,20 @@ class CpuAttention:
         index = torch.arange(num_sequences * num_rows) if batch.index is None else batch.index
         owners = index // num_rows
         bounds = [0, *owners.bincount(minlength=num_sequences).cumsum(0).tolist()]
-        self._alone = [
-            _alone(batch, pool, b, index[bounds[b] : bounds[b + 1]] - b * num_rows, bounds[b])
+        nodes = {
+            b: index[bounds[b] : bounds[b + 1]] - b * num_rows
             for b in range(num_sequences)
             if not short[b] and bounds[b] < bounds[b + 1]
-        ]
+        }
+        self._alone = [_alone(batch, pool, b, nodes[b], bounds[b]) for b in nodes]
+        if self._windows is not None:
+            positions = batch.positions()
+            self._windowed = {None: self._alone}
+            for window in {window for window in self._windows if window is not None}:
+                self._windowed[window] = [
+                    _alone_in_window(batch, pool, b, nodes[b], part, positions[b], window)
+                    for b, part in zip(nodes, self._alone, strict=True)
+                ]
         self._short = torch.tensor(short)[owners].nonzero().flatten()
         if len(self._short):
             self._together.plan(_subset(batch, short, index[self._short]), pool)
@@ -91,7 +106,8 @@ class CpuAttention:
         pool.write(layer, self._rows, k, v)
         if self._short is None:
             return self._together.read(layer, q)
-        outputs = [self._attend_alone(pool, layer, part, q) for part in self._alone]
+        alone = self._alone if self._windows is None else self._windowed[self._windows[layer]]
+        outputs = [self._attend_alone(pool, layer, part, q) for part in alone]
         if len(outputs) == 1 and not len(self._short):
             return outputs[0]
         joined = q.new_empty(len(q), q.shape[1] * q.shape[2])
@@ -106,14 +122,18 @@ class CpuAttention:
         if part.blocks is None:
             keys, values = pool.rows(layer, part.start, part.keys)
         else:
-            keys, values = pool.collect(layer, part.blocks, part.keys)
+            keys, values = pool.collect(layer, part.blocks, part.start, part.keys)
         # The kernel takes any strides: K/V heads stand as its batch, and the heads of a group share them.
         kv_heads, _, head_dim = keys.shape
         shape = (kv_heads, self._group, part.keys, head_dim)
         query = q.narrow(0, part.first, part.queries)
         query = query.view(part.queries, kv_heads, self._group, head_dim).permute(1, 2, 0, 3)
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
-            query, keys.unsqueeze(1).expand(shape), values.unsqueeze(1).expand(shape), attn_mask=part.mask
+            query,
+            keys.unsqueeze(1).expand(shape),
+            values.unsqueeze(1).expand(shape),
+            attn_mask=part.mask,
+            scale=self._scale,
         )[0]
         return out.permute(2, 0, 1, 3).reshape(part.queries, -1)
 
@@ -131,8 +151,35 @@ def _alone(batch: AttentionInput, pool: KVPool, b: int, nodes: Tensor, first: in
         first=first,
         queries=len(nodes),
         keys=keys,
-        start=int(blocks[0]) * pool.block_size,
+        start=0 if scattered else int(blocks[0]) * pool.block_size,
         blocks=blocks if scattered else None,
+        mask=mask,
+    )
+
+
+def _alone_in_window(
+    batch: AttentionInput, pool: KVPool, b: int, nodes: Tensor, whole: _Alone, positions: Tensor, window: int
+) -> _Alone:
+    """The same for a layer with a window: keys that no query reaches are not read at all.
+
+    Args:
+        whole: the sequence in a layer without a window.
+        positions: [N] int64, of all its new rows.
+    """
+    length, queries = int(batch.lengths[b]), positions[nodes]
+    first = max(0, min(length, int(queries.min()) - window + 1))
+    keys = torch.cat((torch.arange(first, length), positions[: whole.keys - length]))
+    seen = keys[None, :] > queries[:, None] - window
+    if whole.mask is not None:
+        mask = whole.mask[:, first:].masked_fill(~seen, float("-inf"))
+    else:
+        mask = torch.zeros(seen.shape, dtype=pool.dtype).masked_fill_(~seen, float("-inf"))
+    skipped = first // pool.block_size if whole.blocks is not None else 0
+    return replace(
+        whole,
+        keys=whole.keys - first,
+        start=whole.start + first - skipped * pool.block_size,
+        blocks=None if whole.blocks is None else whole.blocks[skipped:],
         mask=mask,
     )
 
@@ -150,4 +197,5 @@ def _subset(batch: AttentionInput, chosen: list[bool], positions: Tensor) -> Att
         visible=batch.visible[keep],
         max_length=min(batch.max_length, int(lengths.max()) + num_rows),
         index=place[positions // num_rows] * num_rows + positions % num_rows,
+        depths=None if batch.depths is None else batch.depths[keep],
     )

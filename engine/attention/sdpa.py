@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +19,19 @@ class SdpaAttention:
 
     Args:
         group: query heads per K/V head.
+        scale: factor on q k^T; None is head_dim ** -0.5.
+        windows: each layer's window in positions, None for a layer without; None where no layer has one.
     """
 
-    def __init__(self, group: int) -> None:
-        self._group = group
+    def __init__(
+        self, group: int, *, scale: float | None = None, windows: Sequence[int | None] | None = None
+    ) -> None:
+        self._group, self._scale, self._windows = group, scale, windows
         self._batch: AttentionInput | None = None
         self._pool: KVPool | None = None
         self._index = torch.empty(0, dtype=torch.int64)
         self._mask = torch.empty(0)
+        self._windowed: dict[int | None, Tensor] = {}
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
@@ -33,6 +40,11 @@ class SdpaAttention:
         self._index = pool.gather_index(batch.block_tables[:, :num_blocks])
         mask = additive_mask(batch, num_blocks * pool.block_size, pool.dtype)
         self._mask = mask.repeat(1, 1, self._group, 1)
+        if self._windows is not None:
+            self._windowed = {None: self._mask}
+            for window in {window for window in self._windows if window is not None}:
+                narrowed = mask.masked_fill(~within_window(batch, mask.shape[-1], window), float("-inf"))
+                self._windowed[window] = narrowed.repeat(1, 1, self._group, 1)
         self._rows = batch.rows.flatten() if batch.index is None else batch.rows.flatten()[batch.index]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,8 +64,9 @@ class SdpaAttention:
             q = q.new_zeros(batch * num_rows, *q.shape[1:]).index_copy_(0, index, q)
         q = q.view(batch, num_rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, group * num_rows, head_dim)
+        mask = self._mask if self._windows is None else self._windowed[self._windows[layer]]
         out = F.scaled_dot_product_attention(
-            q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self._mask
+            q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=self._scale
         )
         out = out.view(batch, kv_heads, group, num_rows, head_dim).permute(0, 3, 1, 2, 4)
         out = out.reshape(batch * num_rows, -1)
@@ -70,3 +83,14 @@ def additive_mask(batch: AttentionInput, context: int, dtype: torch.dtype) -> Te
     allowed = (offset < 0)[:, None, :] | ((offset >= 0)[:, None, :] & sees_new)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, float("-inf")).unsqueeze(1)
+
+
+def within_window(batch: AttentionInput, context: int, window: int) -> Tensor:
+    """Which of `context` rows lie less than `window` positions before each query, [B, 1, N, context] bool."""
+    num_rows = batch.rows.shape[1]
+    queries = batch.positions()
+    column = torch.arange(context, device=batch.lengths.device)
+    new_row = (column[None, :] - batch.lengths[:, None]).clamp(0, num_rows - 1)
+    cached = column[None, :] < batch.lengths[:, None]
+    keys = torch.where(cached, column[None, :], queries.gather(1, new_row))  # [B, context]
+    return (keys[:, None, :] > queries[:, :, None] - window).unsqueeze(1)

@@ -51,10 +51,10 @@ class KVPool:
         k, v = self._layer_rows[layer]
         return k.narrow(0, start, size).transpose(0, 1), v.narrow(0, start, size).transpose(0, 1)
 
-    def collect(self, layer: int, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """K and V of the first `size` rows in `blocks` ([n] int64), copied, [kv_heads, size, head_dim]."""
+    def collect(self, layer: int, blocks: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """K and V of `size` rows of `blocks` ([n] int64) from `start`, copied, [kv_heads, size, head_dim]."""
         k, v = self.gather(layer, self.gather_index(blocks), 1)
-        return k[0, :size].transpose(0, 1), v[0, :size].transpose(0, 1)
+        return k[0, start : start + size].transpose(0, 1), v[0, start : start + size].transpose(0, 1)
 
     def gather_index(self, blocks: Tensor) -> Tensor:
         """For `gather`, computed once for all layers: from blocks [batch, n] to int64 [2 * batch * n]."""

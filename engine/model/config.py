@@ -1,11 +1,13 @@
-"""The decoder's own view of a Hugging Face model config."""
+"""The decoder's own view of a Hugging Face model config: shapes, and the flags that make a family."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,16 +15,26 @@ from engine.errors import ModelError, UnsupportedModelError
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+log = logging.getLogger(__name__)
 
 # Frequencies that depend on the sequence's length ("dynamic") would rotate cached keys by other
-# angles than new queries, and transformers' own cache has that flaw; longrope comes with its family.
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# angles than new queries, and transformers' own cache has that flaw.
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: float32 inverse frequencies [head_dim / 2] and a factor on cos and sin."""
+    """Rotary embedding: float32 inverse frequencies and a factor on cos and sin.
+
+    `inv_freq` has head_dim / 2 entries, or fewer where only the first 2 * len(inv_freq) channels of a
+    head are rotated.
+    """
 
     inv_freq: torch.Tensor
     scale: float
@@ -30,7 +42,25 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shapes and flags of one decoder-only model. `head_dim` is explicit: it need not be hidden / heads."""
+    """Shapes and flags of one decoder-only model. `head_dim` is explicit: it need not be hidden / heads.
+
+    Args:
+        qkv_bias: on the projections to queries, keys and values.
+        output_bias: on the projection out of attention.
+        mlp_bias: on the three projections of the MLP.
+        activation: of the MLP's gate.
+        norms: of a layer's two blocks: before each ("pre"), on each one's output ("post"), or both.
+        norm_offset: norms multiply by 1 + weight.
+        qk_norm: queries and keys are normed per head ("head"), over all heads ("projection") or not.
+        fused: the checkpoint holds q, k, v in one matrix, and gate, up in another.
+        windows: for each layer, how many positions a query sees, its own counted; None is all before it.
+        rope: of layers that see everything, or of all.
+        local_rope: of layers with a window, where theirs is another.
+        attention_scale: factor on q k^T; None is head_dim ** -0.5.
+        embedding_scale: factor on the embeddings.
+        residual_scale: factor on what each block adds to the residual stream.
+        logits_divisor: logits are divided by it.
+    """
 
     architecture: str
     vocab_size: int
@@ -43,10 +73,32 @@ class ModelConfig:
     rms_norm_eps: float
     max_position: int
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
+    windows: tuple[int | None, ...]
     rope: RopeConfig
     dtype: torch.dtype
+    local_rope: RopeConfig | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norms: Literal["pre", "post", "both"] = "pre"
+    norm_offset: bool = False
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    fused: bool = False
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+
+    @property
+    def group(self) -> int:
+        """Query heads per K/V head."""
+        return self.num_heads // self.num_kv_heads
+
+    def windows_within(self, positions: int) -> tuple[int | None, ...] | None:
+        """`windows` as sequences of up to `positions` feel them; None where no layer's window ever binds."""
+        windows = tuple(None if window is None or window >= positions else window for window in self.windows)
+        return None if all(window is None for window in windows) else windows
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -58,9 +110,16 @@ class ModelConfig:
         """
         from transformers import AutoConfig
 
+        # Before transformers looks: for what it does not know either, it asks for trust_remote_code.
         try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+            stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read the model config in {folder}: {error}") from error
+        if isinstance(stated, dict) and (architectures := stated.get("architectures")):
+            _check_architecture(str(architectures[0]))
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"cannot read the model config in {folder}: {error}") from error
         return cls.from_hf(config)
 
@@ -71,22 +130,24 @@ class ModelConfig:
         Raises:
             UnsupportedModelError: as `from_folder`.
         """
-        architectures = config.architectures or []
-        architecture = (
-            architectures[0] if architectures else f"(none given, model_type {config.model_type!r})"
-        )
-        if architecture not in SUPPORTED_ARCHITECTURES:
+        architecture = (config.architectures or [f"(none given, model_type {config.model_type!r})"])[0]
+        _check_architecture(architecture)
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation not in _ACTIVATIONS:
             raise UnsupportedModelError(
-                f"architecture {architecture} is not supported; "
-                f"supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+                f"hidden_act {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
             )
-        if config.hidden_act not in ("silu", "swish"):
-            raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; supported: silu")
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(
                 "quantised checkpoints are not supported; use the full-precision weights"
             )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        flags: dict[str, Any] = {
+            "windows": (None,) * config.num_hidden_layers,
+            "max_position": config.max_position_embeddings,
+            **_FAMILIES[architecture](config),
+        }
+        if "rope" not in flags:
+            flags["rope"] = _rope(config, config.rope_parameters)
         return cls(
             architecture=architecture,
             vocab_size=config.vocab_size,
@@ -95,31 +156,139 @@ class ModelConfig:
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=head_dim,
+            head_dim=_head_dim(config),
             rms_norm_eps=config.rms_norm_eps,
-            max_position=config.max_position_embeddings,
             tie_word_embeddings=config.tie_word_embeddings,
-            attention_bias=getattr(config, "attention_bias", False),
-            mlp_bias=getattr(config, "mlp_bias", False),
-            rope=_rope(config, head_dim),
+            activation=_ACTIVATIONS[activation],
             dtype=_dtype(config),
+            **flags,
         )
 
 
-def _rope(config: Any, head_dim: int) -> RopeConfig:
+def _llama(config: Any) -> dict[str, Any]:
+    bias = bool(getattr(config, "attention_bias", False))
+    return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(getattr(config, "mlp_bias", False))}
+
+
+def _mistral(config: Any) -> dict[str, Any]:
+    return {"windows": (config.sliding_window,) * config.num_hidden_layers}
+
+
+def _qwen2(config: Any) -> dict[str, Any]:
+    return {"windows": _layer_windows(config), "qkv_bias": True}
+
+
+def _qwen3(config: Any) -> dict[str, Any]:
+    return {**_llama(config), "windows": _layer_windows(config), "qk_norm": "head"}
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    for unused in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, unused, None):
+            raise UnsupportedModelError(f"{unused} is not supported in {config.architectures[0]}")
+    ropes = config.rope_parameters
+    return {
+        **_llama(config),
+        "windows": _layer_windows(config),
+        "rope": _rope(config, ropes["full_attention"], layer_type="full_attention"),
+        "local_rope": _rope(config, ropes["sliding_attention"], layer_type="sliding_attention"),
+        "norms": "both",
+        "norm_offset": True,
+        "qk_norm": "head",
+        "attention_scale": config.query_pre_attn_scalar**-0.5,
+        "embedding_scale": config.hidden_size**0.5,
+    }
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    rotated = int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+    flags: dict[str, Any] = {
+        "windows": (config.sliding_window,) * config.num_hidden_layers,
+        "fused": True,
+        "rope": _rope(config, rope, rotated=rotated),
+    }
+    if rope.get("rope_type") == "longrope":
+        # Past this length transformers changes the frequencies of cached keys too. Up to it, they are fixed.
+        flags["max_position"] = rope.get("original_max_position_embeddings") or (
+            config.original_max_position_embeddings
+        )
+        log.warning(
+            "LongRoPE is served up to the %d positions of its short factors, of the model's %d",
+            flags["max_position"],
+            config.max_position_embeddings,
+        )
+    return flags
+
+
+def _olmo2(config: Any) -> dict[str, Any]:
+    return {**_llama(config), "norms": "post", "qk_norm": "projection"}
+
+
+def _granite(config: Any) -> dict[str, Any]:
+    return {
+        **_llama(config),
+        "attention_scale": float(config.attention_multiplier),
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logits_divisor": float(config.logits_scaling),
+    }
+
+
+_FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "LlamaForCausalLM": _llama,
+    "LLaMAForCausalLM": _llama,  # as the first conversions of Llama 1 spell it
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "Gemma3ForCausalLM": _gemma3,
+    "Phi3ForCausalLM": _phi3,
+    "Olmo2ForCausalLM": _olmo2,
+    "GraniteForCausalLM": _granite,
+}
+"""For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
+
+SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+
+
+def _check_architecture(architecture: str) -> None:
+    if architecture not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"architecture {architecture} is not supported; supported are {', '.join(_FAMILIES)}"
+        )
+
+
+def _head_dim(config: Any) -> int:
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
+
+
+def _layer_windows(config: Any) -> tuple[int | None, ...]:
+    return tuple(
+        config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+    )
+
+
+def _rope(
+    config: Any, parameters: dict[str, Any], *, layer_type: str | None = None, rotated: int | None = None
+) -> RopeConfig:
     """Inverse frequencies by transformers' own formulas, so that every scaling is the reference's."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kind = config.rope_parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type", "default")
     if kind not in _STATIC_ROPE:
         raise UnsupportedModelError(
             f"RoPE type {kind!r} is not supported; supported: {', '.join(_STATIC_ROPE)}"
         )
+    if kind == "longrope" and config.model_type != "phi3":
+        raise UnsupportedModelError(f"RoPE type 'longrope' is not supported in {config.architectures[0]}")
     if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return RopeConfig(1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0)
+        size = rotated or _head_dim(config)
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        return RopeConfig(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
     init: Callable[..., tuple[torch.Tensor, float]] = ROPE_INIT_FUNCTIONS[kind]
-    inv_freq, scale = init(config, device=torch.device("cpu"))
+    of_layers = {} if layer_type is None else {"layer_type": layer_type}
+    inv_freq, scale = init(config, device=torch.device("cpu"), **of_layers)
     return RopeConfig(inv_freq.float(), float(scale))
 
 

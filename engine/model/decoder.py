@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attention.base import AttentionBackend
 from engine.model.config import ModelConfig
-from engine.model.layers import Linear, RMSNorm, RotaryTable, apply_rotary
+from engine.model.layers import (
+    HeadNorm,
+    Linear,
+    OffsetNorm,
+    ProjectionNorm,
+    RMSNorm,
+    RotaryTable,
+    apply_partial_rotary,
+    apply_rotary,
+)
 
 __all__ = ["Decoder"]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, with q, k, v in one matrix and gate, up in another."""
+    """Attention and a gated MLP, with q, k, v in one matrix and gate, up in another.
+
+    A norm that the family does not have is None.
+    """
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -23,24 +37,69 @@ class DecoderLayer(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         hidden, width = config.hidden_size, config.intermediate_size
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        attention_bias, mlp_bias = config.attention_bias, config.mlp_bias
-        self.input_norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype)
-        self.qkv_proj = Linear(hidden, q_size + 2 * kv_size, bias=attention_bias, dtype=dtype)
-        self.o_proj = Linear(q_size, hidden, bias=attention_bias, dtype=dtype)
-        self.post_attention_norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype)
-        self.gate_up_proj = Linear(hidden, 2 * width, bias=mlp_bias, dtype=dtype)
-        self.down_proj = Linear(width, hidden, bias=mlp_bias, dtype=dtype)
+
+        def norm(present: bool) -> RMSNorm | None:
+            return _norm(config, dtype) if present else None
+
+        before, after = config.norms != "post", config.norms != "pre"
+        self.input_norm = norm(before)
+        self.qkv_proj = Linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, dtype=dtype)
+        self.qk_norm = _qk_norm(config, dtype)
+        self.o_proj = Linear(q_size, hidden, bias=config.output_bias, dtype=dtype)
+        self.attention_output_norm = norm(after)
+        self.mlp_norm = norm(before)
+        self.gate_up_proj = Linear(hidden, 2 * width, bias=config.mlp_bias, dtype=dtype)
+        self.down_proj = Linear(width, hidden, bias=config.mlp_bias, dtype=dtype)
+        self.mlp_output_norm = norm(after)
+        self.activation: Callable[[Tensor], Tensor] = F.silu if config.activation == "silu" else _gelu_tanh
+        self.residual_scale = config.residual_scale
+        self.local = config.windows[index] is not None
+        partial = 2 * len(config.rope.inv_freq) < config.head_dim
+        self.rotate = apply_partial_rotary if partial else apply_rotary
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
         """x [tokens, hidden] in and out."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.head_dim)
-        qk = apply_rotary(qkv[:, : heads + kv_heads], cos, sin)
+        y = x if self.input_norm is None else self.input_norm(x)
+        qkv = self.qkv_proj(y).view(-1, heads + 2 * kv_heads, self.head_dim)
+        qk = qkv[:, : heads + kv_heads]
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        qk = self.rotate(qk, cos, sin)
         mixed = attention.attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
-        x = self.o_proj(mixed, x)
-        gate, up = self.gate_up_proj(self.post_attention_norm(x)).chunk(2, dim=-1)
-        y: Tensor = self.down_proj(F.silu(gate).mul_(up), x)
-        return y
+        x = self._add(x, self.o_proj, mixed, self.attention_output_norm)
+        y = x if self.mlp_norm is None else self.mlp_norm(x)
+        gate, up = self.gate_up_proj(y).chunk(2, dim=-1)
+        return self._add(x, self.down_proj, self.activation(gate).mul_(up), self.mlp_output_norm)
+
+    def _add(self, x: Tensor, linear: Linear, y: Tensor, norm: RMSNorm | None) -> Tensor:
+        """x plus what a block's last linear layer makes of y, normed and scaled where the family does so."""
+        out: Tensor
+        if norm is None and self.residual_scale == 1.0:
+            out = linear(y, x)
+            return out
+        out = linear(y)
+        if norm is not None:
+            out = norm(out)
+        return torch.add(x, out, alpha=self.residual_scale)
+
+
+def _norm(config: ModelConfig, dtype: torch.dtype) -> RMSNorm:
+    kind = OffsetNorm if config.norm_offset else RMSNorm
+    return kind(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+
+def _qk_norm(config: ModelConfig, dtype: torch.dtype) -> HeadNorm | ProjectionNorm | None:
+    heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
+    if config.qk_norm == "head":
+        return HeadNorm(heads + kv_heads, config.head_dim, eps, offset=config.norm_offset, dtype=dtype)
+    if config.qk_norm == "projection":
+        return ProjectionNorm(heads * config.head_dim, kv_heads * config.head_dim, eps, dtype=dtype)
+    return None
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 class Decoder(nn.Module):
@@ -58,11 +117,15 @@ class Decoder(nn.Module):
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embed = nn.Parameter(embedding, requires_grad=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = _norm(config, dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed
         self.rotary = RotaryTable(config.rope, max_position, dtype)
+        local = config.local_rope
+        self.local_rotary = None if local is None else RotaryTable(local, max_position, dtype)
+        # Rounded as the reference's: its factor is a tensor of the embedding's dtype.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """Hidden states after the final norm.
@@ -75,9 +138,13 @@ class Decoder(nn.Module):
         Returns:
             [T, hidden].
         """
-        cos, sin = self.rotary(positions)
+        table = self.rotary(positions)
+        local = table if self.local_rotary is None else self.local_rotary(positions)
         x = F.embedding(tokens, self.embed)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
         for layer in self.layers:
+            cos, sin = local if layer.local else table
             x = layer(x, cos, sin, attention)
         hidden: Tensor = self.norm(x)
         return hidden
@@ -85,7 +152,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] to [..., vocab] in float32."""
         logits: Tensor = self.lm_head(hidden).float()
-        return logits
+        return logits if self.config.logits_divisor == 1.0 else logits / self.config.logits_divisor
 
     def quantize(self) -> None:
         """All linear layers to int8, once, after the weights are loaded; embeddings and norms stay float.
@@ -112,16 +179,33 @@ class Decoder(nn.Module):
         }
         if not self.config.tie_word_embeddings:
             names["lm_head.weight"] = ("lm_head.weight",)
-        fused = {
-            "input_norm": ("input_layernorm",),
-            "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "o_proj": ("self_attn.o_proj",),
-            "post_attention_norm": ("post_attention_layernorm",),
-            "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-            "down_proj": ("mlp.down_proj",),
-        }
+        sources = self._layer_sources()
         for name, _ in self.named_parameters():
             if name.startswith("layers."):
                 _, index, module, kind = name.split(".")
-                names[name] = tuple(f"model.layers.{index}.{source}.{kind}" for source in fused[module])
+                names[name] = tuple(f"model.layers.{index}.{source}.{kind}" for source in sources[module])
         return names
+
+    def _layer_sources(self) -> dict[str, tuple[str, ...]]:
+        """For each module of a layer, the checkpoint's modules it is made of."""
+        config = self.config
+        sources: dict[str, tuple[str, ...]] = {
+            "input_norm": ("input_layernorm",),
+            "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "o_proj": ("self_attn.o_proj",),
+            "mlp_norm": ("post_attention_layernorm",),
+            "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+            "down_proj": ("mlp.down_proj",),
+        }
+        if config.fused:
+            sources |= {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj",)}
+        if config.norms != "pre":
+            sources |= {
+                "attention_output_norm": ("post_attention_layernorm",),
+                "mlp_norm": ("pre_feedforward_layernorm",),
+                "mlp_output_norm": ("post_feedforward_layernorm",),
+            }
+        per_head = config.qk_norm == "head"
+        sources["qk_norm"] = ("self_attn.q_norm",) * (config.num_heads if per_head else 1)
+        sources["qk_norm"] += ("self_attn.k_norm",) * (config.num_kv_heads if per_head else 1)
+        return sources

@@ -12,7 +12,16 @@ from engine.errors import ConfigError
 from engine.model.config import RopeConfig
 from engine.model.quantize import Int8Weight
 
-__all__ = ["Linear", "RMSNorm", "RotaryTable", "apply_rotary"]
+__all__ = [
+    "HeadNorm",
+    "Linear",
+    "OffsetNorm",
+    "ProjectionNorm",
+    "RMSNorm",
+    "RotaryTable",
+    "apply_partial_rotary",
+    "apply_rotary",
+]
 
 
 _PACKABLE: dict[torch.dtype, Callable[[], bool]] = {
@@ -101,8 +110,63 @@ class RMSNorm(nn.Module):
         return (x * scale).mul_(self.weight)
 
 
+class OffsetNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), all of it in float32 (Gemma)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+        return torch.addcmul(y, y, self.weight.float()).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each query and key head over its own channels.
+
+    Args:
+        heads: query heads plus K/V heads.
+        head_dim: channels of each.
+        eps: added to the mean square.
+        offset: multiply by 1 + weight.
+        dtype: of the weight [heads * head_dim], which repeats the checkpoint's for every head.
+    """
+
+    def __init__(self, heads: int, head_dim: int, eps: float, *, offset: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = torch.empty(heads * head_dim, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.head_dim, self.eps, self.offset = head_dim, eps, offset
+
+    def forward(self, qk: Tensor) -> Tensor:
+        """qk [tokens, heads, head_dim] in and out."""
+        y = F.rms_norm(qk.float(), (self.head_dim,), None, self.eps)
+        weight = self.weight.view(-1, self.head_dim)
+        return (torch.addcmul(y, y, weight) if self.offset else y.mul_(weight)).to(qk.dtype)
+
+
+class ProjectionNorm(nn.Module):
+    """RMSNorm of the queries over all their heads together, and of the keys over all of theirs (OLMo 2).
+
+    Args:
+        q_size: channels of all query heads.
+        k_size: channels of all K/V heads.
+        eps: added to the mean square.
+        dtype: of the weight [q_size + k_size].
+    """
+
+    def __init__(self, q_size: int, k_size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = torch.empty(q_size + k_size, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.sizes, self.eps = [q_size, k_size], eps
+
+    def forward(self, qk: Tensor) -> Tensor:
+        """qk [tokens, heads, head_dim] in and out."""
+        parts = zip(qk.flatten(1).split(self.sizes, 1), self.weight.split(self.sizes), strict=True)
+        normed = [F.rms_norm(part, weight.shape, weight, self.eps) for part, weight in parts]
+        return torch.cat(normed, 1).view(qk.shape)
+
+
 class RotaryTable(nn.Module):
-    """cos and signed sin for every position, [max_position, head_dim], computed once in float32.
+    """cos and signed sin for every position, [max_position, 2 * frequencies], computed once in float32.
 
     The sign of rotate_half is folded into sin, so that rotating is one roll and two multiplications.
     """
@@ -118,10 +182,16 @@ class RotaryTable(nn.Module):
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).to(dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin of shape [tokens, 1, head_dim] for positions [tokens] (int64)."""
+        """cos, sin of shape [tokens, 1, 2 * frequencies] for positions [tokens] (int64)."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [tokens, heads, head_dim] by `RotaryTable`'s cos and sin; same shape and dtype out."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def apply_partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary` on the first channels of each head, as many as cos and sin have."""
+    size = cos.shape[-1]
+    return torch.cat((apply_rotary(x[..., :size], cos, sin), x[..., size:]), dim=-1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ class Step:
     k: Tensor
     v: Tensor
 
-    def attend(self, backend: str) -> Tensor:
-        attention: AttentionBackend = BACKENDS[backend](HEADS // KV_HEADS)
+    def attend(self, backend: str, **options: Any) -> Tensor:
+        attention: AttentionBackend = BACKENDS[backend](HEADS // KV_HEADS, **options)
         attention.plan(self.batch, self.pool)
         index = self.batch.index
         if index is None:
@@ -95,8 +96,8 @@ def make_step(
     )
 
 
-def expected(step: Step) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for every row that is computed, one at a time. Call before `attend`."""
+def expected(step: Step, *, window: int | None = None, scale: float = HEAD_DIM**-0.5) -> Tensor:
+    """softmax(q k^T * scale) v for every row that is computed, one at a time. Call before `attend`."""
     batch, size = step.batch.rows.shape
     keys, values = step.pool.data[0].double().flatten(1, 2)
     index = range(batch * size) if step.batch.index is None else step.batch.index.tolist()
@@ -104,14 +105,16 @@ def expected(step: Step) -> Tensor:
     for position in index:
         b, node = divmod(position, size)
         length = int(step.batch.lengths[b])
-        row = torch.arange(length)
+        depths = torch.arange(size) if step.batch.depths is None else step.batch.depths[b]
+        first = 0 if window is None else length + int(depths[node]) - window + 1
+        row = torch.arange(max(0, min(length, first)), length)
         prefix = step.batch.block_tables[b, row // BLOCK] * BLOCK + row % BLOCK
-        seen = step.batch.visible[b, node].nonzero().flatten() + b * size
+        seen = (step.batch.visible[b, node] & (length + depths >= first)).nonzero().flatten() + b * size
         for head in range(HEADS):
             group = head // (HEADS // KV_HEADS)
             k = torch.cat((keys[prefix, group], step.k[seen, group].double()))
             v = torch.cat((values[prefix, group], step.v[seen, group].double()))
-            weights = (k @ step.q[position, head].double() / HEAD_DIM**0.5).softmax(0)
+            weights = (k @ step.q[position, head].double() * scale).softmax(0)
             outputs.append(weights @ v)
     return torch.stack(outputs).view(len(list(index)), HEADS * HEAD_DIM)
 
@@ -203,6 +206,27 @@ def test_neighbours_do_not_change_a_bit_on_the_cpu(layout: str, size: int) -> No
     found = rerun([0, 1, 2, 3, 4], [1, 3], {1: 500, 3: 3})
     assert torch.equal(found[[0, 2, 4]], outputs[[0, 2, 4]])
     assert not torch.equal(found[[1, 3]], outputs[[1, 3]])
+
+
+@backends
+@pytest.mark.parametrize("layout", ["contiguous", "scattered"])
+@contexts
+@pytest.mark.parametrize(
+    ("size", "index"), [(1, None), (24, [0, 1, 5, 9, 25, 26, 40, 73])], ids=["decode", "tree"]
+)
+def test_a_layer_with_a_window_sees_no_further_whatever_its_neighbours_do(
+    backend: str, layout: str, lengths: list[int], size: int, index: list[int] | None
+) -> None:
+    """Windows count positions: of a tree's rows, depths. The layer asked about is the only one there is."""
+    chosen = None if index is None else torch.tensor([i for i in index if i < size * len(lengths)])
+    for window, windows in ((None, [None, 9]), (9, [9, 300, None]), (300, [300, 9])):
+        step = make_step(TABLES[layout](len(lengths), 50), lengths, size, index=chosen)
+        if size == 24:
+            depths = (torch.arange(size) / 3).ceil().long().expand(len(lengths), size)
+            step.batch = replace(step.batch, depths=depths)
+        wanted = expected(step, window=window, scale=0.4)
+        found = step.attend(backend, windows=windows, scale=0.4)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @backends

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, PreTrainedModel
 
 from engine.attention.base import AttentionInput
 from engine.attention.cpu import CpuAttention
@@ -17,10 +18,10 @@ from engine.medusa.tree import default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import Checkpoint, load_weights
-from tests.support import save_model, tiny_llama
+from tests.support import save_model, tiny_llama, tiny_model
 
 CPU = torch.device("cpu")
-BLOCK = 4
+BLOCK, BLOCKS = 4, 100
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -50,12 +51,74 @@ VARIANTS = [
 ]
 
 
+def ropes(**full: Any) -> dict[str, Any]:
+    """Gemma 3's two: of its full and its sliding layers."""
+    return {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6, **full},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    "original_max_position_embeddings": 384,
+}
+
+# Windows are shorter than the prompts, and one is shorter than a branch of the tree is deep.
+FAMILIES = [
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 19}),
+    ("mistral", {"sliding_window": 3, "tie_word_embeddings": True}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}),
+    ("qwen3", {}),
+    (
+        "qwen3",
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    ("gemma3_text", {"num_hidden_layers": 3, "sliding_window": 21, "sliding_window_pattern": 3}),
+    (
+        "gemma3_text",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 300,
+            "query_pre_attn_scalar": 9,
+            "rope_parameters": ropes(rope_type="linear", factor=8.0),
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("phi3", {"sliding_window": 30, "hidden_size": 64}),
+    ("phi3", {"hidden_size": 64, "rope_parameters": LONGROPE}),
+    (
+        "phi3",
+        {"hidden_size": 64, "rope_parameters": {**ROPE["default"], "partial_rotary_factor": 0.5}},
+    ),
+    ("olmo2", {}),
+    ("olmo2", {"attention_bias": True, "num_key_value_heads": 4, "rope_parameters": ROPE["llama3"]}),
+    (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    ("granite", {"attention_multiplier": 0.25, "tie_word_embeddings": True}),
+]
+
+
 class Bench:
     """A decoder with a pool and one block table per sequence, scattered over the pool."""
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         folder: Path,
         sequences: int,
         backend: type[CpuAttention] | type[SdpaAttention],
@@ -65,7 +128,7 @@ class Bench:
                 if name.endswith("bias"):
                     parameter.normal_(std=0.3)
         config = ModelConfig.from_folder(save_model(model, folder))
-        self.decoder = Decoder(config, torch.float32, 256)
+        self.decoder = Decoder(config, torch.float32, 512)
         load_weights(
             Checkpoint(folder),
             dict(self.decoder.named_parameters()),
@@ -76,16 +139,17 @@ class Bench:
         self.decoder.pack()
         self.pool = KVPool(
             num_layers=config.num_layers,
-            num_blocks=40 * sequences + 1,
+            num_blocks=BLOCKS * sequences + 1,
             block_size=BLOCK,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=torch.float32,
             device=CPU,
         )
-        order = torch.randperm(40 * sequences, generator=torch.Generator().manual_seed(0)) + 1
-        self.tables = order.view(sequences, 40)
-        self.attention = backend(config.num_heads // config.num_kv_heads)
+        order = torch.randperm(BLOCKS * sequences, generator=torch.Generator().manual_seed(0)) + 1
+        self.tables = order.view(sequences, BLOCKS)
+        windows = config.windows_within(512)
+        self.attention = backend(config.group, scale=config.attention_scale, windows=windows)
 
     def run(self, tokens: torch.Tensor, depths: torch.Tensor, lengths: list[int], visible: torch.Tensor):
         """Logits [B, N, vocab] of `tokens` [B, N] written behind `lengths` rows."""
@@ -94,7 +158,12 @@ class Bench:
         row = cached[:, None] + torch.arange(size)
         rows = self.tables.gather(1, row // BLOCK) * BLOCK + row % BLOCK
         attention_input = AttentionInput(
-            self.tables, cached, rows, visible.expand(batch, size, size), max(lengths) + size
+            self.tables,
+            cached,
+            rows,
+            visible.expand(batch, size, size),
+            max(lengths) + size,
+            depths=depths.expand(batch, size),
         )
         self.attention.plan(attention_input, self.pool)
         positions = (cached[:, None] + depths).flatten()
@@ -112,17 +181,42 @@ class Bench:
 
 @pytest.mark.parametrize("backend", [CpuAttention, SdpaAttention])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@torch.inference_mode()
 def test_prefill_decode_and_every_tree_path_agree(
-    variant: dict, backend: type[CpuAttention] | type[SdpaAttention], tmp_path: Path
+    variant: dict[str, Any], backend: type[CpuAttention] | type[SdpaAttention], tmp_path: Path
 ) -> None:
-    with torch.inference_mode(False):
-        model = tiny_llama(**variant)
-    bench = Bench(model, tmp_path, 3, backend)
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in (23, 9, 58)]
+    check_against_transformers(tiny_llama(**variant), backend, tmp_path, prompts=(23, 9, 58))
 
-    for index, prompt in enumerate(prompts):
+
+@pytest.mark.parametrize(("family", "overrides"), FAMILIES, ids=str)
+def test_every_family_agrees(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """A long prompt among short ones: the CPU's backend takes it by another way, and a window cuts it."""
+    check_against_transformers(tiny_model(family, **overrides), CpuAttention, tmp_path, prompts=(23, 300, 58))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [(family, flags) for family, flags in FAMILIES if "sliding" in str(flags)],
+    ids=str,
+)
+def test_windows_agree_on_the_reference_backend(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    check_against_transformers(tiny_model(family, **overrides), SdpaAttention, tmp_path, prompts=(23, 9, 330))
+
+
+@torch.inference_mode()
+def check_against_transformers(
+    model: PreTrainedModel,
+    backend: type[CpuAttention] | type[SdpaAttention],
+    folder: Path,
+    prompts: tuple[int, int, int],
+) -> None:
+    """Logits of prompts in two chunks, and of each node of a tree behind each prompt, in float32."""
+    bench = Bench(model, folder, 3, backend)
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(61, (n,), generator=generator).tolist() for n in prompts]
+
+    for index, prompt in enumerate(texts):
         reference = model(torch.tensor([prompt])).logits[0]
         cut = len(prompt) // 3
         logits = torch.cat((bench.prefill(index, prompt[:cut], 0), bench.prefill(index, prompt[cut:], cut)))
@@ -131,15 +225,19 @@ def test_prefill_decode_and_every_tree_path_agree(
     tree = default_tree(4).prefix(24)
     topology = tree.topology(CPU)
     tokens = torch.randint(61, (3, tree.size), generator=generator)
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [len(prompt) for prompt in texts]
     logits = bench.run(tokens, topology.depths, lengths, topology.visible())
-    for index, prompt in enumerate(prompts):
-        for node in range(tree.size):
-            path = [node]
-            while path[0]:
-                path.insert(0, tree.parents[path[0]])
-            reference = model(torch.tensor([prompt + tokens[index, path].tolist()])).logits[0, -1]
-            torch.testing.assert_close(logits[index, node], reference, atol=1e-4, rtol=1e-4)
+    paths = [[node] for node in range(tree.size)]
+    for path in paths:
+        while path[0]:
+            path.insert(0, tree.parents[path[0]])
+    depth = torch.tensor([len(path) - 1 for path in paths])
+    # Padded with its last node, since what follows a row does not change it.
+    nodes = torch.tensor([path + path[-1:] * (int(depth.max()) + 1 - len(path)) for path in paths])
+    for index, prompt in enumerate(texts):
+        rows = torch.cat((torch.tensor([prompt] * tree.size), tokens[index, nodes]), dim=1)
+        reference = model(rows).logits[torch.arange(tree.size), len(prompt) + depth]
+        torch.testing.assert_close(logits[index], reference, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:
