@@ -160,9 +160,11 @@ class ProjectionNorm(nn.Module):
 
     def forward(self, qk: Tensor) -> Tensor:
         """qk [tokens, heads, head_dim] in and out."""
-        parts = zip(qk.flatten(1).split(self.sizes, 1), self.weight.split(self.sizes), strict=True)
-        normed = [F.rms_norm(part, weight.shape, weight, self.eps) for part, weight in parts]
-        return torch.cat(normed, 1).view(qk.shape)
+        q, k = torch.split_with_sizes(qk.flatten(1), self.sizes, 1)
+        q_weight, k_weight = torch.split_with_sizes(self.weight, self.sizes)
+        q = F.rms_norm(q, q.shape[1:], q_weight, self.eps)
+        k = F.rms_norm(k, k.shape[1:], k_weight, self.eps)
+        return torch.cat((q, k), 1).view(qk.shape)
 
 
 class RotaryTable(nn.Module):
