@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import ModelError, UnsupportedModelError
+from engine.model.prequantized import check_quantization
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
 
@@ -137,10 +138,8 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"hidden_act {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
             )
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                "quantised checkpoints are not supported; use the full-precision weights"
-            )
+        if (quantization := getattr(config, "quantization_config", None)) is not None:
+            check_quantization(quantization)
         flags: dict[str, Any] = {
             "windows": (None,) * config.num_hidden_layers,
             "max_position": config.max_position_embeddings,

@@ -13,6 +13,8 @@ import torch
 
 from engine.errors import ModelError, RequestError, WeightsError
 from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
+from engine.model.files import SafetensorsFile, TensorFile, TorchFile
+from engine.model.prequantized import DequantizedFile, stated_quantization
 from engine.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,8 +33,16 @@ log = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_BIN_FILE = "pytorch_model.bin"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_FORMATS: tuple[tuple[str, str, Callable[[Path], TensorFile]], ...] = (
+    (INDEX_FILE, SINGLE_FILE, SafetensorsFile),
+    (_BIN_INDEX, _BIN_FILE, TorchFile),
+)
+"""Names of an index and of a single file, the best format first."""
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_HUB_BIN_FILES = ("pytorch_model*.bin",)
 _HUB_IGNORED = ("*/*", "consolidated*")  # other formats' folders; Mistral's second copy of the weights
 _NOT_APPLIED = {"repetition_penalty", "no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _MAX_NAMED = 8  # tensors an error names of each kind
@@ -90,15 +100,15 @@ def _download(name: str, revision: str | None) -> Path:
     from httpx import HTTPError
     from huggingface_hub import errors, snapshot_download
 
-    try:
+    def fetch(files: tuple[str, ...]) -> Path:
+        ignored = list(_HUB_IGNORED)
         return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_HUB_FILES),
-                ignore_patterns=list(_HUB_IGNORED),
-            )
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=ignored)
         )
+
+    try:
+        folder = fetch(_HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch((*_HUB_FILES, *_HUB_BIN_FILES))
     except errors.HFValidationError as error:
         raise ModelError(
             f"model {name!r} is neither {EMBEDDED_MODEL!r}, nor a local folder, nor a hub id (owner/name)"
@@ -195,12 +205,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 class Checkpoint:
-    """The tensors of a model folder: `model.safetensors`, or shards named by an index.
+    """The tensors of a model folder: safetensors, or else `pytorch_model.bin`, in one file or in shards.
 
-    Headers are read at once, tensors when asked for, from a memory map.
+    Headers are read at once, tensors when asked for, from a memory map. Of an AWQ or GPTQ checkpoint the
+    dequantised tensors are given.
 
     Raises:
-        ModelError: the folder holds no config.json or no safetensors.
+        ModelError: the folder holds no config.json or no weights.
+        UnsupportedModelError: the weights are quantised in a format that is not covered.
         WeightsError: a file is damaged, incomplete or missing; it is named.
     """
 
@@ -208,15 +220,11 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
         self.folder = folder
-        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-        self._file_of: dict[str, Any] = {}  # tensor name to the open file that has it
-        if index.is_file():
-            self._open_shards(index)
-        elif single.is_file():
-            file = _open(single)
-            self._file_of = dict.fromkeys(file.keys(), file)
-        else:
-            raise ModelError(_no_safetensors(folder))
+        self._file_of = _open_all(folder)
+        self._quantized: DequantizedFile | None = None
+        if stated := stated_quantization(folder):
+            self._quantized = DequantizedFile(self._file_of, stated)
+            self._file_of = dict.fromkeys(self._quantized.names(), self._quantized)
         self.names: frozenset[str] = frozenset(self._file_of)
 
     def get(self, name: str) -> torch.Tensor:
@@ -225,8 +233,7 @@ class Checkpoint:
         Raises:
             WeightsError: there is no such tensor.
         """
-        tensor: torch.Tensor = self._lookup(name).get_tensor(name)
-        return tensor
+        return self._lookup(name).get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the header.
@@ -234,31 +241,47 @@ class Checkpoint:
         Raises:
             WeightsError: there is no such tensor.
         """
-        return tuple(self._lookup(name).get_slice(name).get_shape())
+        return self._lookup(name).shape(name)
 
-    def _lookup(self, name: str) -> Any:
+    def is_padding(self, name: str) -> bool:
+        """Whether the tensor says nothing: a bias of zeros that a quantiser wrote."""
+        return self._quantized is not None and self._quantized.is_padding(name)
+
+    def _lookup(self, name: str) -> TensorFile:
         if name not in self._file_of:
             raise WeightsError(f"{self.folder} holds no tensor {name}")
         return self._file_of[name]
 
-    def _open_shards(self, index: Path) -> None:
-        weight_map = _read_json(index, WeightsError).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise WeightsError(f"{index} has no weight_map; download or export the model again")
-        shards = sorted(set(weight_map.values()))
-        if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
-            raise WeightsError(
-                f"{index.name} names files that are not in {index.parent}: {_listed(absent)}; "
-                "download the model again"
-            )
-        files = {shard: _open(index.parent / shard) for shard in shards}
-        held = {shard: frozenset(file.keys()) for shard, file in files.items()}
-        if lacking := [name for name, shard in weight_map.items() if name not in held[shard]]:
-            raise WeightsError(
-                f"{index.name} names tensors that its files do not hold: {_listed(lacking)}; "
-                "download the model again"
-            )
-        self._file_of = {name: files[shard] for name, shard in weight_map.items()}
+
+def _open_all(folder: Path) -> dict[str, TensorFile]:
+    """Each tensor's file, opened."""
+    for index, single, kind in _FORMATS:
+        if (folder / index).is_file():
+            return _open_shards(folder / index, kind)
+        if (folder / single).is_file():
+            file = kind(folder / single)
+            return dict.fromkeys(file.names(), file)
+    raise ModelError(_no_weights(folder))
+
+
+def _open_shards(index: Path, kind: Callable[[Path], TensorFile]) -> dict[str, TensorFile]:
+    weight_map = _read_json(index, WeightsError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no weight_map; download or export the model again")
+    shards = sorted(set(weight_map.values()))
+    if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise WeightsError(
+            f"{index.name} names files that are not in {index.parent}: {_listed(absent)}; "
+            "download the model again"
+        )
+    files = {shard: kind(index.parent / shard) for shard in shards}
+    held = {shard: frozenset(file.names()) for shard, file in files.items()}
+    if lacking := [name for name, shard in weight_map.items() if name not in held[shard]]:
+        raise WeightsError(
+            f"{index.name} names tensors that its files do not hold: {_listed(lacking)}; "
+            "download the model again"
+        )
+    return {name: files[shard] for name, shard in weight_map.items()}
 
 
 def load_weights(
@@ -317,7 +340,9 @@ def _check(
     unexpected = [
         name
         for name in sorted(checkpoint.names.difference(used))
-        if not is_ignored(name) and not name.endswith("rotary_emb.inv_freq")
+        if not is_ignored(name)
+        and not name.endswith("rotary_emb.inv_freq")
+        and not checkpoint.is_padding(name)
     ]
     misshapen = []
     for name, parameter in parameters.items():
@@ -346,26 +371,15 @@ def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     return (sum(shape[0] for shape in shapes), *first[1:])
 
 
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size
-        hint = " (a Git LFS pointer, not the file: run `git lfs pull`)" if size < 1024 else ""
-        raise WeightsError(
-            f"{path} is damaged or incomplete: {error}{hint}; it has {size} bytes; download it again"
-        ) from error
-
-
-def _no_safetensors(folder: Path) -> str:
+def _no_weights(folder: Path) -> str:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
     stray = sorted(path.name for path in folder.glob("*.safetensors"))
+    if gguf := [name for name in others if name.endswith(".gguf")]:
+        return f"{folder} holds weights as {_listed(gguf)}; name the file itself as the model"
     if others:
         return (
-            f"{folder} holds weights as {_listed(others)} only; they must be safetensors: load the model in "
-            "transformers and save it with save_pretrained"
+            f"{folder} holds weights as {_listed(others)} only, not as {SINGLE_FILE} or {_BIN_FILE} (or "
+            "their indexes); load the model in transformers and save it with save_pretrained"
         )
     if stray:
         return f"{folder} holds {_listed(stray)}, but neither {SINGLE_FILE} nor {INDEX_FILE}"

@@ -200,7 +200,8 @@ def test_broken_index_is_an_error(tmp_path: Path, content: str) -> None:
     [
         (["model.safetensors"], r"holds no config\.json"),
         (["config.json"], "holds no weights"),
-        (["config.json", "pytorch_model.bin"], r"as pytorch_model\.bin only.*save_pretrained"),
+        (["config.json", "consolidated.00.pth"], r"as consolidated\.00\.pth only.*save_pretrained"),
+        (["config.json", "model-q4.gguf"], r"as model-q4\.gguf; name the file itself"),
         (["config.json", "weights.safetensors"], r"holds weights\.safetensors, but neither"),
     ],
 )
