@@ -27,7 +27,8 @@ class EngineConfig(BaseModel):
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the model.")
     heads: str | None = Field(
         None,
-        description="Medusa heads: a .safetensors or .pt file, a folder or hub id that holds one, or 'none'.",
+        description="Medusa heads: a .safetensors, .pt or .bin file, a folder or hub id that holds one, or "
+        "'none'; if unset, those inside the model (Medusa-2), where it has any.",
     )
     tree: int | Literal["auto", "off"] = Field(
         "auto",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.errors import ConfigError
-from engine.medusa.heads import HeadDrafter, MedusaHeads, load_heads
+from engine.medusa.head_files import JOINT_PREFIX, HeadTensors, joint_heads, read_heads
+from engine.medusa.heads import HeadDrafter, MedusaHeads
 from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
@@ -71,33 +73,36 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             f"max_num_seqs ({config.max_num_seqs}) must not exceed max_step_tokens ({config.max_step_tokens})"
         )
 
-    _check_tree(config)
+    checkpoint = Checkpoint(folder)
+    heads_source = _heads_source(config, folder, checkpoint)
+    _check_tree(config, with_heads=heads_source is not None)
     heads = None
-    if config.heads is not None and config.heads != "none":
-        if config.tree in ("off", 1):
-            log.info("the tree is off, so the heads are not loaded")
-        else:
-            heads = load_heads(
-                config.heads,
-                hidden_size=model_config.hidden_size,
-                vocab_size=model_config.vocab_size,
-                dtype=dtype,
-                device=device,
-            )
+    if heads_source is not None and config.tree in ("off", 1):
+        log.info("the tree is off, so the heads are not loaded")
+    elif heads_source is not None:
+        tensors = _head_tensors(heads_source, checkpoint, model_config)
+        heads = MedusaHeads.from_tensors(
+            tensors, hidden_size=model_config.hidden_size, dtype=dtype, device=device
+        )
     tree = _tree(config, heads) if heads is not None else None
 
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES).to(device)
-    checkpoint = Checkpoint(folder)
-    ignored = {"lm_head.weight"} if model_config.tie_word_embeddings else set()
     load_weights(
-        checkpoint, dict(decoder.named_parameters()), decoder.weight_map(), ignored=ignored, progress=progress
+        checkpoint,
+        dict(decoder.named_parameters()),
+        decoder.weight_map(),
+        ignored=lambda name: (
+            name.startswith(JOINT_PREFIX) or (model_config.tie_word_embeddings and name == "lm_head.weight")
+        ),
+        progress=progress,
     )
+    drafter = None
+    if heads is not None and tree is not None:
+        heads.prepare(decoder.lm_head.weight, quantize=config.quantization == "int8")
+        drafter = HeadDrafter(heads, decoder.logits, tree, vocab_size=model_config.vocab_size, device=device)
     if config.quantization == "int8":
         decoder.quantize()
     decoder.pack()
-    drafter = None
-    if heads is not None and tree is not None:
-        drafter = HeadDrafter(heads, decoder.logits, tree, vocab_size=model_config.vocab_size, device=device)
 
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len)
     pool = KVPool(
@@ -175,8 +180,27 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _check_tree(config: EngineConfig) -> None:
-    with_heads = config.heads is not None and config.heads != "none"
+def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint) -> str | None:
+    """Where the heads are: a path or hub id, "" for those inside a Medusa-2 model, None for no heads."""
+    joint = any(name.startswith(JOINT_PREFIX) for name in checkpoint.names)
+    if config.heads == "none" or (config.heads is None and not joint):
+        return None
+    if joint and (
+        config.heads in (None, config.model) or Path(config.heads).expanduser().resolve() == folder.resolve()
+    ):
+        return ""
+    return config.heads
+
+
+def _head_tensors(source: str, checkpoint: Checkpoint, model: ModelConfig) -> HeadTensors:
+    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size}
+    if source:
+        return read_heads(source, **sizes)
+    tensors = {name: partial(checkpoint.get, name) for name in checkpoint.names}
+    return joint_heads(tensors, str(checkpoint.folder), **sizes)
+
+
+def _check_tree(config: EngineConfig, *, with_heads: bool) -> None:
     off = config.tree in ("off", 1)
     if off and config.tree_file:
         raise ConfigError(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import HeadsError, TreeError
+from engine.errors import TreeError
+from engine.medusa.head_files import HeadTensors, read_heads
 from engine.medusa.tree import Tree
 from engine.model.layers import Linear
 
 __all__ = ["HeadDrafter", "MedusaHeads", "load_heads"]
-
-_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 
 class MedusaHeads(nn.Module):
@@ -28,26 +25,88 @@ class MedusaHeads(nn.Module):
     Args:
         weights: [layers, heads, hidden, hidden].
         biases: [layers, heads, hidden].
-        lm_heads: one per head, or None where the heads share the base model's.
+        lm_heads: one per head, or one for all; none: the base model's.
+        token_map: [draft_vocab] int64, the token that each row of an lm_head stands for; None: row r is
+            token r. Heads that share the base model's lm_head then need its rows: `prepare`.
     """
 
     weights: Tensor
     biases: Tensor
+    token_map: Tensor | None
 
-    def __init__(self, weights: Tensor, biases: Tensor, lm_heads: list[Linear] | None) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        biases: Tensor,
+        lm_heads: Sequence[Linear] = (),
+        token_map: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = weights.shape[1]
         self.register_buffer("weights", weights.transpose(-1, -2).contiguous(), persistent=False)
         self.register_buffer("biases", biases.unsqueeze(2), persistent=False)
-        self.lm_heads = nn.ModuleList(lm_heads) if lm_heads is not None else None
+        self.register_buffer("token_map", token_map, persistent=False)
+        self.lm_heads = nn.ModuleList(lm_heads)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: HeadTensors, *, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> MedusaHeads:
+        """Heads on `device` from what their files hold; `prepare` them before the first use."""
+
+        def stacked(layers: list[list[Tensor]], *shape: int) -> Tensor:
+            if not layers:
+                return torch.empty(0, tensors.num_heads, *shape, dtype=dtype, device=device)
+            return torch.stack([torch.stack(layer) for layer in layers]).to(device=device, dtype=dtype)
+
+        weights = stacked(tensors.weights, hidden_size, hidden_size)
+        biases = (
+            weights.new_zeros(weights.shape[:-1])
+            if tensors.biases is None
+            else stacked(tensors.biases, hidden_size)
+        )
+        lm_heads = [_linear(weight.to(dtype=dtype, device=device)) for weight in tensors.lm_heads]
+        token_map = None if tensors.token_map is None else tensors.token_map.to(device)
+        return cls(weights, biases, lm_heads, token_map)
+
+    def prepare(self, lm_head: Tensor, *, quantize: bool) -> None:
+        """Make the lm_heads ready for this device, once, before the base model's own is packed.
+
+        With a draft vocabulary and the base model's lm_head, the rows of these tokens are copied: drafting
+        then reads [draft_vocab, hidden] instead of the whole matrix.
+
+        Args:
+            lm_head: [vocab, hidden], the base model's.
+            quantize: lm_heads to int8, as the base model's (see `Linear.quantize`).
+        """
+        if self.token_map is not None and not self.lm_heads:
+            self.lm_heads.append(_linear(lm_head.detach()[self.token_map]))
+        for linear in self.lm_heads:
+            assert isinstance(linear, Linear)
+            if quantize:
+                linear.quantize(rotate=True)
+            linear.pack()
 
     def forward(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor], num_heads: int) -> Tensor:
-        """Logits [num_heads, B, vocab] of the first `num_heads` heads for hidden states [B, hidden]."""
+        """Logits of the first `num_heads` heads.
+
+        Args:
+            hidden: [B, hidden].
+            lm_head: the base model's, for heads that have none of their own.
+
+        Returns:
+            [num_heads, B, vocab], or [num_heads, B, draft_vocab] where there is a token map.
+        """
         x = hidden.expand(num_heads, -1, -1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = x + F.silu(torch.baddbmm(bias[:num_heads], x, weight[:num_heads]))
-        if self.lm_heads is None:
+        if not self.lm_heads:
+            if self.token_map is not None:
+                raise RuntimeError("heads with a draft vocabulary need `prepare` before their first use")
             return lm_head(x)
+        if len(self.lm_heads) == 1:
+            logits: Tensor = self.lm_heads[0](x)
+            return logits
         return torch.stack([self.lm_heads[i](x[i]) for i in range(num_heads)])
 
 
@@ -55,7 +114,7 @@ class HeadDrafter:
     """Fills the first nodes of a fixed tree with the heads' best guesses.
 
     Raises:
-        TreeError: the tree is deeper than the heads or wider than the vocabulary.
+        TreeError: the tree is deeper than the heads or wider than the vocabulary they draft from.
     """
 
     def __init__(
@@ -69,8 +128,9 @@ class HeadDrafter:
     ) -> None:
         if tree.depth > heads.num_heads:
             raise TreeError(f"the tree is {tree.depth} deep and there are {heads.num_heads} heads")
-        if tree.width > vocab_size:
-            raise TreeError(f"the tree takes a head's {tree.width} best of {vocab_size} tokens")
+        offered = vocab_size if heads.token_map is None else len(heads.token_map)
+        if tree.width > offered:
+            raise TreeError(f"the tree takes a head's {tree.width} best of {offered} tokens")
         self.tree = tree
         self._heads, self._lm_head, self._device = heads, lm_head, device
         self._prefixes: dict[int, tuple[Tree, Tensor]] = {}
@@ -93,6 +153,8 @@ class HeadDrafter:
             return torch.empty(len(hidden), 0, dtype=torch.int64, device=self._device)
         logits = self._heads(hidden, self._lm_head, tree.depth)
         guesses = logits.topk(tree.width, dim=-1).indices  # [heads, B, width]
+        if self._heads.token_map is not None:
+            guesses = self._heads.token_map[guesses]
         table: Tensor = guesses.transpose(0, 1).reshape(len(hidden), -1)
         tokens: Tensor = table.index_select(1, choices)
         return tokens
@@ -107,10 +169,7 @@ class HeadDrafter:
 def load_heads(
     source: str, *, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> MedusaHeads:
-    """Read heads in the official format.
-
-    Args:
-        source: a `.safetensors` or `.pt` file, or a folder or hub id that holds `medusa_lm_head` as one.
+    """Heads from a file, a folder or the hub, in any of the formats `engine.medusa.head_files` knows.
 
     Returns:
         Heads on `device`; their number is that of the tensors, never the config's (the official config
@@ -119,126 +178,11 @@ def load_heads(
     Raises:
         HeadsError: not found, unreadable, or not matching the base model; the text names the tensor.
     """
-    file = _find(source)
-    tensors = _read(file)
-    layers = _layers(tensors, file)
-    num_heads = len(layers)
-    num_layers = len(layers[0])
-
-    def take(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in tensors:
-            raise HeadsError(f"{file}: tensor {name} is missing")
-        if tuple(tensors[name].shape) != shape:
-            raise HeadsError(
-                f"{file}: {name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}"
-            )
-        return tensors[name].to(dtype=dtype, device=device)
-
-    square = (hidden_size, hidden_size)
-    weights = [[take(f"{i}.{j}.linear.weight", square) for i in range(num_heads)] for j in range(num_layers)]
-    biases = [
-        [take(f"{i}.{j}.linear.bias", (hidden_size,)) for i in range(num_heads)] for j in range(num_layers)
-    ]
-    own = [f"{i}.{num_layers}.weight" for i in range(num_heads)]
-    present = [name for name in own if name in tensors]
-    if present and len(present) != num_heads:
-        missing = sorted(set(own) - set(present))
-        raise HeadsError(f"{file}: some heads have their own lm_head and these do not: {', '.join(missing)}")
-    lm_heads = [_lm_head(take(name, (vocab_size, hidden_size))) for name in present] or None
-    known = {
-        f"{i}.{j}.linear.{part}"
-        for i in range(num_heads)
-        for j in range(num_layers)
-        for part in ("weight", "bias")
-    }
-    unexpected = sorted(tensors.keys() - known - set(own))
-    if unexpected:
-        raise HeadsError(f"{file}: unexpected tensors {', '.join(unexpected[:8])} ({len(unexpected)} in all)")
-    empty = (0, num_heads, hidden_size)
-    if not num_layers:
-        return MedusaHeads(
-            torch.empty(*empty, hidden_size, dtype=dtype, device=device),
-            torch.empty(empty, dtype=dtype, device=device),
-            lm_heads,
-        )
-    return MedusaHeads(
-        torch.stack([torch.stack(w) for w in weights]),
-        torch.stack([torch.stack(b) for b in biases]),
-        lm_heads,
-    )
+    tensors = read_heads(source, hidden_size=hidden_size, vocab_size=vocab_size)
+    return MedusaHeads.from_tensors(tensors, hidden_size=hidden_size, dtype=dtype, device=device)
 
 
-def _find(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        for name in _FILES:
-            if (path / name).is_file():
-                return path / name
-        raise HeadsError(f"{path} holds neither {' nor '.join(_FILES)}")
-    if path.is_file():
-        return path
-    if path.suffix in (".safetensors", ".pt", ".bin") or source.count("/") != 1:
-        raise HeadsError(f"head file {source} does not exist")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    last: Exception | None = None
-    for name in _FILES:
-        try:
-            return Path(hf_hub_download(source, name))
-        except (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OSError,
-        ) as error:
-            last = error
-    raise HeadsError(
-        f"no head file {' or '.join(_FILES)} at {source}, locally or on the hub: {last}"
-    ) from last
-
-
-def _read(file: Path) -> Mapping[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the loaders raise a dozen types; all mean a file nobody can use
-        raise HeadsError(f"cannot read the head file {file}: {error}; is it complete?") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise HeadsError(f"{file} does not hold a dictionary of tensors")
-    return loaded
-
-
-def _layers(tensors: Mapping[str, Tensor], file: Path) -> dict[int, set[int]]:
-    """Residual layers by head, {head: {layer, …}}, checked to be 0 … n and equally deep."""
-    layers: dict[int, set[int]] = {}
-    for name in tensors:
-        if found := re.fullmatch(r"(\d+)\.(\d+)\.linear\.weight", name):
-            layers.setdefault(int(found[1]), set()).add(int(found[2]))
-        elif found := re.fullmatch(r"(\d+)\.(\d+)\.weight", name):
-            layers.setdefault(int(found[1]), set())
-    if not layers:
-        raise HeadsError(f"{file} holds no tensor of the form '0.0.linear.weight'; is it a Medusa head file?")
-    depth = len(layers.get(0, ()))
-    for head in range(max(layers) + 1):
-        if layers.get(head) != set(range(depth)):
-            raise HeadsError(
-                f"{file}: head {head} has layers {sorted(layers.get(head, ()))}, head 0 has {depth}"
-            )
-    return layers
-
-
-def _lm_head(weight: Tensor) -> Linear:
+def _linear(weight: Tensor) -> Linear:
     linear = Linear(0, 0, bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.pack()
     return linear

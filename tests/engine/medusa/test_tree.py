@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from engine.medusa.tree import Tree, default_tree, greedy_tree
 from tests.strategies import trees
 
 CPU = torch.device("cpu")
+PUBLISHED = Path(__file__).parents[3] / "configs" / "trees"
 
 
 @given(trees())
@@ -133,3 +136,16 @@ def test_the_default_tree_fits_the_heads(heads: int, nodes: int) -> None:
     tree = default_tree(heads)
     assert tree.size == nodes
     assert tree.depth <= heads
+
+
+def test_the_published_trees_load_and_are_what_their_table_says() -> None:
+    """63 distinct paths each, in the greedy order: parents and better-ranked siblings come first."""
+    table = re.findall(r"^\| (\S+\.json) \| (\d+) \| (\d+) \|$", (PUBLISHED / "README.md").read_text(), re.M)
+    assert {name for name, _, _ in table} == {file.name for file in PUBLISHED.glob("*.json")}
+    assert len(table) == 9
+    for name, size, depth in table:
+        tree = Tree.load(PUBLISHED / name)
+        assert (tree.size, tree.depth, tree.width) == (int(size), int(depth), 10)
+        for path in tree.paths:
+            if path[-1]:
+                assert tree.paths.index((*path[:-1], path[-1] - 1)) < tree.paths.index(path)
