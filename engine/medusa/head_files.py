@@ -324,7 +324,7 @@ def _open_one(file: Path) -> TensorSource:
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
-            opened = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="pt")
             return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the loaders raise a dozen types; all mean a file nobody can use
