@@ -1,19 +1,40 @@
-"""The engine offline: requests in, outputs out, in the caller's own thread; no asyncio, no HTTP."""
+"""The engine offline: prompts or requests in, outputs out, in the caller's own thread; no HTTP."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, TypeAlias, cast, overload
+
+from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.loader import load
+from engine.model.weights import GenerationDefaults
 from engine.stats import EngineStats
-from engine.types import EngineInfo, FinishReason, Request, TokenDelta
+from engine.text import Detokenizer, TextProcessor
+from engine.types import (
+    EngineInfo,
+    FinishReason,
+    MedusaParams,
+    Request,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprobs,
+)
 
 __all__ = ["LLM", "Output"]
+
+Prompt: TypeAlias = str | Sequence[int]
+"""Text, which gets the tokenizer's own special tokens, or token ids."""
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+"""A conversation: `{"role": …, "content": …}` each."""
 
 
 @dataclass(slots=True)
@@ -24,13 +45,28 @@ class Output:
         request_id: the request.
         index: the choice, from 0.
         started_s: `time.monotonic()` when its request was queued.
-        deltas: everything the engine said about it, in order.
+        prompt_token_ids: what it continues.
+        deltas: everything the engine said about it, in order, up to where a stop string ended it.
     """
 
     request_id: str
     index: int
     started_s: float
+    prompt_token_ids: tuple[int, ...] = ()
     deltas: list[TokenDelta] = field(default_factory=list)
+    _processor: TextProcessor | None = field(default=None, repr=False)
+    _text: str | None = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Its text without special tokens, what ended it left out; made when first asked for."""
+        if self._text is None:
+            if self._processor is None:
+                raise ValueError("an output that no LLM made has no text")
+            ended_by_token = bool(self.deltas) and self.deltas[-1].stop_token_id is not None
+            tokens = self.token_ids[:-1] if ended_by_token else self.token_ids
+            self._text = self._processor.detokenizer(self.prompt_token_ids).push(tokens, final=True).text
+        return self._text
 
     @property
     def token_ids(self) -> list[int]:
@@ -40,6 +76,16 @@ class Output:
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it runs."""
         return self.deltas[-1].finish_reason if self.deltas else None
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """One per token, where the request asked for them."""
+        return [entry for delta in self.deltas for entry in delta.logprobs or ()]
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean tokens per decode step, root counted, so 1.0 is plain decoding; None without a step."""
+        return self.num_decoded / self.num_steps if self.num_steps else None
 
     @property
     def error(self) -> str | None:
@@ -73,25 +119,64 @@ class Output:
         return (self.seconds - first) / (count - 1) if count > 1 and first is not None else None
 
 
+@dataclass(slots=True)
+class _StopSearch:
+    """The text of one output as it grows, searched for stop strings."""
+
+    detokenizer: Detokenizer
+    pieces: list[str] = field(default_factory=list)
+
+    def take(self, delta: TokenDelta) -> TokenDelta:
+        """The delta, cut behind the token that completed a stop string, where one did."""
+        tokens = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
+        text = self.detokenizer.push(tokens, final=delta.finish_reason is not None)
+        self.pieces.append(text.text)
+        if text.stop is None:
+            return delta
+        kept = text.num_tokens
+        return replace(
+            delta,
+            token_ids=delta.token_ids[:kept],
+            logprobs=None if delta.logprobs is None else delta.logprobs[:kept],
+            finish_reason=FinishReason.STOP,
+            stop_token_id=None,
+        )
+
+
 class LLM:
-    """A loaded engine that runs lists of requests to their end.
+    """A loaded engine that answers lists of prompts, or runs lists of requests, to their end.
+
+        llm = LLM("smollm2-135m", max_model_len=2048)
+        for output in llm.generate(["The sky is", "Grass is"], SamplingParams(temperature=0, max_tokens=16)):
+            print(output.text, output.finish_reason, output.acceptance_length)
 
     Use it in the thread that made it: each thread that runs torch keeps a pool of workers of its own, and
     two pools slow each other down (see `engine.loop`).
 
     Args:
-        config: what to load.
-        progress: show a bar while weights load.
+        model: a model's name, folder or hub id, or all settings as an `EngineConfig`.
+        progress: show a bar while weights load, if stderr is a terminal.
+        settings: fields of `EngineConfig`, where `model` is a name.
 
     Raises:
-        ConfigError: settings that contradict each other or do not fit this machine.
+        ConfigError: settings that are unknown, contradict each other or do not fit this machine.
         ModelError: the model, the heads or the tree cannot be used.
     """
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
+    def __init__(
+        self, model: str | EngineConfig = "smollm2-135m", *, progress: bool = True, **settings: Any
+    ) -> None:
+        if isinstance(model, EngineConfig):
+            if settings:
+                raise ConfigError(f"{', '.join(settings)}: put these into the EngineConfig")
+            config = model
+        else:
+            config = _config(model, settings)
         loaded = load(config, progress=progress)
-        self.text, self.generation_defaults = loaded.text, loaded.generation_defaults
+        self.text: TextProcessor = loaded.text
+        self.generation_defaults: GenerationDefaults = loaded.generation_defaults
         self._engine = Engine(loaded)
+        self._numbers = count()
 
     @property
     def info(self) -> EngineInfo:
@@ -102,30 +187,148 @@ class LLM:
         """Totals since loading; differences of two readings describe what ran between them."""
         return self._engine.stats
 
-    def generate(self, requests: Sequence[Request]) -> list[Output]:
-        """Run requests together until all have ended.
+    @overload
+    def generate(self, prompts: Sequence[Request]) -> list[Output]: ...
 
-        More of them than `max_num_seqs` wait for a slot, as they would in the server. A request that
-        fails on its way ends with `FinishReason.ERROR`; the others go on.
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        medusa: MedusaParams | None = None,
+        progress: bool = True,
+    ) -> list[Output]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | Sequence[Request],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        medusa: MedusaParams | None = None,
+        progress: bool = True,
+    ) -> list[Output]:
+        """Continue prompts together until all have ended.
+
+        More of them than `max_num_seqs` wait for a slot, as they would in the server. One that fails on
+        its way ends with `FinishReason.ERROR`; the others go on.
+
+        Args:
+            prompts: a text, token ids, or a list of such; or requests, which say everything themselves.
+            sampling: for all of them or one each; `default_sampling` if not given.
+            stop: an output ends before the first of these to be complete in it.
+            medusa: how drafts are verified; exactly, if not given.
+            progress: show a bar, if stderr is a terminal.
 
         Returns:
-            One output per request and choice, in the order asked.
+            One output per prompt and choice, in the order asked.
 
         Raises:
-            RequestError, ContextLengthError: a request that can never run; nothing has run then.
+            RequestError, ContextLengthError: a prompt that can never run; nothing has run then.
         """
+        if isinstance(prompts, Sequence) and len(prompts) and isinstance(prompts[0], Request):
+            if sampling is not None or stop or medusa is not None:
+                raise RequestError("requests carry their own sampling; it cannot be given beside them")
+            return self._run(cast("Sequence[Request]", prompts), (), progress=False)
+        tokens = self._tokens(cast("Prompt | Sequence[Prompt]", prompts))
+        return self._run(self._requests(tokens, sampling, medusa), _stops(stop), progress=progress)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        medusa: MedusaParams | None = None,
+        progress: bool = True,
+    ) -> list[Output]:
+        """Answer conversations, written as the model's own chat template has them.
+
+        Args:
+            messages: one conversation, a list of `{"role": …, "content": …}`, or a list of conversations.
+
+        The rest is as in `generate`.
+
+        Raises:
+            RequestError: as `generate`; or there is no chat template, or it refuses the messages.
+        """
+        single = not len(messages) or isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Messages]", [messages] if single else messages)
+        tokens = [self.text.encode_chat([dict(each) for each in turns]) for turns in conversations]
+        return self._run(self._requests(tokens, sampling, medusa), _stops(stop), progress=progress)
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's publisher recommends, as the server takes it; runs to the context's end."""
+        names = ("temperature", "top_p", "top_k", "min_p")
+        values = {name: getattr(self.generation_defaults, name) for name in names}
+        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+
+    def _tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:
+        """Token ids of each prompt."""
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+            prompts = [cast("Prompt", prompts)]
+        each = cast("Sequence[Prompt]", prompts)
+        return [self.text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in each]
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        medusa: MedusaParams | None,
+    ) -> list[Request]:
+        if sampling is None:
+            sampling = self.default_sampling
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(each)} sampling params", param="sampling")
+        return [
+            Request(f"offline-{next(self._numbers)}", tuple(tokens), params, medusa or MedusaParams())
+            for tokens, params in zip(prompts, each, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[Request], stop: tuple[str, ...], *, progress: bool) -> list[Output]:
+        from tqdm import tqdm
+
         started_s = time.monotonic()
         outputs = {
-            (request.request_id, index): Output(request.request_id, index, started_s)
+            (request.request_id, index): Output(
+                request.request_id, index, started_s, request.prompt_token_ids, _processor=self.text
+            )
             for request in requests
             for index in range(request.sampling.n)
         }
-        for deltas in self.steps(requests):
-            for delta in deltas:
-                outputs[delta.request_id, delta.index].deltas.append(delta)
+        searches: dict[tuple[str, int], _StopSearch] = {}
+        if stop:
+            for request in requests:
+                for index in range(request.sampling.n):
+                    detokenizer = self.text.detokenizer(
+                        request.prompt_token_ids, stop=stop, min_tokens=request.sampling.min_tokens
+                    )
+                    searches[request.request_id, index] = _StopSearch(detokenizer)
+        tokens = 0
+        bar = tqdm(total=len(outputs), unit="answer", leave=False, disable=None if progress else True)
+        with bar, closing(self.steps(requests)) as steps:
+            for deltas in steps:
+                for delta in deltas:
+                    key = delta.request_id, delta.index
+                    ended = delta.finish_reason is not None
+                    if key in searches:
+                        delta = searches[key].take(delta)
+                    if delta.finish_reason is not None:
+                        bar.update()
+                        if not ended:  # a stop string did, of which the engine knows nothing
+                            self._engine.abort(*key)
+                        if key in searches:
+                            outputs[key]._text = "".join(searches[key].pieces)
+                    outputs[key].deltas.append(delta)
+                    tokens += len(delta.token_ids)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - started_s):.0f} tokens/s", refresh=False)
         return list(outputs.values())
 
-    def steps(self, requests: Sequence[Request]) -> Iterator[list[TokenDelta]]:
+    def steps(self, requests: Sequence[Request]) -> Generator[list[TokenDelta], None, None]:
         """The same step by step: yields each step's deltas. Closed early, it aborts what still runs.
 
         Raises:
@@ -193,3 +396,15 @@ class LLM:
 
     def _working(self) -> bool:  # a call, since mypy takes a property for unchanged between two looks
         return self._engine.has_work
+
+
+def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    try:
+        return EngineConfig(model=model, **settings)
+    except ValidationError as error:
+        reasons = [f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_url=False)]
+        raise ConfigError("; ".join(reasons)) from None
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)

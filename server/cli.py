@@ -79,6 +79,47 @@ def bench(config: Path | None, concurrency: str, **options: Any) -> None:
     typer.echo(json.dumps(result, ensure_ascii=False))
 
 
+def show_config(config: Path | None, json_output: bool, **options: str | None) -> None:
+    """Show the settings a server would run with, and where each comes from.
+
+    Takes the options of `serve`; reads the environment and the YAML file as it does, and loads nothing.
+    """
+    from server.show_config import resolved, table
+
+    try:
+        settings = resolved({name: value for name, value in options.items() if value is not None}, config)
+    except ConfigError as error:
+        _fail(error, 2)
+    typer.echo(json.dumps(settings, ensure_ascii=False, indent=2) if json_output else table(settings))
+
+
+def chat(
+    url: Annotated[
+        str, typer.Option(envvar="MEDUSA_URL", metavar="URL", help="The server's address.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Its first model if unset.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="The server's default if unset.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="INT", help="Longest answer, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="INT", help="The same answers again.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["MEDUSA_API_KEY", "OPENAI_API_KEY"], metavar="KEY", help="For servers that ask for one."
+        ),
+    ] = None,
+) -> None:
+    """Chat with a running server in the terminal.
+
+    Answers appear as they are written; each ends with its tokens per second and, where the server tells,
+    its acceptance length. Ctrl-C stops an answer, /reset forgets the conversation, /help says more.
+    """
+    from server.chat import run
+
+    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    raise typer.Exit(run(url, model=model, system=system, api_key=api_key, sampling=sampling))
+
+
 def _settings(config: Path | None, options: dict[str, str | None]) -> Settings:
     """The settings these options give; ends the command where one is bad."""
     try:
@@ -147,6 +188,20 @@ def _own(name: str, kind: Any, default: Any, metavar: str, help_text: str) -> in
 
 serve.__signature__ = _signature(Settings.model_fields.items())  # type: ignore[attr-defined]
 app.command()(serve)
+
+show_config.__signature__ = _signature(  # type: ignore[attr-defined]
+    Settings.model_fields.items(),
+    [
+        inspect.Parameter(
+            "json_output",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--json", help="As JSON.")],
+        )
+    ],
+)
+app.command("config")(show_config)
+app.command()(chat)
 
 bench.__signature__ = _signature(  # type: ignore[attr-defined]
     EngineConfig.model_fields.items(),

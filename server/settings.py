@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "Settings", "load_settings", "option_name"]
+__all__ = ["ENV_PREFIX", "Settings", "load_settings", "option_name", "read_yaml", "source_of"]
 
 ENV_PREFIX = "MEDUSA_"
 
@@ -75,7 +75,7 @@ def load_settings(cli: Mapping[str, Any] | None = None, config: Path | None = No
         ConfigError: one line that names each bad setting and where it came from.
     """
     from_cli = dict(cli or {})
-    from_file = {} if config is None else _read_yaml(config)
+    from_file = {} if config is None else read_yaml(config)
 
     class Sourced(Settings):
         @classmethod
@@ -95,7 +95,20 @@ def load_settings(cli: Mapping[str, Any] | None = None, config: Path | None = No
         raise ConfigError(_one_line(error, from_cli, config)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def source_of(field: str, cli: Mapping[str, Any]) -> str | None:
+    """The option or environment variable that sets a field; None where neither does, so file or default."""
+    if field in cli:
+        return "MODEL" if field == "model" else option_name(field)
+    variable = ENV_PREFIX + field.upper()
+    return variable if any(name.upper() == variable and value for name, value in os.environ.items()) else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file; unknown ones are refused.
+
+    Raises:
+        ConfigError: unreadable, or not lines of settings.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -118,14 +131,8 @@ def _one_line(error: ValidationError, cli: Mapping[str, Any], config: Path | Non
     for item in error.errors(include_url=False, include_input=False):
         text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         messages.setdefault(str(item["loc"][0]), []).append(text)
+    in_file = "" if config is None else f" in {config}"
     return "; ".join(
-        f"{_source(field, cli, config)}: {', or '.join(texts)}" for field, texts in messages.items()
+        f"{source_of(field, cli) or field + in_file}: {', or '.join(texts)}"
+        for field, texts in messages.items()
     )
-
-
-def _source(field: str, cli: Mapping[str, Any], config: Path | None) -> str:
-    if field in cli:
-        return option_name(field)
-    if any(name.upper() == ENV_PREFIX + field.upper() for name in os.environ):
-        return ENV_PREFIX + field.upper()
-    return f"{field} in {config}" if config else field

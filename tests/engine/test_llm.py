@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import engine
 from engine.config import EngineConfig
-from engine.errors import ContextLengthError, RequestError
+from engine.errors import ConfigError, ContextLengthError, RequestError
 from engine.llm import LLM
 from engine.types import FinishReason, Request, SamplingParams
 from tests.support import greedy, greedy_reference, save_model, tiny_llama
@@ -82,3 +86,112 @@ def test_a_request_that_cannot_run_is_refused_before_any_runs(llm: LLM) -> None:
         llm.generate([greedy("a", [1, 2], 4), greedy("a", [3, 4], 4)])
     assert llm.stats.num_steps == before
     llm.check()
+
+
+def words(tokens: list[int]) -> str:
+    """What the test tokenizer makes of tokens."""
+    return " ".join(f"t{token}" for token in tokens)
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
+
+
+def test_text_and_tokens_are_prompts_alike(llm: LLM) -> None:
+    model = tiny_llama()
+    expected = [greedy_reference(model, prompt, 6) for prompt in ([5, 6, 7], [9, 1])]
+    for prompts in (["t5 t6 t7", "t9 t1"], [[5, 6, 7], (9, 1)], ["t5 t6 t7", [9, 1]]):
+        outputs = llm.generate(prompts, GREEDY)
+        assert [output.token_ids for output in outputs] == expected
+        assert [output.text for output in outputs] == [words(tokens) for tokens in expected]
+        assert [output.prompt_token_ids for output in outputs] == [(5, 6, 7), (9, 1)]
+        assert {output.finish_reason for output in outputs} == {FinishReason.LENGTH}
+        assert {output.acceptance_length for output in outputs} == {1.0}
+    for single in ("t5 t6 t7", [5, 6, 7]):
+        assert [output.token_ids for output in llm.generate(single, GREEDY)] == expected[:1]
+    assert llm.generate([]) == []
+
+
+def test_sampling_is_for_all_or_one_each(llm: LLM) -> None:
+    several = SamplingParams(n=2, seed=3, max_tokens=3, logprobs=1)
+    one, first, second = llm.generate(["t5", "t9"], [GREEDY, several])
+    assert [len(output.token_ids) for output in (one, first, second)] == [6, 3, 3]
+    assert [output.index for output in (one, first, second)] == [0, 0, 1]
+    assert [entry.token_id for entry in second.logprobs] == second.token_ids
+    assert one.logprobs == []
+    with pytest.raises(RequestError, match="2 prompts and 1 sampling params"):
+        llm.generate(["t5", "t9"], [GREEDY])
+    with pytest.raises(RequestError, match="requests carry their own"):
+        llm.generate([greedy("a", [5], 2)], GREEDY)  # type: ignore[call-overload]
+
+
+def test_a_stop_string_ends_its_output_only(llm: LLM) -> None:
+    """The tokens go as far as the one that completed it, the text ends before it, and the slot is free."""
+    full, other = llm.generate(["t5 t6 t7", "t9 t1"], GREEDY)
+    stop = f"t{full.token_ids[2]}"
+    where = full.token_ids.index(full.token_ids[2])
+    cut, same = llm.generate(["t5 t6 t7", "t9 t1"], GREEDY, stop=[stop + " ", "absent"])
+    assert cut.text == words(full.token_ids[:where]) + " " * bool(where)
+    assert cut.finish_reason is FinishReason.STOP
+    assert cut.token_ids == full.token_ids[: where + 2]  # the space comes with the next word
+    assert (same.text, same.token_ids) == (other.text, other.token_ids)
+    llm.check()
+    with pytest.raises(RequestError, match="must not be empty"):
+        llm.generate("t5", stop="")
+
+
+def test_a_stop_token_is_no_text(llm: LLM) -> None:
+    full = llm.generate("t5 t6 t7", GREEDY)[0].token_ids
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, stop_token_ids=(full[3],))
+    (output,) = llm.generate("t5 t6 t7", sampling)
+    end = full.index(full[3])
+    assert output.token_ids == full[: end + 1]
+    assert output.text == words(full[:end])
+    assert output.finish_reason is FinishReason.STOP
+
+
+def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}t9{% endif %}"
+    )
+    with pytest.raises(RequestError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "t5"}], GREEDY)
+    monkeypatch.setattr(llm.text.tokenizer, "chat_template", template)
+    talk = [{"role": "system", "content": "t5"}, {"role": "user", "content": "t6"}]
+    (output,) = llm.chat(talk, GREEDY)
+    assert output.token_ids == greedy_reference(tiny_llama(), [5, 6, 9], 6)
+    both = llm.chat([talk, talk[1:]], GREEDY)
+    assert [each.prompt_token_ids for each in both] == [(5, 6, 9), (6, 9)]
+
+
+def test_a_name_and_settings_make_an_llm(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    small = engine.LLM(str(folder), device="cpu", block_size=4, max_model_len=64, kv_cache_tokens=160)
+    assert small.info.max_model_len == 64
+    assert small.default_sampling == SamplingParams(temperature=0.5, top_k=7)
+    assert len(small.generate("t5")[0].token_ids) == 63  # to the context's end
+    with pytest.raises(ConfigError, match=r"max_len: Extra inputs"):
+        LLM("x", max_len=3)
+    with pytest.raises(ConfigError, match=r"tree: .*must be a word or a number"):
+        LLM("x", tree=99)
+    with pytest.raises(ConfigError, match="block_size: put these into the EngineConfig"):
+        LLM(EngineConfig(model="x"), block_size=4)
+
+
+def test_the_package_gives_the_names_without_importing_torch() -> None:
+    code = (
+        "import sys, engine, engine.types; engine.SamplingParams, engine.EngineConfig;"
+        "assert 'torch' not in sys.modules; assert set(engine._HOME) == set(engine.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert engine.LLM is LLM
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        engine.nothing  # noqa: B018
+
+
+def test_the_readmes_example_says_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", readme, re.S)
+    assert example is not None
+    code, shown = example[1].split("# prints: ")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == shown.strip()
