@@ -40,6 +40,10 @@ _CPU_POOL_BYTES = 2 << 30
 """K/V pool on the CPU where no size is given; pages nobody writes cost nothing."""
 
 
+_LOOKUP_SHARE = 3
+"""Beside heads, the lookup branch gets one node in so many of a tree of fixed size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model ready to run, with its memory allocated."""
@@ -210,6 +214,13 @@ def _check_tree(config: EngineConfig, *, with_heads: bool) -> None:
         raise ConfigError("lookup has no effect while the tree is off; leave it out, or set tree to auto")
     if config.tree_file and not with_heads:
         raise ConfigError("tree_file needs Medusa heads; pass --heads PATH")
+    if isinstance(config.tree, int) and not off and with_heads and isinstance(config.lookup, int):
+        room = (config.tree - 1) // _LOOKUP_SHARE
+        if config.lookup > room:
+            raise ConfigError(
+                f"lookup {config.lookup} does not fit: of tree {config.tree} with heads the lookup branch "
+                f"gets {room} nodes, a third; pass --lookup on, or --tree {_LOOKUP_SHARE * config.lookup + 1}"
+            )
     if isinstance(config.tree, int) and not off and not with_heads:
         if not config.lookup_nodes:
             raise ConfigError(
@@ -228,8 +239,20 @@ def _tree(config: EngineConfig, heads: MedusaHeads) -> Tree:
     if config.tree == "auto":
         return tree
     assert isinstance(config.tree, int)
-    nodes = config.tree - min(config.lookup_nodes, (config.tree - 1) // 3)
+    nodes = _head_nodes(config, config.tree)
+    if nodes > tree.size:
+        most = max(size for size in range(1, config.tree) if _head_nodes(config, size) <= tree.size)
+        offering = f"{config.tree_file} holds" if config.tree_file else f"{heads.num_heads} heads offer"
+        raise ConfigError(
+            f"tree {config.tree} takes {nodes} nodes from the heads, and {offering} {tree.size}; "
+            f"pass --tree {most} or less"
+        )
     return tree.prefix(nodes)
+
+
+def _head_nodes(config: EngineConfig, size: int) -> int:
+    """Nodes of the heads' branch in a tree of fixed size, both with the root."""
+    return size - min(config.lookup_nodes, (size - 1) // _LOOKUP_SHARE)
 
 
 def _tree_size(config: EngineConfig, heads: Tree | None) -> int:

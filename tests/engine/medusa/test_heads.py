@@ -122,6 +122,9 @@ def test_heads_tree_and_lookup_go_together_or_say_so(tiny: TinyModel, tmp_path: 
         info(tree=8, lookup="off")
     with pytest.raises(ConfigError, match="chain of 29 nodes, and lookup allows 16"):
         info(tree=30)
+    with pytest.raises(ConfigError, match=r"lookup 8 does not fit: .* gets 3 nodes, a third; .* --tree 25$"):
+        info(heads=heads, tree=10, lookup=8)
+    assert info(heads=heads, tree=25, lookup=8).tree_size == 25
     with pytest.raises(ConfigError, match="tree_file has no effect"):
         info(heads=heads, tree="off", tree_file="absent.json")
     with pytest.raises(ConfigError, match="tree_file needs Medusa heads"):
@@ -136,3 +139,8 @@ def test_heads_tree_and_lookup_go_together_or_say_so(tiny: TinyModel, tmp_path: 
     assert info(heads=heads).tree_size == 64
     one = save_random_heads(tmp_path / "one.safetensors", hidden=32, vocab=61, heads=1)
     assert info(heads=str(one), lookup="off").tree_size == 11  # all that one head offers
+    with pytest.raises(
+        ConfigError, match=r"tree 30 takes 21 nodes .*, and 1 heads offer 11; pass --tree 16 or"
+    ):
+        info(heads=str(one), tree=30)
+    assert info(heads=str(one), tree=16).tree_size == 16
