@@ -285,7 +285,7 @@ class LLM:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(each)} sampling params", param="sampling")
         return [
-            Request(f"offline-{next(self._numbers)}", tuple(tokens), params, medusa or MedusaParams())
+            Request(f"offline-{next(self._numbers)}", tuple(tokens), params, medusa=medusa or MedusaParams())
             for tokens, params in zip(prompts, each, strict=True)
         ]
 

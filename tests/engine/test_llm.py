@@ -13,7 +13,7 @@ import engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ContextLengthError, RequestError
 from engine.llm import LLM
-from engine.types import FinishReason, Request, SamplingParams
+from engine.types import FinishReason, MedusaParams, Request, SamplingParams
 from tests.support import greedy, greedy_reference, save_model, tiny_llama
 
 
@@ -137,6 +137,20 @@ def test_a_stop_string_ends_its_output_only(llm: LLM) -> None:
     llm.check()
     with pytest.raises(RequestError, match="must not be empty"):
         llm.generate("t5", stop="")
+
+
+def test_medusa_params_reach_the_requests(folder: Path) -> None:
+    small = LLM(str(folder), device="cpu", block_size=4, max_model_len=64, tree=8, lookup=7)
+    prompt = [5, 6, 7, 8] * 4
+    (drafted,) = small.generate(prompt, SamplingParams(temperature=0.0, max_tokens=20))
+    before = small.stats.draft_tokens
+    assert before > 0
+    plain_only = MedusaParams(max_tree_size=1)
+    (plain,) = small.generate(prompt, SamplingParams(temperature=0.0, max_tokens=20), medusa=plain_only)
+    assert small.stats.draft_tokens == before
+    assert plain.token_ids == drafted.token_ids
+    assert plain.acceptance_length == 1.0
+    assert all(delta.trace is None for delta in plain.deltas)
 
 
 def test_a_stop_token_is_no_text(llm: LLM) -> None:
