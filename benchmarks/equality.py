@@ -204,7 +204,12 @@ def _counters(url: str) -> tuple[float, ...]:
     def total(name: str) -> float:
         return sum(value for key, value in page.items() if key.split("{")[0] == f"medusa_{name}_total")
 
-    names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "preemptions", "prefix_cache_hits")
+    names = (
+        "spec_decode_num_drafts",
+        "spec_decode_num_accepted_tokens",
+        "num_preemptions",
+        "prefix_cache_hits",
+    )
     return tuple(total(name) for name in names)
 
 

@@ -232,7 +232,7 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
 
     warm = [sample for sample in samples if sample[0] >= args.warm_share * args.minutes]
     rise = slope(warm) if len(warm) > 1 else None
-    preemptions = int(found.get("medusa_preemptions_total", 0))
+    preemptions = int(found.get("medusa_num_preemptions_total", 0))
     idle = is_idle(found, total)
     return {
         "passed": idle

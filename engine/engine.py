@@ -82,7 +82,9 @@ class Engine:
 
         An error fails the sequences of the pass it happened in, with a delta that says so, and no others.
         """
+        started = time.perf_counter()
         plan = self._scheduler.plan()
+        self._took("schedule", started)
         deltas: list[TokenDelta] = []
         for chunk in plan.prefill:
             with self._failing([chunk.sequence], deltas):
@@ -158,8 +160,11 @@ class Engine:
         return AdaptiveTree(times, heads, self._lookup, loaded.max_step_tokens)
 
     def _prefill(self, chunk: Chunk) -> list[TokenDelta]:
-        sequence = chunk.sequence
+        sequence, started = chunk.sequence, time.perf_counter()
+        if sequence.queue_s < 0:
+            sequence.queue_s = time.monotonic() - sequence.request.arrived_s
         result = self._runner.prefill(chunk)
+        self._took("prefill", started)
         sequence.num_cached = chunk.end
         self._scheduler.publish(sequence)
         if result is None:
@@ -170,18 +175,21 @@ class Engine:
             if sequence.index == 0:  # once a request: not its choices, not a recompute
                 self.stats.prompt_tokens += sequence.num_prompt
             deltas = [self._append(sequence, [result.first], result.logprobs)]
-            deltas[0].cached_tokens = sequence.num_reused
+            deltas[0].cached_tokens, deltas[0].queue_s = sequence.num_reused, sequence.queue_s
             deltas[0].prompt_logprobs = sequence.prompt_logprobs or None
         self._propose([sequence])
         return deltas
 
     def _learn(self, sequences: list[Sequence], rows: list[StepRow], seconds: float) -> None:
         """Let the choice of the tree see what this step took and gave."""
+        self.stats.step_seconds["decode"].observe(seconds)
         for sequence, row in zip(sequences, rows, strict=True):
             self._lookup.observe(sequence.lookup, row.tokens)
         if isinstance(self._chooser, AdaptiveTree):
             self._chooser.observe(sequences, [row.nodes for row in rows], seconds)
             self.stats.explored_steps = self._chooser.explored_steps
+            tokens = sum(len(row.tokens) for row in rows)
+            self.stats.plain_decode_seconds += self._chooser.plain_seconds * tokens / len(rows)
 
     def _propose(self, sequences: list[Sequence]) -> None:
         """Look up what may follow in each sequence that goes on."""
@@ -201,6 +209,7 @@ class Engine:
         started: float,
     ) -> list[TokenDelta]:
         """Append the accepted tokens to their sequences."""
+        emitting = time.perf_counter()
         traces = self._trace(sequences, draft, accepted, started)
         self.stats.tree_size = max(sequence.num_nodes for sequence in sequences)
         self.stats.head_nodes = max(sequence.head_nodes for sequence in sequences)
@@ -220,6 +229,7 @@ class Engine:
             self._count_accepted(sequence, row.length, source, delta)
             deltas.append(delta)
         self._propose(sequences)
+        self._took("emit", emitting)
         return deltas
 
     def _count_accepted(
@@ -230,10 +240,12 @@ class Engine:
         if sequence.num_nodes == 1:
             return
         self.stats.num_drafts += 1
-        self.stats.draft_tokens += sequence.num_nodes - 1
+        self.stats.drafted_by_source["head"] += sequence.head_nodes
+        if sequence.lookup_nodes:
+            chain = _source(sequence, sequence.head_nodes + 1)
+            self.stats.drafted_by_source[chain.value] += sequence.lookup_nodes
         if used := min(length, emitted):
-            self.stats.accepted_tokens += used
-            self.stats.accepted_by_source[source.value] += used
+            self.stats.accepted(source.value, used)
             if source is DraftSource.PREDICTION:
                 delta.accepted_prediction_tokens = used
 
@@ -250,7 +262,7 @@ class Engine:
                 break
         sequence.token_ids += tokens
         self._scheduler.publish(sequence)
-        self.stats.generation_tokens += len(tokens)
+        self.stats.emitted(len(tokens))
         if reason is None and sequence.remaining <= 0:
             reason = FinishReason.LENGTH
         delta = self._delta(sequence, tokens) if reason is None else self._end(sequence, reason, tokens)
@@ -316,6 +328,9 @@ class Engine:
             )
             traces.append(trace if sequence.request.trace else None)
         return traces
+
+    def _took(self, phase: str, started: float) -> None:
+        self.stats.step_seconds[phase].observe(time.perf_counter() - started)
 
     def _count(self) -> None:
         stats, scheduler, blocks = self.stats, self._scheduler, self._blocks

@@ -63,6 +63,7 @@ class _Choice:
     position: int = 0
     num_output: int = 0
     last_token: int = 0
+    queue_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -235,7 +236,9 @@ class FakeEngine:
 
     def _step(self) -> None:
         while self._waiting and len(self._running) < self._info.max_num_seqs:
-            self._running.append(self._waiting.pop(0))
+            choice = self._waiting.pop(0)
+            choice.queue_s = time.monotonic() - choice.request.arrived_s
+            self._running.append(choice)
         self._gauges()
         self._stats.num_steps += 1
         for choice in list(self._running):
@@ -267,6 +270,7 @@ class FakeEngine:
             trace=self._trace(choice, tokens, batch_size) if choice.request.trace and not prefill else None,
             cached_tokens=step.cached_tokens,
             accepted_prediction_tokens=min(step.accepted_prediction_tokens, len(tokens)),
+            queue_s=choice.queue_s if prefill else 0.0,
         )
         if sampling.logprobs is not None:
             known = step.logprobs or [self._made_up(token, sampling.logprobs) for token in tokens]
@@ -317,7 +321,7 @@ class FakeEngine:
 
     def _count(self, choice: _Choice, delta: TokenDelta, *, prefill: bool) -> None:
         stats = self._stats
-        stats.generation_tokens += len(delta.token_ids)
+        stats.emitted(len(delta.token_ids))
         if prefill:
             if choice.index == 0:  # the choices of one request prefill once
                 stats.prompt_tokens += len(choice.request.prompt_token_ids)
@@ -327,11 +331,10 @@ class FakeEngine:
         stats.acceptance_counts[len(delta.token_ids)] += 1
         if self._draft_tokens:
             stats.num_drafts += 1
-            stats.draft_tokens += self._draft_tokens
-            accepted, predicted = len(delta.token_ids) - 1, delta.accepted_prediction_tokens
-            stats.accepted_tokens += max(0, accepted)
-            stats.accepted_by_source["prediction"] += predicted
-            stats.accepted_by_source["head"] += max(0, accepted - predicted)
+            stats.drafted_by_source["head"] += self._draft_tokens
+            predicted = delta.accepted_prediction_tokens
+            stats.accepted("prediction", predicted)
+            stats.accepted("head", len(delta.token_ids) - 1 - predicted, above=predicted)
 
     def _finish(self, choice: _Choice, reason: FinishReason, error: str | None = None) -> None:
         self._remove(choice)

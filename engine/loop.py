@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -188,7 +189,9 @@ class EngineLoop:
                     return
                 deltas += command()
             if engine.has_work:
+                engine.stats.step_started = time.monotonic()
                 deltas += engine.step()
+                engine.stats.step_started = 0.0
             if not engine.has_work and log.isEnabledFor(logging.DEBUG):
                 engine.check()
             if deltas:

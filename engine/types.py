@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -216,6 +217,7 @@ class Request:
         prediction_token_ids: what the answer is expected to hold (OpenAI's `prediction`); the lookup
             branch drafts from it, so what comes true comes faster.
         cache_salt: prefixes are reused among requests with equal salt only.
+        arrived_s: `time.monotonic()` when it was made.
     """
 
     request_id: str
@@ -225,6 +227,7 @@ class Request:
     medusa: MedusaParams = field(default_factory=MedusaParams)
     prediction_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
+    arrived_s: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def typical(self) -> bool:
@@ -291,6 +294,7 @@ class TokenDelta:
             for the first, which nothing predicts.
         cached_tokens: on the first delta: prompt tokens whose K/V was reused.
         accepted_prediction_tokens: emitted tokens that `Request.prediction_token_ids` had drafted.
+        queue_s: on the first delta of a choice: seconds from the request's arrival to its slot.
     """
 
     request_id: str
@@ -306,6 +310,7 @@ class TokenDelta:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     cached_tokens: int = 0
     accepted_prediction_tokens: int = 0
+    queue_s: float = 0.0
 
 
 class SequenceState(StrEnum):
@@ -356,6 +361,7 @@ class Sequence:
         lookup_nodes: nodes of the lookup branch in the step being planned.
         lookup: what the lookup branch may draft next.
         prompt_logprobs: of the prompt tokens prefilled so far, where asked for.
+        queue_s: seconds from the request's arrival to its first slot; below 0 before.
     """
 
     request: Request
@@ -374,6 +380,7 @@ class Sequence:
     lookup_nodes: int = 0
     lookup: LookupState = field(default_factory=LookupState)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    queue_s: float = -1.0
 
     @property
     def num_nodes(self) -> int:

@@ -36,7 +36,7 @@ def create_app(
         settings: the served name and the limits are read from it.
         defaults: the model's own sampling values, for fields a request leaves out.
     """
-    context = ServerContext(engine, text, settings, defaults, Metrics(engine))
+    context = ServerContext(engine, text, settings, defaults, Metrics(engine, settings.model_name))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -54,5 +54,5 @@ def create_app(
     for routes in (chat, models, tokenize, health):
         app.include_router(routes.router)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes, metrics=context.metrics)
     return app

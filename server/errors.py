@@ -23,6 +23,7 @@ from engine.errors import (
 )
 
 __all__ = [
+    "CLIENT_CLOSED_REQUEST",
     "ErrorResponse",
     "ModelNotFoundError",
     "UnsupportedFieldError",
@@ -32,6 +33,9 @@ __all__ = [
     "field_path",
     "to_status",
 ]
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for logs and metrics, where nobody is left to answer."""
 
 SERVER_ERROR_MESSAGE = "The server had an error while processing your request. Its log has the details."
 

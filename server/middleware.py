@@ -11,13 +11,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.context import RequestRecord
-from server.errors import error_response
+from server.errors import CLIENT_CLOSED_REQUEST, error_response
+from server.metrics import Metrics
 from server.routes.health import QUIET_PATHS
 
 __all__ = ["RequestMiddleware"]
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID = 128
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 log = structlog.stdlib.get_logger("server.request")
 
@@ -28,10 +31,12 @@ class RequestMiddleware:
     Args:
         app: what to wrap.
         max_body_bytes: larger request bodies are refused with 413.
+        metrics: where requests are counted.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +62,7 @@ class RequestMiddleware:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             _log_line(scope, record, status)
+            self._metrics.http_request(*_route(scope), CLIENT_CLOSED_REQUEST if status is None else status)
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
@@ -82,6 +88,12 @@ def _request_ids(given: str | None) -> tuple[str, str]:
     if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given, f"{given}-{new[:8]}"
     return new, new
+
+
+def _route(scope: Scope) -> tuple[str, str]:
+    """Method and path as labels: few, whatever clients send."""
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    return method, getattr(scope.get("route"), "path", "other")
 
 
 def _log_line(scope: Scope, record: RequestRecord, status: int | None) -> None:

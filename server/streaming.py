@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from engine.errors import EngineStoppedError, StepError
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
+from server.metrics import FinishedReason
 from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
 
 __all__ = ["EventStream", "Generation", "TextPiece", "unless_disconnected"]
@@ -52,7 +53,8 @@ class _Choice:
     decode_steps: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
-    finish_reason: str | None = None
+    queue_s: float = 0.0
+    finish_reason: FinishedReason | None = None
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -78,6 +80,7 @@ class Generation:
         self._choices = [_Choice() for _ in range(request.sampling.n)]
         self._open = set(range(request.sampling.n))
         self._closed = False
+        self._finished = False
         self._cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         """One per prompt token, the first None, once the first piece is there and if asked for."""
@@ -125,6 +128,7 @@ class Generation:
             if delta.index not in self._open:
                 continue  # a step that was under way when the choice's stop string ended it
             if delta.finish_reason is FinishReason.ERROR:
+                self._end(self._choices[delta.index], "error")
                 raise StepError(delta.error or "a step failed")
             if delta.finish_reason is FinishReason.ABORT:
                 break
@@ -140,6 +144,9 @@ class Generation:
         self._closed = True
         if self._open:
             self._context.engine.abort([self._request.request_id])
+        for choice in self._choices:
+            if choice.finish_reason is None:
+                self._end(choice, "abort")
         self._record.fields.update(self._summary())
 
     def _take(self, delta: TokenDelta) -> TextPiece:
@@ -163,8 +170,9 @@ class Generation:
             choice.tokens += 1
         if finish_reason is not None:
             self._open.remove(delta.index)
-            choice.finish_reason = finish_reason
         self._time(choice, delta)
+        if finish_reason is not None:
+            self._end(choice, finish_reason)
         logprobs = None
         if self._wants_logprobs:
             choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
@@ -176,13 +184,32 @@ class Generation:
         if delta.num_steps:
             choice.decode_steps += delta.num_steps
             choice.decode_tokens += len(delta.token_ids)
-        if delta.token_ids:
+        if not delta.token_ids:
+            return
+        if choice.first_s:
+            metrics.inter_token_latency.observe(now - choice.last_s)
+        else:
             if not any(other.first_s for other in self._choices):
                 metrics.time_to_first_token.observe(now - self._record.started)
-            choice.first_s = choice.first_s or now
-            choice.last_s = now
-        if choice.finish_reason is not None and choice.seconds_per_token is not None:
-            metrics.time_per_output_token.observe(choice.seconds_per_token)
+            choice.queue_s = self._request.arrived_s - self._record.started + delta.queue_s
+            metrics.queue_time.observe(choice.queue_s)
+            choice.first_s = now
+        choice.last_s = now
+
+    def _end(self, choice: _Choice, reason: FinishedReason) -> None:
+        metrics, arrived = self._context.metrics, self._record.started
+        if reason in ("stop", "length") and not self._finished:
+            self._finished = True
+            metrics.prompt(len(self._request.prompt_token_ids))
+        choice.finish_reason = reason
+        metrics.finished(
+            reason,
+            tokens=choice.tokens,
+            e2e_s=time.monotonic() - arrived,
+            ttft_s=choice.first_s - arrived,
+            queue_s=choice.queue_s,
+            decode_s=choice.last_s - choice.first_s,
+        )
 
     def _summary(self) -> dict[str, Any]:
         """The request's part of its log line. Seconds; None where there is nothing to measure."""
@@ -194,7 +221,8 @@ class Generation:
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
-            "finish_reasons": [choice.finish_reason or "abort" for choice in self._choices],
+            "finish_reasons": [choice.finish_reason for choice in self._choices],
+            "queue_s": None if first is None else round(self._choices[0].queue_s, 4),
             "ttft_s": None if first is None else round(first - self._record.started, 4),
             "tpot_s": round(sum(rates) / len(rates), 5) if rates else None,
             "acceptance_length": round(accepted / steps, 3) if steps else None,

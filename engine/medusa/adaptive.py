@@ -349,6 +349,8 @@ class AdaptiveTree:
         self._beyond = np.array([8.0, 8.0])
         self._predicted_beyond = 0.0
         self._predicted_draft = 0.0
+        self.plain_seconds = 0.0
+        """What plain decoding would take for the step chosen last, as far as is known."""
 
     @property
     def explored_steps(self) -> int:
@@ -371,6 +373,7 @@ class AdaptiveTree:
             + self._times.draft(batch)[:, None]
             + padding * (batch * largest - rows)
         )
+        self.plain_seconds = float(seconds[0, 0])
         rate = np.where(rows <= self._max_step_tokens, tokens / seconds, 0.0)
         rate[0, 0] *= _MARGIN
 

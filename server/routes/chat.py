@@ -15,15 +15,12 @@ from engine.errors import MedusaError, RequestError
 from engine.types import MedusaParams, Request, TokenLogprobs
 from server.chunks import DONE, ChunkWriter, chat_logprobs, event, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
-from server.errors import to_status
+from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage
 from server.schemas import ChatRequest
 from server.streaming import EventStream, Generation, unless_disconnected
 
 __all__ = ["router"]
-
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for the log, where nobody is left to answer."""
 
 router = APIRouter()
 log = structlog.stdlib.get_logger("server.chat")
