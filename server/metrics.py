@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
@@ -367,6 +373,7 @@ class Metrics:
         ready: Callable[[], bool] | None = None,
         healthy: Callable[[], bool] | None = None,
     ) -> None:
+        disable_created_metrics()  # a second series for each of ours, which nothing here needs
         self._registry = CollectorRegistry()
 
         def source() -> _Source:

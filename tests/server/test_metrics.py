@@ -148,7 +148,7 @@ def test_requests_are_counted_by_route_and_status(serve: Serve) -> None:
     server.chat(n=0)
     for path in ("/v1/models/fake-model", "/v1/models/none", "/nowhere", "/elsewhere", "/health"):
         server.http.get(path)
-    server.http.request("BREW", "/health")
+    server.http.request("PROPFIND", "/health")
     metrics = server.metrics()
     counted = {
         tuple(value for _, value in ast.literal_eval(name.split("_total")[1])): value
