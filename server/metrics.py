@@ -373,7 +373,8 @@ class Metrics:
         ready: Callable[[], bool] | None = None,
         healthy: Callable[[], bool] | None = None,
     ) -> None:
-        disable_created_metrics()  # a second series for each of ours, which nothing here needs
+        # They would be a second series for each of ours, which nothing here needs.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
 
         def source() -> _Source:
