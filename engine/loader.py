@@ -85,6 +85,14 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         log.info("the tree is off, so the heads are not loaded")
     elif heads_source is not None:
         tensors = _head_tensors(heads_source, checkpoint, model_config)
+        drafted = model_config.vocab_size if tensors.token_map is None else len(tensors.token_map)
+        log.info(
+            "%d heads from %s draft from %d of %d tokens",
+            tensors.num_heads,
+            heads_source or checkpoint.folder,
+            drafted,
+            model_config.vocab_size,
+        )
         heads = MedusaHeads.from_tensors(
             tensors, hidden_size=model_config.hidden_size, dtype=dtype, device=device
         )

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import HeadsError
+from engine.errors import HeadsError, WeightsError
+from engine.model.files import SafetensorsFile, TorchFile
 
 __all__ = ["JOINT_PREFIX", "HeadTensors", "TensorSource", "joint_heads", "read_heads"]
 
@@ -321,17 +322,10 @@ def _open(file: Path) -> TensorSource:
 
 def _open_one(file: Path) -> TensorSource:
     try:
-        if file.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            opened: Any = safe_open(file, framework="pt")
-            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the loaders raise a dozen types; all mean a file nobody can use
-        raise HeadsError(f"cannot read the head file {file}: {error}; is it complete?") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise HeadsError(f"{file} does not hold a dictionary of tensors")
-    return {name: partial(loaded.__getitem__, name) for name in loaded}
+        opened = SafetensorsFile(file) if file.suffix == ".safetensors" else TorchFile(file)
+    except WeightsError as error:
+        raise HeadsError(f"cannot read the head file: {error}") from error
+    return {name: partial(opened.get, name) for name in opened.names()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -248,7 +248,28 @@ def test_a_hub_id_that_nobody_has_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("in_shards", [False, True])
-def test_a_medusa_2_model_brings_its_heads(tiny: TinyModel, tmp_path: Path, in_shards: bool) -> None:
+@pytest.mark.parametrize("stem", ["medusa_lm_head", "model"])
+def test_a_hub_id_is_read_from_the_hubs_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stem: str, in_shards: bool
+) -> None:
+    """Without a connection, from what an earlier download left there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    plain = Plain(1)
+    if in_shards:
+        sharded(snapshot, plain.official(), stem)
+    else:
+        single(snapshot, plain.official(), f"{stem}.safetensors")
+    assert_drafts(load(Path("owner/name")), plain)
+
+
+@pytest.mark.parametrize("files", ["one", "shards", "shards of .bin"])
+def test_a_medusa_2_model_brings_its_heads(tiny: TinyModel, tmp_path: Path, files: str) -> None:
     """`medusa_head.…` inside the base is no error; its heads draft, and the text is the joint model's."""
     reference = tiny_llama(initializer_range=0.5)  # not the weights of `tiny`
     save_model(reference, tmp_path)
@@ -264,10 +285,12 @@ def test_a_medusa_2_model_brings_its_heads(tiny: TinyModel, tmp_path: Path, in_s
     }
     tensors = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()} | heads
     (tmp_path / "model.safetensors").unlink()
-    if in_shards:
+    if files == "one":
+        single(tmp_path, tensors, "model.safetensors")
+    elif files == "shards":
         sharded(tmp_path, tensors, "model")
     else:
-        single(tmp_path, tensors, "model.safetensors")
+        sharded(tmp_path, tensors, "pytorch_model", ".bin")
     prompt = [5, 9, 2, 44, 17]
     engine = make_engine(tmp_path, tree=16)
     assert engine.info.num_heads == 2
