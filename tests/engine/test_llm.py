@@ -179,7 +179,7 @@ def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPat
 
 def test_a_name_and_settings_make_an_llm(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
-    small = engine.LLM(str(folder), device="cpu", block_size=4, max_model_len=64, kv_cache_tokens=160)
+    small = engine.LLM(str(folder), device="cpu", block_size=4, max_model_len=64, tree="off")
     assert small.info.max_model_len == 64
     assert small.default_sampling == SamplingParams(temperature=0.5, top_k=7)
     assert len(small.generate("t5")[0].token_ids) == 63  # to the context's end

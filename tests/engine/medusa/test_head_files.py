@@ -297,11 +297,14 @@ def test_a_medusa_2_model_brings_its_heads(tiny: TinyModel, tmp_path: Path, file
     assert run_all(engine, [greedy("a", prompt, 20)])["a", 0] == greedy_reference(reference, prompt, 20)
     assert engine.stats.draft_tokens > 0
 
-    assert make_engine(tmp_path, heads=str(tmp_path)).info.num_heads == 2  # the same model, named
-    assert make_engine(tmp_path, heads="none").info.num_heads == 0
-    assert make_engine(tmp_path, tree="off").info.num_heads == 0
-    assert make_engine(tmp_path, heads=str(tiny.heads)).info.num_heads == 4  # others over the joint base
-    assert make_engine(tiny.folder, heads=str(tmp_path)).info.num_heads == 2  # its heads over another base
+    def num_heads(folder: Path, **settings: object) -> int:
+        return make_engine(folder, **{"tree": 8, **settings}).info.num_heads
+
+    assert num_heads(tmp_path, heads=str(tmp_path)) == 2  # the same model, named
+    assert num_heads(tmp_path, heads="none") == 0
+    assert num_heads(tmp_path, tree="off") == 0
+    assert num_heads(tmp_path, heads=str(tiny.heads)) == 4  # others over the joint base
+    assert num_heads(tiny.folder, heads=str(tmp_path)) == 2  # its heads over another base
 
 
 def test_a_draft_vocabulary_gives_the_same_text_in_the_engine(tiny: TinyModel, tmp_path: Path) -> None:
