@@ -236,7 +236,8 @@ class FakeEngine:
 
     def _step(self) -> None:
         while self._waiting and len(self._running) < self._info.max_num_seqs:
-            choice = self._waiting.pop(0)
+            choice = min(self._waiting, key=lambda waiting: waiting.request.priority)  # the first of equals
+            self._waiting.remove(choice)
             choice.queue_s = time.monotonic() - choice.request.arrived_s
             self._running.append(choice)
         self._gauges()

@@ -12,12 +12,13 @@ from typing import Any, TypeAlias, cast, overload
 from pydantic import ValidationError
 
 from engine.config import EngineConfig
+from engine.detokenizer import Detokenizer
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
 from engine.loader import load
 from engine.model.weights import GenerationDefaults
 from engine.stats import EngineStats
-from engine.text import Detokenizer, TextProcessor
+from engine.text import TextProcessor
 from engine.types import (
     EngineInfo,
     FinishReason,

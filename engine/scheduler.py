@@ -68,16 +68,18 @@ class _Chain:
 
 
 class Scheduler:
-    """First come, first served, with prefix reuse, and preemption by recompute when the pool runs dry.
+    """First come, first served within a priority, with prefix reuse, and preemption by recompute when the
+    pool runs dry.
 
     A sequence holds a slot and blocks from admission to its end. It begins with the blocks that others
     have published for the same first tokens, and prefills the rest. A choice waits, and others may pass
     it, while another choice of its request still prefills what it can reuse.
 
     When a running sequence needs a block and none is free or cached, it gives up its tree for this
-    step. If that is not enough the latest arrival gives up all of its blocks and waits, keeping its
-    emitted tokens and its drawn root, so its text does not change. The earliest arrival is never the
-    victim of another and always fits alone, so something always advances.
+    step. If that is not enough the last in line (by `Sequence.rank`) gives up all of its blocks and waits,
+    keeping its emitted tokens and its drawn root, so its text does not change. The first in line is never
+    the victim of another and always fits alone, so something always advances. A priority admits earlier;
+    it takes no slot from what runs.
 
     Args:
         blocks: the pool's books.
@@ -107,7 +109,7 @@ class Scheduler:
         self._max_tree_nodes = max_tree_nodes
         self._free_slots = list(range(min(max_num_seqs, max_step_tokens) - 1, -1, -1))
         self._chains: dict[Sequence, _Chain] = {}
-        self.waiting: deque[Sequence] = deque()  # by arrival
+        self.waiting: deque[Sequence] = deque()  # by rank
         self.running: list[Sequence] = []  # by admission
         self.preemptions = 0
         self.prefix_query_tokens = 0
@@ -124,7 +126,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         root = self._root(sequence.request)
         self._chains[sequence] = _Chain(root, root)
-        self.waiting.append(sequence)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a finished, aborted or failed sequence out and free what it held."""
@@ -199,7 +201,7 @@ class Scheduler:
                 continue
             sequence.head_nodes = sequence.lookup_nodes = 0
             while not self._blocks.grow(sequence.blocks, sequence.num_cached + 1):
-                victim = max(self.running, key=lambda candidate: candidate.arrival)
+                victim = max(self.running, key=lambda candidate: candidate.rank)
                 self._preempt(victim)
                 if victim is sequence:
                     break
@@ -293,9 +295,13 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.state = SequenceState.WAITING
-        place = 0
-        while place < len(self.waiting) and self.waiting[place].arrival < sequence.arrival:
-            place += 1  # choices that waited for their sibling while it passed
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """Into line. Most belong at its end, so that is where the search begins."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].rank > sequence.rank:
+            place -= 1
         self.waiting.insert(place, sequence)
 
     def _give_back(self, sequence: Sequence) -> None:

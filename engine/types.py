@@ -217,6 +217,7 @@ class Request:
         prediction_token_ids: what the answer is expected to hold (OpenAI's `prediction`); the lookup
             branch drafts from it, so what comes true comes faster.
         cache_salt: prefixes are reused among requests with equal salt only.
+        priority: lower ones are admitted first and preempted last; equals by arrival.
         arrived_s: `time.monotonic()` when it was made.
     """
 
@@ -227,6 +228,7 @@ class Request:
     medusa: MedusaParams = field(default_factory=MedusaParams)
     prediction_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
+    priority: int = 0
     arrived_s: float = field(default_factory=time.monotonic, compare=False)
 
     @property
@@ -386,6 +388,11 @@ class Sequence:
     def num_nodes(self) -> int:
         """Tree nodes of the step being planned, root counted; 1 is plain decoding."""
         return 1 + self.head_nodes + self.lookup_nodes
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place in line: by priority, then by arrival."""
+        return self.request.priority, self.arrival
 
     @property
     def num_output(self) -> int:

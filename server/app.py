@@ -15,8 +15,8 @@ from server.context import ServerContext
 from server.errors import add_error_handlers
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
-from server.routes import chat, health, models, tokenize
-from server.schemas import SamplingDefaults
+from server.routes import chat, completions, health, models, tokenize
+from server.schemas.base import SamplingDefaults
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def create_app(
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.context = context
-    for routes in (chat, models, tokenize, health):
+    for routes in (chat, completions, models, tokenize, health):
         app.include_router(routes.router)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes, metrics=context.metrics)

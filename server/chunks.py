@@ -8,19 +8,37 @@ describes it, and only text and logprobs are put in. The tests hold the result a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_json as dump
 
+from engine.text import TokenText
 from engine.types import TokenLogprobs
-from server.responses import ChatChunk, ChatLogprobs, FinishReasonName, PromptLogprob, Usage
+from server.responses import (
+    ChatChunk,
+    ChatLogprobs,
+    CompletionChunk,
+    CompletionLogprobs,
+    FinishReasonName,
+    PromptLogprob,
+    Usage,
+)
 
-if TYPE_CHECKING:
-    from engine.text import TextProcessor
-
-__all__ = ["DONE", "ChunkWriter", "chat_logprobs", "event", "prompt_logprobs", "to_json"]
+__all__ = [
+    "DONE",
+    "ChatWriter",
+    "CompletionWriter",
+    "Heading",
+    "ReadToken",
+    "chat_logprobs",
+    "completion_logprobs",
+    "event",
+    "prompt_logprobs",
+    "to_json",
+]
 
 LEAST_LOGPROB = -9999.0
 """Stands for anything less likely, as with OpenAI and vLLM: JSON has no infinity."""
@@ -48,27 +66,89 @@ def to_json(model: BaseModel) -> str:
     return model.model_dump_json(exclude_unset=True)
 
 
-class ChunkWriter:
-    """The events of one stream, in OpenAI's form.
+ReadToken = Callable[[int], TokenText]
+"""A token by itself, as the request wants to see it: `TextProcessor.token_text`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What all events of a stream, or the whole answer, begin with.
 
     Args:
-        completion_id: the `id` of every chunk.
+        completion_id: the `id`.
         created: seconds since the epoch.
         model: the name the client used.
-        include_usage: whether a last chunk has the usage; the others then say that theirs is null.
-        text: reads token ids for logprobs.
+        fingerprint: `system_fingerprint`.
+    """
+
+    completion_id: str
+    created: int
+    model: str
+    fingerprint: str
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        """As fields of a response model whose `object` is `kind`."""
+        return {
+            "id": self.completion_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+class _EventWriter:
+    """The events of one stream.
+
+    Args:
+        empty: an event without choices.
+        usage: of the stream so far, where it ends with an event that tells it; the others then say that
+            theirs is null, or with `continuous` what it is.
     """
 
     def __init__(
-        self, completion_id: str, created: int, model: str, include_usage: bool, text: TextProcessor
+        self, empty: ChatChunk | CompletionChunk, usage: Callable[[], Usage] | None, continuous: bool
     ) -> None:
-        self._empty = ChatChunk(
-            id=completion_id, object="chat.completion.chunk", created=created, model=model, choices=[]
-        )
-        if include_usage:
-            self._empty.usage = None
-        self._head, _, self._tail = to_json(self._empty).rpartition("[]")
-        self._text = text
+        self._empty = empty
+        self._usage = usage
+        self._continuous = continuous
+        if usage is not None and not continuous:
+            empty.usage = None
+        self._head, _, self._tail = to_json(empty).rpartition("[]")
+
+    def end(self) -> bytes:
+        """The last events: the one without choices that has the whole stream's usage, if asked for."""
+        if self._usage is None:
+            return DONE
+        chunk = self._empty.model_copy()
+        chunk.usage = self._usage()
+        return event(to_json(chunk)) + DONE
+
+    def _event(self, choice: str) -> bytes:
+        tail = self._tail
+        if self._continuous and self._usage is not None:
+            tail = f'{tail[:-1]},"usage":{to_json(self._usage())}}}'
+        return event(f"{self._head}[{choice}]{tail}")
+
+
+class ChatWriter(_EventWriter):
+    """The events of a streamed chat completion; for `usage` and `continuous` see `_EventWriter`.
+
+    Args:
+        heading: what all events share.
+        read: reads token ids for logprobs.
+    """
+
+    def __init__(
+        self,
+        heading: Heading,
+        read: ReadToken,
+        usage: Callable[[], Usage] | None = None,
+        continuous: bool = False,
+    ) -> None:
+        empty = ChatChunk(**heading.fields("chat.completion.chunk"), choices=[])
+        super().__init__(empty, usage, continuous)
+        self._read = read
         self._started: set[int] = set()
 
     def step(
@@ -93,61 +173,111 @@ class ChunkWriter:
             events += self._chunk(index, "{}", finish_reason=f'"{finish_reason}"')
         return events
 
-    def usage(self, usage: Usage) -> bytes:
-        """The chunk without choices that has the whole stream's usage."""
-        chunk = self._empty.model_copy()
-        chunk.usage = usage
-        return event(to_json(chunk))
-
     def _chunk(self, index: int, delta: str, logprobs: str = "null", finish_reason: str = "null") -> bytes:
-        return event(
-            f'{self._head}[{{"index":{index},"delta":{delta},"logprobs":{logprobs},'
-            f'"finish_reason":{finish_reason}}}]{self._tail}'
+        return self._event(
+            f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish_reason}}}'
         )
 
     def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> str:
-        return dump({"content": _entries(logprobs, self._text), "refusal": None}).decode()
+        return dump({"content": _entries(logprobs, self._read), "refusal": None}).decode()
 
 
-def chat_logprobs(logprobs: Iterable[TokenLogprobs], text: TextProcessor) -> ChatLogprobs:
-    """Logprobs of output tokens in OpenAI's form."""
-    return ChatLogprobs.model_validate({"content": _entries(logprobs, text), "refusal": None})
+class CompletionWriter(_EventWriter):
+    """The events of a streamed text completion; for `usage` and `continuous` see `_EventWriter`."""
+
+    def __init__(
+        self, heading: Heading, usage: Callable[[], Usage] | None = None, continuous: bool = False
+    ) -> None:
+        super().__init__(CompletionChunk(**heading.fields("text_completion"), choices=[]), usage, continuous)
+
+    def step(
+        self,
+        index: int,
+        text: str,
+        logprobs: CompletionLogprobs | None,
+        finish_reason: FinishReasonName | None,
+    ) -> bytes:
+        """The event of what one step gave a choice; none where it gave nothing to tell."""
+        if not text and not (logprobs and logprobs.tokens) and finish_reason is None:
+            return b""
+        entries = "null" if logprobs is None else to_json(logprobs)
+        reason = "null" if finish_reason is None else f'"{finish_reason}"'
+        return self._event(
+            f'{{"index":{index},"text":{encode_basestring(text)},"logprobs":{entries},'
+            f'"finish_reason":{reason}}}'
+        )
+
+
+def chat_logprobs(logprobs: Iterable[TokenLogprobs], read: ReadToken) -> ChatLogprobs:
+    """Logprobs of output tokens in the form of OpenAI's chat completions."""
+    return ChatLogprobs.model_validate({"content": _entries(logprobs, read), "refusal": None})
+
+
+def completion_logprobs(
+    tokens: Iterable[tuple[int, int, TokenLogprobs | None]], count: int, read: ReadToken
+) -> CompletionLogprobs:
+    """Logprobs in the form of OpenAI's text completions.
+
+    Args:
+        tokens: each token's id, the character of the text at which it begins, and what is known of it.
+        count: the best ones to tell, after the token itself.
+        read: reads token ids.
+    """
+    told = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+    for token_id, start, one in tokens:
+        told.tokens.append(_name(read(token_id)))
+        told.text_offset.append(start)
+        if one is None:
+            told.token_logprobs.append(None)
+            told.top_logprobs.append(None)
+            continue
+        told.token_logprobs.append(max(one.logprob, LEAST_LOGPROB))
+        best: dict[str, float] = {}
+        for other, logprob in ((token_id, one.logprob), *one.top[:count]):
+            best.setdefault(_name(read(other)), max(logprob, LEAST_LOGPROB))
+        told.top_logprobs.append(best)
+    return told
+
+
+def _name(token: TokenText) -> str:
+    """The token's text, or its bytes, as OpenAI spells them, where they are no text by themselves."""
+    if token.data is None:
+        return token.text
+    try:
+        return token.data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
 
 
 def prompt_logprobs(
-    logprobs: Iterable[TokenLogprobs | None], text: TextProcessor
+    logprobs: Iterable[TokenLogprobs | None], count: int, read: ReadToken
 ) -> list[dict[int, PromptLogprob] | None]:
-    """Logprobs of prompt tokens in vLLM's form: for each the prompt's own token, then the best ones."""
-    return [None if one is None else _by_token(one, text) for one in logprobs]
+    """Logprobs of prompt tokens in vLLM's form: for each the prompt's own token, then the `count` best."""
+    return [None if one is None else _by_token(one, count, read) for one in logprobs]
 
 
-def _by_token(one: TokenLogprobs, text: TextProcessor) -> dict[int, PromptLogprob]:
+def _by_token(one: TokenLogprobs, count: int, read: ReadToken) -> dict[int, PromptLogprob]:
     ranked = [(one.token_id, one.logprob, one.rank)]
-    ranked += [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top, 1)]
+    ranked += [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top[:count], 1)]
     found: dict[int, PromptLogprob] = {}
     for token, logprob, rank in ranked:
         if token not in found:
             found[token] = PromptLogprob(
-                logprob=max(logprob, LEAST_LOGPROB), rank=rank, decoded_token=text.token_text(token).text
+                logprob=max(logprob, LEAST_LOGPROB), rank=rank, decoded_token=read(token).text
             )
     return found
 
 
-def _entries(logprobs: Iterable[TokenLogprobs], text: TextProcessor) -> list[dict[str, Any]]:
-    entry = _entry_of(text)
-    return [
-        {**entry(one.token_id, one.logprob), "top_logprobs": [entry(token, lp) for token, lp in one.top]}
-        for one in logprobs
-    ]
-
-
-def _entry_of(text: TextProcessor) -> Callable[[int, float], dict[str, Any]]:
+def _entries(logprobs: Iterable[TokenLogprobs], read: ReadToken) -> list[dict[str, Any]]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        token = text.token_text(token_id)
+        token = read(token_id)
         return {
             "token": token.text,
             "logprob": max(logprob, LEAST_LOGPROB),
             "bytes": None if token.data is None else list(token.data),
         }
 
-    return entry
+    return [
+        {**entry(one.token_id, one.logprob), "top_logprobs": [entry(token, lp) for token, lp in one.top]}
+        for one in logprobs
+    ]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
 from engine.types import EngineClient
+from server import __version__
 from server.errors import ModelNotFoundError
 from server.metrics import Metrics
-from server.schemas import SamplingDefaults
+from server.schemas.base import SamplingDefaults
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,16 +42,22 @@ class ServerContext:
     text_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
     )
+    fingerprint: str = field(init=False)
+    """`system_fingerprint`: equal where a seed gives the same text, as far as the server knows."""
 
-    async def encode(self, encode: Callable[..., T], *args: Any, **options: Any) -> T:
-        """The result of one of `text`'s encode methods, in a thread: a prompt of megabytes takes seconds,
-        and every stream and probe would wait for it."""
+    def __post_init__(self) -> None:
+        described = json.dumps([__version__, asdict(self.engine.info)], sort_keys=True)
+        self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
+
+    async def in_thread(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
+        """The result of `work`, in a thread: encoding a prompt of megabytes, or writing logprobs of a long
+        one, takes seconds, and every stream and probe would wait for it."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.text_thread, partial(encode, *args, **options))
+        return await loop.run_in_executor(self.text_thread, partial(work, *args, **options))
 
     def check_model(self, name: str) -> None:
-        """Raises ModelNotFoundError if `name` is not the served model's."""
-        if name != self.settings.model_name:
+        """Raises ModelNotFoundError if `name` is none of the served model's."""
+        if name not in self.settings.model_names:
             raise ModelNotFoundError(f"The model '{name}' does not exist.", param="model")
 
 

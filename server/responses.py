@@ -13,7 +13,15 @@ __all__ = [
     "ChatDelta",
     "ChatLogprobs",
     "ChunkChoice",
+    "Completion",
+    "CompletionChoice",
+    "CompletionChunk",
+    "CompletionChunkChoice",
+    "CompletionLogprobs",
     "CompletionTokensDetails",
+    "DetokenizeResponse",
+    "ErrorBody",
+    "ErrorObject",
     "FinishReasonName",
     "ModelCard",
     "ModelList",
@@ -99,6 +107,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
+    system_fingerprint: str
     usage: Usage
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
 
@@ -123,6 +132,58 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     choices: list[ChunkChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """One entry per token of the text in each list; null where nothing predicts the token.
+
+    A token that is not text by itself, a part of a character, is named by its bytes: `bytes:\\xe2\\x80`.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonName
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+
+
+class Completion(BaseModel):
+    """Answer of a text completion that is not streamed."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    system_fingerprint: str
+    usage: Usage
+
+
+class CompletionChunkChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonName | None
+
+
+class CompletionChunk(BaseModel):
+    """One event of a streamed text completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    system_fingerprint: str
     usage: Usage | None = None
 
 
@@ -131,6 +192,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "medusa-serve"
+    root: str
     max_model_len: int
 
 
@@ -144,3 +206,20 @@ class TokenizeResponse(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is an error, and the event that ends a stream with one."""
+
+    error: ErrorObject

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.config import EngineConfig
@@ -36,7 +36,10 @@ class Settings(EngineConfig, BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
     served_model_name: str | None = Field(
-        None, min_length=1, description="Name clients give as `model`; the model's own name if unset."
+        None,
+        pattern=r"^[^,\s][^,]*(,[^,\s][^,]*)*$",
+        description="Name clients give as `model`, or several with commas between them, of which the first "
+        "is the main one; the model's own name if unset.",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body, in bytes.")
     drain_s: float = Field(
@@ -50,13 +53,26 @@ class Settings(EngineConfig, BaseSettings):
         """The engine's share of the settings."""
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
 
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _joined(cls, value: object) -> object:
+        """YAML may have a list of names."""
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return ",".join(value)
+        return value
+
     @property
     def model_name(self) -> str:
-        """The name clients use. A local folder gives its own name, not the path to it."""
+        """The main name clients use."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names clients may use. A local folder gives its own name, not the path to it."""
         if self.served_model_name is not None:
-            return self.served_model_name
+            return tuple(dict.fromkeys(name.strip() for name in self.served_model_name.split(",")))
         folder = Path(self.model).expanduser()
-        return folder.resolve().name if folder.is_dir() else self.model
+        return (folder.resolve().name if folder.is_dir() else self.model,)
 
 
 def option_name(field: str) -> str:

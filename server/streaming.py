@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -20,7 +20,7 @@ from server.context import RequestRecord, ServerContext
 from server.metrics import FinishedReason
 from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
 
-__all__ = ["EventStream", "Generation", "TextPiece", "unless_disconnected"]
+__all__ = ["EventStream", "Generation", "TextOptions", "TextPiece", "unless_disconnected"]
 
 T = TypeVar("T")
 
@@ -34,12 +34,29 @@ class TextPiece:
         text: may be empty.
         finish_reason: set on the choice's last piece.
         logprobs: of the tokens whose text is complete with this piece; None if the request wants none.
+        starts: for each of these, the character of the choice's text at which it begins.
     """
 
     index: int
     text: str
     finish_reason: FinishReasonName | None
     logprobs: list[TokenLogprobs] | None = None
+    starts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How a request wants its text.
+
+    Args:
+        stop: the output ends before the first of these strings.
+        include_stop: it ends after it, and a token that ended it is text too.
+        skip_special_tokens: leave special tokens out.
+    """
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
 
 
 @dataclass(slots=True)
@@ -67,16 +84,30 @@ class Generation:
 
     Whoever makes one must call `close`, which frees what the engine still holds of it.
 
+    Args:
+        context: the server.
+        record: of the HTTP request.
+        request: for the engine.
+        options: how the text is to be.
+        offset: index of its first choice in the answer.
+
     Raises:
         RequestError, QueueFullError, EngineStoppedError: as `EngineClient.submit`.
     """
 
     def __init__(
-        self, context: ServerContext, record: RequestRecord, request: Request, stop: tuple[str, ...]
+        self,
+        context: ServerContext,
+        record: RequestRecord,
+        request: Request,
+        options: TextOptions,
+        offset: int = 0,
     ) -> None:
         self._context = context
         self._record = record
         self._request = request
+        self._options = options
+        self._offset = offset
         self._choices = [_Choice() for _ in range(request.sampling.n)]
         self._open = set(range(request.sampling.n))
         self._closed = False
@@ -88,8 +119,10 @@ class Generation:
         self._detokenizers = [
             context.text.detokenizer(
                 request.prompt_token_ids,
-                stop=stop,
+                stop=options.stop,
                 min_tokens=request.sampling.min_tokens,
+                skip_special_tokens=options.skip_special_tokens,
+                include_stop=options.include_stop,
                 aligned=self._wants_logprobs,
             )
             for _ in self._choices
@@ -154,8 +187,9 @@ class Generation:
         if delta.index == 0 and not choice.tokens:
             self._cached_tokens = delta.cached_tokens
             self.prompt_logprobs = delta.prompt_logprobs
-        # A stop token counts as output and is no text.
-        token_ids = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
+        # A stop token counts as output and, unless it is asked for, is no text.
+        unseen = delta.stop_token_id is not None and not self._options.include_stop
+        token_ids = delta.token_ids[:-1] if unseen else delta.token_ids
         ended = delta.finish_reason is not None
         text = self._detokenizers[delta.index].push(token_ids, final=ended)
         finish_reason = _NAMES[delta.finish_reason] if delta.finish_reason else None
@@ -166,7 +200,7 @@ class Generation:
             finish_reason = "stop"
             if not ended:
                 self._context.engine.abort_choice(self._request.request_id, delta.index)
-        elif delta.stop_token_id is not None:
+        elif unseen:
             choice.tokens += 1
         if finish_reason is not None:
             self._open.remove(delta.index)
@@ -176,8 +210,8 @@ class Generation:
         logprobs = None
         if self._wants_logprobs:
             choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
-            logprobs = [choice.logprobs.popleft() for _ in range(text.num_released)]
-        return TextPiece(delta.index, text.text, finish_reason, logprobs)
+            logprobs = [choice.logprobs.popleft() for _ in text.starts]
+        return TextPiece(self._offset + delta.index, text.text, finish_reason, logprobs, text.starts)
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:
         now, metrics = time.monotonic(), self._context.metrics
@@ -232,6 +266,10 @@ class Generation:
 _NAMES: dict[FinishReason, FinishReasonName] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class EventStream(EventSourceResponse):
     """Server-sent events of a generation, closed with the response however that ends.
 
@@ -239,7 +277,7 @@ class EventStream(EventSourceResponse):
     the generator never starts.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
+    def __init__(self, events: AsyncIterator[bytes], generation: Closable) -> None:
         super().__init__(
             events, sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
         )

@@ -44,7 +44,7 @@ _FORMATS: tuple[tuple[str, str, Callable[[Path], TensorFile]], ...] = (
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_BIN_FILES = ("pytorch_model*.bin",)
 _HUB_IGNORED = ("*/*", "consolidated*")  # other formats' folders; Mistral's second copy of the weights
-_NOT_APPLIED = {"repetition_penalty", "no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_NOT_APPLIED = {"no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _MAX_NAMED = 8  # tensors an error names of each kind
 
 
@@ -57,6 +57,7 @@ class GenerationDefaults:
         top_p: likewise.
         top_k: likewise; 0 keeps all.
         min_p: likewise.
+        repetition_penalty: likewise.
         eos_token_ids: each of them ends an output; may be empty.
     """
 
@@ -64,6 +65,7 @@ class GenerationDefaults:
     top_p: float | None
     top_k: int | None
     min_p: float | None
+    repetition_penalty: float | None
     eos_token_ids: tuple[int, ...]
 
 
@@ -161,9 +163,11 @@ def load_generation_defaults(folder: Path) -> GenerationDefaults:
         top_p=number("top_p"),
         top_k=None if top_k is None else max(0, int(top_k)),  # some write -1 for all tokens
         min_p=number("min_p"),
+        repetition_penalty=number("repetition_penalty"),
         eos_token_ids=_eos_token_ids(folder, generation),
     )
-    values = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: getattr(defaults, name) for name in names}
     try:
         SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except RequestError as error:

@@ -2,74 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator
+from functools import partial
 
-import structlog
 from fastapi import APIRouter, Request as HttpRequest
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from engine.errors import MedusaError, RequestError
-from engine.types import MedusaParams, Request, TokenLogprobs
-from server.chunks import DONE, ChunkWriter, chat_logprobs, event, prompt_logprobs, to_json
+from engine.errors import RequestError
+from engine.types import TokenLogprobs
+from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
-from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage
-from server.schemas import ChatRequest
-from server.streaming import EventStream, Generation, unless_disconnected
+from server.routes.generate import ERRORS, STREAMED, engine_request, respond, sampling_of, text_options
+from server.schemas.chat import ChatRequest
+from server.streaming import Generation, TextPiece
 
 __all__ = ["router"]
 
 router = APIRouter()
-log = structlog.stdlib.get_logger("server.chat")
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, **STREAMED})
 async def chat_completions(body: ChatRequest, http: HttpRequest, context: Context) -> Response:
     """Continue a conversation, as one answer or as server-sent events."""
     record = record_of(http)
     record.fields["model"] = body.model
     context.check_model(body.model)
     generation = await _submit(body, context, record)
-    answer = _Answer(f"chatcmpl-{record.engine_id}", body, context)
-    if body.stream:
-        return EventStream(answer.events(generation), generation)
-    try:
-        completion = await unless_disconnected(http, answer.whole(generation))
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    finally:
-        generation.close()
-    return Response(to_json(completion), media_type="application/json")
+    return await respond(http, generation, _Answer(body, context, record, generation), bool(body.stream))
 
 
 async def _submit(body: ChatRequest, context: ServerContext, record: RequestRecord) -> Generation:
     """Everything that can be refused is refused here, before a status is sent."""
     text = context.text
-    medusa = MedusaParams() if body.medusa is None else body.medusa.params()
-    bad_words: list[tuple[int, ...]] = []
-    if body.bad_words:
-        bad_words = await context.encode(text.encode_bad_words, body.bad_words)
-    sampling = body.sampling(context.defaults, context.engine.info.vocab_size, bad_words)
+    sampling = await sampling_of(body, context)
     prediction: list[int] = []
     if body.prediction_text:
-        prediction = await context.encode(
+        prediction = await context.in_thread(
             text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
         )
-    messages = [message.as_template_input() for message in body.messages]
-    prompt = await context.encode(text.encode_chat, messages)
-    request = Request(
-        record.engine_id,
-        tuple(prompt),
-        sampling,
-        medusa=medusa,
-        prediction_token_ids=tuple(prediction),
-        cache_salt=body.cache_salt,
-    )
+    prompt = await context.in_thread(text.encode_chat, body.template_input(), **body.template_options())
+    request = engine_request(body, context, record.engine_id, prompt, sampling, prediction)
     try:
-        return Generation(context, record, request, stop=tuple(body.stop or ()))
+        return Generation(context, record, request, text_options(body))
     except RequestError as error:
         if error.param == "prompt":
             error.param = "messages"  # the client gave no tokens, only these
@@ -79,55 +54,60 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
 class _Answer:
     """Writes one generation in OpenAI's form."""
 
-    def __init__(self, completion_id: str, body: ChatRequest, context: ServerContext) -> None:
-        self._id = completion_id
-        self._created = int(time.time())
+    def __init__(
+        self, body: ChatRequest, context: ServerContext, record: RequestRecord, generation: Generation
+    ) -> None:
+        self.completion_id = f"chatcmpl-{record.engine_id}"
         self._body = body
-        self._text = context.text
+        self._context = context
+        self._generation = generation
+        special_is_text = body.skip_special_tokens is False
+        self._read = partial(context.text.token_text, special_is_text=special_is_text)
+        self._heading = Heading(self.completion_id, int(time.time()), body.model, context.fingerprint)
+        usage = (lambda: generation.usage) if body.include_usage else None
+        self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
 
-    async def whole(self, generation: Generation) -> ChatCompletion:
-        """The answer when it is complete. Raises what `Generation.pieces` raises."""
+    def write(self, piece: TextPiece) -> bytes:
+        """See `Answer.write`."""
+        return self._writer.step(piece.index, piece.text, piece.logprobs, piece.finish_reason)
+
+    def end(self) -> bytes:
+        """See `Answer.end`."""
+        return self._writer.end()
+
+    async def whole(self) -> bytes:
+        """See `Answer.whole`."""
         texts: dict[int, list[str]] = {}
         logprobs: dict[int, list[TokenLogprobs]] = {}
         reasons: dict[int, FinishReasonName] = {}
-        async for piece in generation.pieces():
+        async for piece in self._generation.pieces():
             texts.setdefault(piece.index, []).append(piece.text)
             logprobs.setdefault(piece.index, []).extend(piece.logprobs or ())
             if piece.finish_reason is not None:
                 reasons[piece.index] = piece.finish_reason
+        if self._body.logprobs or self._generation.prompt_logprobs is not None:
+            return await self._context.in_thread(self._render, texts, logprobs, reasons)
+        return self._render(texts, logprobs, reasons)
+
+    def _render(
+        self,
+        texts: dict[int, list[str]],
+        logprobs: dict[int, list[TokenLogprobs]],
+        reasons: dict[int, FinishReasonName],
+    ) -> bytes:
         choices = [
             ChatChoice(
                 index=index,
                 message=ResponseMessage(role="assistant", content="".join(texts[index]), refusal=None),
-                logprobs=chat_logprobs(logprobs[index], self._text) if self._body.logprobs else None,
+                logprobs=chat_logprobs(logprobs[index], self._read) if self._body.logprobs else None,
                 finish_reason=reasons[index],
             )
             for index in sorted(texts)
         ]
         completion = ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._created,
-            model=self._body.model,
-            choices=choices,
-            usage=generation.usage,
+            **self._heading.fields("chat.completion"), choices=choices, usage=self._generation.usage
         )
-        if generation.prompt_logprobs is not None:
-            completion.prompt_logprobs = prompt_logprobs(generation.prompt_logprobs, self._text)
-        return completion
-
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        """The stream's events. An error after the start can only be told in the stream itself."""
-        include_usage = self._body.include_usage
-        writer = ChunkWriter(self._id, self._created, self._body.model, include_usage, self._text)
-        try:
-            async for piece in generation.pieces():
-                if events := writer.step(piece.index, piece.text, piece.logprobs, piece.finish_reason):
-                    yield events
-            yield (writer.usage(generation.usage) if include_usage else b"") + DONE
-        except Exception as error:
-            status, body, _ = to_status(error)
-            log.error(
-                "stream_failed", id=self._id, status=status, exc_info=not isinstance(error, MedusaError)
-            )
-            yield event(json.dumps(body))
+        if (known := self._generation.prompt_logprobs) is not None:
+            count = self._body.prompt_logprobs or 0
+            completion.prompt_logprobs = prompt_logprobs(known, count, self._context.text.token_text)
+        return to_json(completion).encode()

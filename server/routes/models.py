@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from server.context import Context, ServerContext
 from server.responses import ModelCard, ModelList
+from server.routes.generate import ERRORS
 
 __all__ = ["router"]
 
@@ -14,20 +15,21 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(context: Context) -> ModelList:
-    """The one model this server serves."""
-    return ModelList(data=[_card(context)])
+    """The model this server serves, under each of its names."""
+    return ModelList(data=[_card(context, name) for name in context.settings.model_names])
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
 async def get_model(name: str, context: Context) -> ModelCard:
-    """The served model by name; a hub id has a slash in it."""
+    """The served model by one of its names; a hub id has a slash in it."""
     context.check_model(name)
-    return _card(context)
+    return _card(context, name)
 
 
-def _card(context: ServerContext) -> ModelCard:
+def _card(context: ServerContext, name: str) -> ModelCard:
     return ModelCard(
-        id=context.settings.model_name,
+        id=name,
         created=context.created,
+        root=context.settings.model_name,
         max_model_len=context.engine.info.max_model_len,
     )

@@ -1,32 +1,32 @@
-"""POST /tokenize, in vLLM's shape."""
+"""POST /tokenize and POST /detokenize, in vLLM's shape."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
+from engine.errors import RequestError
 from server.context import Context
-from server.responses import TokenizeResponse
-from server.schemas import TokenizeRequest
+from server.responses import DetokenizeResponse, TokenizeResponse
+from server.routes.generate import ERRORS
+from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 
 __all__ = ["router"]
 
 router = APIRouter()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=ERRORS)
 async def tokenize(body: TokenizeRequest, context: Context) -> TokenizeResponse:
     """Token ids of a prompt or of a conversation, as a completion would see it."""
     if body.model is not None:
         context.check_model(body.model)
-    if body.messages is not None:
-        tokens = await context.encode(
-            context.text.encode_chat,
-            [message.as_template_input() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt is not False,
-        )
+    if body.prompt is None:
+        options = body.template_options()
+        tokens = await context.in_thread(context.text.encode_chat, body.template_input(), **options)
     else:
-        tokens = await context.encode(
-            context.text.encode, body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+        special = body.add_special_tokens is not False
+        tokens = await context.in_thread(
+            context.text.encode, body.prompt, add_special_tokens=special, param="prompt"
         )
     return TokenizeResponse(
         count=len(tokens),
@@ -34,3 +34,16 @@ async def tokenize(body: TokenizeRequest, context: Context) -> TokenizeResponse:
         tokens=tokens,
         token_strs=context.text.token_strings(tokens) if body.return_token_strs else None,
     )
+
+
+@router.post("/detokenize", responses=ERRORS)
+async def detokenize(body: DetokenizeRequest, context: Context) -> DetokenizeResponse:
+    """The text of token ids, special tokens by their names."""
+    if body.model is not None:
+        context.check_model(body.model)
+    size = context.engine.info.vocab_size
+    if beyond := [token for token in body.tokens if token >= size]:
+        message = f"tokens: {beyond[0]} is not a token of this model (it has {size})"
+        raise RequestError(message, param="tokens")
+    text = await context.in_thread(context.text.decode, body.tokens, skip_special_tokens=False)
+    return DetokenizeResponse(prompt=text)

@@ -11,10 +11,11 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from engine.detokenizer import TextDelta
 from engine.errors import RequestError
 from engine.model.embedded import ensure_converted
 from engine.model.weights import load_tokenizer
-from engine.text import TextDelta, TextProcessor, TokenText
+from engine.text import TextProcessor, TokenText
 from engine.types import MAX_BAD_WORDS
 
 EOS = 2
@@ -363,7 +364,7 @@ def test_released_tokens_are_those_whose_text_is_out(pushes: list[list[int]], da
                 expected.num_tokens,
                 expected.stop,
             )
-            text, released = text + delta.text, released + delta.num_released
+            text, released = text + delta.text, released + len(delta.starts)
             if delta.stop is None:
                 own = b"".join(smol().token_text(token).data or b"" for token in ids[:released])
                 assert text.encode().startswith(own) or "\ufffd" in text  # nothing is told before its text

@@ -84,6 +84,7 @@ class Defaults:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class LoopServer(uvicorn.Server):

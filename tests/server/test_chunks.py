@@ -8,12 +8,25 @@ import math
 from hypothesis import given, strategies as st
 
 from engine.types import TokenLogprobs
-from server.chunks import ChunkWriter, chat_logprobs, event, prompt_logprobs, to_json
+from server.chunks import (
+    DONE,
+    ChatWriter,
+    CompletionWriter,
+    Heading,
+    chat_logprobs,
+    completion_logprobs,
+    event,
+    prompt_logprobs,
+    to_json,
+)
 from server.responses import (
     ChatChunk,
     ChatDelta,
     ChatLogprobs,
     ChunkChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    CompletionLogprobs,
     FinishReasonName,
     PromptTokensDetails,
     Usage,
@@ -21,6 +34,14 @@ from server.responses import (
 from tests.server.conftest import EOS_ID, TEXT, ids
 
 MODEL = 'a "model" with [] in its näme'
+HEADING = Heading("chatcmpl-1", 17, MODEL, "fp_0")
+READ = TEXT.token_text
+USAGE = Usage(
+    prompt_tokens=2,
+    completion_tokens=3,
+    total_tokens=5,
+    prompt_tokens_details=PromptTokensDetails(cached_tokens=1),
+)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 LOGPROBS = st.builds(
     TokenLogprobs,
@@ -38,9 +59,7 @@ def model_event(
 ) -> bytes:
     """What the models make of a chunk."""
     choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
-    chunk = ChatChunk(
-        id="chatcmpl-1", object="chat.completion.chunk", created=17, model=MODEL, choices=[choice]
-    )
+    chunk = ChatChunk(**HEADING.fields("chat.completion.chunk"), choices=[choice])
     if usage:
         chunk.usage = None
     return event(to_json(chunk))
@@ -60,8 +79,8 @@ def test_chunks_are_what_the_models_would_write(
     logprobs: list[TokenLogprobs] | None,
     reason: FinishReasonName | None,
 ) -> None:
-    writer = ChunkWriter("chatcmpl-1", 17, MODEL, usage, TEXT)
-    whole = None if logprobs is None else chat_logprobs(logprobs, TEXT)
+    writer = ChatWriter(HEADING, READ, (lambda: USAGE) if usage else None)
+    whole = None if logprobs is None else chat_logprobs(logprobs, READ)
     first = model_event(usage, index, ChatDelta(role="assistant", content=""), None, None)
     middle = model_event(usage, index, ChatDelta(content=text), whole, None)
     last = model_event(usage, index, ChatDelta(), None, reason) if reason else b""
@@ -73,17 +92,17 @@ def test_chunks_are_what_the_models_would_write(
 
 
 def test_a_step_without_text_is_no_event() -> None:
-    writer = ChunkWriter("chatcmpl-1", 17, MODEL, False, TEXT)
+    writer = ChatWriter(HEADING, READ)
     assert writer.step(0, "", None, None).count(b"data: ") == 1  # the role
     assert writer.step(0, "", None, None) == writer.step(0, "", [], None) == b""
     assert writer.step(0, "", None, "stop").count(b"data: ") == 1
 
 
 def test_usage_chunk_has_no_choices() -> None:
-    details = PromptTokensDetails(cached_tokens=1)
-    usage = Usage(prompt_tokens=2, completion_tokens=3, total_tokens=5, prompt_tokens_details=details)
-    writer = ChunkWriter("chatcmpl-1", 17, MODEL, True, TEXT)
-    chunk = json.loads(writer.usage(usage).removeprefix(b"data: "))
+    writer = ChatWriter(HEADING, READ, lambda: USAGE)
+    last = writer.end()
+    assert last.endswith(DONE)
+    chunk = json.loads(last.removesuffix(DONE).removeprefix(b"data: "))
     assert chunk["choices"] == []
     assert chunk["usage"] == {
         "prompt_tokens": 2,
@@ -92,11 +111,65 @@ def test_usage_chunk_has_no_choices() -> None:
         "prompt_tokens_details": {"cached_tokens": 1},
     }
     assert b'"usage":null' in writer.step(0, "x", None, None)  # the template is as it was
+    assert ChatWriter(HEADING, READ).end() == DONE
+
+
+def test_continuous_usage_is_in_every_chunk() -> None:
+    writer = ChatWriter(HEADING, READ, lambda: USAGE, continuous=True)
+    for data in (writer.step(0, "x", None, "stop") + writer.end().removesuffix(DONE)).decode().splitlines():
+        if data:
+            assert ChatChunk.model_validate_json(data.removeprefix("data: ")).usage == USAGE
+
+
+@given(
+    TEXTS,
+    st.none() | st.lists(st.tuples(st.integers(0, 99), LOGPROBS), min_size=1, max_size=3),
+    st.sampled_from([None, "stop", "length"]),
+    st.booleans(),
+)
+def test_completion_chunks_are_what_the_models_would_write(
+    text: str,
+    known: list[tuple[int, TokenLogprobs]] | None,
+    reason: FinishReasonName | None,
+    usage: bool,
+) -> None:
+    logprobs = None
+    if known is not None:
+        logprobs = completion_logprobs([(one.token_id, start, one) for start, one in known], 2, READ)
+    choice = CompletionChunkChoice(index=3, text=text, logprobs=logprobs, finish_reason=reason)
+    chunk = CompletionChunk(**HEADING.fields("text_completion"), choices=[choice])
+    if usage:
+        chunk.usage = None
+    written = CompletionWriter(HEADING, (lambda: USAGE) if usage else None).step(3, text, logprobs, reason)
+    assert written == (event(to_json(chunk)) if text or logprobs or reason else b"")
+
+
+def test_completion_logprobs_name_tokens_that_are_no_text_by_their_bytes() -> None:
+    first, second = ids("é")
+    top = ((first, -0.25), (second, -1.0), (EOS_ID, -math.inf))
+    found = completion_logprobs(
+        [
+            (EOS_ID, 0, None),
+            (first, 0, TokenLogprobs(first, -0.25, 1, top)),
+            (second, 0, TokenLogprobs(second, -1.0, 2, top)),
+        ],
+        2,
+        READ,
+    )
+    assert found == CompletionLogprobs(
+        text_offset=[0, 0, 0],
+        token_logprobs=[None, -0.25, -1.0],
+        tokens=["<|im_end|>", "bytes:\\xc3", "bytes:\\xa9"],
+        top_logprobs=[None, *[{"bytes:\\xc3": -0.25, "bytes:\\xa9": -1.0}] * 2],
+    )
+    assert completion_logprobs([(first, 0, TokenLogprobs(first, -0.25, 1, top))], 0, READ).top_logprobs == [
+        {"bytes:\\xc3": -0.25}
+    ]
 
 
 @given(TEXTS)
 def test_an_event_is_one_line_to_any_client(text: str) -> None:
-    writer = ChunkWriter("chatcmpl-1", 17, MODEL, False, TEXT)
+    writer = ChatWriter(HEADING, READ)
     _, middle, rest = (writer.step(0, text + ".", None, None)).split(b"\n\n")
     assert rest == b""
     (line,) = middle.decode().splitlines()
@@ -110,7 +183,7 @@ def test_entries_have_text_bytes_and_a_bounded_logprob() -> None:
             TokenLogprobs(first, -0.25, 1, ((first, -0.25), (EOS_ID, -math.inf))),
             TokenLogprobs(second, -math.inf, 5, ()),
         ],
-        TEXT,
+        READ,
     ).model_dump()["content"]
     assert found[0]["token"] == "\ufffd"
     assert bytes(found[0]["bytes"] + found[1]["bytes"]).decode() == "é"
@@ -126,7 +199,7 @@ def test_prompt_logprobs_have_the_prompts_own_token_first_and_once() -> None:
     in_top = TokenLogprobs(b, -1.0, 2, ((a, -0.5), (b, -1.0)))
     beyond = TokenLogprobs(c, -math.inf, 40, ((a, -0.5),))
     found = [one and {key: value.model_dump() for key, value in one.items()} for one in
-             prompt_logprobs([None, in_top, beyond], TEXT)]  # fmt: skip
+             prompt_logprobs([None, in_top, beyond], 2, READ)]  # fmt: skip
     assert found == [
         None,
         {

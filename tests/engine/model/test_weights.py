@@ -275,36 +275,36 @@ def defaults(folder: Path, generation: Any, config: Any) -> GenerationDefaults:
     return load_generation_defaults(folder)
 
 
-NOTHING = GenerationDefaults(None, None, None, None, ())
+NOTHING = GenerationDefaults(None, None, None, None, None, ())
 
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
         (None, {}, NOTHING),
-        (None, {"eos_token_id": 2}, GenerationDefaults(None, None, None, None, (2,))),
+        (None, {"eos_token_id": 2}, GenerationDefaults(None, None, None, None, None, (2,))),
         (
             None,
             {"text_config": {"eos_token_id": [1, 106]}},
-            GenerationDefaults(None, None, None, None, (1, 106)),
+            GenerationDefaults(None, None, None, None, None, (1, 106)),
         ),
         (
             {"eos_token_id": [5, 6, 5]},
             {"eos_token_id": 2},
-            GenerationDefaults(None, None, None, None, (5, 6)),
+            GenerationDefaults(None, None, None, None, None, (5, 6)),
         ),
-        ({"eos_token_id": 0}, {"eos_token_id": 2}, GenerationDefaults(None, None, None, None, (0,))),
-        ({"eos_token_id": None}, {"eos_token_id": 2}, GenerationDefaults(None, None, None, None, (2,))),
+        ({"eos_token_id": 0}, {"eos_token_id": 2}, GenerationDefaults(None, None, None, None, None, (0,))),
+        ({"eos_token_id": None}, {"eos_token_id": 2}, GenerationDefaults(None, None, None, None, None, (2,))),
         (
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
             {},
-            GenerationDefaults(0.6, 0.9, 20, 0.05, ()),
+            GenerationDefaults(0.6, 0.9, 20, 0.05, None, ()),
         ),
-        ({"temperature": 0.6, "top_k": -1}, {}, GenerationDefaults(0.6, None, 0, None, ())),
+        ({"temperature": 0.6, "top_k": -1}, {}, GenerationDefaults(0.6, None, 0, None, None, ())),
         (
             {"do_sample": False, "temperature": 0.6, "eos_token_id": 1},
             {},
-            GenerationDefaults(*[None] * 4, (1,)),
+            GenerationDefaults(*[None] * 5, (1,)),
         ),
     ],
 )

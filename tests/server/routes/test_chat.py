@@ -55,8 +55,10 @@ def test_whole_answer_has_openais_shape(hello: RunningServer) -> None:
                 "finish_reason": "stop",
             }
         ],
+        "system_fingerprint": body["system_fingerprint"],
         "usage": body["usage"],
     }
+    assert body["system_fingerprint"].startswith("fp_")
     prompt = len(TEXT.encode_chat(MESSAGES))
     output = len("Hello, world!") + 1  # the EOS token is output, too
     assert body["usage"] == {

@@ -1,0 +1,197 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from fastapi import APIRouter, Request as HttpRequest
+from starlette.responses import Response
+
+from engine.errors import RequestError
+from engine.types import Request, TokenLogprobs
+from server.batch import Batch
+from server.chunks import CompletionWriter, Heading, completion_logprobs, prompt_logprobs, to_json
+from server.context import Context, RequestRecord, ServerContext, record_of
+from server.responses import Completion, CompletionChoice, CompletionLogprobs, FinishReasonName, Usage
+from server.routes.generate import ERRORS, STREAMED, engine_request, respond, sampling_of, text_options
+from server.schemas.completions import CompletionRequest, PromptInput
+from server.streaming import TextPiece
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+Entry = tuple[int, int, TokenLogprobs | None]
+"""A token's id, the character of the choice's text at which it begins, and what is known of it."""
+
+
+@router.post("/v1/completions", response_model=Completion, responses={**ERRORS, **STREAMED})
+async def completions(body: CompletionRequest, http: HttpRequest, context: Context) -> Response:
+    """Continue one or several prompts, as one answer or as server-sent events."""
+    record = record_of(http)
+    record.fields["model"] = body.model
+    context.check_model(body.model)
+    sampling = await sampling_of(body, context)
+    capacity = context.settings.max_num_seqs + context.settings.max_waiting
+    if len(body.prompts) * sampling.n > capacity:
+        raise RequestError(
+            f"prompt: {len(body.prompts)} prompts of n {sampling.n} are more than the {capacity} choices "
+            "that this server holds",
+            param="prompt",
+        )
+    requests: list[Request] = []
+    echoes: list[_Echo] = []
+    for i, prompt in enumerate(body.prompts):
+        try:
+            tokens = await _encode(body, context, prompt)
+            name = record.engine_id if i == 0 else f"{record.engine_id}-{i}"
+            request = engine_request(body, context, name, tokens, sampling)
+            context.engine.info.check(request)
+        except RequestError as error:
+            if len(body.prompts) > 1 and error.param == "prompt":
+                error.args = (f"prompt[{i}]: {error}",)
+            raise
+        requests.append(request)
+        if body.echo:
+            echoes.append(await context.in_thread(_echo, body, context, prompt, request))
+    batch = Batch(context, record, requests, text_options(body))
+    return await respond(http, batch, _Answer(body, context, record, batch, echoes), bool(body.stream))
+
+
+async def _encode(body: CompletionRequest, context: ServerContext, prompt: PromptInput) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    special = body.add_special_tokens is not False
+    return await context.in_thread(context.text.encode, prompt, add_special_tokens=special, param="prompt")
+
+
+@dataclass(slots=True)
+class _Echo:
+    """A prompt as the answer repeats it: its text, and at which of its characters each token begins."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+
+
+def _echo(body: CompletionRequest, context: ServerContext, prompt: PromptInput, request: Request) -> _Echo:
+    tokens = request.prompt_token_ids
+    detokenizer = context.text.detokenizer([], skip_special_tokens=False, aligned=True)
+    delta = detokenizer.push(tokens, final=True)
+    # The client's own text, where all of it is there: not with the BOS that stands before it.
+    whole = isinstance(prompt, str) and body.truncate_prompt_tokens is None
+    text = prompt if whole and isinstance(prompt, str) else delta.text
+    shift = len(delta.text) - len(text)
+    starts = tuple(min(max(0, start - shift), len(text)) for start in delta.starts)
+    return _Echo(text, tokens, starts)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice of an answer that is not streamed, as its pieces come."""
+
+    texts: list[str] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    finish_reason: FinishReasonName = "stop"
+
+
+class _Answer:
+    """Writes a batch in OpenAI's form."""
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        context: ServerContext,
+        record: RequestRecord,
+        batch: Batch,
+        echoes: list[_Echo],
+    ) -> None:
+        self.completion_id = f"cmpl-{record.engine_id}"
+        self._body = body
+        self._context = context
+        self._batch = batch
+        self._echoes = echoes
+        self._n = body.n or 1
+        self._begun: set[int] = set()
+        special_is_text = body.skip_special_tokens is False
+        self._read = partial(context.text.token_text, special_is_text=special_is_text)
+        self._heading = Heading(self.completion_id, int(time.time()), body.model, context.fingerprint)
+        usage = (lambda: self._usage) if body.include_usage else None
+        self._writer = CompletionWriter(self._heading, usage, body.continuous_usage)
+
+    def write(self, piece: TextPiece) -> bytes:
+        """See `Answer.write`."""
+        text, entries = self._take(piece)
+        logprobs = None if self._body.logprobs is None else self._logprobs(entries)
+        return self._writer.step(piece.index, text, logprobs, piece.finish_reason)
+
+    def end(self) -> bytes:
+        """See `Answer.end`."""
+        return self._writer.end()
+
+    async def whole(self) -> bytes:
+        """See `Answer.whole`."""
+        choices: dict[int, _Choice] = {}
+        async for piece in self._batch.pieces():
+            choice = choices.setdefault(piece.index, _Choice())
+            text, entries = self._take(piece)
+            choice.texts.append(text)
+            choice.entries += entries
+            if piece.finish_reason is not None:
+                choice.finish_reason = piece.finish_reason
+        if self._body.logprobs is not None or self._body.prompt_logprobs is not None:
+            return await self._context.in_thread(self._render, choices)
+        return self._render(choices)
+
+    @property
+    def _usage(self) -> Usage:
+        usage = self._batch.usage
+        if self._body.echo_only:  # the one token that the engine drew is no part of the answer
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
+    def _take(self, piece: TextPiece) -> tuple[str, list[Entry]]:
+        """A piece's text and tokens, after the prompt's where it is the first of its choice."""
+        entries: list[Entry] = []
+        text, base = piece.text, 0
+        if self._body.echo_only:
+            text = ""
+        if self._echoes:
+            echo = self._echoes[piece.index // self._n]
+            base = len(echo.text)
+            if piece.index not in self._begun:
+                self._begun.add(piece.index)
+                text = echo.text + text
+                known = self._batch.generations[piece.index // self._n].prompt_logprobs
+                if self._body.logprobs is not None and known is not None:
+                    entries += zip(echo.token_ids, echo.starts, known, strict=True)
+        if not self._body.echo_only:
+            for start, one in zip(piece.starts, piece.logprobs or (), strict=True):
+                entries.append((one.token_id, base + start, one))
+        return text, entries
+
+    def _logprobs(self, entries: list[Entry]) -> CompletionLogprobs:
+        return completion_logprobs(entries, self._body.logprobs or 0, self._read)
+
+    def _render(self, choices: dict[int, _Choice]) -> bytes:
+        completion = Completion(
+            **self._heading.fields("text_completion"),
+            choices=[self._choice(index, choices[index]) for index in sorted(choices)],
+            usage=self._usage,
+        )
+        return to_json(completion).encode()
+
+    def _choice(self, index: int, found: _Choice) -> CompletionChoice:
+        choice = CompletionChoice(
+            index=index,
+            text="".join(found.texts),
+            logprobs=None if self._body.logprobs is None else self._logprobs(found.entries),
+            finish_reason="length" if self._body.echo_only else found.finish_reason,
+        )
+        count, known = self._body.prompt_logprobs, self._batch.generations[index // self._n].prompt_logprobs
+        if count is not None and known is not None:
+            choice.prompt_logprobs = prompt_logprobs(known, count, self._context.text.token_text)
+        return choice

@@ -1,0 +1,205 @@
+"""Body of POST /v1/chat/completions, and the messages that /tokenize takes too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from engine.errors import RequestError
+from engine.types import MAX_LOGPROBS, SamplingParams
+from server.errors import UnsupportedFieldError, field_path
+from server.schemas.base import (
+    UNSUPPORTED_EVERYWHERE,
+    Body,
+    GenerationBody,
+    SamplingDefaults,
+    TextPart,
+    first,
+    parts,
+    without_unsupported,
+)
+
+__all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
+
+Content = Annotated[
+    list[TextPart], BeforeValidator(parts, json_schema_input_type=str | list[TextPart]), Field(min_length=1)
+]
+
+_UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+"""An assistant's message may come back as the client got it, so its empty fields pass."""
+
+
+class ChatMessage(Body):
+    """One turn of the conversation."""
+
+    UNSUPPORTED = _UNSUPPORTED_IN_MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    def as_template_input(self) -> dict[str, Any]:
+        """The message with its text parts joined by newlines, as in vLLM."""
+        return {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+
+
+class Conversation(Body):
+    """The fields that say what the chat template is to write."""
+
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_messages(cls, data: Any) -> Any:
+        """Messages without the fields that pass by being empty, each checked by its own path."""
+        if not isinstance(data, dict) or not isinstance(data.get("messages"), list):
+            return data
+        messages = [
+            without_unsupported(ChatMessage, message, _UNSUPPORTED_IN_MESSAGE, "messages", i)
+            for i, message in enumerate(data["messages"])
+        ]
+        for i, message in enumerate(messages):
+            _refuse_other_parts(message, i)
+        return {**data, "messages": messages}
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt cannot both be true",
+                param="continue_final_message",
+            )
+        return self
+
+    def template_options(self) -> dict[str, Any]:
+        """The options of `TextProcessor.encode_chat`."""
+        continues = bool(self.continue_final_message)
+        return {
+            "add_generation_prompt": first(self.add_generation_prompt, not continues),
+            "continue_final_message": continues,
+            "add_special_tokens": bool(self.add_special_tokens),
+            "template_kwargs": self.chat_template_kwargs or {},
+        }
+
+    def template_input(self) -> list[dict[str, Any]]:
+        """The messages for `TextProcessor.encode_chat`."""
+        return [message.as_template_input() for message in self.messages or ()]
+
+
+class Prediction(Body):
+    """OpenAI's predicted output: text that the answer is expected to repeat."""
+
+    PATH = ("prediction",)
+
+    type: Literal["content"]
+    content: Annotated[list[TextPart], BeforeValidator(parts, json_schema_input_type=str | list[TextPart])]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationBody, Conversation):
+    """Body of POST /v1/chat/completions."""
+
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **UNSUPPORTED_EVERYWHERE,
+        # OpenAI's
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True,),
+        "prompt_cache_options": ({},),
+        "prompt_cache_retention": ("in_memory",),
+        "reasoning_effort": ("none",),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        # vLLM's
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+        "include_reasoning": (True,),
+        "mm_processor_kwargs": ({},),
+    }
+    NO_EFFECT: ClassVar[frozenset[str]] = frozenset(
+        {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prediction: Prediction | None = None
+
+    metadata: dict[str, str] | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
+    prompt_cache_key: str | None = Field(None, description="No effect.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="No effect.")
+    store: Literal[False] | None = Field(None, description="No effect.")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise RequestError(
+                "max_tokens and max_completion_tokens cannot both be set", param="max_completion_tokens"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        return self
+
+    @property
+    def prediction_text(self) -> str:
+        """What the answer is predicted to hold; empty for no prediction."""
+        return "" if self.prediction is None else self.prediction.text
+
+    @property
+    def output_limit(self) -> int | None:
+        limit: int | None = first(self.max_completion_tokens, self.max_tokens)
+        return limit
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def sampling(self, defaults: SamplingDefaults, vocab_size: int, bad_words: Any = ()) -> SamplingParams:
+        """See `GenerationBody.sampling`."""
+        try:
+            return super().sampling(defaults, vocab_size, bad_words)
+        except RequestError as error:
+            if self.max_completion_tokens is None or "max_tokens" not in str(error):
+                raise
+            # The client knows the bound by its other name.
+            param = "max_completion_tokens" if error.param == "max_tokens" else error.param
+            message = str(error).replace("max_tokens", "max_completion_tokens")
+            raise RequestError(message, param=param) from None
+
+
+def _refuse_other_parts(message: Any, index: int) -> None:
+    """Raises UnsupportedFieldError for a content part of a known form that is not text."""
+    content = message.get("content") if isinstance(message, dict) else None
+    for j, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            param = field_path(["messages", index, "content", j, "type"])
+            raise UnsupportedFieldError(
+                f"{param}: content parts of type {kind!r} are not supported, only 'text'", param=param
+            )
