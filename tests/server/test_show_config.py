@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-import yaml
-
-from server.settings import Settings, load_settings
+from server.settings import Settings
 from server.show_config import resolved, table
 from tests.server.test_cli import invoke
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_each_setting_names_its_source(tmp_path: Path) -> None:
@@ -43,12 +38,3 @@ def test_a_bad_setting_is_told_as_when_serving() -> None:
     code, out, err = invoke("config", "--tree", "99")
     assert (code, out) == (2, "")
     assert err.startswith("error: --tree: ")
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_shipped_configs_load_and_name_files_that_exist(file: Path) -> None:
-    settings = load_settings({}, file)
-    assert settings.model == yaml.safe_load(file.read_text())["model"]
-    assert file.read_text().startswith("#")
-    if settings.tree_file is not None:
-        assert (CONFIGS.parent / settings.tree_file).is_file()  # their paths start at the root
