@@ -22,7 +22,7 @@ class EngineConfig(BaseModel):
 
     model: str = Field(
         "smollm2-135m",
-        description="Model: 'smollm2-135m' (embedded), a local folder, or a Hugging Face hub id.",
+        description="Model: 'smollm2-135m' (embedded), a folder or .gguf file, or a Hugging Face hub id.",
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the model.")
     heads: str | None = Field(

@@ -68,10 +68,12 @@ class Settings(EngineConfig, BaseSettings):
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All names clients may use. A local folder gives its own name, not the path to it."""
+        """All names clients may use. A local folder or GGUF gives its own name, not the path to it."""
         if self.served_model_name is not None:
             return tuple(dict.fromkeys(name.strip() for name in self.served_model_name.split(",")))
         folder = Path(self.model).expanduser()
+        if folder.suffix == ".gguf":
+            return (folder.stem,)
         return (folder.resolve().name if folder.is_dir() else self.model,)
 
 

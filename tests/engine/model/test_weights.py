@@ -232,10 +232,10 @@ def test_absent_folder_is_not_looked_for_on_the_hub(name: str) -> None:
         resolve_model(name)
 
 
-def test_file_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
+def test_other_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
     with pytest.raises(ModelError, match="is a file"):
-        resolve_model(str(tmp_path / "model.gguf"))
+        resolve_model(str(tmp_path / "model.bin"))
 
 
 def test_revision_is_for_hub_ids_only(tmp_path: Path) -> None:
