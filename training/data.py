@@ -39,6 +39,7 @@ __all__ = [
     "held_out",
     "load_shards",
     "read_shard",
+    "row_of",
     "write_json",
     "write_shard",
 ]
@@ -78,6 +79,18 @@ class Row:
     def key(self) -> tuple[int, int, int]:
         """No two rows of a data set share it."""
         return self.conversation, self.turn, self.sample
+
+
+def row_of(item: dict[str, Any]) -> Row:
+    """The row that a line of `rows.jsonl` describes."""
+    return Row(
+        conversation=int(item["conversation"], 16),
+        turn=item["turn"],
+        sample=item["sample"],
+        temperature=item["temperature"],
+        prompt=np.array(item["prompt_ids"], dtype=np.int64),
+        answer=np.array(item["answer_ids"], dtype=np.int64),
+    )
 
 
 def held_out(conversation: int, share: float = HELD_OUT) -> bool:

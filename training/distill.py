@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from tqdm import tqdm
 
 from engine.config import EngineConfig
@@ -26,7 +25,7 @@ from engine.model.config import ModelConfig
 from engine.model.weights import resolve_model
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
 from training.conversations import Asked, hash64, read_asked, self_prompted, user_turn_start
-from training.data import SHARD_SUFFIX, Row, write_json, write_shard
+from training.data import SHARD_SUFFIX, Row, row_of, write_json, write_shard
 
 __all__ = ["DistillOptions", "run"]
 
@@ -220,14 +219,7 @@ class _Book:
         return file
 
     def _count(self, item: dict[str, Any]) -> None:
-        row = Row(
-            conversation=int(item["conversation"], 16),
-            turn=item["turn"],
-            sample=item["sample"],
-            temperature=item["temperature"],
-            prompt=np.array(item["prompt_ids"], dtype=np.int64),
-            answer=np.array(item["answer_ids"], dtype=np.int64),
-        )
+        row = row_of(item)
         said = {"messages": item["messages"], "answer": item["answer"]}
         self.done.setdefault((row.conversation, row.sample), {})[row.turn] = said
         counts = self.manifest["counts"]

@@ -22,6 +22,7 @@ from server.cli import app
 from tests.support import greedy
 from training.data import load_shards
 from training.distill import DistillOptions, hash_weights, run
+from training.pack import main as pack_main, pack
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,6 +181,40 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match="was distilled with seed 0, not 1"):
         run(config(chat_model), options(prompts, max_prompt_tokens=64, seed=1), done)
+
+
+def test_packing_adds_what_is_new_and_leaves_the_rest(
+    chat_model: Path, prompts: Path, done: Path, tmp_path: Path
+) -> None:
+    shards, run_folder = tmp_path / "shards", tmp_path / "run"
+    run(config(chat_model), options(prompts, limit=5, max_prompt_tokens=64), run_folder)
+    few = len(items(run_folder))
+    # A run under way may be in the middle of a line.
+    with (run_folder / "rows.jsonl").open("ab") as file:
+        file.write(b'{"conversation": "00')
+    assert pack(shards, [run_folder]) == few
+    first = (shards / "00000.tokens.xz").read_bytes()
+    assert pack_main([str(shards), str(run_folder), str(done)]) == 0
+    assert (shards / "00000.tokens.xz").read_bytes() == first
+    assert pack(shards, [done]) == 0
+    assert sorted(path.name for path in shards.iterdir()) == ["00000.tokens.xz", "00001.tokens.xz"]
+    packed = {row.key: row.answer.tolist() for row in load_shards([shards])}
+    assert packed == {row.key: row.answer.tolist() for row in load_shards([done])}
+
+
+def test_packing_refuses_another_models_answers(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack(tmp_path / "shards", [done]) > 0
+    other = tmp_path / "other"
+    other.mkdir()
+    manifest = json.loads((done / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "weights_sha256": "0"}))
+    (other / "rows.jsonl").write_bytes((done / "rows.jsonl").read_bytes())
+    assert pack_main([str(tmp_path / "shards"), str(other)]) == 2
+    assert "answers of other weights" in capsys.readouterr().err
+    assert pack_main([str(tmp_path / "shards"), str(tmp_path)]) == 2
+    assert "is no output of `medusa-serve distill`" in capsys.readouterr().err
 
 
 def test_samples_of_a_prompt_differ(chat_model: Path, prompts: Path, tmp_path: Path) -> None:
