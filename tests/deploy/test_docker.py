@@ -1,0 +1,173 @@
+"""What can be told of the image and the compose file without a Docker engine.
+
+tests/system/test_image.py executes the Dockerfile's steps; here are its form and what must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from server.lifecycle import HANDSHAKE_S, KEEP_ALIVE_S
+from server.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+COMPOSE = DOCKER / "compose.yaml"
+SCHEMA = json.loads(Path(__file__).with_name("compose-spec.json").read_text(encoding="utf-8"))
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+SETTINGS = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+OWN_VARIABLES = {"MEDUSA_CACHE"}  # read by engine/model/embedded.py
+CLOSING_S = 5
+"""Room between the end of a drain and the kill."""
+
+
+def env_file() -> dict[str, str]:
+    lines = (DOCKER / ".env").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def interpolate(value: Any, variables: dict[str, str]) -> Any:
+    """Compose's `${NAME}` and `${NAME:-default}` in every string; fails on any other form."""
+    if isinstance(value, dict):
+        return {key: interpolate(item, variables) for key, item in value.items()}
+    if isinstance(value, list):
+        return [interpolate(item, variables) for item in value]
+    if isinstance(value, str):
+        filled = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: variables.get(m[1], "") or m[2] or "", value)
+        assert "$" not in filled, value
+        return filled
+    return value
+
+
+def compose(**variables: str) -> dict[str, Any]:
+    read = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
+    found: dict[str, Any] = interpolate(read, env_file() | variables)
+    return found
+
+
+def seconds(text: str) -> float:
+    assert text.endswith("s"), text
+    return float(text[:-1])
+
+
+def hadolint(dockerfile: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sysconfig.get_path("scripts")) / "hadolint"
+    return subprocess.run(
+        [program, "-"], input=dockerfile, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    found = hadolint(DOCKERFILE)
+    assert found.returncode == 0, found.stdout
+    assert hadolint(DOCKERFILE.replace("--yes ", "")).returncode != 0  # it does look
+
+
+def test_every_base_image_has_an_exact_version() -> None:
+    images = re.findall(r"^ARG \w+_BASE=(\S+)", DOCKERFILE, re.MULTILINE)
+    images += [s["image"] for s in compose()["services"].values() if "build" not in s]
+    assert len(images) == 5
+    for image in images:
+        assert re.search(r":[a-z]*-?v?\d[\w.-]*\d", image), image
+
+
+def test_the_dockerfile_sets_settings_that_exist() -> None:
+    names = set(re.findall(r"^(?:ENV)?\s+(MEDUSA_\w+)=", DOCKERFILE, re.MULTILINE))
+    assert {"MEDUSA_HOST", "MEDUSA_CACHE"} <= names <= SETTINGS | OWN_VARIABLES
+
+
+def test_the_build_context_holds_what_the_dockerfile_copies_and_nothing_else() -> None:
+    allowed = {
+        line[1:].rstrip("/")
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("!")
+    }
+    packages = re.search(r"^include = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert packages is not None
+    built = set(re.findall(r'"(\w+)"', packages[1]))
+    assert built <= allowed
+    assert {"pyproject.toml", "constraints.txt", "configs", "README.md", "LICENSE"} <= allowed
+    assert not {"tests", "benchmarks", ".venv", ".git"} & allowed
+
+
+@pytest.mark.parametrize("variables", [{}, {"COMPOSE_PROFILES": "gpu", "MEDUSA_MODEL": "some/model"}])
+def test_the_compose_file_is_valid(variables: dict[str, str]) -> None:
+    jsonschema.Draft7Validator(SCHEMA).validate(compose(**variables))
+    broken = compose()
+    broken["services"]["nginx"]["read_onyl"] = True
+    assert not jsonschema.Draft7Validator(SCHEMA).is_valid(broken)
+
+
+def test_up_alone_starts_two_cpu_replicas_and_the_rest() -> None:
+    profile = env_file()["COMPOSE_PROFILES"]
+    started = {
+        name
+        for name, service in compose()["services"].items()
+        if profile in service.get("profiles", [profile])
+    }
+    assert started == {"cpu-1", "cpu-2", "nginx", "prometheus", "grafana"}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_each_profile_has_two_replicas_under_the_names_that_nginx_and_prometheus_use(profile: str) -> None:
+    services = compose()["services"]
+    replicas = [service for service in services.values() if service.get("profiles") == [profile]]
+    aliases = [replica["networks"]["default"]["aliases"][0] for replica in replicas]
+    assert aliases == ["replica-1", "replica-2"]
+    upstreams = services["nginx"]["environment"]["NGINX_UPSTREAMS"]
+    scraped = (DOCKER / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
+    for alias in aliases:
+        assert f"server {alias}:8000 max_fails=0 resolve;" in upstreams
+        assert f"{alias}:8000" in scraped
+
+
+def test_what_compose_hands_to_replicas_are_settings_and_all_of_them_stand_in_the_env_file() -> None:
+    services = compose()["services"]
+    for name in ("cpu-1", "cpu-2", "gpu-1", "gpu-2"):
+        given = {key for key in services[name]["environment"] if key.startswith(ENV_PREFIX)}
+        assert given <= SETTINGS
+    assert {key for key in env_file() if key.startswith(ENV_PREFIX)} == given - {"MEDUSA_DRAIN_S"}
+    # Nothing set: every value is empty, which the settings read as unset.
+    assert {services["cpu-1"]["environment"][key] for key in given - {"MEDUSA_DRAIN_S"}} == {""}
+
+
+def test_every_mounted_file_exists_and_every_root_is_read_only() -> None:
+    for name, service in compose()["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if source.startswith("./") and source != "./models":
+                assert (DOCKER / source).exists(), volume
+
+
+def test_docker_waits_for_the_drain() -> None:
+    services = compose()["services"]
+    drain = float(services["cpu-1"]["environment"]["MEDUSA_DRAIN_S"])
+    for name in ("cpu-1", "cpu-2", "gpu-1", "gpu-2", "nginx"):
+        assert seconds(services[name]["stop_grace_period"]) >= drain + HANDSHAKE_S + CLOSING_S, name
+    assert seconds(services["nginx"]["environment"]["NGINX_SHUTDOWN_TIMEOUT"]) >= drain
+
+
+def test_nginx_closes_idle_connections_before_the_server_does() -> None:
+    template = (DOCKER / "nginx" / "nginx.conf.template").read_text(encoding="utf-8")
+    kept = re.search(r"keepalive_timeout (\d+)s", template)
+    assert kept is not None
+    assert int(kept[1]) < KEEP_ALIVE_S
+    used = set(re.findall(r"\$\{(NGINX_\w+)\}", template))
+    assert used <= compose()["services"]["nginx"]["environment"].keys() - os.environ.keys()
+
+
+def test_nginx_takes_every_body_that_the_server_takes() -> None:
+    size = compose()["services"]["nginx"]["environment"]["NGINX_MAX_BODY"]
+    assert int(size.removesuffix("m")) * 2**20 >= Settings.model_fields["max_body_bytes"].default
