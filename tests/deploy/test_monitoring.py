@@ -49,7 +49,7 @@ def expressions() -> Iterator[str]:
     yield from (rule["expr"] for rule in RULES + ALERTS)
 
 
-@pytest.mark.parametrize("expression", expressions())
+@pytest.mark.parametrize("expression", list(expressions()))
 def test_queries_name_series_that_exist(expression: str) -> None:
     names = set(re.findall(r"\bmedusa[_:]\w+(?::\w+)*", expression.replace('"medusa-serve"', "")))
     assert names <= series()
