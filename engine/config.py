@@ -25,6 +25,9 @@ class EngineConfig(BaseModel):
         description="Model: 'smollm2-135m' (embedded), a folder or .gguf file, or a Hugging Face hub id.",
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the model.")
+    chat_template: str | None = Field(
+        None, description="Jinja file of a chat template, in place of the tokenizer's own."
+    )
     heads: str | None = Field(
         None,
         description="Medusa heads: a .safetensors, .pt or .bin file, a folder or hub id that holds one, or "

@@ -77,6 +77,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             f"max_num_seqs ({config.max_num_seqs}) must not exceed max_step_tokens ({config.max_step_tokens})"
         )
 
+    chat_template = _chat_template(config)
     checkpoint = Checkpoint(folder)
     heads_source = _heads_source(config, folder, checkpoint)
     _check_tree(config, with_heads=heads_source is not None)
@@ -154,7 +155,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         pool=pool,
         blocks=blocks,
         heads=drafter,
-        text=TextProcessor(load_tokenizer(folder)),
+        text=TextProcessor(load_tokenizer(folder), chat_template),
         generation_defaults=load_generation_defaults(folder),
         max_step_tokens=config.max_step_tokens,
         prefix_caching=config.prefix_caching,
@@ -190,6 +191,17 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"max_model_len {config.max_model_len} exceeds the {model.max_position} of {config.model}"
         )
     return config.max_model_len
+
+
+def _chat_template(config: EngineConfig) -> str | None:
+    """Its source, from the file that is named; None leaves it to the tokenizer."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read the chat template {config.chat_template}: {reason}") from error
 
 
 def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint) -> str | None:

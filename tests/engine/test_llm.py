@@ -11,7 +11,7 @@ import pytest
 
 import engine
 from engine.config import EngineConfig
-from engine.errors import ConfigError, ContextLengthError, RequestError
+from engine.errors import ConfigError, ContextLengthError, ModelError, RequestError
 from engine.llm import LLM
 from engine.types import FinishReason, MedusaParams, Request, SamplingParams
 from tests.support import greedy, greedy_reference, save_model, tiny_llama
@@ -175,6 +175,27 @@ def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPat
     assert output.token_ids == greedy_reference(tiny_llama(), [5, 6, 9], 6)
     both = llm.chat([talk, talk[1:]], GREEDY)
     assert [each.prompt_token_ids for each in both] == [(5, 6, 9), (6, 9)]
+
+
+def test_a_chat_template_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }} t9 {% endfor %}")
+
+    def load(path: Path) -> LLM:
+        return LLM(
+            str(folder), device="cpu", block_size=4, max_model_len=64, tree="off", chat_template=str(path)
+        )
+
+    (output,) = load(file).chat([{"role": "user", "content": "t5"}], GREEDY)
+    assert output.prompt_token_ids == (5, 9)
+    with pytest.raises(ConfigError, match=r"cannot read the chat template .*absent: No such file"):
+        load(tmp_path / "absent")
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(file)
+    file.write_text("{% for %}")
+    with pytest.raises(ModelError, match="not valid Jinja"):
+        load(file)
 
 
 def test_a_name_and_settings_make_an_llm(folder: Path) -> None:
