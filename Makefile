@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help install serve test lint format equality bench disconnect load acceptance adaptive http-cost peers soak clean
+.PHONY: help install serve test lint format equality bench disconnect load acceptance adaptive http-cost peers fuzz soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +54,9 @@ http-cost: $(VENV)/.dev ## what HTTP costs next to the engine alone
 
 peers: $(VENV)/.dev ## tokens/s of other servers in the same run
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+fuzz: $(VENV)/.dev ## requests made from the API's own description; ARGS="--cases 10000", "--cases 300 --engine real"
+	$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 soak: $(VENV)/.dev ## ten minutes of everything: memory flat, no block lost
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -143,6 +143,8 @@ async def _on_http_error(request: Request, error: Exception) -> ErrorResponse:
             message, code = f"Unknown path: {request.method} {request.url.path}", "unknown_url"
         case 405:
             message, code = f"{request.url.path} does not answer {request.method}", "method_not_allowed"
+        case 413:
+            message, code = str(error.detail), "content_too_large"
         case status:
             message = str(error.detail)
             code = HTTPStatus(status).phrase.lower().replace(" ", "_")

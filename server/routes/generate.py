@@ -30,15 +30,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (404, "The model is not served here."),
         (413, "The body is larger than the server takes."),
         (415, "The body is not JSON by its Content-Type."),
+        ("4XX", "The request cannot be taken as it is."),
         (500, "A step failed under the request."),
         (503, "The queue is full or the server is shutting down; `Retry-After` says when to come back."),
     )
 }
 """Answers of every endpoint with a body, for its OpenAPI description."""
 
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk in JSON, an error, or [DONE]."}},
 }
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 """The other form of a completion."""
 
 log = structlog.stdlib.get_logger("server.generate")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server import __version__
 from server.context import Context
@@ -13,16 +15,19 @@ __all__ = ["QUIET_PATHS", "router"]
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Polled every few seconds; logged at debug level only."""
 
+_OPENMETRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/openmetrics-text": {}}}}
+_NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; `status` says why."}}
+
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses=_NOT_NOW)
 async def health(context: Context) -> JSONResponse:
     """200 while the engine's thread lives; 503 asks for a restart."""
     return _status(context.engine.healthy, "ok", "dead")
 
 
-@router.get("/ready")
+@router.get("/ready", responses=_NOT_NOW)
 async def ready(context: Context) -> JSONResponse:
     """200 while new requests are taken, else 503. In a drain the listening socket is closed first."""
     return _status(context.engine.healthy and context.engine.ready, "ready", "not ready")
@@ -33,7 +38,7 @@ async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses=_OPENMETRICS)
 async def metrics(request: Request, context: Context) -> Response:
     """Prometheus text, or OpenMetrics where the Accept header asks for it."""
     body, content_type = context.metrics.render(request.headers.get("accept", ""))

@@ -19,7 +19,7 @@ async def list_models(context: Context) -> ModelList:
     return ModelList(data=[_card(context, name) for name in context.settings.model_names])
 
 
-@router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
+@router.get("/v1/models/{name:path}", responses={404: ERRORS[404], "4XX": ERRORS["4XX"]})
 async def get_model(name: str, context: Context) -> ModelCard:
     """The served model by one of its names; a hub id has a slash in it."""
     context.check_model(name)
