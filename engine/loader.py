@@ -21,6 +21,7 @@ from engine.medusa.heads import HeadDrafter, MedusaHeads
 from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
+from engine.model.info import available_bytes
 from engine.model.weights import (
     Checkpoint,
     GenerationDefaults,
@@ -306,9 +307,9 @@ def _num_blocks(
         num_blocks = room // block_bytes
     else:
         most = config.max_num_seqs * one_sequence
-        wanted = min(_CPU_POOL_BYTES, _available_bytes() // 2)
+        wanted = min(_CPU_POOL_BYTES, available_bytes() // 2)
         num_blocks = min(most, max(wanted // block_bytes, one_sequence))
-        size_mib, available_mib = num_blocks * block_bytes >> 20, _available_bytes() >> 20
+        size_mib, available_mib = num_blocks * block_bytes >> 20, available_bytes() >> 20
         if size_mib > available_mib:
             raise ConfigError(
                 f"a K/V pool for max_model_len {max_model_len} takes {size_mib} MiB and {available_mib} MiB "
@@ -322,12 +323,3 @@ def _num_blocks(
             "gpu_memory_utilization)"
         )
     return num_blocks + 1
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping, page cache included; no bound where nothing tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 1 << 62
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)

@@ -93,6 +93,27 @@ def show_config(config: Path | None, json_output: bool, **options: str | None) -
     typer.echo(json.dumps(settings, ensure_ascii=False, indent=2) if json_output else table(settings))
 
 
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `serve`.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(metavar="TEXT", help="Hub revision of the model.")] = None,
+    device: Annotated[str, typer.Option(metavar="TEXT", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what MODEL is, the memory it takes per dtype and token, and which contexts fit this machine.
+
+    A model on the hub is downloaded; no weights are loaded.
+    """
+    from server.show_info import as_json, show_info, table
+
+    try:
+        found = show_info(model, revision, device)
+    except ConfigError as error:
+        _fail(error, 2)
+    except MedusaError as error:
+        _fail(error, 1)
+    typer.echo(json.dumps(as_json(found), indent=2) if json_output else table(found))
+
+
 def chat(
     url: Annotated[
         str, typer.Option(envvar="MEDUSA_URL", metavar="URL", help="The server's address.")
@@ -201,6 +222,7 @@ show_config.__signature__ = _signature(  # type: ignore[attr-defined]
     ],
 )
 app.command("config")(show_config)
+app.command()(info)
 app.command()(chat)
 
 bench.__signature__ = _signature(  # type: ignore[attr-defined]

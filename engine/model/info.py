@@ -1,0 +1,150 @@
+"""What a model is and what it takes, from its config alone: no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.model.config import ModelConfig
+from engine.model.gguf import GGUF_INDEX
+from engine.model.prequantized import stated_quantization
+
+__all__ = ["Memory", "ModelInfo", "available_bytes", "describe", "device_memory"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_SHORTEST = 2048  # the first context length asked about
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one dtype takes, in bytes.
+
+    Args:
+        dtype: of weights, activations and K/V.
+        weight_bytes: of all parameters.
+        kv_bytes_per_token: keys and values of one token in all layers. A layer with a window keeps all.
+        fits: for context lengths, how many sequences of that length fit beside the weights at once.
+    """
+
+    dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    fits: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model's shape and its needs on one device.
+
+    Args:
+        stored_as: "safetensors or bin", "gguf", "awq" or "gptq"; the last three are dequantised at load.
+        window: positions that layers with a window see, None without; `num_windowed` is how many have one.
+        device_bytes: memory the server may use there.
+        memory: for each dtype.
+    """
+
+    architecture: str
+    parameters: int
+    stored_as: str
+    dtype: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    window: int | None
+    num_windowed: int
+    device: str
+    device_bytes: int
+    memory: tuple[Memory, ...]
+
+
+def describe(folder: Path, device: torch.device) -> ModelInfo:
+    """Of a model folder, as `resolve_model` gives it.
+
+    Raises:
+        ModelError: there is no readable config.
+        UnsupportedModelError: the model is not covered.
+    """
+    config = ModelConfig.from_folder(folder)
+    windows = [window for window in config.windows if window is not None]
+    name, room = device_memory(device)
+    quantized = stated_quantization(folder) or {}
+    stored = (
+        "gguf" if (folder / GGUF_INDEX).is_file() else quantized.get("quant_method", "safetensors or bin")
+    )
+    return ModelInfo(
+        architecture=config.architecture,
+        parameters=count_parameters(config),
+        stored_as=str(stored),
+        dtype=str(config.dtype).removeprefix("torch."),
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_position=config.max_position,
+        window=max(windows, default=None),
+        num_windowed=len(windows),
+        device=name,
+        device_bytes=room,
+        memory=tuple(_memory(config, dtype, device, room) for dtype in _DTYPES),
+    )
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """All weights, a tied lm_head not counted again."""
+    hidden, width, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    layer = hidden * (2 * q_size + 2 * kv_size) + 3 * hidden * width
+    layer += config.qkv_bias * (q_size + 2 * kv_size) + config.output_bias * hidden
+    layer += config.mlp_bias * (2 * width + hidden)
+    layer += hidden * (4 if config.norms == "both" else 2)
+    layer += {"none": 0, "head": 2 * head_dim, "projection": q_size + kv_size}[config.qk_norm]
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return config.num_layers * layer + embeddings + hidden
+
+
+def device_memory(device: torch.device) -> tuple[str, int]:
+    """The device's name and the bytes a server may use there, weights included."""
+    if device.type == "cuda":
+        share = float(EngineConfig.model_fields["gpu_memory_utilization"].default)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{device} ({torch.cuda.get_device_name(device)})", int(total * share)
+    return "cpu", available_bytes()
+
+
+def available_bytes() -> int:
+    """Host memory that can be had without swapping, page cache included; no bound where nothing tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 1 << 62
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+
+
+def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room: int) -> Memory:
+    weights = count_parameters(config) * dtype.itemsize
+    if device.type == "cpu" and config.tie_word_embeddings:
+        # Packed for the CPU, lm_head is a copy of the embedding.
+        weights += config.vocab_size * config.hidden_size * dtype.itemsize
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    # Logits of a full step in this dtype and, for the draw, a few copies in float32.
+    step_tokens = int(EngineConfig.model_fields["max_step_tokens"].default)
+    transient = step_tokens * config.vocab_size * (dtype.itemsize + 4 * torch.float32.itemsize)
+    left = max(0, room - weights - transient)
+    lengths = [config.max_position]
+    while lengths[0] // 2 >= _SHORTEST:
+        lengths.insert(0, lengths[0] // 2)
+    return Memory(
+        dtype=str(dtype).removeprefix("torch."),
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        fits={length: left // ((length + MAX_TREE_NODES) * per_token) for length in lengths},
+    )

@@ -1,0 +1,76 @@
+"""`medusa-serve info`: what a model is, what it takes, and what of it fits this machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError
+from engine.model.info import ModelInfo, describe
+from engine.model.weights import resolve_model
+
+__all__ = ["as_json", "show_info", "table"]
+
+
+def show_info(model: str, revision: str | None, device: str) -> ModelInfo:
+    """Resolve the model (a hub id is downloaded) and describe it for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        ConfigError: the device is not here.
+        ModelError: the model is not there, or not covered.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        where = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not one torch knows") from error
+    if where.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} was asked for and torch sees no such GPU here")
+    return describe(resolve_model(model, revision), where)
+
+
+def as_json(info: ModelInfo) -> dict[str, Any]:
+    """The same as plain values; context lengths become strings, as JSON's keys are."""
+    values = asdict(info)
+    for memory in values["memory"]:
+        memory["fits"] = {str(length): count for length, count in memory["fits"].items()}
+    return values
+
+
+def table(info: ModelInfo) -> str:
+    """For people to read."""
+    window = "none" if info.window is None else f"{info.window} positions in {info.num_windowed} layers"
+    stored = info.stored_as
+    if stored != "safetensors or bin":
+        stored += ", dequantised at load"
+    lines = [
+        f"architecture    {info.architecture}, {info.num_layers} layers of {info.hidden_size}",
+        f"attention       {info.num_heads} heads of {info.head_dim}, {info.num_kv_heads} K/V heads",
+        f"sliding window  {window}",
+        f"vocabulary      {info.vocab_size}",
+        f"context         {info.max_position}",
+        f"parameters      {info.parameters / 1e6:,.1f} million",
+        f"stored as       {stored}; config says {info.dtype}",
+        f"device          {info.device}, {_size(info.device_bytes)} to use",
+    ]
+    for memory in info.memory:
+        lines += [
+            "",
+            f"{memory.dtype}: weights {_size(memory.weight_bytes)}, "
+            f"K/V {memory.kv_bytes_per_token} bytes a token",
+            *(_fit(length, count) for length, count in memory.fits.items()),
+        ]
+    return "\n".join(lines)
+
+
+def _fit(length: int, count: int) -> str:
+    fits = "does not fit" if not count else f"{count} sequences at once" if count > 1 else "1 sequence"
+    return f"  max_model_len {length:>7}: {fits}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.1f} MiB"

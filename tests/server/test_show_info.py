@@ -1,0 +1,32 @@
+"""`medusa-serve info` as a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from server.cli import app
+from tests.support import save_model, tiny_model
+
+
+def test_info_is_for_people_and_as_json(tmp_path: Path) -> None:
+    save_model(tiny_model("mistral", sliding_window=32), tmp_path)
+    shown = CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu"])
+    assert shown.exit_code == 0, shown.output
+    for part in ("MistralForCausalLM, 2 layers of 32", "32 positions in 2 layers", "K/V 512 bytes a token"):
+        assert part in shown.output
+    found = json.loads(CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu", "--json"]).output)
+    assert found["memory"][0]["kv_bytes_per_token"] == 512
+    assert list(found["memory"][0]["fits"]) == ["512"]
+
+
+def test_bad_names_end_with_a_line_that_says_so(tmp_path: Path) -> None:
+    for arguments, code, text in (
+        ([str(tmp_path / "absent")], 1, "does not exist"),
+        ([str(tmp_path), "--device", "tpu9"], 2, "device 'tpu9'"),
+        ([str(tmp_path), "--device", "cuda:99"], 2, "no such GPU"),
+    ):
+        result = CliRunner().invoke(app, ["info", *arguments])
+        assert (result.exit_code, text in result.output) == (code, True), result.output
