@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help install serve test lint format equality bench disconnect load acceptance adaptive http-cost peers fuzz soak clean
+.PHONY: help install serve test lint format equality bench disconnect load acceptance adaptive http-cost peers fuzz soak docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,6 +60,9 @@ fuzz: $(VENV)/.dev ## requests made from the API's own description; ARGS="--case
 
 soak: $(VENV)/.dev ## ten minutes of everything: memory flat, no block lost
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+docs: $(VENV)/.dev ## write the tables of docs/operations.md from the code
+	$(BIN)/python -m server.reference docs/operations.md
 
 # Three asks, in this order. torch alone and pinned, or an open range pulls another build; the embedded
 # model without its dependencies (llm, a source build of llama-cpp-python); then all the rest.

@@ -331,7 +331,7 @@ def _serving(engine: EngineClient, text: Any, defaults: Any) -> Iterator[str]:
     from server.settings import Settings
 
     configure_logging("error", "json", io.StringIO())  # a line per case would bury the result
-    app = create_app(engine, text, Settings(served_model_name=MODEL, drain_s=0.0), defaults)
+    app = create_app(engine, text, Settings(served_model_name=MODEL, drain_timeout=0.0), defaults)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
     listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

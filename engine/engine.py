@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from engine import faults
 from engine.errors import MedusaError
 from engine.loader import Loaded
 from engine.medusa.accept import Accepted, accept
@@ -88,10 +89,12 @@ class Engine:
         deltas: list[TokenDelta] = []
         for chunk in plan.prefill:
             with self._failing([chunk.sequence], deltas):
+                faults.visit("prefill")
                 deltas += self._prefill(chunk)
         if plan.decode:
             started = time.perf_counter()
             with self._failing(plan.decode, deltas):
+                faults.visit("decode")
                 batch = self._runner.batch(plan.decode)
                 draft = self._runner.draft(batch)
                 verified = self._runner.forward(batch, draft)

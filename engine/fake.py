@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence as SequenceOf
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence as SequenceOf
+from dataclasses import dataclass
 
 from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.stats import EngineStats
+from engine.stream import DeltaStream
 from engine.types import (
     DraftSource,
     EngineInfo,
@@ -25,7 +26,7 @@ from engine.types import (
     TokenLogprobs,
 )
 
-__all__ = ["FakeEngine", "FakeStep", "FakeStream", "Reply", "Step"]
+__all__ = ["FakeEngine", "FakeStep", "Reply", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +60,11 @@ class _Choice:
     request: Request
     index: int
     script: list[Step]
-    stream: FakeStream
+    stream: DeltaStream
     position: int = 0
     num_output: int = 0
     last_token: int = 0
     queue_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class FakeStream:
-    """The deltas of one request; ends after each choice's last delta."""
-
-    engine: FakeEngine
-    request_id: str
-    open_choices: int
-    _queue: asyncio.Queue[TokenDelta | None] = field(default_factory=asyncio.Queue)
-
-    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        while (delta := await self._queue.get()) is not None:
-            yield delta
-
-    async def aclose(self) -> None:
-        """Abort whatever of the request still runs."""
-        self.engine.abort([self.request_id])
-
-    def put(self, delta: TokenDelta) -> None:
-        self._queue.put_nowait(delta)
-        if delta.finish_reason is not None:
-            self.open_choices -= 1
-            if self.open_choices == 0:
-                self._queue.put_nowait(None)
 
 
 class FakeEngine:
@@ -182,7 +158,7 @@ class FakeEngine:
         self._accepting = True
         self._task = asyncio.create_task(self._run(), name="fake-engine")
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit(self, request: Request) -> DeltaStream:
         """Queue a request. Raises what `EngineClient.submit` raises."""
         if not self.ready:
             raise EngineStoppedError("the engine is shutting down")
@@ -194,7 +170,7 @@ class FakeEngine:
         if len(self._waiting) + sampling.n > self._max_waiting + free_slots:
             raise QueueFullError("too many requests are waiting")
         self.submitted.append(request)
-        stream = FakeStream(self, request.request_id, sampling.n)
+        stream = DeltaStream(request, lambda request_id: self.abort([request_id]))
         for index in range(sampling.n):
             self._waiting.append(_Choice(request, index, list(self._reply(request, index)), stream))
         self._gauges()

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Self, TypeVar
@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.loader import Loaded, load
 from engine.stats import EngineStats
+from engine.stream import DeltaStream
 from engine.types import EngineInfo, FinishReason, Request, TokenDelta, TokenStream
 
 __all__ = ["EngineLoop"]
@@ -26,35 +27,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class _Stream:
-    """A request's deltas on their way from the engine thread to one consumer."""
-
-    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
-        self.request = request
-        self.unfinished = set(range(request.sampling.n))
-        self._abort = abort
-        self._deltas: asyncio.Queue[TokenDelta] = asyncio.Queue()
-        self._undelivered = request.sampling.n
-
-    def put(self, delta: TokenDelta) -> None:
-        if delta.finish_reason is not None:
-            self.unfinished.discard(delta.index)
-        self._deltas.put_nowait(delta)
-
-    def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        return self
-
-    async def __anext__(self) -> TokenDelta:
-        if self._undelivered == 0:
-            raise StopAsyncIteration
-        delta = await self._deltas.get()
-        if delta.finish_reason is not None:
-            self._undelivered -= 1
-        return delta
-
-    async def aclose(self) -> None:
-        if self.unfinished:
-            self._abort(self.request.request_id)
+_STOP_S = 10.0
+"""How long a step may take to end once everything in it is aborted; then its thread is left behind."""
 
 
 class EngineLoop:
@@ -71,7 +45,7 @@ class EngineLoop:
     def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
         self._capacity = config.max_num_seqs + config.max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], list[TokenDelta]] | None] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, DeltaStream] = {}
         self._live = 0
         self._accepting = False
         self._failure: str | None = None
@@ -125,7 +99,7 @@ class EngineLoop:
             raise RequestError(f"n must be at most {self._capacity} on this server", param="n")
         if self._live + request.sampling.n > self._capacity:
             raise QueueFullError(f"the server already holds {self._live} requests; try again shortly")
-        stream = _Stream(request, lambda request_id: self.abort([request_id]))
+        stream = DeltaStream(request, lambda request_id: self.abort([request_id]))
         self._streams[request.request_id] = stream
         self._live += request.sampling.n
         self._idle.clear()
@@ -151,12 +125,22 @@ class EngineLoop:
                 log.warning(
                     "drain deadline of %.0f s passed, aborting %d requests", drain_s, len(self._streams)
                 )
-                self.abort(list(self._streams))
-                await self._idle.wait()
+                await self._abort_all()
         self._inbox.put(None)
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-        if self.healthy:
+        deadline = time.monotonic() + _STOP_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)  # a join in an executor would keep the process from ending
+        if self._thread.is_alive():
+            log.error("the engine thread does not end; it is left behind")
+        elif self.healthy:
             self._engine.check()
+
+    async def _abort_all(self) -> None:
+        self.abort(list(self._streams))
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout=_STOP_S)
+        except TimeoutError:
+            self._die(f"a step did not end within {_STOP_S:.0f} s")
 
     def _add(self, request: Request) -> list[TokenDelta]:
         self._engine.add(request)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from engine import faults
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import ModelError, RequestError
 from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
@@ -272,6 +273,7 @@ class TextProcessor:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError("the text is not valid Unicode: an unpaired surrogate", param=param) from error
+        faults.visit("encode")
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
 

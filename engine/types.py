@@ -466,6 +466,10 @@ class EngineInfo:
 class TokenStream(Protocol):
     """The deltas of one request, all choices interleaved. Ends after each choice's last delta."""
 
+    @property
+    def merged_steps(self) -> int:
+        """Steps that joined a delta which was still waiting to be taken."""
+
     def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
 
     async def aclose(self) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.types import EngineClient
 from server import __version__
+from server.auth import ApiKeys, KeyMiddleware
 from server.context import ServerContext
 from server.errors import add_error_handlers
 from server.metrics import Metrics
-from server.middleware import RequestMiddleware
+from server.middleware import ReadinessMiddleware, RequestMiddleware
 from server.routes import chat, completions, health, models, tokenize
 from server.schemas.base import SamplingDefaults
 from server.settings import Settings
+from server.watchdog import watch_steps
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
@@ -35,16 +39,28 @@ def create_app(
         text: the tokenizer's two directions.
         settings: the served name and the limits are read from it.
         defaults: the model's own sampling values, for fields a request leaves out.
+
+    Raises:
+        ConfigError: the API keys cannot be used.
     """
-    context = ServerContext(engine, text, settings, defaults, Metrics(engine, settings.model_name))
+    keys = ApiKeys.load(settings.api_key_file)
+    metrics = Metrics(
+        engine,
+        settings.model_name,
+        ready=lambda: context.ready,
+        healthy=lambda: context.healthy,
+    )
+    context = ServerContext(engine, text, settings, defaults, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        watchdog = asyncio.create_task(watch_steps(context), name="watchdog")
         try:
             yield
         finally:
-            await engine.stop(settings.drain_s)
+            watchdog.cancel()
+            await engine.stop(settings.drain_timeout)
             context.text_thread.shutdown(wait=False)
 
     # sse-starlette would cut every stream at SIGTERM; ours end with the engine's drain.
@@ -54,5 +70,17 @@ def create_app(
     for routes in (chat, completions, models, tokenize, health):
         app.include_router(routes.router)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes, metrics=context.metrics)
+    # Each wraps the ones before: a refusal has its log line, and browsers may read it.
+    app.add_middleware(ReadinessMiddleware, context=context)
+    if keys is not None:
+        app.add_middleware(KeyMiddleware, keys=keys)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(RequestMiddleware, settings=settings, metrics=context.metrics)
     return app

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
+from engine.errors import EngineStoppedError
 from engine.types import EngineClient
 from server import __version__
 from server.errors import ModelNotFoundError
@@ -38,6 +39,7 @@ class ServerContext:
     settings: Settings
     defaults: SamplingDefaults
     metrics: Metrics
+    draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     text_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
@@ -48,6 +50,29 @@ class ServerContext:
     def __post_init__(self) -> None:
         described = json.dumps([__version__, asdict(self.engine.info)], sort_keys=True)
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine's thread has died, and while a step takes longer than it may."""
+        return self.engine.healthy and not self.stuck
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the step under way has taken longer than `step_timeout`."""
+        return 0 < self.settings.step_timeout < self.engine.stats.step_age()
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.healthy and self.engine.ready and not self.draining
+
+    def check_ready(self) -> None:
+        """Raises EngineStoppedError if new requests are not taken."""
+        if self.stuck:
+            seconds = self.engine.stats.step_age()
+            raise EngineStoppedError(f"the engine has been in one step for {seconds:.0f} s")
+        if self.draining:
+            raise EngineStoppedError("the server is shutting down and takes no new requests")
 
     async def in_thread(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         """The result of `work`, in a thread: encoding a prompt of megabytes, or writing logprobs of a long
@@ -69,12 +94,14 @@ class RequestRecord:
         request_id: the client's X-Request-Id, or one made here.
         engine_id: the same made unique, since a client may use its id again while the first request runs.
         started: `time.monotonic()` at its arrival.
+        cut_short: the client left before its body was whole.
         fields: what the route adds to the line; never any text of the prompt or the output.
     """
 
     request_id: str
     engine_id: str
     started: float = field(default_factory=time.monotonic)
+    cut_short: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
 

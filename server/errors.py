@@ -26,6 +26,7 @@ __all__ = [
     "CLIENT_CLOSED_REQUEST",
     "ErrorResponse",
     "ModelNotFoundError",
+    "RequestTimeoutError",
     "UnsupportedFieldError",
     "add_error_handlers",
     "error_body",
@@ -48,6 +49,10 @@ class UnsupportedFieldError(RequestError):
     """A field that is unknown, or whose value would have no effect (HTTP 400)."""
 
 
+class RequestTimeoutError(MedusaError):
+    """The answer took longer than `request_timeout` (HTTP 504)."""
+
+
 def to_status(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """HTTP status, body and headers of an error. Unknown errors are a 500 that tells nothing."""
     headers: dict[str, str] = {}
@@ -68,6 +73,8 @@ def to_status(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             headers["Retry-After"] = "1"
         case StepError():
             status, code = 500, "step_failed"
+        case RequestTimeoutError():
+            status, code = 504, "request_timeout"
         case _:
             return 500, error_body(500, SERVER_ERROR_MESSAGE, code="internal_error"), headers
     param = error.param if isinstance(error, RequestError) else None

@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import os
 import socket
+import ssl
 import sys
+import time
+from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
-from engine.errors import MedusaError
-from engine.types import EngineClient, EngineInfo
+from engine.errors import ConfigError, MedusaError
+from engine.types import EngineInfo
 from server.app import create_app
+from server.auth import ApiKeys
+from server.context import ServerContext
 from server.logs import configure_logging
+from server.protocol import ServerConfig
 from server.settings import Settings
 
 __all__ = ["Server", "bind", "run"]
-
-KEEP_ALIVE_S = 75
-"""Longer than nginx keeps an idle upstream connection (60 s), so that it is never the server that closes
-one just as a request is put on it."""
 
 HANDSHAKE_S = 5
 """What connections get to close after the drain, in seconds."""
@@ -37,6 +42,10 @@ def run(settings: Settings) -> int:
     """
     configure_logging(settings.log_level, settings.log_format)
     try:
+        check(settings)
+    except ConfigError as error:
+        return _fail(str(error))
+    try:
         listener = bind(settings.host, settings.port)
     except OSError as error:
         return _fail(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
@@ -49,19 +58,29 @@ def run(settings: Settings) -> int:
             return _fail(str(error))
         except KeyboardInterrupt:
             return _fail("interrupted while loading")
-        app = create_app(engine, engine.text, settings, engine.generation_defaults)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(settings.drain_s) + HANDSHAKE_S,
-            server_header=False,
-        )
-        with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when it has shut down
-            Server(config, engine, settings).run(sockets=[listener])
+        try:
+            app = create_app(engine, engine.text, settings, engine.generation_defaults)
+            server = Server(app, settings)
+        except (MedusaError, OSError) as error:
+            return _fail(str(error))
+        server.run(sockets=[listener])
     return 0
+
+
+def check(settings: Settings) -> None:
+    """What can be wrong with the server's own files, before the model is loaded, which takes a while.
+
+    Raises:
+        ConfigError: API keys or TLS files that cannot be used.
+    """
+    ApiKeys.load(settings.api_key_file)
+    if settings.ssl_certfile is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                settings.ssl_certfile, settings.ssl_keyfile
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"cannot use the TLS files (ssl_certfile, ssl_keyfile): {error}") from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -80,32 +99,77 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, telling when it serves, and draining the engine while connections finish."""
+    """uvicorn, telling when it serves, and draining from the first signal on.
 
-    def __init__(self, config: uvicorn.Config, engine: EngineClient, settings: Settings) -> None:
-        super().__init__(config)
-        self._engine = engine
+    uvicorn alone closes the listening socket at the signal and stops the engine last. Here /ready turns 503
+    at once and the socket stays open: load balancers see it, and what they still send is answered with 503.
+    When the requests that run have ended, or the drain's deadline has passed and they were aborted and told
+    so, connections get `HANDSHAKE_S` more to take their last bytes. A second signal ends all of that.
+
+    Args:
+        app: of `create_app`.
+        settings: of the server.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(ServerConfig(app, settings))
+        context = app.state.context
+        assert isinstance(context, ServerContext)
+        self._context = context
         self._settings = settings
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets)
+        if self.force_exit:
+            # The interpreter's own end would wait for threads, and not survive one that is inside a kernel.
+            logging.shutdown()
+            os._exit(1)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started and sockets:
-            _announce(self._settings, self._engine.info, sockets[0])
+            _announce(self._settings, self._context.engine.info, sockets[0])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the hook's signature
+        """Called by the signal, between two instructions of the event loop's thread."""
+        if self._context.draining or self._loop is None:
+            self.force_exit = self.should_exit = True
+            return
+        self._context.draining = True  # here, not in the loop's next turn: /ready is 503 from now on
+        self._loop.call_soon_threadsafe(self._start_drain)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop taking connections, and at the same time let the engine finish or abort its requests.
-
-        uvicorn alone would wait for the responses first and stop the engine after, without a bound that
-        the engine knows of; here a request cut off by the drain is told so in its own stream.
-        """
-        log.info("shutting_down", running=self._engine.stats.running, waiting=self._engine.stats.waiting)
-        drain = asyncio.create_task(self._engine.stop(self._settings.drain_s))
+        if self._drain is None:
+            self._start_drain()
+        assert self._drain is not None
+        if self.force_exit:
+            self._drain.cancel()
+            with contextlib.suppress(TimeoutError):  # a stuck step is not waited for
+                await asyncio.wait_for(self._context.engine.stop(), timeout=1)
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._drain
+        self.config.timeout_graceful_shutdown = 1 if self.force_exit else HANDSHAKE_S
         await super().shutdown(sockets)
-        if self.force_exit:  # a second signal
-            drain.cancel()
-            await self._engine.stop()
-        else:
-            await drain
+        if self.force_exit:  # which uvicorn takes as a reason to leave the application as it is
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), timeout=1)
+
+    def _start_drain(self) -> None:
+        self._context.draining = True
+        self._drain = asyncio.create_task(self._drained(), name="drain")
+
+    async def _drained(self) -> None:
+        stats, limit = self._context.engine.stats, self._settings.drain_timeout
+        log.info("shutting_down", running=stats.running, waiting=stats.waiting, drain_timeout_s=limit)
+        deadline = time.monotonic() + limit
+        await self._context.engine.stop(limit)
+        # What the engine has finished may still be on its way to a client that reads slowly.
+        while self.server_state.tasks and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
 
 
 def _fail(message: str) -> int:
@@ -117,7 +181,8 @@ def _announce(settings: Settings, info: EngineInfo, listener: socket.socket) -> 
     """One line that says what is served and where, and a request to try."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    address = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    address = f"{scheme}://[{reachable}]:{port}" if ":" in reachable else f"{scheme}://{reachable}:{port}"
     body = {
         "model": settings.model_name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 
@@ -10,12 +11,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.context import RequestRecord
+from engine.errors import EngineStoppedError
+from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, error_response
 from server.metrics import Metrics
 from server.routes.health import QUIET_PATHS
+from server.settings import Settings
 
-__all__ = ["RequestMiddleware"]
+__all__ = ["ReadinessMiddleware", "RequestMiddleware"]
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID = 128
@@ -30,14 +33,15 @@ class RequestMiddleware:
 
     Args:
         app: what to wrap.
-        max_body_bytes: larger request bodies are refused with 413.
+        settings: `max_body_bytes` (larger bodies get 413) and `read_timeout` (slower ones 408).
         metrics: where requests are counted.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = settings.max_body_bytes
+        self._read_timeout = settings.read_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,29 +58,75 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, self._bounded(receive), send_with_id)
+            await self._app(scope, self._bounded(scope, receive, record), send_with_id)
         except Exception as error:
             log.exception("request_failed", request_id=record.request_id)
             if status is not None:
                 raise  # the server must see that the response was cut short
             await error_response(error)(scope, receive, send_with_id)
         finally:
+            if status is None or record.cut_short:
+                status = CLIENT_CLOSED_REQUEST
             _log_line(scope, record, status)
-            self._metrics.http_request(*_route(scope), CLIENT_CLOSED_REQUEST if status is None else status)
+            self._metrics.http_request(*_route(scope), status)
         return None
 
-    def _bounded(self, receive: Receive) -> Receive:
-        received = 0
+    def _bounded(self, scope: Scope, receive: Receive, record: RequestRecord) -> Receive:
+        """`receive` with bounds on the body's size and time. What is left of a refused body is not read."""
+        length = Headers(scope=scope).get("content-length", "")
+        announced = length.isdecimal() and int(length) > self._max_body_bytes
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._read_timeout
+        close = {"Connection": "close"}
 
         async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what follows the body is the client's going away
+                return await receive()
+            message: Message = {}
+            if not announced:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        message = await receive()
+                except TimeoutError:
+                    late = f"The request's body did not arrive within {self._read_timeout:g} s."
+                    raise HTTPException(408, late, close) from None
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise HTTPException(413, f"The request body is larger than {self._max_body_bytes} bytes.")
+            if announced or received > self._max_body_bytes:
+                large = f"The request body is larger than {self._max_body_bytes} bytes."
+                raise HTTPException(413, large, close)
+            complete = not message.get("more_body", False)
+            record.cut_short = message["type"] == "http.disconnect"
             return message
 
         return bounded
+
+
+class ReadinessMiddleware:
+    """Answers 503 to new work while none is taken, before any of it is read.
+
+    While the server drains every answer closes its connection, so that clients find another replica.
+    """
+
+    def __init__(self, app: ASGIApp, context: ServerContext) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._context.draining:
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        if scope["method"] == "POST":
+            try:
+                self._context.check_ready()
+            except EngineStoppedError as error:
+                return await error_response(error)(scope, receive, send_and_close)
+        return await self._app(scope, receive, send_and_close)
 
 
 def _request_ids(given: str | None) -> tuple[str, str]:
@@ -96,7 +146,7 @@ def _route(scope: Scope) -> tuple[str, str]:
     return method, getattr(scope.get("route"), "path", "other")
 
 
-def _log_line(scope: Scope, record: RequestRecord, status: int | None) -> None:
+def _log_line(scope: Scope, record: RequestRecord, status: int) -> None:
     write = log.debug if scope["path"] in QUIET_PATHS else log.info
     write(
         "request",

@@ -6,12 +6,13 @@ Precedence: command line > environment (`MEDUSA_…`) > YAML (`--config`) > defa
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.config import EngineConfig
@@ -20,6 +21,8 @@ from engine.errors import ConfigError
 __all__ = ["ENV_PREFIX", "Settings", "load_settings", "option_name", "read_yaml", "source_of"]
 
 ENV_PREFIX = "MEDUSA_"
+
+_ORIGIN = re.compile(r"https?://[^/\s,]+")
 
 
 class Settings(EngineConfig, BaseSettings):
@@ -41,12 +44,67 @@ class Settings(EngineConfig, BaseSettings):
         description="Name clients give as `model`, or several with commas between them, of which the first "
         "is the main one; the model's own name if unset.",
     )
+    api_key_file: Path | None = Field(
+        None,
+        description="File of API keys, one a line, that clients must send; keys can also be given in the "
+        "environment as MEDUSA_API_KEY or, with commas, MEDUSA_API_KEYS.",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins whose pages may call the server from a browser, with commas, or '*'; none if "
+        "unset.",
+    )
+    ssl_certfile: Path | None = Field(None, description="TLS certificate chain (PEM); serves HTTPS.")
+    ssl_keyfile: Path | None = Field(None, description="The certificate's private key (PEM).")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body, in bytes.")
-    drain_s: float = Field(
+    read_timeout: float = Field(
+        30.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Seconds a request's headers, and then its body, get to arrive before it is a 408.",
+    )
+    write_timeout: float = Field(
+        60.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Seconds a client may leave what was sent unread before its connection is cut.",
+    )
+    request_timeout: float = Field(
+        0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Seconds from a request's arrival to the end of its answer before it fails; 0: no limit.",
+    )
+    step_timeout: float = Field(
+        300.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Seconds one engine step may take before /health and /ready answer 503; 0: no limit.",
+    )
+    drain_timeout: float = Field(
         30.0, ge=0.0, allow_inf_nan=False, description="Seconds running requests get to finish at shutdown."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look.")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str | None) -> str | None:
+        for origin in (value or "").split(","):
+            if value and origin.strip() != "*" and not _ORIGIN.fullmatch(origin.strip()):
+                raise ValueError(f"must be origins like https://example.org, or *, got {origin.strip()!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _tls_files_go_together(self) -> Self:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile goes with ssl_certfile")
+        return self
+
+    @property
+    def origins(self) -> list[str]:
+        """`cors_origins` one by one."""
+        return [origin.strip() for origin in self.cors_origins.split(",")] if self.cors_origins else []
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -148,9 +206,9 @@ def _one_line(error: ValidationError, cli: Mapping[str, Any], config: Path | Non
     messages: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_input=False):
         text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        messages.setdefault(str(item["loc"][0]), []).append(text)
+        messages.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(text)
     in_file = "" if config is None else f" in {config}"
     return "; ".join(
-        f"{source_of(field, cli) or field + in_file}: {', or '.join(texts)}"
+        (f"{source_of(field, cli) or field + in_file}: " if field else "") + ", or ".join(texts)
         for field, texts in messages.items()
     )

@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from engine.errors import EngineStoppedError, StepError
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
+from server.errors import RequestTimeoutError
 from server.metrics import FinishedReason
 from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
 
@@ -127,6 +128,8 @@ class Generation:
             )
             for _ in self._choices
         ]
+        limit = context.settings.request_timeout
+        self._deadline = record.started + limit if limit else None
         self._stream = context.engine.submit(request)
 
     @property
@@ -156,8 +159,9 @@ class Generation:
         Raises:
             StepError: a step failed under the request.
             EngineStoppedError: the engine stopped before the request was done.
+            RequestTimeoutError: it took longer than a request may.
         """
-        async for delta in self._stream:
+        async for delta in self._deltas():
             if delta.index not in self._open:
                 continue  # a step that was under way when the choice's stop string ended it
             if delta.finish_reason is FinishReason.ERROR:
@@ -170,6 +174,26 @@ class Generation:
                 return
         raise EngineStoppedError("the server is shutting down")
 
+    async def _deltas(self) -> AsyncIterator[TokenDelta]:
+        if self._deadline is None:
+            async for delta in self._stream:
+                yield delta
+            return
+        deltas = aiter(self._stream)
+        later = asyncio.get_running_loop().time() - time.monotonic()
+        while True:
+            try:
+                async with asyncio.timeout_at(self._deadline + later):
+                    delta = await anext(deltas)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                for index in self._open:
+                    self._end(self._choices[index], "timeout")
+                limit = self._context.settings.request_timeout
+                raise RequestTimeoutError(f"the request was not done within {limit:g} s") from None
+            yield delta
+
     def close(self) -> None:
         """Abort what still runs and complete the request's record. Safe to call twice."""
         if self._closed:
@@ -180,6 +204,7 @@ class Generation:
         for choice in self._choices:
             if choice.finish_reason is None:
                 self._end(choice, "abort")
+        self._context.metrics.stream_steps_merged.inc(self._stream.merged_steps)
         self._record.fields.update(self._summary())
 
     def _take(self, delta: TokenDelta) -> TextPiece:

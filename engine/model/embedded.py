@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import faults
 from engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def convert(source: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     weights = folder / "model.safetensors"
     try:
+        faults.visit("disk")
         save_file(tensors, weights, metadata={"format": "pt"})
     except SafetensorError as error:  # how a full disk is reported
         raise OSError(str(error)) from error

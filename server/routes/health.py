@@ -23,14 +23,14 @@ router = APIRouter()
 
 @router.get("/health", responses=_NOT_NOW)
 async def health(context: Context) -> JSONResponse:
-    """200 while the engine's thread lives; 503 asks for a restart."""
-    return _status(context.engine.healthy, "ok", "dead")
+    """200 while the engine works; 503, because its thread died or a step is stuck, asks for a restart."""
+    return _status(context.healthy, "ok", "stuck" if context.stuck else "dead")
 
 
 @router.get("/ready", responses=_NOT_NOW)
 async def ready(context: Context) -> JSONResponse:
-    """200 while new requests are taken, else 503. In a drain the listening socket is closed first."""
-    return _status(context.engine.healthy and context.engine.ready, "ready", "not ready")
+    """200 while new requests are taken, else 503: from the signal to shut down on it is 503."""
+    return _status(context.ready, "ready", "draining" if context.draining else "not ready")
 
 
 @router.get("/version")

@@ -11,6 +11,7 @@ from engine.errors import RequestError
 from engine.types import MAX_LOGPROBS, SamplingParams
 from server.errors import UnsupportedFieldError, field_path
 from server.schemas.base import (
+    MAX_MESSAGES,
     UNSUPPORTED_EVERYWHERE,
     Body,
     GenerationBody,
@@ -57,7 +58,7 @@ class ChatMessage(Body):
 class Conversation(Body):
     """The fields that say what the chat template is to write."""
 
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -144,7 +145,7 @@ class ChatRequest(GenerationBody, Conversation):
         {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

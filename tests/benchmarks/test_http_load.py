@@ -20,7 +20,7 @@ Reply = Callable[[Request, int], Any]
 
 def server(reply: Reply, **options: Any) -> RunningServer:
     engine = FakeEngine(reply, vocab_size=TEXT.vocab_size, eos_token_ids=(EOS_ID,), **options)
-    return RunningServer(engine, Defaults(), {"drain_s": 0.0})
+    return RunningServer(engine, Defaults(), {"drain_timeout": 0.0})
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,9 @@ def test_what_compose_hands_to_replicas_are_settings_and_all_of_them_stand_in_th
     for name in ("cpu-1", "cpu-2", "gpu-1", "gpu-2"):
         given = {key for key in services[name]["environment"] if key.startswith(ENV_PREFIX)}
         assert given <= SETTINGS
-    assert {key for key in env_file() if key.startswith(ENV_PREFIX)} == given - {"MEDUSA_DRAIN_S"}
+    assert {key for key in env_file() if key.startswith(ENV_PREFIX)} == given - {"MEDUSA_DRAIN_TIMEOUT"}
     # Nothing set: every value is empty, which the settings read as unset.
-    assert {services["cpu-1"]["environment"][key] for key in given - {"MEDUSA_DRAIN_S"}} == {""}
+    assert {services["cpu-1"]["environment"][key] for key in given - {"MEDUSA_DRAIN_TIMEOUT"}} == {""}
 
 
 def test_every_mounted_file_exists_and_every_root_is_read_only() -> None:
@@ -153,7 +153,7 @@ def test_every_mounted_file_exists_and_every_root_is_read_only() -> None:
 
 def test_docker_waits_for_the_drain() -> None:
     services = compose()["services"]
-    drain = float(services["cpu-1"]["environment"]["MEDUSA_DRAIN_S"])
+    drain = float(services["cpu-1"]["environment"]["MEDUSA_DRAIN_TIMEOUT"])
     for name in ("cpu-1", "cpu-2", "gpu-1", "gpu-2", "nginx"):
         assert seconds(services[name]["stop_grace_period"]) >= drain + HANDSHAKE_S + CLOSING_S, name
     assert seconds(services["nginx"]["environment"]["NGINX_SHUTDOWN_TIMEOUT"]) >= drain

@@ -53,7 +53,7 @@ def test_the_config_map_holds_settings_of_the_server() -> None:
 def test_the_grace_period_is_enough_for_pre_stop_and_drain() -> None:
     command = SERVER["lifecycle"]["preStop"]["exec"]["command"]
     assert command[0] == "sleep"
-    pre_stop, drain = float(command[1]), float(settings()["MEDUSA_DRAIN_S"])
+    pre_stop, drain = float(command[1]), float(settings()["MEDUSA_DRAIN_TIMEOUT"])
     assert POD["terminationGracePeriodSeconds"] >= pre_stop + drain + HANDSHAKE_S + 5
     # The pod leaves the Service while it still serves.
     probe = SERVER["readinessProbe"]

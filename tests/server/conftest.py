@@ -29,6 +29,7 @@ from engine.types import Request
 from server.app import create_app
 from server.lifecycle import bind
 from server.logs import configure_logging
+from server.protocol import ServerConfig
 from server.settings import Settings
 
 MODEL = "fake-model"
@@ -104,8 +105,7 @@ class RunningServer:
         self.engine = engine
         settings = Settings(served_model_name=MODEL, **options)
         app = create_app(engine, TEXT, settings, defaults)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
-        self.server = LoopServer(config)
+        self.server = LoopServer(ServerConfig(app, settings))
         self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(
@@ -187,7 +187,7 @@ def serve() -> Iterator[Serve]:
         ) -> RunningServer:
             if not isinstance(engine, FakeEngine):
                 engine = FakeEngine(engine, vocab_size=TEXT.vocab_size, eos_token_ids=(EOS_ID,))
-            options = {"drain_s": 0.0, **options}
+            options = {"drain_timeout": 0.0, **options}
             return stack.enter_context(RunningServer(engine, defaults or Defaults(), options))
 
         yield start
@@ -197,7 +197,7 @@ def serve() -> Iterator[Serve]:
 def hello() -> Iterator[RunningServer]:
     """One server for the tests of a module that need no script of their own: it says "Hello, world!"."""
     engine = FakeEngine(says("Hello, world!"), vocab_size=TEXT.vocab_size, eos_token_ids=(EOS_ID,))
-    with RunningServer(engine, Defaults(), {"drain_s": 0.0}) as server:
+    with RunningServer(engine, Defaults(), {"drain_timeout": 0.0}) as server:
         yield server
 
 

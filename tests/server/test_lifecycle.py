@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,41 +16,45 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
-from server.lifecycle import bind
-from tests.server.conftest import MODEL, chat_body
+from engine.errors import ConfigError
+from engine.fake import FakeEngine
+from server.app import create_app
+from server.lifecycle import Server, bind, check
+from server.settings import Settings, load_settings
+from tests.server.conftest import MODEL, TEXT, Defaults, Serve, chat_body, says, wait_until
 
 ROOT = Path(__file__).parents[2]
 PROCESS = """
-import sys, uvicorn
+import sys
 from engine.fake import FakeEngine
 from server.app import create_app
 from server.lifecycle import Server, bind
 from server.logs import configure_logging
 from server.settings import load_settings
 from tests.server.conftest import MODEL, TEXT, Defaults, ids
-drain_s, log_format = float(sys.argv[1]), sys.argv[2]
+drain_s, log_format, steps = float(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 settings = load_settings(
-    {"served_model_name": MODEL, "port": 0, "drain_s": drain_s, "log_format": log_format}
+    {"served_model_name": MODEL, "port": 0, "drain_timeout": drain_s, "log_format": log_format}
 )
 configure_logging("info", log_format)
 engine = FakeEngine(
-    lambda r, i: [ids("x")] * 60, step_s=0.02, draft_tokens=7, lookup=5, quantization="int8",
+    lambda r, i: [ids("x")] * steps, step_s=0.02, draft_tokens=7, lookup=5, quantization="int8",
     vocab_size=TEXT.vocab_size,
 )
 app = create_app(engine, TEXT, settings, Defaults())
-config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
-Server(config, engine, settings).run(sockets=[bind("127.0.0.1", 0)])
+Server(app, settings).run(sockets=[bind("127.0.0.1", 0)])
 """
 
 
 @contextmanager
 def process(
-    drain_s: float, log_format: str = "console"
+    drain_s: float, log_format: str = "console", steps: int = 60
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """A server process with a fake engine whose answers take 1.2 s; its URL and its lines so far."""
-    command = [sys.executable, "-c", PROCESS, str(drain_s), log_format]
+    """A server process with a fake engine whose steps take 20 ms; its URL and its lines so far."""
+    command = [sys.executable, "-c", PROCESS, str(drain_s), log_format, str(steps)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
         lines: list[str] = []
         try:
@@ -78,38 +85,112 @@ def test_start_up_line_and_a_request_to_try() -> None:
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize(("drain_s", "complete"), [(10.0, True), (0.2, False)])
-def test_sigterm_drains(drain_s: float, complete: bool) -> None:
-    with process(drain_s, "json") as (running, url, lines):
+@pytest.mark.parametrize(("drain_s", "steps"), [(30.0, 120), (2.0, 3000)])
+def test_sigterm_drains(drain_s: float, steps: int) -> None:
+    with (
+        process(drain_s, "json", steps) as (running, url, lines),
+        httpx.Client(base_url=url) as kept,
+        openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client,
+    ):
+        client.models.list()
+        assert kept.get("/ready").status_code == 200
         with httpx.stream("POST", url + "/v1/chat/completions", json=chat_body(stream=True)) as response:
             events = response.iter_lines()
             next(events)
             running.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(url + "/ready")
+            # On a connection from before and on a new one; the process may get the signal a moment later.
+            wait_until(lambda: kept.get("/ready").status_code == 503)
+            assert httpx.get(url + "/ready").json() == {"status": "draining"}
+            assert httpx.get(url + "/health").status_code == 200
+            with pytest.raises(openai.InternalServerError) as refused:
+                client.chat.completions.create(**chat_body())
+            assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+            assert refused.value.response.headers["retry-after"] == "1"
+            assert refused.value.response.headers["connection"] == "close"
             rest = [line for line in events if line]
-        running.wait(10)
-    if complete:
+        assert running.wait(10) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/ready")
+    if steps < 1000:
         assert rest[-1] == "data: [DONE]"
-        assert sum('"content":"x"' in line for line in rest) == 60
+        text = "".join(line.split('"content":"')[1].split('"')[0] for line in rest if '"content":"' in line)
+        assert text == "x" * steps  # steps may share an event
     else:
         assert "shutting down" in rest[-1]
     assert "Traceback" not in "".join(lines)
 
 
-def test_second_signal_does_not_wait() -> None:
+def test_ready_is_503_at_once() -> None:
+    """From the signal's handler on, not from the event loop's next turn."""
+    engine = FakeEngine(says("x"))
+    settings = Settings(served_model_name=MODEL)
+    app = create_app(engine, TEXT, settings, Defaults())
+    server = Server(app, settings)
+
+    async def main() -> None:
+        await engine.start()
+        server._loop = asyncio.get_running_loop()
+        assert app.state.context.ready
+        server.handle_exit(signal.SIGTERM, None)
+        assert not app.state.context.ready
+        assert not server.should_exit
+        await asyncio.sleep(0.1)
+        assert server.should_exit  # nothing ran
+        assert not server.force_exit
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_does_not_wait(sig: signal.Signals) -> None:
     with (
-        process(drain_s=30) as (running, url, _),
+        process(drain_s=30, steps=3000) as (running, url, _),
         httpx.stream("POST", url + "/v1/chat/completions", json=chat_body(stream=True)) as response,
     ):
-        next(response.iter_lines())
-        running.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-        running.send_signal(signal.SIGINT)
+        events = response.iter_lines()
+        next(events)
+        running.send_signal(sig)
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 503)
+        running.send_signal(sig)
         started = time.monotonic()
-        running.wait(10)
-        assert time.monotonic() - started < 0.8  # the answer alone would have taken longer
+        last = [line for line in events if line][-1]
+        assert running.wait(10) == 1
+        assert time.monotonic() - started < 3  # the answer would have taken a minute
+    assert "shutting down" in last
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed one for 127.0.0.1, and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command += ["-nodes", "-days", "1", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_https(serve: Serve, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    server = serve(says("hi"), ssl_certfile=cert, ssl_keyfile=key)
+    url = server.url.replace("http:", "https:")
+    with (
+        httpx.Client(verify=ssl.create_default_context(cafile=str(cert)), base_url=url) as client,
+        client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response,
+    ):
+        assert [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+        server.http.get("/health")
+
+
+@pytest.mark.parametrize("broken", ["absent", "no certificate"])
+def test_tls_files_that_do_not_work_are_told_before_anything_is_loaded(tmp_path: Path, broken: str) -> None:
+    cert = tmp_path / "cert.pem"
+    if broken != "absent":
+        cert.write_text("no certificate")
+    with pytest.raises(ConfigError, match="cannot use the TLS files"):
+        check(Settings(ssl_certfile=cert))
+    with pytest.raises(ConfigError, match="ssl_keyfile goes with ssl_certfile"):
+        load_settings({"ssl_keyfile": str(cert)})
 
 
 def test_bind_takes_names_and_ipv6_and_refuses_a_taken_port() -> None:

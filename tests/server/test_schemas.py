@@ -148,6 +148,7 @@ def test_fields_without_effect_pass(field: str, value: Any) -> None:
         ("logit_bias", {"5": True}),
         ("logit_bias", {"5": 100.5}),
         ("logit_bias", {str(i): 1 for i in range(1025)}),
+        ("messages", [{"role": "user", "content": "x"}] * 2049),
         ("bad_words", "word"),
         ("bad_words", [""]),
         ("bad_words", ["x"] * 65),

@@ -1,0 +1,94 @@
+"""A request's deltas on their way from the engine to one consumer, which may be slower than the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from engine.types import FinishReason, Request, TokenDelta
+
+__all__ = ["DeltaStream"]
+
+_MERGEABLE = (None, FinishReason.STOP, FinishReason.LENGTH)
+
+
+class DeltaStream:
+    """Implements `TokenStream`; put and read on one event loop.
+
+    What the consumer has not taken yet stays one delta for each choice: a further step's tokens join it. So
+    a client that reads slowly gets fewer, larger events, and what waits for it is bounded by its answer's
+    length. Steps with a trace are kept apart.
+
+    Args:
+        request: what the deltas belong to.
+        abort: called with the request's id if the consumer stops caring.
+    """
+
+    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+        self.request = request
+        self.unfinished = set(range(request.sampling.n))
+        """Choices whose last delta has not been put yet."""
+        self.merged_steps = 0
+        self._abort = abort
+        self._waiting: deque[TokenDelta] = deque()
+        self._newest: dict[int, TokenDelta] = {}  # of each choice, while it waits
+        self._filled = asyncio.Event()
+        self._undelivered = request.sampling.n
+
+    def put(self, delta: TokenDelta) -> None:
+        """Add a delta; ignored for a choice that has ended."""
+        if delta.index not in self.unfinished:
+            return
+        if delta.finish_reason is not None:
+            self.unfinished.discard(delta.index)
+        newest = self._newest.get(delta.index)
+        if newest is not None and _mergeable(newest, delta):
+            _merge(newest, delta)
+            self.merged_steps += 1
+            return
+        self._waiting.append(delta)
+        self._newest[delta.index] = delta
+        self._filled.set()
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        if self._undelivered == 0:
+            raise StopAsyncIteration
+        while not self._waiting:
+            self._filled.clear()
+            await self._filled.wait()
+        delta = self._waiting.popleft()
+        if self._newest.get(delta.index) is delta:
+            del self._newest[delta.index]
+        if delta.finish_reason is not None:
+            self._undelivered -= 1
+        return delta
+
+    async def aclose(self) -> None:
+        """Abort what of the request still runs."""
+        if self.unfinished:
+            self._abort(self.request.request_id)
+
+
+def _mergeable(first: TokenDelta, second: TokenDelta) -> bool:
+    """Both from decode steps, without traces, and no failure, which is told at once."""
+    return (
+        first.num_steps > 0
+        and second.num_steps > 0
+        and first.trace is None
+        and second.trace is None
+        and second.finish_reason in _MERGEABLE
+    )
+
+
+def _merge(first: TokenDelta, second: TokenDelta) -> None:
+    first.token_ids = [*first.token_ids, *second.token_ids]
+    first.finish_reason, first.stop_token_id = second.finish_reason, second.stop_token_id
+    first.num_steps += second.num_steps
+    first.time_s = second.time_s
+    first.accepted_prediction_tokens += second.accepted_prediction_tokens
+    if first.logprobs is not None and second.logprobs is not None:
+        first.logprobs = [*first.logprobs, *second.logprobs]

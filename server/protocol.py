@@ -1,0 +1,154 @@
+"""HTTP connections that cannot be held for ever: uvicorn's protocol with deadlines and a bound on headers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from asyncio import TimerHandle
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from server.errors import error_body
+from server.settings import Settings
+
+__all__ = ["KEEP_ALIVE_S", "MAX_HEAD_BYTES", "GuardedProtocol", "ServerConfig"]
+
+KEEP_ALIVE_S = 75
+"""Longer than nginx keeps an idle upstream connection (60 s), so that it is never the server that closes
+one just as a request is put on it."""
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers."""
+
+log = structlog.stdlib.get_logger("server.connection")
+
+
+class ServerConfig(uvicorn.Config):
+    """uvicorn's configuration as every server here has it.
+
+    Args:
+        app: the application.
+        settings: TLS files and time-outs are read from it.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.read_timeout = settings.read_timeout
+        self.write_timeout = settings.write_timeout
+        super().__init__(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            server_header=False,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection.
+
+    From the first byte of a request its line and headers have `read_timeout` seconds (the body's share is
+    kept by `RequestMiddleware`), else 408; more than `MAX_HEAD_BYTES` of them are a 431. A connection on
+    which nothing is asked is closed after `KEEP_ALIVE_S`. A client that leaves 64 KiB unread for
+    `write_timeout` seconds is cut off, which ends its request.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(config, ServerConfig)
+        self._read_timeout, self._write_timeout = config.read_timeout, config.write_timeout
+        self._late: TimerHandle | None = None
+        self._stalled: TimerHandle | None = None
+        self._head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE_S, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        self._flowing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is None and self._idle:
+            self._late = self.loop.call_later(self._read_timeout, self._on_late)
+            self._head_bytes = 0
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._late is not None and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
+
+    def on_headers_complete(self) -> None:
+        self._in_time()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_time()  # of a body that nobody wanted
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(self._write_timeout, self._on_stalled)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flowing()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    @property
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _flowing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _on_late(self) -> None:
+        self._late = None
+        self._refuse(408, f"The request did not arrive within {self._read_timeout:g} s.")
+
+    def _on_stalled(self) -> None:
+        self._stalled = None
+        log.warning("client_too_slow", client=self.client, unread_for_s=self._write_timeout)
+        self.transport.abort()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what never became a request, and close."""
+        self._in_time()
+        if self.transport.is_closing():
+            return
+        phrase = HTTPStatus(status).phrase
+        log.info("refused", client=self.client, status=status)
+        body = json.dumps(error_body(status, message, code=phrase.lower().replace(" ", "_"))).encode()
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()

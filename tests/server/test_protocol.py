@@ -1,0 +1,239 @@
+"""Clients that send or read slowly, or too much, on real connections."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from engine.fake import FakeEngine
+from server.protocol import MAX_HEAD_BYTES
+from tests.server.conftest import TEXT, RunningServer, Serve, chat_body, endless, ids, says, wait_until
+
+
+@contextmanager
+def connection(server: RunningServer, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    with socket.socket() as raw:
+        if receive_buffer is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.settimeout(5)
+        raw.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        yield raw
+
+
+def shorten_buffers(server: RunningServer) -> None:
+    """Of connections to come: a few kilobytes, where the kernel would hold megabytes."""
+    server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+
+
+def rest(raw: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    found = b""
+    try:
+        while data := raw.recv(65536):
+            found += data
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def refusal(answer: bytes) -> tuple[int, str]:
+    """Status and code of an answer in OpenAI's form."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+def post(body: bytes, length: int | None = None) -> bytes:
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length)
+    ) + body
+
+
+def trickle(raw: socket.socket, data: bytes, every_s: float) -> threading.Thread:
+    """Send byte by byte until the other side has had enough."""
+
+    def send() -> None:
+        try:
+            for i in range(len(data)):
+                raw.send(data[i : i + 1])
+                time.sleep(every_s)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("part", ["headers", "body", "empty lines"])
+def test_a_request_that_comes_byte_by_byte_is_cut(serve: Serve, part: str) -> None:
+    server = serve(says("hi"), read_timeout=0.3)
+    request = post(json.dumps(chat_body()).encode())
+    head, _, body = request.partition(b"\r\n\r\n")
+    with connection(server) as raw:
+        started = time.monotonic()
+        if part == "headers":
+            sender = trickle(raw, head, 0.05)
+        elif part == "body":
+            raw.sendall(head + b"\r\n\r\n")
+            sender = trickle(raw, body, 0.05)
+        else:
+            sender = trickle(raw, b"\r\n" * 1000, 0.05)
+        answer = rest(raw)
+        assert 0.25 < time.monotonic() - started < 2
+        assert refusal(answer) == (408, "request_timeout")
+        sender.join(5)
+        assert not sender.is_alive()
+    assert server.chat().status_code == 200  # nobody else is concerned
+
+
+def test_a_body_in_pieces_that_arrives_in_time_is_served(serve: Serve) -> None:
+    server = serve(says("hi"), read_timeout=2.0)
+    request = post(json.dumps(chat_body()).encode())
+    with connection(server) as raw:
+        for i in range(0, len(request), 40):
+            raw.sendall(request[i : i + 40])
+            time.sleep(0.005)
+        assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_the_deadline_is_the_requests_not_the_connections_or_the_answers(serve: Serve) -> None:
+    """Kept alive, idle for longer than a request may take to arrive; and an answer that takes longer."""
+    server = serve(
+        FakeEngine(says("x" * 40, size=1), step_s=0.02, vocab_size=TEXT.vocab_size), read_timeout=0.3
+    )
+    request = post(json.dumps(chat_body()).encode())
+    with connection(server) as raw:
+        for _ in range(2):
+            raw.sendall(request)
+            assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.5)
+
+
+def test_headers_have_a_bound(serve: Serve) -> None:
+    server = serve(says("hi"))
+    with connection(server) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        try:
+            for _ in range(MAX_HEAD_BYTES // 1000 + 200):
+                raw.sendall(b"y" * 1000)
+        except OSError:
+            pass  # it has been told already
+        assert refusal(rest(raw)) == (431, "request_header_fields_too_large")
+
+
+def test_what_is_no_http_is_told_so(serve: Serve) -> None:
+    with connection(serve(says("hi"))) as raw:
+        raw.sendall(b"hello\r\n\r\n")
+        assert refusal(rest(raw)) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused_unread(serve: Serve, chunked: bool) -> None:
+    server = serve(says("hi"), max_body_bytes=10_000)
+    with connection(server) as raw:
+        if chunked:
+            raw.sendall(post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+            raw.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+            raw.sendall(b"1\r\nx\r\n")
+        else:
+            raw.sendall(post(b"", length=10_001))
+        assert refusal(rest(raw)) == (413, "content_too_large" if HAS_CONTENT else "request_entity_too_large")
+
+
+HAS_CONTENT = hasattr(__import__("http").HTTPStatus, "CONTENT_TOO_LARGE")  # its name since Python 3.13
+
+
+def test_a_body_cut_in_the_middle_leaves_nothing_behind(serve: Serve, log_lines: Any) -> None:
+    server = serve(says("hi"))
+    with connection(server) as raw:
+        raw.sendall(post(b'{"model": "fake', length=1000))
+    wait_until(lambda: any(line["event"] == "request" for line in log_lines()))
+    [line] = [line for line in log_lines() if line["event"] == "request"]
+    assert line["status"] == 499
+    assert not any(line["level"] == "error" for line in log_lines())
+    assert server.engine.submitted == []
+    assert server.chat().status_code == 200
+
+
+def test_a_reader_that_stops_is_cut_and_its_slot_is_freed(serve: Serve) -> None:
+    """What waits for it meanwhile is one delta, however many steps it lags."""
+    engine = FakeEngine(
+        lambda _r, _i: [ids("y" * 60)] * 20_000,
+        max_model_len=2_000_000,
+        vocab_size=TEXT.vocab_size,
+        step_s=0.0005,
+    )
+    server = serve(engine, write_timeout=0.5)
+    shorten_buffers(server)
+    with connection(server, receive_buffer=4096) as raw:
+        raw.sendall(post(json.dumps(chat_body(stream=True)).encode()))
+        wait_until(lambda: engine.stats.running == 1)
+        wait_until(lambda: engine.stats.running == 0, timeout_s=20)  # cut off: its buffers were full
+        assert engine.stats.generation_tokens < 20_000 * 60
+    wait_until(lambda: server.metrics()["medusa_stream_steps_merged_total"] > 100)
+    metrics = server.metrics()
+    assert metrics["medusa_request_success_total[('finished_reason', 'abort')]"] == 1
+    assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_total
+
+
+def test_a_slow_reader_gets_all_of_the_text_in_fewer_events(serve: Serve) -> None:
+    text = "".join(f"{i:05d} " for i in range(30_000))
+    engine = FakeEngine(says(text, size=60), max_model_len=1_000_000, vocab_size=TEXT.vocab_size)
+    server = serve(engine)
+    shorten_buffers(server)
+    with connection(server, receive_buffer=4096) as raw:
+        raw.sendall(
+            post(json.dumps(chat_body(stream=True)).encode()).replace(b"Host", b"Connection: close\r\nHost")
+        )
+        wait_until(lambda: engine.stats.num_steps > 2900, timeout_s=30)  # the engine does not wait for it
+        wait_until(lambda: engine.stats.running == 0)
+        answer = rest(raw)
+    lines = answer.decode().split("\n")
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == text
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    assert len(events) < 2000  # of 3000 steps; what the socket's buffers took at once is not merged
+    assert server.metrics()["medusa_stream_steps_merged_total"] > 1000
+
+
+def test_a_request_may_take_only_so_long(serve: Serve) -> None:
+    server = serve(FakeEngine(endless, step_s=0.01, vocab_size=TEXT.vocab_size), request_timeout=0.3)
+    started = time.monotonic()
+    answer = server.chat()
+    assert 0.25 < time.monotonic() - started < 2
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+    events = server.events()
+    assert events[-1]["error"]["code"] == "request_timeout"
+    assert len(events) > 10
+    name = "medusa_request_success_total[('finished_reason', 'timeout')]"
+    assert server.metrics()[name] == 2
+    wait_until(lambda: server.engine.stats.running == 0)
+
+
+def test_in_time_is_in_time(serve: Serve) -> None:
+    server = serve(says("Hello"), request_timeout=5.0)
+    assert server.chat(n=2).json()["choices"][1]["message"]["content"] == "Hello"
+    assert server.events()[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("options", [{"engine_steps": 0}, {"engine_steps": 1}])
+def test_connections_end_with_the_server(serve: Serve, options: dict[str, int]) -> None:
+    """An idle connection, and one in the middle of its headers, do not hold up the end."""
+    server = serve(says("hi"))
+    with connection(server) as raw:
+        if options["engine_steps"]:
+            raw.sendall(b"GET /hea")
+        time.sleep(0.05)
+        started = time.monotonic()
+        server.server.should_exit = True
+        assert rest(raw) == b""
+        assert time.monotonic() - started < 2
