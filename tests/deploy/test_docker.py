@@ -17,7 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
-from server.lifecycle import HANDSHAKE_S, KEEP_ALIVE_S
+from server.lifecycle import HANDSHAKE_S
+from server.protocol import KEEP_ALIVE_S
 from server.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
