@@ -318,7 +318,7 @@ def real_server() -> Iterator[str]:
     from engine.config import EngineConfig
     from engine.loop import EngineLoop
 
-    engine = EngineLoop.load(EngineConfig(max_model_len=160, max_num_seqs=8), progress=False)
+    engine = EngineLoop.load(EngineConfig(max_model_len=72, max_num_seqs=8), progress=False)
     with _serving(engine, engine.text, engine.generation_defaults) as url:
         yield url
 
@@ -354,7 +354,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=["fake", "real"], default="fake")
     parser.add_argument("--url", help="a server that runs already, instead of --engine")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds until an answer is a hang")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds until an answer is a hang")
     options = parser.parse_args()
     if options.url:
         result = fuzz(options.url, options.cases, seed=options.seed, timeout_s=options.timeout)

@@ -26,7 +26,14 @@ class EngineConfig(BaseModel):
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the model.")
     chat_template: str | None = Field(
-        None, description="Jinja file of a chat template, in place of the tokenizer's own."
+        None,
+        description="Chat template in place of the tokenizer's own: a file of Jinja, or the Jinja itself.",
+    )
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="Sampling where a request says nothing: as the model's generation_config.json recommends "
+        "('auto'), as that of another folder does, or OpenAI's defaults ('none').",
     )
     heads: str | None = Field(
         None,

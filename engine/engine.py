@@ -73,6 +73,7 @@ class Engine:
             max_tree_nodes=loaded.info.tree_size,
         )
         self._arrivals = 0
+        self._uncounted: set[str] = set()  # requests of which no choice has been prefilled
 
     @property
     def has_work(self) -> bool:
@@ -113,6 +114,7 @@ class Engine:
         sampling = request.sampling
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         num_prompt, limit = len(request.prompt_token_ids), self.info.max_model_len
+        self._uncounted.add(request.request_id)
         max_total = limit if sampling.max_tokens is None else min(limit, num_prompt + sampling.max_tokens)
         for index in range(sampling.n):
             self._arrivals += 1
@@ -175,7 +177,8 @@ class Engine:
         sequence.state = SequenceState.DECODE
         deltas = []
         if result.first is not None:
-            if sequence.index == 0:  # once a request: not its choices, not a recompute
+            if sequence.request.request_id in self._uncounted:  # once a request: not each choice
+                self._uncounted.discard(sequence.request.request_id)
                 self.stats.prompt_tokens += sequence.num_prompt
             deltas = [self._append(sequence, [result.first], result.logprobs)]
             deltas[0].cached_tokens, deltas[0].queue_s = sequence.num_reused, sequence.queue_s
@@ -284,6 +287,8 @@ class Engine:
         """Take the sequence out and make its last delta."""
         if sequence.state is not SequenceState.FINISHED:
             self._scheduler.remove(sequence)
+        if not any(other.request is sequence.request for other in self._scheduler):
+            self._uncounted.discard(sequence.request.request_id)
         delta = self._delta(sequence, tokens)
         delta.finish_reason, delta.error = reason, error
         return delta

@@ -157,7 +157,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         blocks=blocks,
         heads=drafter,
         text=TextProcessor(load_tokenizer(folder), chat_template),
-        generation_defaults=load_generation_defaults(folder),
+        generation_defaults=load_generation_defaults(folder, config.generation_config),
         max_step_tokens=config.max_step_tokens,
         prefix_caching=config.prefix_caching,
     )
@@ -196,8 +196,8 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 def _chat_template(config: EngineConfig) -> str | None:
     """Its source, from the file that is named; None leaves it to the tokenizer."""
-    if config.chat_template is None:
-        return None
+    if config.chat_template is None or "{%" in config.chat_template or "{{" in config.chat_template:
+        return config.chat_template
     try:
         return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -40,7 +40,6 @@ class Settings(EngineConfig, BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
     served_model_name: str | None = Field(
         None,
-        pattern=r"^[^,\s][^,]*(,[^,\s][^,]*)*$",
         description="Name clients give as `model`, or several with commas between them, of which the first "
         "is the main one; the model's own name if unset.",
     )
@@ -116,8 +115,13 @@ class Settings(EngineConfig, BaseSettings):
     def _joined(cls, value: object) -> object:
         """YAML may have a list of names."""
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            return ",".join(value)
-        return value
+            value = ",".join(value)
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        if not all(names):
+            raise ValueError("must be a name, or names with commas between them")
+        return ",".join(dict.fromkeys(names))
 
     @property
     def model_name(self) -> str:
@@ -128,7 +132,7 @@ class Settings(EngineConfig, BaseSettings):
     def model_names(self) -> tuple[str, ...]:
         """All names clients may use. A local folder or GGUF gives its own name, not the path to it."""
         if self.served_model_name is not None:
-            return tuple(dict.fromkeys(name.strip() for name in self.served_model_name.split(",")))
+            return tuple(self.served_model_name.split(","))
         folder = Path(self.model).expanduser()
         if folder.suffix == ".gguf":
             return (folder.stem,)

@@ -146,18 +146,29 @@ def _download(name: str, revision: str | None, *, file: str | None = None) -> Pa
         raise ModelError(f"downloading model {name} failed: {error}") from error
 
 
-def load_generation_defaults(folder: Path) -> GenerationDefaults:
+def load_generation_defaults(folder: Path, source: str = "auto") -> GenerationDefaults:
     """Read `generation_config.json`, and config.json for the EOS ids if they are not in there.
 
     Sampling values count unless `do_sample` is false: transformers would not use them then, and where
     it is left out they are meant as a recommendation (vLLM takes them so).
 
+    Args:
+        folder: the model's.
+        source: "auto" takes the model's file, "none" no sampling values, else it is a folder with another
+            file, whose EOS ids count too. The model's own count where a source has none.
+
     Raises:
-        ModelError: a file is not JSON or a value is not of its type.
+        ModelError: a file is not JSON or a value is not of its type, or `source` has no such file.
     """
     path = folder / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
-    sampling = generation if generation.get("do_sample") is not False else {}
+    if source not in ("auto", "none"):
+        path = Path(source).expanduser() / "generation_config.json"
+        if not path.is_file():
+            raise ModelError(f"generation_config is 'auto', 'none' or a folder; there is no {path}")
+        own = {"eos_token_id": generation.get("eos_token_id")}
+        generation = own | {name: value for name, value in _read_json(path).items() if value is not None}
+    sampling = generation if source != "none" and generation.get("do_sample") is not False else {}
 
     def number(key: str) -> float | None:
         value = sampling.get(key)

@@ -379,3 +379,16 @@ def test_prompt_tokens_are_counted_once_a_request(narrow: TinyModel) -> None:
     run_all(engine, [greedy(f"r{i}", [1] * 40, 60, n=2) for i in range(4)])
     assert engine.stats.preemptions > 0
     assert engine.stats.prompt_tokens == 160
+
+
+def test_prompt_tokens_are_counted_though_the_first_choice_is_dropped(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, max_model_len=128)
+    engine.add(greedy("r", [1] * 40, 5, n=2))
+    engine.abort("r", 0)
+    while engine.has_work:
+        engine.step()
+    assert engine.stats.prompt_tokens == 40
+    engine.add(greedy("gone", [1] * 40, 5))
+    engine.abort("gone")
+    assert engine.stats.prompt_tokens == 40
+    assert not engine._uncounted

@@ -188,6 +188,11 @@ def test_a_chat_template_may_come_from_a_file(folder: Path, tmp_path: Path) -> N
 
     (output,) = load(file).chat([{"role": "user", "content": "t5"}], GREEDY)
     assert output.prompt_token_ids == (5, 9)
+    inline = LLM(
+        str(folder), device="cpu", block_size=4, max_model_len=64, tree="off", chat_template="t8 {{ 't7' }}"
+    )
+    (output,) = inline.chat([{"role": "user", "content": "t5"}], GREEDY)
+    assert output.prompt_token_ids == (8, 7)
     with pytest.raises(ConfigError, match=r"cannot read the chat template .*absent: No such file"):
         load(tmp_path / "absent")
     file.write_bytes(b"\xff")

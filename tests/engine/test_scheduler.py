@@ -40,10 +40,13 @@ def choices(request: Request, arrival: int = 0) -> list[Sequence]:
     ]
 
 
-def sequence(arrival: int, prompt: int | list[int], output: int, salt: str | None = None) -> Sequence:
+def sequence(
+    arrival: int, prompt: int | list[int], output: int, salt: str | None = None, priority: int = 0
+) -> Sequence:
     """A number as prompt stands for so many tokens that no other sequence has."""
     tokens = [1000 * arrival + i for i in range(prompt)] if isinstance(prompt, int) else prompt
-    request = Request(f"r{arrival}", tuple(tokens), SamplingParams(max_tokens=output), cache_salt=salt)
+    sampling = SamplingParams(max_tokens=output)
+    request = Request(f"r{arrival}", tuple(tokens), sampling, cache_salt=salt, priority=priority)
     return choices(request, arrival)[0]
 
 
@@ -117,7 +120,10 @@ def test_everything_finishes_within_its_bounds(requests, slots, nodes, step_toke
         chooser=Nodes(nodes),
         max_tree_nodes=nodes,
     )
-    waiting = [sequence(arrival, prompt, output) for arrival, (prompt, output) in enumerate(requests)]
+    waiting = [
+        sequence(arrival, prompt, output, priority=arrival * 5 % 3)
+        for arrival, (prompt, output) in enumerate(requests)
+    ]
     for seq in waiting:
         scheduler.add(seq)
     for _ in range(2000):
@@ -154,6 +160,19 @@ def test_the_latest_arrival_makes_room_and_keeps_its_root() -> None:
     assert list(scheduler.waiting) == [new]
     assert (new.blocks, new.slot, new.num_cached) == ([], -1, 0)
     assert new.prefill_target == len(new.token_ids) - 1
+
+
+def test_priority_comes_before_arrival_in_line_and_in_whom_to_preempt() -> None:
+    scheduler = make(6, max_num_seqs=2)
+    low, high = sequence(0, 8, 16, priority=1), sequence(1, 8, 16, priority=-1)
+    later, equal = sequence(2, 4, 4), sequence(3, 4, 4)
+    for seq in (low, equal, later, high):
+        scheduler.add(seq)
+    assert list(scheduler.waiting) == [high, later, equal, low]
+    for seq in (later, equal):
+        scheduler.remove(seq)
+    advance_until_preemption(scheduler)
+    assert (scheduler.running, list(scheduler.waiting)) == ([high], [low])
 
 
 @pytest.mark.parametrize("prompt_logprobs", [None, 0])

@@ -435,3 +435,27 @@ def test_bad_words_are_encoded_with_and_without_a_space() -> None:
         with pytest.raises(RequestError, match=reason) as caught:
             smol().encode_bad_words(words)
         assert caught.value.param == "bad_words"
+
+
+@settings(deadline=None, max_examples=100)
+@given(cuts(FEW), st.data())
+def test_an_included_stop_string_ends_the_text_and_starts_are_where_tokens_begin(
+    pushes: list[list[int]], data: st.DataObject
+) -> None:
+    ids = flat(pushes)
+    stops = tuple(data.draw(stops_of(smol().decode(ids))))
+    for processor in (smol(), windowed()):
+        bare = processor.detokenizer([], stop=stops)
+        whole = processor.detokenizer([], stop=stops, include_stop=True, aligned=True)
+        texts, starts = ["", ""], []
+        for index, push in enumerate(pushes):
+            final = index == len(pushes) - 1
+            one, other = bare.push(push, final=final), whole.push(push, final=final)
+            assert (one.num_tokens, one.stop) == (other.num_tokens, other.stop)
+            texts[0] += one.text
+            texts[1] += other.text
+            starts += other.starts
+        assert texts[1] == texts[0] + (bare.push([]).stop or "")
+        for count, start in enumerate(starts):
+            assert smol().decode(ids[:count])[:start].rstrip("\ufffd") == texts[1][:start].rstrip("\ufffd")
+        assert starts == sorted(starts)

@@ -323,6 +323,25 @@ def test_generation_config_of_the_wrong_type_is_an_error(tmp_path: Path, generat
         defaults(tmp_path, generation, {})
 
 
+def test_sampling_defaults_may_come_from_elsewhere_or_from_nowhere(tmp_path: Path) -> None:
+    """The model's EOS ids count where the source says nothing of them."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    model.mkdir()
+    other.mkdir()
+    own = defaults(model, {"temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": 7}, {})
+    assert own == GenerationDefaults(0.6, None, None, None, 1.1, (7,))
+    assert load_generation_defaults(model, "none") == GenerationDefaults(*[None] * 5, (7,))
+    file = other / "generation_config.json"
+    file.write_text('{"top_p": 0.5, "eos_token_id": null}')
+    assert load_generation_defaults(model, str(other)) == GenerationDefaults(
+        None, 0.5, None, None, None, (7,)
+    )
+    file.write_text('{"eos_token_id": [8]}')
+    assert load_generation_defaults(model, str(other)).eos_token_ids == (8,)
+    with pytest.raises(ModelError, match="'auto', 'none' or a folder"):
+        load_generation_defaults(model, str(tmp_path / "absent"))
+
+
 # Tokenizer
 
 

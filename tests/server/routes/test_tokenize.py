@@ -27,7 +27,39 @@ def test_token_strings(hello: RunningServer) -> None:
     assert body["token_strs"] == ["a", "Ġ", "b"]
 
 
+def test_special_tokens_and_the_conversations_end(hello: RunningServer) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I"}]
+
+    def text(**fields: object) -> str:
+        tokens = hello.http.post("/tokenize", json={"messages": turns, **fields}).json()["tokens"]
+        return str(hello.http.post("/detokenize", json={"tokens": tokens}).json()["prompt"])
+
+    opened = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nI"
+    assert text(continue_final_message=True) == opened
+    assert text(add_generation_prompt=False) == opened + "<|im_end|>\n"
+    assert text() == opened + "<|im_end|>\n<|im_start|>assistant\n"
+    assert text(add_special_tokens=True) == text()  # this tokenizer adds none
+
+
+def test_detokenize_is_the_inverse(hello: RunningServer) -> None:
+    for prompt in ("", "a é\n", "x<|im_end|>"):
+        tokens = hello.http.post("/tokenize", json={"prompt": prompt}).json()["tokens"]
+        body = hello.http.post("/detokenize", json={"tokens": tokens, "model": MODEL}).json()
+        assert body == {"prompt": prompt}
+    for fields in ({}, {"tokens": [TEXT.vocab_size]}, {"tokens": [-1]}, {"tokens": ["a"]}):
+        error = hello.http.post("/detokenize", json=fields).json()["error"]
+        assert error["param"].startswith("tokens")
+    assert hello.http.post("/detokenize", json={"tokens": [], "model": "x"}).status_code == 404
+
+
 def test_refusals(hello: RunningServer) -> None:
     assert hello.http.post("/tokenize", json={"prompt": "x", "model": "other"}).status_code == 404
-    for body in ({}, {"prompt": "x", "nonsense": 1}, {"prompt": 5}, {"messages": []}):
+    for body in (
+        {},
+        {"prompt": "x", "nonsense": 1},
+        {"prompt": 5},
+        {"messages": []},
+        {"prompt": "x", "continue_final_message": False},
+        {"prompt": "x", "messages": [{}]},
+    ):
         assert hello.http.post("/tokenize", json=body).status_code == 400
