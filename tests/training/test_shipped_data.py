@@ -1,0 +1,44 @@
+"""The shards in the repository: whole, small, of the embedded model, and split as documented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from training.data import SHARD_SUFFIX, held_out, load_shards, read_shard
+
+FOLDER = Path(__file__).parents[2] / "configs" / "smollm2-135m" / "data"
+IM_START, EOS, VOCAB = 1, 2, 49152  # SmolLM2's
+
+
+def test_shards_are_small_and_of_one_model() -> None:
+    files = sorted(FOLDER.glob("*" + SHARD_SUFFIX))
+    assert sum(file.stat().st_size for file in files) <= 10 << 20
+    headers = [read_shard(file)[0] for file in files]
+    assert {(header["model"], header["vocab_size"]) for header in headers} == {("smollm2-135m", VOCAB)}
+    assert len({header["weights_sha256"] for header in headers}) == 1
+
+
+def test_rows_are_chats_and_as_many_as_the_readme_says() -> None:
+    rows = load_shards([FOLDER])
+    for row in rows:
+        assert row.prompt[0] == IM_START
+        assert 0 < len(row.answer) <= 160
+        assert min(row.prompt.min(), row.answer.min()) >= 0
+        assert max(row.prompt.max(), row.answer.max()) < VOCAB
+        assert EOS not in row.answer[:-1]
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"([\d,]+) rows, ([\d,]+) answer tokens", text)
+    apart = re.search(r"held_out`\): ([\d,]+) rows, ([\d,]+) tokens", text)
+    assert found is not None
+    assert apart is not None
+    assert [int(number.replace(",", "")) for number in (*found.groups(), *apart.groups())] == [
+        len(rows),
+        sum(len(row.answer) for row in rows),
+        sum(held_out(row.conversation) for row in rows),
+        sum(len(row.answer) for row in rows if held_out(row.conversation)),
+    ]
+    share = sum(held_out(row.conversation) for row in rows) / len(rows)
+    assert share == pytest.approx(0.02, abs=0.01)
