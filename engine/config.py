@@ -38,7 +38,7 @@ class EngineConfig(BaseModel):
     heads: str | None = Field(
         None,
         description="Medusa heads: a .safetensors, .pt or .bin file, a folder or hub id that holds one, or "
-        "'none'; if unset, those inside the model (Medusa-2), where it has any.",
+        "'none'; if unset, those inside the model (Medusa-2) or shipped for it, where there are any.",
     )
     tree: int | Literal["auto", "off"] = Field(
         "auto",

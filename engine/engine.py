@@ -162,7 +162,13 @@ class Engine:
             max_step_tokens=loaded.max_step_tokens,
             max_model_len=info.max_model_len,
         )
-        return AdaptiveTree(times, heads, self._lookup, loaded.max_step_tokens)
+        return AdaptiveTree(
+            times,
+            heads,
+            self._lookup,
+            loaded.max_step_tokens,
+            accepted=loaded.heads.accepted if loaded.heads is not None else None,
+        )
 
     def _prefill(self, chunk: Chunk) -> list[TokenDelta]:
         sequence, started = chunk.sequence, time.perf_counter()

@@ -16,12 +16,14 @@ from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.errors import ConfigError
+from engine.medusa.calibrated import CalibratedTree, find_calibrated
 from engine.medusa.head_files import JOINT_PREFIX, HeadTensors, joint_heads, read_heads
 from engine.medusa.heads import HeadDrafter, MedusaHeads
 from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.info import available_bytes
+from engine.model.embedded import EMBEDDED_MODEL, shipped_heads
 from engine.model.weights import (
     Checkpoint,
     GenerationDefaults,
@@ -98,7 +100,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         heads = MedusaHeads.from_tensors(
             tensors, hidden_size=model_config.hidden_size, dtype=dtype, device=device
         )
-    tree = _tree(config, heads) if heads is not None else None
+    tree = _tree(config, heads, heads_source) if heads is not None and heads_source is not None else None
 
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES).to(device)
     load_weights(
@@ -113,7 +115,14 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     drafter = None
     if heads is not None and tree is not None:
         heads.prepare(decoder.lm_head.weight, quantize=config.quantization == "int8")
-        drafter = HeadDrafter(heads, decoder.logits, tree, vocab_size=model_config.vocab_size, device=device)
+        drafter = HeadDrafter(
+            heads,
+            decoder.logits,
+            tree.tree,
+            vocab_size=model_config.vocab_size,
+            device=device,
+            accepted=tree.accepted,
+        )
     if config.quantization == "int8":
         decoder.quantize()
     decoder.pack()
@@ -136,7 +145,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         num_heads=heads.num_heads if heads is not None else 0,
-        tree_size=_tree_size(config, tree),
+        tree_size=_tree_size(config, tree.tree if tree is not None else None),
         max_model_len=max_model_len,
         kv_cache_tokens=blocks.total * config.block_size,
         vocab_size=model_config.vocab_size,
@@ -206,7 +215,13 @@ def _chat_template(config: EngineConfig) -> str | None:
 
 
 def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint) -> str | None:
-    """Where the heads are: a path or hub id, "" for those inside a Medusa-2 model, None for no heads."""
+    """Where the heads are: a path or hub id, "" for those inside a Medusa-2 model, None for no heads.
+
+    The embedded model has heads of its own, which are taken where no others are named.
+    """
+    if config.heads is None and config.model == EMBEDDED_MODEL and not Path(config.model).is_dir():
+        shipped = shipped_heads()
+        return None if shipped is None else str(shipped)
     joint = any(name.startswith(JOINT_PREFIX) for name in checkpoint.names)
     if config.heads == "none" or (config.heads is None and not joint):
         return None
@@ -255,17 +270,22 @@ def _check_tree(config: EngineConfig, *, with_heads: bool) -> None:
             )
 
 
-def _tree(config: EngineConfig, heads: MedusaHeads) -> Tree:
-    tree = Tree.load(Path(config.tree_file)) if config.tree_file else default_tree(heads.num_heads)
+def _tree(config: EngineConfig, heads: MedusaHeads, source: str) -> CalibratedTree:
+    """The heads' tree: the one asked for, else the one that lies beside the heads, else the built-in one."""
+    calibrated = find_calibrated(source) if source else None
+    tree = calibrated or CalibratedTree(default_tree(heads.num_heads))
+    if config.tree_file:
+        asked = Tree.load(Path(config.tree_file))
+        tree = tree if calibrated is not None and asked == tree.tree else CalibratedTree(asked)
     if config.tree == "auto":
         return tree
     assert isinstance(config.tree, int)
     nodes = _head_nodes(config, config.tree)
-    if nodes > tree.size:
-        most = max(size for size in range(1, config.tree) if _head_nodes(config, size) <= tree.size)
+    if nodes > tree.tree.size:
+        most = max(size for size in range(1, config.tree) if _head_nodes(config, size) <= tree.tree.size)
         offering = f"{config.tree_file} holds" if config.tree_file else f"{heads.num_heads} heads offer"
         raise ConfigError(
-            f"tree {config.tree} takes {nodes} nodes from the heads, and {offering} {tree.size}; "
+            f"tree {config.tree} takes {nodes} nodes from the heads, and {offering} {tree.tree.size}; "
             f"pass --tree {most} or less"
         )
     return tree.prefix(nodes)

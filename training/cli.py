@@ -5,6 +5,8 @@ Nothing heavy is imported before a command runs, so that `--help` stays quick.
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, MedusaError
+from training.config import TrainConfig
 
 __all__ = ["app"]
 
@@ -151,3 +154,119 @@ def distill(
             tree="off",  # a full batch leaves no room for speculation
         )
         run(config, options, output)
+
+
+def train(**given: Any) -> None:
+    """Train Medusa heads for MODEL on its own answers (Medusa-1: the model stays frozen).
+
+    Says what memory it takes before it starts. Writes heads (medusa_lm_head.safetensors), train.jsonl,
+    curves.svg and checkpoints to the output folder; stopped or killed, --resume goes on exactly there.
+    The last line is JSON.
+    """
+    from training.train import train as run
+
+    with failing():
+        try:
+            config = TrainConfig(**{name: value for name, value in given.items() if value not in (None, [])})
+        except ValidationError as error:
+            parts = (
+                f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg'].removeprefix('Value error, ')}"
+                for item in error.errors(include_url=False, include_input=False)
+            )
+            raise ConfigError("; ".join(dict.fromkeys(parts))) from None
+        typer.echo(json.dumps(run(config), ensure_ascii=False))
+
+
+def _train_parameter(name: str) -> inspect.Parameter:
+    """An option from the field of `TrainConfig`, so that each is declared once; values stay strings."""
+    field = TrainConfig.model_fields[name]
+    shown = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
+    text = f"{field.description}{shown}"
+    option = "--" + name.replace("_", "-")
+    kind: Any
+    annotation: Any = str | None
+    if name == "model":
+        kind = typer.Argument(metavar="MODEL", help=text, show_default=False)
+    elif name == "data":
+        annotation, kind = list[Path] | None, typer.Option(option, metavar="FOLDER", help=text)
+    elif field.annotation is bool:
+        annotation, kind = bool, typer.Option(option, help=field.description)
+    else:
+        names = (option, "-o") if name == "output" else (option,)
+        kind = typer.Option(*names, help=text, show_default=False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if annotation is bool else None,
+        annotation=Annotated[annotation, kind],
+    )
+
+
+train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_train_parameter(name) for name in TrainConfig.model_fields]
+)
+app.command()(train)
+
+
+@app.command()
+def calibrate(
+    heads: Annotated[str, typer.Option("--heads", help="Heads: a file, a folder or a hub id.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", metavar="FOLDER", help="What `distill` wrote; repeatable.")
+    ],
+    model: Model = "smollm2-135m",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for tree, table and picture; that of the heads."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Hidden states, as `train` left them; `cache` in the output if unset.")
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of conversations to measure on; as in training.")
+    ] = TrainConfig.model_fields["held_out"].default,
+    size: Annotated[int, typer.Option(min=2, max=64, help="Most nodes of the tree, root counted.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Grow the tree that fits these heads, from answers they were not trained on.
+
+    Counts how often each guess comes true given that the path before it did, and writes medusa_tree.json
+    (every prefix is a tree), medusa_calibration.json (what `--tree auto` starts from) and medusa_tree.svg.
+    The last line is JSON, with acceptance lengths replayed without a server.
+    """
+    from training.measure import measure
+
+    with failing():
+        beside = Path(heads).expanduser()
+        folder = output or (beside if beside.is_dir() else beside.parent)
+        if output is None and not beside.exists():
+            raise ConfigError("--output is needed where the heads are no local file or folder")
+        result = measure(
+            heads,
+            tuple(data),
+            folder,
+            model=model,
+            cache_dir=cache_dir or folder / "cache",
+            share=held_out,
+            size=size,
+            device=device or "auto",
+            dtype=dtype or "auto",
+        )
+        typer.echo(json.dumps(result, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    heads: Annotated[str, typer.Option("--heads", help="Heads: a file, a folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")],
+    model: Model = "smollm2-135m",
+    format: Annotated[
+        str, typer.Option("--format", metavar="official|vllm|medusa-serve", help="Whose files to write.")
+    ] = "official",
+) -> None:
+    """Write heads and tree in the files that other servers read."""
+    from training.export import export as run
+
+    with failing():
+        typer.echo(str(run(heads, output, model=model, format=format)))

@@ -174,17 +174,22 @@ class HeadRecord:
 
     Args:
         tree: the heads' tree.
+        accepted: how often each of its nodes came true when the heads were calibrated; None: a guess.
     """
 
     _DECAY = 0.997
+    _CALIBRATED_TRIALS = 64.0
+    """What a calibration counts as: it saw thousands of positions, but of other text than is served."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, accepted: SequenceOf[float] | None = None) -> None:
         depths = np.array([len(path) for path in tree.paths])
         self.depths = [len(path) for path in tree.paths]
         # Before anything is known: 0.5 for the first head's best guess, as `default_tree` has it.
         ranks = [math.prod((rank + 1) ** -1.4 for rank in path) for path in tree.paths]
         prior = np.array(ranks) * 0.5**depths * 0.85 ** (depths * (depths - 1) / 2)
-        self._trials = np.full(len(depths), 8.0)
+        if accepted is not None:
+            prior = np.array(accepted)
+        self._trials = np.full(len(depths), 8.0 if accepted is None else self._CALIBRATED_TRIALS)
         self._hits = self._trials * prior
         self.sizes = np.array(considered_sizes(tree))
         inside = np.arange(len(depths)) < self.sizes[:, None]
@@ -333,13 +338,20 @@ class AdaptiveTree:
         heads: the heads' tree; None without heads.
         lookup: the chains' record, its size 0 without lookup.
         max_step_tokens: bound on the rows of a step.
+        accepted: see `HeadRecord`.
     """
 
     def __init__(
-        self, times: StepTimes, heads: Tree | None, lookup: LookupRecord, max_step_tokens: int
+        self,
+        times: StepTimes,
+        heads: Tree | None,
+        lookup: LookupRecord,
+        max_step_tokens: int,
+        *,
+        accepted: SequenceOf[float] | None = None,
     ) -> None:
         self._times, self._lookup, self._max_step_tokens = times, lookup, max_step_tokens
-        self._heads = HeadRecord(heads) if heads is not None and heads.size > 1 else None
+        self._heads = HeadRecord(heads, accepted) if heads is not None and heads.size > 1 else None
         self._caps = TreeCaps([len(path) for path in heads.paths] if heads is not None else [])
         self._sizes = self._heads.sizes if self._heads is not None else np.zeros(1, dtype=np.int64)
         self._current = 0

@@ -125,6 +125,7 @@ class HeadDrafter:
         *,
         vocab_size: int,
         device: torch.device,
+        accepted: Sequence[float] | None = None,
     ) -> None:
         if tree.depth > heads.num_heads:
             raise TreeError(f"the tree is {tree.depth} deep and there are {heads.num_heads} heads")
@@ -132,6 +133,8 @@ class HeadDrafter:
         if tree.width > offered:
             raise TreeError(f"the tree takes a head's {tree.width} best of {offered} tokens")
         self.tree = tree
+        self.accepted = accepted
+        """For each node below the root, how often it came true on held-out text; None: nobody counted."""
         self._heads, self._lm_head, self._device = heads, lm_head, device
         self._prefixes: dict[int, tuple[Tree, Tensor]] = {}
 

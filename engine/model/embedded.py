@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "ensure_converted",
     "find_gguf",
+    "shipped_heads",
     "shortest",
     "undo_rope_interleaving",
     "write_json",
@@ -74,6 +76,20 @@ def ensure_converted() -> Path:
                 return folder
         raise
     return cached_conversion(source, root)
+
+
+def shipped_heads() -> Path | None:
+    """Folder of the heads trained for the embedded model: in a checkout's `configs/`, or as a wheel put it.
+
+    None where a package was made without them.
+    """
+    checkout = Path(__file__).parents[2]
+    installed = Path(sysconfig.get_path("data")) / "share" / "medusa-serve"
+    for root in (checkout / "configs", installed):
+        folder = root / EMBEDDED_MODEL
+        if (folder / "medusa_lm_head.safetensors").is_file():
+            return folder
+    return None
 
 
 def cache_root() -> Path:

@@ -1,0 +1,88 @@
+"""The tree and table beside the heads are found, and `--tree auto` starts from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import TreeError
+from engine.loader import load
+from engine.medusa.adaptive import HeadRecord
+from engine.medusa.calibrated import CalibratedTree, find_calibrated
+from engine.medusa.tree import Tree
+from tests.engine.conftest import TinyModel
+from tests.support import save_random_heads
+
+PATHS = [[0], [0, 0], [1], [0, 0, 0]]
+ACCEPTED = [0.5, 0.25, 0.2, 0.1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_random_heads(tmp_path / "medusa_lm_head.safetensors", hidden=32, vocab=61)
+    (tmp_path / "medusa_tree.json").write_text(json.dumps(PATHS))
+    (tmp_path / "medusa_calibration.json").write_text(json.dumps({"paths": PATHS, "accepted": ACCEPTED}))
+    return tmp_path
+
+
+def config(model: TinyModel, heads: Path, **values: object) -> EngineConfig:
+    return EngineConfig(model=str(model.folder), heads=str(heads), device="cpu", **values)  # type: ignore[arg-type]
+
+
+def test_heads_are_served_with_the_tree_and_table_beside_them(tiny: TinyModel, folder: Path) -> None:
+    for source in (folder, folder / "medusa_lm_head.safetensors"):
+        drafter = load(config(tiny, source), progress=False).heads
+        assert drafter is not None
+        assert drafter.tree == Tree.from_paths(PATHS)
+        assert drafter.accepted == pytest.approx(ACCEPTED)
+
+
+def test_a_fixed_size_takes_a_prefix_and_a_tree_of_ones_own_wins(tiny: TinyModel, folder: Path) -> None:
+    fixed = load(config(tiny, folder, tree=4, lookup="off"), progress=False).heads
+    assert fixed is not None
+    assert fixed.tree == Tree.from_paths(PATHS[:3])
+    assert fixed.accepted == pytest.approx(ACCEPTED[:3])
+    other = folder / "other.json"
+    other.write_text("[[0], [1], [2]]")
+    own = load(config(tiny, folder, tree_file=str(other)), progress=False).heads
+    assert own is not None
+    assert own.tree == Tree.load(other)
+    assert own.accepted is None
+
+
+def test_a_tree_without_a_table_and_heads_without_either(tmp_path: Path) -> None:
+    heads = str(tmp_path / "medusa_lm_head.safetensors")
+    assert find_calibrated(heads) is None
+    assert find_calibrated("someone/heads") is None
+    (tmp_path / "medusa_tree.json").write_text(json.dumps(PATHS))
+    assert find_calibrated(heads) == CalibratedTree(Tree.from_paths(PATHS))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"paths": [[0]]}',
+        '{"paths": [[0]], "accepted": [0.1, 0.2]}',
+        '{"paths": [[0]], "accepted": [2]}',
+    ],
+)
+def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "medusa_calibration.json").write_text(text)
+    with pytest.raises(TreeError, match="cannot read the calibration"):
+        find_calibrated(str(tmp_path))
+
+
+def test_what_is_served_corrects_the_table() -> None:
+    record = HeadRecord(Tree.from_paths(PATHS), ACCEPTED)
+    # Sizes 0 and 1, 2, 3, 4 nodes; at depth 1 the first and third node.
+    np.testing.assert_allclose(record.reach()[:, 0], [0.0, 0.5, 0.5, 0.7, 0.7])
+    for _ in range(2000):
+        record.observe(4, [0b11])
+    assert record.reach()[-1, 0] == pytest.approx(0.99, abs=0.01)
+    assert record.reach()[-1, 1] == pytest.approx(0.0, abs=0.01)

@@ -1,0 +1,72 @@
+"""What calibrate promises from cached states is what the engine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.llm import LLM
+from engine.types import Request, SamplingParams
+from tests.support import save_model, save_random_heads, tiny_llama
+from tests.training.support import random_rows, write_rows
+from training.data import Row
+from training.measure import measure
+
+
+@pytest.mark.parametrize("own_lm_head", [True, False])
+def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: bool) -> None:
+    """Twelve tokens: random heads are often right. Greedy, heads alone."""
+    vocab = 12
+    folder = save_model(tiny_llama(vocab_size=vocab, max_position_embeddings=128), tmp_path / "model")
+    heads = save_random_heads(
+        tmp_path / "heads.safetensors", hidden=32, vocab=vocab, heads=3, own_lm_head=own_lm_head
+    )
+    settings = {"model": str(folder), "block_size": 4, "device": "cpu", "lookup": "off", "max_num_seqs": 4}
+    plain = LLM(EngineConfig(**settings, tree="off"))
+    prompts = [row.prompt.tolist() for row in random_rows(12, vocab)]
+    requests = [
+        Request(str(i), tuple(prompt), SamplingParams(temperature=0.0, max_tokens=40))
+        for i, prompt in enumerate(prompts)
+    ]
+    rows = [
+        Row(index * 10_000, 0, 0, 0.0, np.array(prompt), np.array(output.token_ids))
+        for index, (prompt, output) in enumerate(zip(prompts, plain.generate(requests), strict=True))
+    ]
+    data = write_rows(tmp_path / "data", rows, vocab)
+    result = measure(
+        str(heads),
+        (data,),
+        tmp_path / "out",
+        model=str(folder),
+        cache_dir=tmp_path / "cache",
+        share=0.5,
+        size=24,
+    )
+    with_heads = LLM(
+        EngineConfig(
+            **settings, heads=str(heads), tree=16, tree_file=str(tmp_path / "out" / "medusa_tree.json")
+        )
+    )
+    outputs = with_heads.generate(requests)
+    steps = sum(output.num_steps for output in outputs)
+    tokens = sum(output.num_decoded for output in outputs)
+    assert [output.token_ids for output in outputs] == [row.answer.tolist() for row in rows]
+    replayed = dict(zip(result["nodes"], result["replayed"], strict=True))
+    assert tokens / steps > 1.3
+    assert replayed[16] == pytest.approx(tokens / steps, abs=0.001)
+    assert replayed[1] == 1.0
+    assert (tmp_path / "out" / "medusa_tree.svg").is_file()
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
+    rows = [row for row in random_rows(8, 12) if row.conversation % 10_000 == 9_000]
+    data = write_rows(tmp_path / "data", rows, 12)
+    settings = {"model": "m", "cache_dir": tmp_path, "share": 0.1}
+    with pytest.raises(ConfigError, match="no held-out rows"):
+        measure("heads", (data,), tmp_path, size=64, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="size must be from 2 to 64"):
+        measure("heads", (data,), tmp_path, size=65, **settings)  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""The frozen base model as training sees it: whole sequences in, final hidden states out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionInput
+from engine.config import EngineConfig
+from engine.errors import ConfigError, ModelError
+from engine.loader import Loaded, load
+from engine.model.config import ModelConfig
+from engine.model.weights import Checkpoint, resolve_model
+
+__all__ = ["Backbone", "EngineBackbone", "QuantizedBackbone", "make_backbone", "packs", "read_lm_head"]
+
+_BLOCK = 16
+
+
+class Backbone(Protocol):
+    """Final hidden states of whole sequences."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[T, hidden] after the final norm: the sequences' rows one after another, T their lengths' sum."""
+        ...
+
+
+def packs(lengths: Sequence[int], most: int) -> Iterator[range]:
+    """Neighbouring sequences that together have at most `most` tokens; a longer one goes alone."""
+    start, size = 0, 0
+    for index, length in enumerate(lengths):
+        if index > start and size + length > most:
+            yield range(start, index)
+            start, size = index, 0
+        size += length
+    if start < len(lengths):
+        yield range(start, len(lengths))
+
+
+class EngineBackbone:
+    """The engine's own decoder and attention: what the heads will see when they serve, to the bit.
+
+    Args:
+        loaded: a model with a K/V pool for the tokens of one pack.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self.device, self.dtype = loaded.pool.device, loaded.pool.dtype
+
+    @torch.inference_mode()
+    def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        loaded, device = self._loaded, self.device
+        lengths = [len(tokens) for tokens in sequences]
+        longest = max(lengths)
+        per_sequence = -(-longest // _BLOCK)
+        if 1 + len(sequences) * per_sequence > loaded.pool.num_blocks:
+            # Padding counts in the pool: halve the pack until it fits.
+            middle = len(sequences) // 2
+            if not middle:
+                raise ModelError(f"a sequence of {longest} tokens does not fit the pool made for training")
+            return torch.cat((self.hidden(sequences[:middle]), self.hidden(sequences[middle:])))
+        tables = 1 + torch.arange(len(sequences) * per_sequence).view(len(sequences), per_sequence)
+        column = torch.arange(longest)
+        valid = column < torch.tensor(lengths)[:, None]
+        causal = column[:, None] >= column
+        batch = AttentionInput(
+            block_tables=tables.to(device),
+            lengths=torch.zeros(len(sequences), dtype=torch.int64, device=device),
+            rows=(tables[:, :1] * _BLOCK + column).to(device),
+            visible=causal.expand(len(sequences), -1, -1).to(device),
+            max_length=longest,
+            index=None if bool(valid.all()) else valid.flatten().nonzero().flatten().to(device),
+        )
+        loaded.attention.plan(batch, loaded.pool)
+        tokens = torch.tensor([token for row in sequences for token in row], device=device)
+        positions = column.expand(len(sequences), -1)[valid].to(device)
+        states: Tensor = loaded.decoder(tokens, positions, loaded.attention)
+        return states
+
+
+class QuantizedBackbone:
+    """transformers' model with its linear layers in 8 or 4 bits by bitsandbytes, for a small GPU.
+
+    Args:
+        model: name or folder.
+        bits: 8 or 4.
+    """
+
+    def __init__(self, model: str, bits: int, device: torch.device, dtype: torch.dtype) -> None:
+        try:
+            importlib.import_module("bitsandbytes")  # transformers asks for it late, with a poorer message
+        except ImportError as error:
+            raise ConfigError("a backbone in 8 or 4 bits needs: pip install 'bitsandbytes>=0.46'") from error
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        options = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if bits == 8
+            else BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
+            )
+        )
+        whole: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model), dtype=dtype, quantization_config=options, device_map={"": device}
+        )
+        self._model = whole.base_model.eval()
+        self.device, self.dtype = device, dtype
+
+    @torch.inference_mode()
+    def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        lengths = torch.tensor([len(tokens) for tokens in sequences], device=self.device)
+        tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)] = torch.tensor(sequence)
+        valid = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
+        # Padded on the right, so causal attention never looks at padding.
+        states: Tensor = self._model(
+            input_ids=tokens.to(self.device), attention_mask=valid.long(), use_cache=False
+        ).last_hidden_state
+        return states[valid]
+
+
+def make_backbone(
+    model: str, *, device: str, dtype: str, bits: int, pack_tokens: int, longest: int
+) -> Backbone:
+    """The frozen model, in `bits` of 16 (as it is), 8 or 4.
+
+    Args:
+        model: as for `serve`.
+        device, dtype: as for `serve`.
+        pack_tokens: most tokens of a pass.
+        longest: tokens of the longest sequence.
+
+    Raises:
+        ConfigError, ModelError: as `engine.loader.load`; bits other than 16 without CUDA or bitsandbytes.
+    """
+    if bits != 16:
+        if bits not in (8, 4):
+            raise ConfigError(f"backbone_bits must be 16, 8 or 4, got {bits}")
+        if not torch.cuda.is_available() or device == "cpu":
+            raise ConfigError("a backbone in 8 or 4 bits runs on CUDA only; leave --backbone-bits out")
+        on = torch.device("cuda" if device == "auto" else device)
+        return QuantizedBackbone(model, bits, on, torch.bfloat16)
+    # Blocks for a pack of equally long sequences and some padding; `hidden` splits what does not fit.
+    tokens = 2 * max(pack_tokens, longest) + _BLOCK
+    config = EngineConfig(
+        model=model,
+        heads="none",
+        tree="off",
+        device=device,
+        dtype=dtype,
+        max_model_len=max(longest, 8),
+        max_num_seqs=1,
+        block_size=_BLOCK,
+        kv_cache_tokens=max(tokens, longest + 128),
+    )
+    return EngineBackbone(load(config))
+
+
+def read_lm_head(model: str, rows: Tensor | None = None) -> Tensor:
+    """[V, hidden] float32: the base model's lm_head over its logits' divisor, or its rows for these tokens.
+
+    Raises:
+        ModelError: the model's files cannot be read.
+    """
+    folder = resolve_model(model)
+    config = ModelConfig.from_folder(folder)
+    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    weight = Checkpoint(folder).get(name)
+    return (weight if rows is None else weight[rows]).float() / config.logits_divisor

@@ -1,0 +1,188 @@
+"""What one optimizer step learns from, addressed by (epoch, step) so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import ConfigError
+from training.backbone import Backbone, packs
+from training.data import Row
+from training.hidden import HiddenCache, top_tokens
+
+__all__ = ["Batch", "CachedBatches", "OnlineBatches", "Source", "gather"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Positions whose future is known. Prompts and padding are not among them: only answers have rows.
+
+    Args:
+        hidden: [T, hidden], the state that chose each position's token.
+        targets: [heads, T] int64; head i's is the token i + 1 places after the position's; -1 where the
+            answer has ended before.
+        teacher_ids: [heads, T, k] int64, the model's best tokens at that place; None without a KL term.
+        teacher_log_p: [heads, T, k] float32.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    teacher_ids: Tensor | None
+    teacher_log_p: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden.shape[0]
+
+
+class Source(Protocol):
+    """Steps of an epoch; each a few batches whose gradients add up."""
+
+    steps_per_epoch: int
+
+    def step(self, epoch: int, index: int) -> Iterator[Batch]: ...
+
+
+def gather(cache: HiddenCache, positions: NDArray[np.int64], num_heads: int, teacher: bool) -> Batch:
+    """The batch of these positions, on the CPU."""
+    ahead = positions + 1 + np.arange(num_heads)[:, None]
+    known = ahead < cache.ends[positions]
+    ahead = np.where(known, ahead, 0)
+    targets = np.where(known, cache.tokens[ahead], -1).astype(np.int64)
+    return Batch(
+        hidden=torch.from_numpy(np.asarray(cache.hidden[positions])),
+        targets=torch.from_numpy(targets),
+        teacher_ids=torch.from_numpy(cache.top_ids[ahead].astype(np.int64)) if teacher else None,
+        teacher_log_p=torch.from_numpy(cache.top_log_p[ahead].astype(np.float32)) if teacher else None,
+    )
+
+
+class CachedBatches:
+    """Single positions drawn from the cache in random order, each once an epoch.
+
+    Args:
+        cache: all hidden states.
+        chosen: [rows] bool, the rows to train on.
+        num_heads: heads.
+        batch_tokens: positions of a step.
+        micro_tokens: positions that are computed together.
+        seed: of the order.
+        teacher: with the model's own best tokens.
+
+    Raises:
+        ConfigError: fewer positions than one batch.
+    """
+
+    def __init__(
+        self,
+        cache: HiddenCache,
+        chosen: NDArray[np.bool_],
+        *,
+        num_heads: int,
+        batch_tokens: int,
+        micro_tokens: int,
+        seed: int,
+        teacher: bool,
+    ) -> None:
+        self._cache, self._num_heads, self._seed, self._teacher = cache, num_heads, seed, teacher
+        self._batch, self._micro = batch_tokens, micro_tokens
+        place = np.arange(len(cache))
+        # The last token of an answer has no next one: not even the first head has a target.
+        self._positions = place[chosen[cache.row_of] & (cache.ends - place > 1)]
+        self.steps_per_epoch = len(self._positions) // batch_tokens
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"the data holds {len(self._positions)} training positions and a batch takes {batch_tokens}; "
+                "distill more, or lower batch_tokens"
+            )
+        self._order = lru_cache(maxsize=1)(self._shuffled)
+
+    def step(self, epoch: int, index: int) -> Iterator[Batch]:
+        chosen = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
+        for start in range(0, len(chosen), self._micro):
+            # Rising positions read the memory map forwards.
+            part = np.sort(chosen[start : start + self._micro])
+            yield gather(self._cache, part, self._num_heads, self._teacher)
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(self._positions)
+
+
+class OnlineBatches:
+    """Whole sequences through the backbone at every step, packed: for a GPU and a large model.
+
+    Args:
+        backbone: the frozen model.
+        rows: the sequences to train on.
+        lm_head: [vocab, hidden] on the backbone's device, for the teacher; None without.
+        num_heads: heads.
+        batch_tokens: tokens of a step, prompts counted.
+        micro_tokens: tokens of a pass.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rows: Sequence[Row],
+        *,
+        lm_head: Tensor | None,
+        num_heads: int,
+        batch_tokens: int,
+        micro_tokens: int,
+        seed: int,
+    ) -> None:
+        self._backbone, self._rows, self._lm_head = backbone, rows, lm_head
+        self._num_heads, self._seed, self._micro = num_heads, seed, micro_tokens
+        self._accumulate = max(1, batch_tokens // micro_tokens)
+        self._packs = lru_cache(maxsize=1)(self._packed)
+        # Packs differ in number from epoch to epoch by their order; what all epochs have is used.
+        total = sum(len(row.prompt) + len(row.answer) for row in rows)
+        self.steps_per_epoch = total // (self._accumulate * micro_tokens)
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"the data holds {total} tokens and a batch takes {self._accumulate * micro_tokens}; "
+                "distill more, or lower batch_tokens"
+            )
+
+    def step(self, epoch: int, index: int) -> Iterator[Batch]:
+        for pack in self._packs(epoch)[index * self._accumulate : (index + 1) * self._accumulate]:
+            yield self._batch([self._rows[i] for i in pack])
+
+    def _packed(self, epoch: int) -> list[list[int]]:
+        """At least steps_per_epoch * accumulate packs: full ones could not be fewer."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows)).tolist()
+        lengths = [len(self._rows[i].prompt) + len(self._rows[i].answer) for i in order]
+        return [[order[i] for i in pack] for pack in packs(lengths, self._micro)]
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        device = self._backbone.device
+        states = self._backbone.hidden([np.concatenate((row.prompt, row.answer)).tolist() for row in rows])
+        places: list[int] = []
+        tokens: list[int] = []
+        ends: list[int] = []
+        offset = 0
+        for row in rows:
+            offset += len(row.prompt)
+            places += range(offset - 1, offset - 1 + len(row.answer))
+            tokens += row.answer.tolist()
+            ends += [len(tokens)] * len(row.answer)
+            offset += len(row.answer)
+        hidden = states[torch.tensor(places, device=device)]
+        drawn = torch.tensor(tokens, device=device)
+        position = torch.arange(len(tokens), device=device)
+        ahead = position + 1 + torch.arange(self._num_heads, device=device)[:, None]
+        known = ahead < torch.tensor(ends, device=device)
+        ahead = torch.where(known, ahead, 0)
+        targets = torch.where(known, drawn[ahead], -1)
+        if self._lm_head is None:
+            return Batch(hidden.clone(), targets, None, None)
+        ids, log_p = top_tokens(hidden, self._lm_head)
+        return Batch(hidden.clone(), targets, ids[ahead], log_p[ahead])

@@ -1,0 +1,82 @@
+"""Settings of `medusa-serve train`: the one place where a default of training is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+__all__ = ["TrainConfig"]
+
+
+class TrainConfig(BaseModel):
+    """What to train on what, and how. The defaults are those the shipped heads were trained with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("smollm2-135m", description="Base model, as for `serve`; it stays frozen.")
+    data: tuple[Path, ...] = Field(
+        description="What `medusa-serve distill` wrote: a folder of shards; may be given more than once."
+    )
+    output: Path = Field(description="Folder for heads, checkpoint, log and curves.")
+    heads: int = Field(4, ge=1, le=16, description="Number of heads.")
+    layers: int = Field(2, ge=1, le=8, description="Residual layers per head.")
+    vocabulary: int | Literal["full"] = Field(
+        8192, description="Tokens that heads choose from, the most frequent of the data; or 'full'."
+    )
+    kl: float = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="Weight of the model's own best tokens as targets; the rest goes to the token that came.",
+    )
+    decay: float = Field(0.8, gt=0.0, le=1.0, description="Head k's loss counts decay^k.")
+    lr: float = Field(1e-3, gt=0.0, description="AdamW's peak learning rate; a cosine brings it to zero.")
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW's.")
+    warmup_steps: int = Field(40, ge=0, description="Steps over which the rate rises.")
+    epochs: float = Field(4.0, gt=0.0, description="Passes over the data.")
+    batch_tokens: int = Field(
+        2048, ge=1, description="Tokens of an optimizer step; prompts count where nothing is cached."
+    )
+    micro_tokens: int = Field(
+        2048, ge=1, description="Tokens computed together; a step accumulates the gradients of several."
+    )
+    max_length: int = Field(2048, ge=8, description="Longer conversations are cut.")
+    ema: float = Field(
+        0.99, ge=0.0, lt=1.0, description="Decay per step of the averaged weights that are kept; 0 is off."
+    )
+    held_out: float = Field(
+        0.05, gt=0.0, lt=1.0, description="Share of prompts never trained on; chosen by the prompt's hash."
+    )
+    eval_every: int = Field(100, ge=1, description="Steps between looks at held-out answers.")
+    eval_tokens: int = Field(16384, ge=64, description="Held-out tokens that are looked at.")
+    patience: int = Field(6, ge=1, description="Looks without a better one after which training ends.")
+    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
+    resume: bool = Field(False, description="Go on from the output folder's checkpoint, exactly.")
+    seed: int = Field(0, ge=0, description="Of the order of the data.")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Backbone and activations: 'auto' is float32 on CPU, the checkpoint's own on CUDA.",
+    )
+    backbone_bits: Literal[16, 8, 4] = Field(
+        16, description="8 or 4: linear layers of the backbone by bitsandbytes, for a small GPU."
+    )
+    cache: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Keep the hidden states of all answers on disk; 'auto': up to 64 GiB and a quarter of "
+        "the free disk.",
+    )
+    cache_dir: Path | None = Field(
+        None, description="Where; `<output>/cache` if unset. Several runs may share one."
+    )
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _number_or_word(cls, value: object) -> object:
+        if isinstance(value, str) and value.strip().isdigit():
+            value = int(value)
+        if isinstance(value, int) and value < 64:
+            raise ValueError("must be 'full' or a number of tokens from 64")
+        return value

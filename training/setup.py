@@ -1,0 +1,247 @@
+"""From the settings of a run to its data, its part of the lm_head, and the assurance that it fits."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.weights import Checkpoint, resolve_model
+from training.backbone import Backbone, make_backbone, read_lm_head
+from training.batches import CachedBatches, OnlineBatches, Source
+from training.config import TrainConfig
+from training.data import Row, held_out, load_shards
+from training.hidden import TOP_K, HiddenCache, cache_hidden, missing_rows, row_key
+from training.memory import available_bytes, free_disk, plan
+from training.vocabulary import Vocabulary
+
+__all__ = [
+    "Setup",
+    "fingerprint",
+    "model_identity",
+    "prepare",
+    "read_rows",
+    "training_device",
+    "training_dtype",
+]
+
+_MOST_CACHED = 64 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run works on.
+
+    Args:
+        source: training batches.
+        held: cache that holds the held-out rows, and which of its rows they are.
+        held_rows: [rows of the cache] bool.
+        vocabulary: of the heads.
+        lm_head: [V, hidden], its rows of the base model's, on the training device, in activations' dtype.
+        rows: [vocab] int64 there, each token's row or -1.
+    """
+
+    source: Source
+    held: HiddenCache
+    held_rows: NDArray[np.bool_]
+    vocabulary: Vocabulary
+    lm_head: Tensor
+    rows: Tensor
+
+
+def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and held-out rows, cut to `max_length`.
+
+    Raises:
+        ConfigError: no data, or nothing on one of the sides.
+    """
+    train: list[Row] = []
+    held: list[Row] = []
+    for row in load_shards(config.data):
+        room = config.max_length - len(row.prompt)
+        if room < 2 or not len(row.prompt):
+            continue
+        cut = Row(row.conversation, row.turn, row.sample, row.temperature, row.prompt, row.answer[:room])
+        (held if held_out(row.conversation, config.held_out) else train).append(cut)
+    if not train or not held:
+        raise ConfigError(
+            f"{', '.join(map(str, config.data))} gives {len(train)} rows to train on and {len(held)} held "
+            "out; distill more, or raise held_out"
+        )
+    return train, held
+
+
+def fingerprint(rows: list[Row]) -> str:
+    """Identity of a data set, whatever the order of its rows."""
+    keys = np.sort(np.array([row_key(row) for row in rows], dtype=np.uint64))
+    return f"{len(rows)} rows {hashlib.sha256(keys.tobytes()).hexdigest()[:16]}"
+
+
+def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
+    """Say what it takes, refuse what cannot fit, and load or compute what the run needs.
+
+    Raises:
+        ConfigError: it does not fit, or settings that contradict each other.
+        ModelError: the base model cannot be used.
+    """
+    folder = resolve_model(config.model)
+    model, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
+    device = training_device(config.device)
+    dtype = training_dtype(config.dtype, model, device)
+    counted = np.concatenate([row.answer for row in train])
+    # Prompts break ties among what thin data has not answered yet: answers are about what was asked.
+    prompts = np.unique(np.concatenate([row.prompt for row in train]))
+    wanted = None if config.vocabulary == "full" else int(config.vocabulary)
+    vocabulary = Vocabulary.most_frequent(counted, prompts, wanted, model.vocab_size)
+
+    cached = _cached(config, model, train, held)
+    # Held-out rows first: a pass that is cut short can be measured on.
+    rows = [*held, *train] if cached else held
+    cache_dir = config.cache_dir or config.output / "cache"
+    identity: dict[str, Any] = {
+        "model": model_identity(checkpoint),
+        "hidden_size": model.hidden_size,
+        "top_k": min(TOP_K, model.vocab_size),
+    }
+    missing = missing_rows(cache_dir, rows, **identity)
+    longest = max(len(row.prompt) + len(row.answer) for row in (*train, *held))
+    online_pack = max(config.micro_tokens, longest)
+    pack = (512 if device.type == "cpu" else 8192) if cached else online_pack
+    memory = plan(
+        checkpoint,
+        model,
+        device=device,
+        dtype=dtype,
+        bits=config.backbone_bits,
+        needs_backbone=bool(missing) or not cached,
+        heads=config.heads,
+        layers=config.layers,
+        vocabulary=len(vocabulary),
+        micro_tokens=config.micro_tokens,
+        pack_tokens=max(pack, longest),
+        ema=config.ema > 0,
+        teacher_online=not cached and config.kl > 0,
+        cached_tokens=sum(len(row.answer) for row in missing),
+        top_k=TOP_K,
+    )
+    available = available_bytes(device)
+    tqdm.write(memory.describe(available))
+    memory.check(
+        available,
+        "Lower --micro-tokens or --vocabulary, or take --backbone-bits 4"
+        if device.type == "cuda"
+        else "Lower --micro-tokens or --vocabulary",
+    )
+    if memory.disk > (free := free_disk(cache_dir)):
+        raise ConfigError(
+            f"the hidden states take {memory.disk >> 20} MiB and {free >> 20} MiB are free at {cache_dir}; "
+            "name another place with --cache-dir, or take --cache off"
+        )
+    tqdm.write(
+        f"{len(train)} rows to train on ({len(counted)} answer tokens), {len(held)} held out; "
+        f"vocabulary {len(vocabulary)} covers {vocabulary.coverage:.2%}"
+    )
+
+    made: list[Backbone] = []
+
+    def backbone() -> Backbone:
+        if not made:
+            made.append(
+                make_backbone(
+                    config.model,
+                    device=str(device),
+                    dtype=str(dtype).removeprefix("torch."),
+                    bits=config.backbone_bits,
+                    pack_tokens=pack,
+                    longest=longest,
+                )
+            )
+        return made[0]
+
+    cache = cache_hidden(
+        cache_dir,
+        rows,
+        **identity,
+        make_backbone=lambda: (backbone(), read_lm_head(config.model)),
+        pack_tokens=pack,
+    )
+    source: Source
+    if cached:
+        made.clear()  # its memory is the heads' now
+        source = CachedBatches(
+            cache,
+            cache.select(train),
+            num_heads=config.heads,
+            batch_tokens=config.batch_tokens,
+            micro_tokens=config.micro_tokens,
+            seed=config.seed,
+            teacher=config.kl > 0,
+        )
+    else:
+        whole = read_lm_head(config.model).to(device=device, dtype=dtype) if config.kl > 0 else None
+        source = OnlineBatches(
+            backbone(),
+            train,
+            lm_head=whole,
+            num_heads=config.heads,
+            batch_tokens=config.batch_tokens,
+            micro_tokens=online_pack,
+            seed=config.seed,
+        )
+    return Setup(
+        source,
+        cache,
+        cache.select(held),
+        vocabulary,
+        read_lm_head(config.model, vocabulary.token_map).to(device=device, dtype=dtype),
+        vocabulary.rows(device),
+    )
+
+
+def _cached(config: TrainConfig, model: ModelConfig, train: list[Row], held: list[Row]) -> bool:
+    if config.cache != "auto":
+        return config.cache == "on"
+    size = sum(len(row.answer) for row in (*train, *held)) * (2 * model.hidden_size + 6 * TOP_K + 16)
+    room = free_disk(config.cache_dir or config.output)
+    return size <= min(_MOST_CACHED, room // 4)
+
+
+def model_identity(checkpoint: Checkpoint) -> str:
+    """Of a model's weights, by names, shapes and a few values: whole files take minutes to hash."""
+    text = hashlib.sha256()
+    for name in sorted(checkpoint.names):
+        text.update(f"{name}{checkpoint.shape(name)}".encode())
+    last = checkpoint.get(sorted(name for name in checkpoint.names if "norm" in name)[-1])
+    text.update(last.float().numpy().tobytes())
+    return f"{checkpoint.folder.name} {text.hexdigest()[:16]}"
+
+
+def training_device(name: str) -> torch.device:
+    """The device of this name; 'auto' is CUDA where there is one. Raises ConfigError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not one torch knows") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for and torch sees no GPU here")
+    return device
+
+
+def training_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """Of backbone and activations: 'auto' is float32 on the CPU and 16 bits on CUDA."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if model.dtype is torch.float32 else model.dtype
