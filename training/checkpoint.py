@@ -28,6 +28,9 @@ class RunState:
         stale: looks since then.
         seconds: spent so far.
         tokens: positions learned from.
+        loss_sum: over the steps since the last look.
+        loss_steps: how many those are.
+        config: the run's settings.
     """
 
     step: int = 0
@@ -36,6 +39,8 @@ class RunState:
     stale: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
 

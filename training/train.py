@@ -106,16 +106,15 @@ class Trainer:
             smoothing=0.05,
         )
         started, before = time.monotonic(), state.seconds
-        loss_sum, loss_steps = 0.0, 0
         with _stop_signals() as stopped:
             while state.step < self.total_steps and state.stale < config.patience and not stopped.is_set():
                 loss, tokens = self._step()
-                loss_sum, loss_steps = loss_sum + loss, loss_steps + 1
+                state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
                 state.step, state.tokens = state.step + 1, state.tokens + tokens
                 state.seconds = before + time.monotonic() - started
                 if state.step % config.eval_every == 0 or state.step == self.total_steps:
-                    line = self._look(loss_sum / loss_steps)
-                    loss_sum, loss_steps = 0.0, 0
+                    line = self._look(state.loss_sum / state.loss_steps)
+                    state.loss_sum, state.loss_steps = 0.0, 0
                     run_log.write(line)
                     bar.set_postfix_str(
                         f"loss {line['loss']:.3f} top-1 {line['top1'][0]:.3f} replay {line['replay']:.3f}"
