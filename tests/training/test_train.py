@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("run")
-    return output, train(train_config(model, data, output, kl=0.0, epochs=12, vocabulary="full"))
+    return output, train(train_config(model, data, output, kl=0.0, epochs=8))
 
 
 def test_heads_learn_what_follows(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -54,7 +54,7 @@ def test_heads_learn_what_follows(trained: tuple[Path, dict[str, Any]]) -> None:
 def test_a_killed_run_goes_on_and_ends_with_the_same_heads(
     model: Path, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    settings = {"kl": 0.5, "epochs": 8, "checkpoint_every": 7, "cache_dir": trained[0] / "cache"}
+    settings = {"kl": 0.5, "epochs": 3, "checkpoint_every": 7, "cache_dir": trained[0] / "cache"}
     whole = train_config(model, data, tmp_path / "whole", **settings)
     train(whole)
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
