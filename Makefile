@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help install serve test lint format equality bench disconnect load acceptance adaptive http-cost peers fuzz soak docs clean
+DATA ?= configs/smollm2-135m/data
+
+.PHONY: help install serve test lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +32,10 @@ lint: $(VENV)/.dev ## ruff, mypy, direction of imports
 format: $(VENV)/.dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+heads: $(VENV)/.dev ## train and calibrate the default model's heads anew; ARGS="--epochs 6"
+	$(BIN)/medusa-serve train --data $(DATA) --output build/heads $(ARGS)
+	$(BIN)/medusa-serve calibrate --heads build/heads --data $(DATA) --cache-dir build/heads/cache
 
 equality: $(VENV)/.dev ## long check against transformers; ARGS="--prompts mt_bench.jsonl"
 	$(BIN)/python -m benchmarks.equality $(ARGS)

@@ -22,8 +22,8 @@ from engine.medusa.heads import HeadDrafter, MedusaHeads
 from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.info import available_bytes
 from engine.model.embedded import EMBEDDED_MODEL, shipped_heads
+from engine.model.info import available_bytes
 from engine.model.weights import (
     Checkpoint,
     GenerationDefaults,

@@ -21,12 +21,12 @@ class TrainConfig(BaseModel):
     )
     output: Path = Field(description="Folder for heads, checkpoint, log and curves.")
     heads: int = Field(4, ge=1, le=16, description="Number of heads.")
-    layers: int = Field(2, ge=1, le=8, description="Residual layers per head.")
+    layers: int = Field(1, ge=1, le=8, description="Residual layers per head.")
     vocabulary: int | Literal["full"] = Field(
         8192, description="Tokens that heads choose from, the most frequent of the data; or 'full'."
     )
     kl: float = Field(
-        1.0,
+        0.8,
         ge=0.0,
         le=1.0,
         description="Weight of the model's own best tokens as targets; the rest goes to the token that came.",
@@ -37,10 +37,10 @@ class TrainConfig(BaseModel):
     warmup_steps: int = Field(40, ge=0, description="Steps over which the rate rises.")
     epochs: float = Field(4.0, gt=0.0, description="Passes over the data.")
     batch_tokens: int = Field(
-        2048, ge=1, description="Tokens of an optimizer step; prompts count where nothing is cached."
+        512, ge=1, description="Tokens of an optimizer step; prompts count where nothing is cached."
     )
     micro_tokens: int = Field(
-        2048, ge=1, description="Tokens computed together; a step accumulates the gradients of several."
+        512, ge=1, description="Tokens computed together; a step accumulates the gradients of several."
     )
     max_length: int = Field(2048, ge=8, description="Longer conversations are cut.")
     ema: float = Field(

@@ -76,6 +76,7 @@ def export(source: str, output: Path, *, model: str, format: str) -> Path:
     else:
         file, tensors = output / "medusa_lm_head.safetensors", own_tensors(heads)
     save_file(_distinct(tensors), file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it readable to its owner only
     folder = Path(source).expanduser()
     folder = folder if folder.is_dir() else folder.parent
     for name in (TREE_FILE, CALIBRATION_FILE):

@@ -258,6 +258,7 @@ def save_heads(file: Path, heads: PlainHeads, token_map: Tensor | None) -> None:
     if token_map is not None:
         tensors["token_map"] = token_map
     save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it readable to its owner only
 
 
 def _score(ranks: Ranks) -> float:
