@@ -21,15 +21,18 @@ from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
 from engine.medusa.calibrated import CALIBRATION_FILE, TREE_FILE
 from engine.medusa.tree import Tree, greedy_tree
-from training.evaluate import NONE, Ranks
+from training.evaluate import NONE, Ranks, visits
 
 __all__ = ["WIDTH", "Calibration", "calibrate", "conditional_table", "marginal_table", "marginal_tree"]
 
 WIDTH = 16
 """Guesses per head that may enter a tree."""
 
-_TRUST = 12.0
+_TRUST = 24.0
 """Positions that the fallback weighs as much as."""
+
+Weights = NDArray[np.float64]
+"""[N]: how much each position counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Calibration:
 def calibrate(ranks: Ranks, size: int = MAX_TREE_NODES) -> Calibration:
     """Grow the tree greedily: add the path most likely to come true, repeat.
 
+    Twice: the second time each position counts as often as decoding with the first tree stands there.
+
     Args:
         ranks: of held-out answers.
         size: nodes, root counted; fewer where the heads offer fewer.
@@ -81,8 +86,17 @@ def calibrate(ranks: Ranks, size: int = MAX_TREE_NODES) -> Calibration:
     """
     if len(ranks) == 0:
         raise ConfigError("there are no held-out answers to calibrate on; distill more, or raise held_out")
-    marginal, conditional = marginal_table(ranks), conditional_table(ranks)
-    # Positions of each path that came true; a path's own share, shrunk towards the table's.
+    everywhere = _grow(ranks, np.ones(len(ranks)), size)
+    weights = visits(ranks, everywhere.tree).astype(np.float64)
+    if not weights.any():  # answers of a single token
+        return everywhere
+    return _grow(ranks, weights * (len(ranks) / weights.sum()), size)
+
+
+def _grow(ranks: Ranks, weights: Weights, size: int) -> Calibration:
+    """The greedy tree where position n counts as weights[n]; they sum to the number of positions."""
+    marginal, conditional = marginal_table(ranks, weights), conditional_table(ranks, weights)
+    # Positions where each path came true; a path's own share, shrunk towards the table's.
     members: dict[tuple[int, ...], NDArray[np.int64]] = {(): np.arange(len(ranks))}
     chance: dict[tuple[int, ...], float] = {(): 1.0}
     frontier: dict[tuple[int, ...], float] = {}
@@ -91,9 +105,9 @@ def calibrate(ranks: Ranks, size: int = MAX_TREE_NODES) -> Calibration:
         depth = len(parent)
         if depth == ranks.num_heads:
             return
-        here = ranks.ranks[members[parent], depth]
-        counts = np.bincount(here[(here >= 0) & (here < WIDTH)], minlength=WIDTH)
-        share = (counts + _TRUST * conditional[depth]) / (len(here) + _TRUST)
+        inside = members[parent]
+        counts, total = _counts(ranks.ranks[inside, depth], weights[inside])
+        share = (counts + _TRUST * conditional[depth]) / (total + _TRUST)
         for rank in range(WIDTH):
             frontier[(*parent, rank)] = chance[parent] * float(share[rank])
 
@@ -115,29 +129,32 @@ def calibrate(ranks: Ranks, size: int = MAX_TREE_NODES) -> Calibration:
     )
 
 
-def marginal_table(ranks: Ranks) -> NDArray[np.float64]:
+def marginal_table(ranks: Ranks, weights: Weights) -> NDArray[np.float64]:
     """[heads, WIDTH]: how often head i's r-th guess is right, the paper's accuracies."""
-    return np.stack([_shares(ranks.ranks[:, head]) for head in range(ranks.num_heads)])
+    found = []
+    for head in range(ranks.num_heads):
+        counts, total = _counts(ranks.ranks[:, head], weights)
+        found.append(counts / max(1.0, total))
+    return np.stack(found)
 
 
-def conditional_table(ranks: Ranks) -> NDArray[np.float64]:
+def conditional_table(ranks: Ranks, weights: Weights) -> NDArray[np.float64]:
     """[heads, WIDTH]: the same, given that each head before was right with one of its WIDTH best guesses."""
     found = []
     so_far = np.ones(len(ranks), dtype=bool)
-    marginal = marginal_table(ranks)
+    marginal = marginal_table(ranks, weights)
     for head in range(ranks.num_heads):
-        here = ranks.ranks[so_far, head]
-        counted = _shares(here) * len(here)
-        found.append((counted + _TRUST * marginal[head]) / (len(here) + _TRUST))
+        counts, total = _counts(ranks.ranks[so_far, head], weights[so_far])
+        found.append((counts + _TRUST * marginal[head]) / (total + _TRUST))
         so_far = so_far & (ranks.ranks[:, head] >= 0) & (ranks.ranks[:, head] < WIDTH)
     return np.stack(found)
 
 
-def _shares(ranks: NDArray[np.int16]) -> NDArray[np.float64]:
-    """[WIDTH]: share of each rank; an answer's end counts as wrong, since nothing is accepted there."""
-    counts = np.bincount(ranks[(ranks != NONE) & (ranks < WIDTH)], minlength=WIDTH)
-    shares: NDArray[np.float64] = counts / max(1, len(ranks))
-    return shares
+def _counts(ranks: NDArray[np.int16], weights: Weights) -> tuple[NDArray[np.float64], float]:
+    """[WIDTH] weight of each rank, and of all; an answer's end counts as wrong: nothing is accepted there."""
+    inside = (ranks != NONE) & (ranks < WIDTH)
+    counts = np.bincount(ranks[inside], weights=weights[inside], minlength=WIDTH)
+    return counts, float(weights.sum())
 
 
 def marginal_tree(calibration: Calibration, size: int = MAX_TREE_NODES) -> Tree:

@@ -14,7 +14,7 @@ from engine.medusa.tree import Tree
 from training.batches import gather
 from training.hidden import HiddenCache
 
-__all__ = ["MISS", "NONE", "Ranks", "accepted_lengths", "rank_targets", "replay"]
+__all__ = ["MISS", "NONE", "Ranks", "accepted_lengths", "rank_targets", "replay", "visits"]
 
 MISS = 32767
 """Rank of a token that the heads' vocabulary does not hold."""
@@ -132,15 +132,37 @@ def replay(ranks: Ranks, trees: Sequence[Tree]) -> list[float]:
     """
     lengths = []
     for tree in trees:
-        accepted = accepted_lengths(ranks.ranks, tree)
-        steps = tokens = position = 0
-        while position < len(ranks):
-            end = int(ranks.ends[position])
-            last = end - 1
-            # The state at `position` chose its token, which is the root; the step emits what follows.
-            while position < last:
-                emitted = min(1 + int(accepted[position]), last - position)
-                steps, tokens, position = steps + 1, tokens + emitted, position + emitted
-            position = end
-        lengths.append(tokens / max(1, steps))
+        steps = _walk(ranks, accepted_lengths(ranks.ranks, tree), 0)
+        # Every position but an answer's first is emitted by some step.
+        tokens = len(ranks) - len(np.unique(ranks.ends))
+        lengths.append(tokens / max(1, int(steps.sum())))
     return lengths
+
+
+def visits(ranks: Ranks, tree: Tree, starts: int = 8) -> NDArray[np.int64]:
+    """[N]: how often decoding with `tree` stands at each position, over `starts` walks of each answer.
+
+    Decoding steps over what it guesses right, so it stands more often where text is hard to guess: the
+    average over all positions promises too much. A walk from each of the first positions, since one alone
+    would visit half of them.
+    """
+    accepted = accepted_lengths(ranks.ranks, tree)
+    found = np.zeros(len(ranks), dtype=np.int64)
+    for start in range(starts):
+        found += _walk(ranks, accepted, start)
+    return found
+
+
+def _walk(ranks: Ranks, accepted: NDArray[np.int64], start: int) -> NDArray[np.int64]:
+    """[N] 0 or 1: the positions where steps of decoding stand, from the start-th token of each answer on."""
+    stands = np.zeros(len(ranks), dtype=np.int64)
+    first = 0
+    while first < len(ranks):
+        end = int(ranks.ends[first])
+        position = first + start
+        # The state at a position chose its token, which is the root; the step emits what follows it.
+        while position < end - 1:
+            stands[position] = 1
+            position += 1 + int(accepted[position])
+        first = end
+    return stands
