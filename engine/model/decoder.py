@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from engine.model.layers import (
     apply_partial_rotary,
     apply_rotary,
 )
+
+if TYPE_CHECKING:
+    from engine.model.fused_int8 import FusedInt8Layers
 
 __all__ = ["Decoder"]
 
@@ -126,6 +130,7 @@ class Decoder(nn.Module):
         self.local_rotary = None if local is None else RotaryTable(local, max_position, dtype)
         # Rounded as the reference's: its factor is a tensor of the embedding's dtype.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
+        self.fused: FusedInt8Layers | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """Hidden states after the final norm.
@@ -143,6 +148,9 @@ class Decoder(nn.Module):
         x = F.embedding(tokens, self.embed)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
+        if self.fused is not None:
+            fused: Tensor = self.norm(self.fused(x, *table, attention))
+            return fused
         for layer in self.layers:
             cos, sin = local if layer.local else table
             x = layer(x, cos, sin, attention)
@@ -164,6 +172,36 @@ class Decoder(nn.Module):
             if isinstance(module, Linear):
                 # Attention's output is an average over many tokens, which has no outliers to spread.
                 module.quantize(rotate=not name.endswith("o_proj"))
+        self.fused = self._fuse()
+
+    def _fuse(self) -> FusedInt8Layers | None:
+        """The int8 layers as one, for families of the plain shape whose matrices are small.
+
+        Where a step is the reading of large matrices, what lies between them does not count.
+        """
+        config = self.config
+        plain = config.norms == "pre" and not config.norm_offset and config.qk_norm == "none"
+        plain = plain and config.activation == "silu" and config.residual_scale == 1.0
+        plain = plain and self.local_rotary is None and 2 * len(config.rope.inv_freq) == config.head_dim
+        if not plain:
+            return None
+        from engine.model.fused_int8 import FusedInt8Layer, FusedInt8Layers  # only int8 needs the compiler
+
+        layers = []
+        for layer in self.layers:
+            linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
+            weights = [linear.quantized for linear in linears if linear.quantized is not None]
+            if any(weight.packed or weight.biased for weight in weights):
+                return None
+            norms = (layer.input_norm.weight, layer.mlp_norm.weight)
+            layers.append(FusedInt8Layer(norms, weights))
+        return FusedInt8Layers(
+            layers,
+            eps=config.rms_norm_eps,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+        )
 
     def pack(self) -> None:
         """Reorder the weights for this device, once, after they are loaded."""

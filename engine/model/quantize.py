@@ -57,7 +57,10 @@ class Int8Weight:
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rotate: bool) -> None:
         check_int8(weight.device)
         weight = weight.detach().float()
-        self._rotation = _rotation(weight.shape[1]) if rotate else None
+        self.in_features = weight.shape[1]
+        self.biased = bias is not None
+        self.block = _block_size(weight.shape[1]) if rotate else 1
+        self._rotation = _rotation(self.block) if rotate else None
         if self._rotation is not None:
             weight = _rotate(weight, self._rotation)
         # A channel of zeros keeps a scale that can be divided by.
@@ -66,8 +69,24 @@ class Int8Weight:
         scale /= _LEVELS  # so that a row's scale is just its largest magnitude
         self._levels = torch.tensor(_LEVELS)
         self._bias = None if bias is None else bias.detach().float()
-        product = _packed_product if weight.numel() >= _PACKED_WEIGHTS else _plain_product
-        self._product = product(quantized, scale)
+        self._scale = scale
+        self.transposed = quantized.t()  # the view that torch's kernel reads best
+        self.packed = weight.numel() >= _PACKED_WEIGHTS
+        if self.packed:
+            self._product = _packed_product(quantized, scale)
+            self.transposed = quantized.new_empty(0, 0)
+        else:
+            self._product = _plain_product(self.transposed, scale)
+
+    def signs(self) -> Tensor:
+        """What each channel of the input is multiplied by before the mixing, [in_features] ±1."""
+        if self._rotation is None:
+            return torch.ones(self.in_features)
+        return _signs(self.block).repeat_interleave(self.in_features // self.block)
+
+    def mixed_scale(self) -> Tensor:
+        """[out_features]: what a product of unscaled mixing is multiplied by, besides its row's scale."""
+        return self._scale / math.sqrt(self.block)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in_features] to [..., out_features], plus `residual` of that shape where given."""
@@ -85,26 +104,32 @@ class Int8Weight:
         return y if residual is None else y.add_(residual)
 
 
-def _rotation(size: int) -> Tensor:
-    """A Hadamard matrix with seeded signs, [n, n] orthogonal; n is a power of two that divides `size`."""
-    # At least two blocks a row: one row of one block would be summed in another order (BLAS's gemv).
-    block = max(1, min(size & -size, size // 2, _LARGEST_BLOCK))
+def _block_size(channels: int) -> int:
+    """Channels mixed together: the largest power of two that divides them, at most `_LARGEST_BLOCK`."""
+    # At least two blocks a row: one column would be summed in another order (BLAS's gemv).
+    return max(1, min(channels & -channels, channels // 2, _LARGEST_BLOCK))
+
+
+def _signs(block: int) -> Tensor:
+    """Seeded ±1, [block]. Without them a constant offset of the channels would become one large channel."""
+    return torch.randint(2, (block,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+
+
+def _rotation(block: int) -> Tensor:
+    """Sylvester's Hadamard matrix times the signs, [block, block] orthogonal."""
     matrix = torch.ones(1, 1)
     while len(matrix) < block:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    # Without the signs a constant offset of the channels would become one large channel.
-    signs = torch.randint(2, (block, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
-    return signs * matrix / math.sqrt(block)
+    return matrix * _signs(block) / math.sqrt(block)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """[rows, channels] with each block of channels multiplied by the matrix."""
-    return torch.mm(x.view(-1, len(rotation)), rotation).view(x.shape)
+    """[rows, channels], the matrix over the leading axis of each row seen as [block, channels / block]."""
+    return torch.matmul(rotation, x.view(len(x), len(rotation), -1)).view(x.shape)
 
 
-def _plain_product(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    """int8 [rows, in] to (q W^T) * scale in float32; the transposed view is what the kernel reads best."""
-    transposed = weight.t()
+def _plain_product(transposed: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """int8 [rows, in] to (q W^T) * scale in float32, from W^T."""
 
     def product(quantized: Tensor) -> Tensor:
         y: Tensor = torch.mul(torch._int_mm(quantized, transposed), scale)

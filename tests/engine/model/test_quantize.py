@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionInput
+from engine.cache.pool import KVPool
 from engine.errors import ConfigError
 from engine.model import quantize
 from engine.model.config import ModelConfig
@@ -184,3 +186,71 @@ def test_what_cannot_run_is_refused() -> None:
         check_int8(torch.device("cuda"))
     with pytest.raises(ConfigError, match="float32"):
         Linear(4, 4, bias=False, dtype=torch.bfloat16).quantize(rotate=True)
+
+
+def plain_decoder(tmp_path: Path, **options: Any) -> Decoder:
+    """A small Llama in int8 with random weights, an outlier channel among them."""
+    config = ModelConfig.from_folder(save_model(tiny_llama(**options), tmp_path))
+    decoder = Decoder(config, torch.float32, 64)
+    torch.manual_seed(7)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5)
+        elif "lm_head" not in name:
+            parameter.data.normal_(std=0.2)
+    decoder.embed.data[:, 3] *= 20
+    decoder.quantize()
+    return decoder
+
+
+class Recorder:
+    """Attention that mixes nothing: each head's output is its query plus the keys and values it is given."""
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q + k.sum(1, keepdim=True) - v.mean(1, keepdim=True)).flatten(1) / (1 + layer)
+
+
+@needs_int8
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@torch.inference_mode()
+def test_the_fused_layers_compute_what_the_single_operators_do(tmp_path: Path, rows: int) -> None:
+    with torch.inference_mode(False):
+        decoder = plain_decoder(tmp_path)
+    fused = decoder.fused
+    assert fused is not None
+    tokens, positions = torch.arange(rows) + 2, torch.arange(rows) + 5
+    got = decoder(tokens, positions, Recorder())
+    decoder.fused = None
+    wanted = decoder(tokens, positions, Recorder())
+    # A value on a rounding boundary may go the other way, in one of 127 levels.
+    assert (got - wanted).norm() / wanted.norm() < 5e-3
+    for index, parameter in enumerate(fused._layers):
+        parameter.mlp_norm[0] += 0.5  # a kernel that read no norm would pass above on norms of one
+        decoder.fused = fused
+        changed = decoder(tokens, positions, Recorder())
+        assert (changed - wanted).norm() / wanted.norm() > 1e-4, index
+        parameter.mlp_norm[0] -= 0.5
+
+
+@needs_int8
+@torch.inference_mode()
+def test_the_fused_layers_keep_rows_apart_and_what_is_not_finite_in_its_row(tmp_path: Path) -> None:
+    with torch.inference_mode(False):
+        decoder = plain_decoder(tmp_path)
+    tokens, positions = torch.arange(9) + 2, torch.arange(9)
+    whole = decoder(tokens, positions, Recorder())
+    for part in ([4], [8, 0], [3, 2, 5, 7]):
+        assert torch.equal(decoder(tokens[part], positions[part], Recorder()), whole[part]), part
+    decoder.embed[tokens[2], 0], decoder.embed[tokens[6], 5] = float("nan"), float("inf")
+    broken = decoder(tokens, positions, Recorder())
+    others = [0, 1, 3, 4, 5, 7, 8]
+    assert torch.equal(broken[others], whole[others])
+    assert not broken[[2, 6]].isfinite().any()
+
+
+@needs_int8
+def test_only_the_plain_shape_is_fused(tmp_path: Path) -> None:
+    assert plain_decoder(tmp_path, attention_bias=True).fused is None
