@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if self.fused is not None:
-            fused: Tensor = self.norm(self.fused(x, *table, attention))
+            fused: Tensor = self.norm(self.fused(x, table[0], table[1], attention))
             return fused
         for layer in self.layers:
             cos, sin = local if layer.local else table
@@ -189,6 +189,8 @@ class Decoder(nn.Module):
 
         layers = []
         for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            assert layer.input_norm is not None and layer.mlp_norm is not None  # pre-norms
             linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
             weights = [linear.quantized for linear in linears if linear.quantized is not None]
             if any(weight.packed or weight.biased for weight in weights):
