@@ -153,7 +153,7 @@ def conditional_table(ranks: Ranks, weights: Weights) -> NDArray[np.float64]:
 def _counts(ranks: NDArray[np.int16], weights: Weights) -> tuple[NDArray[np.float64], float]:
     """[WIDTH] weight of each rank, and of all; an answer's end counts as wrong: nothing is accepted there."""
     inside = (ranks != NONE) & (ranks < WIDTH)
-    counts = np.bincount(ranks[inside], weights=weights[inside], minlength=WIDTH)
+    counts = np.bincount(ranks[inside], weights=weights[inside], minlength=WIDTH).astype(np.float64)
     return counts, float(weights.sum())
 
 

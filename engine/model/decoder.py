@@ -190,7 +190,8 @@ class Decoder(nn.Module):
         layers = []
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            assert layer.input_norm is not None and layer.mlp_norm is not None  # pre-norms
+            assert layer.input_norm is not None
+            assert layer.mlp_norm is not None
             linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
             weights = [linear.quantized for linear in linears if linear.quantized is not None]
             if any(weight.packed or weight.biased for weight in weights):
