@@ -8,7 +8,7 @@ ARGS ?=
 
 DATA ?= configs/smollm2-135m/data
 
-.PHONY: help install serve test lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak docs clean
+.PHONY: help install serve test test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,21 @@ serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
 
 test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour
+	$(BIN)/python -m pytest -q tests/system -o faulthandler_timeout=900 $(ARGS)
+
+smoke: programs $(VENV)/.dev ## the short form of test-system: three minutes
+	$(BIN)/python -m pytest -q tests/system -o faulthandler_timeout=900 --smoke $(ARGS)
+
+# RUNLEVEL=1: installing them shall not start them.
+programs:
+	@for program in nginx prometheus promtool; do PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing=1; done; \
+	test -z "$$missing" && exit; \
+	command -v apt-get >/dev/null || { echo "the system tests need nginx and prometheus (with promtool) in PATH"; exit 1; }; \
+	test "$$(id -u)" = 0 || sudo=sudo; set -x; \
+	$$sudo apt-get update -q && \
+	$$sudo env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -q --yes --no-install-recommends nginx-light prometheus
 
 lint: $(VENV)/.dev ## ruff, mypy, direction of imports
 	$(BIN)/ruff check .
@@ -64,7 +79,7 @@ peers: $(VENV)/.dev ## tokens/s of other servers in the same run
 fuzz: $(VENV)/.dev ## requests made from the API's own description; ARGS="--cases 10000", "--cases 300 --engine real"
 	$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
-soak: $(VENV)/.dev ## ten minutes of everything: memory flat, no block lost
+soak: $(VENV)/.dev ## twenty minutes of everything: nothing grows, no block lost
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 docs: $(VENV)/.dev ## write the tables of docs/operations.md from the code
@@ -90,6 +105,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install_pinned,.[dev])
 	@touch $@ $(VENV)/.serve
+
+$(VENV)/.system: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install_pinned,.[dev,ray])
+	@touch $@ $(VENV)/.dev $(VENV)/.serve
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

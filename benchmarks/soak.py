@@ -1,13 +1,14 @@
 """Minutes of everything at once: does memory stay flat, is every block accounted for, does nothing fail?
 
-    python -m benchmarks.soak --minutes 10 -- --heads heads/random.safetensors --tree auto
+    python -m benchmarks.soak --minutes 20 -- --heads heads/random.safetensors --tree auto
 
 A server with few slots and a K/V pool too small for them (so that sequences are preempted) gets a mix of
 requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,
 penalties, biases, stop strings, predictions, both acceptances; a third of them hang up. Some requests are
 asked again and again: their text must be the same every time. The server's resident memory is sampled all
-along; its slope after the warm-up is a least-squares line. Exit code 1 on an error, a text that changed, a
-block lost, no preemption, or a slope above --most-slope.
+along; its slope after the warm-up is a least-squares line. So are its threads and open files, the most of
+which may not be more in the second half after the warm-up than in the first. Exit code 1 on an error, a text
+that changed, a block lost, no preemption, a slope above --most-slope, or more threads or open files.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ SERVE = [
     "128",
 ]
 """A pool of hardly more than one context for eight slots, and chunks that cut prompts in two."""
+
+FILES_SLACK = 3
+"""Connections that open and close within a sample move the most by a few."""
 
 _SHARED = (
     "You are the clerk of a small harbour. Ships report at the northern pier, pay by weight, and leave "
@@ -201,6 +205,22 @@ def rss_mib(pid: int) -> float:
     return int(kib) / 1024
 
 
+def threads(pid: int) -> int:
+    """Threads of a process."""
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def open_files(pid: int) -> int:
+    """Open file descriptors of a process."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def growth(values: Sequence[int]) -> int | None:
+    """How much more the most of the second half is than that of the first; None for less than two."""
+    half = len(values) // 2
+    return max(values[half:]) - max(values[:half]) if half else None
+
+
 def slope(samples: Sequence[tuple[float, float]]) -> float:
     """Least-squares slope of (minutes, MiB) pairs, in MiB per minute."""
     return statistics.linear_regression(*zip(*samples, strict=True)).slope
@@ -214,8 +234,10 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
     soak = Soak(server.url, model, start + 60 * args.minutes, args.seed)
     clients = asyncio.gather(*(soak.client() for _ in range(args.clients)))
     samples: list[tuple[float, float]] = []
+    counts: list[tuple[int, int]] = []
     for number in itertools.count(1):
         samples.append(((time.monotonic() - start) / 60, rss_mib(server.pid)))
+        counts.append((threads(server.pid), open_files(server.pid)))
         if number % 60 == 0:
             answered, failed = sum(soak.counts.values()), sum(soak.errors.values())
             print(
@@ -232,6 +254,9 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
 
     warm = [sample for sample in samples if sample[0] >= args.warm_share * args.minutes]
     rise = slope(warm) if len(warm) > 1 else None
+    warm_counts = counts[len(samples) - len(warm) :]
+    more_threads = growth([count for count, _ in warm_counts])
+    more_files = growth([count for _, count in warm_counts])
     preemptions = int(found.get("medusa_num_preemptions_total", 0))
     idle = is_idle(found, total)
     return {
@@ -240,7 +265,11 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
         and not soak.changed
         and preemptions > 0
         and rise is not None
-        and rise <= args.most_slope,
+        and rise <= args.most_slope
+        and more_threads is not None
+        and more_threads <= 0
+        and more_files is not None
+        and more_files <= FILES_SLACK,
         "minutes": args.minutes,
         "clients": args.clients,
         "requests": dict(soak.counts),
@@ -258,6 +287,8 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
             "slope_per_minute": round(rise, 3) if rise is not None else None,
             "most_slope": args.most_slope,
         },
+        "threads": {"most": max(count for count, _ in counts), "growth": more_threads},
+        "open_files": {"most": max(count for _, count in counts), "growth": more_files},
     }
 
 
@@ -266,7 +297,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between looks at the memory")
     parser.add_argument("--warm-share", type=float, default=0.3, help="share of the time before the slope")

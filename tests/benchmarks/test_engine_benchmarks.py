@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,22 @@ def test_slope_of_memory() -> None:
     assert soak.slope([(minute, 100 + 3 * minute) for minute in range(5)]) == pytest.approx(3)
     assert soak.slope([(0, 5.0), (1, 5.0), (2, 5.0)]) == 0
     assert 10 < soak.rss_mib(os.getpid()) < 100_000
+
+
+def test_soak_counts_threads_and_files_and_sees_them_grow(tmp_path: Path) -> None:
+    files, threads = soak.open_files(os.getpid()), soak.threads(os.getpid())
+    assert threads >= threading.active_count()
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    with (tmp_path / "file").open("w"):
+        thread.start()
+        assert soak.open_files(os.getpid()) == files + 1
+        assert soak.threads(os.getpid()) == threads + 1
+        stop.set()
+        thread.join()
+    assert soak.growth([5, 9, 5, 9, 5, 9]) == 0
+    assert soak.growth([5, 9, 5, 9, 7, 12]) == 3
+    assert soak.growth([5]) is None
 
 
 def test_repeated_requests_are_the_same_and_decide_their_text() -> None:
