@@ -4,7 +4,7 @@
 
 Every setting of `medusa-serve serve` can be given as `name=value` (or as MEDUSA_… in the environment), beside
 the fields of `Scaling`. Ray's proxies take HTTP on port 8000 of each node and balance by ongoing requests;
-`host`, `port` and `drain_s` of the settings keep their meaning, the first two for nobody.
+`host`, `port` and `drain_timeout` of the settings keep their meaning, the first two for nobody.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _application(settings: Settings, scaling: Scaling) -> serve.Application:
         health_check_period_s=HEALTH_PERIOD_S,
         # A replica that shall go gets no new requests, and is killed when this is over.
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-        graceful_shutdown_timeout_s=settings.drain_s + HANDSHAKE_S,
+        graceful_shutdown_timeout_s=settings.drain_timeout + HANDSHAKE_S,
     )
     return deployment.bind()
 
@@ -119,8 +119,8 @@ class MedusaServe:
 
     async def check_health(self) -> None:
         """Asked by Ray every few seconds; a replica that raises is replaced."""
-        if not self.app.state.context.engine.healthy:
-            raise RuntimeError("the engine is dead; its log says why")
+        if not self.app.state.context.healthy:
+            raise RuntimeError("the engine died or is stuck; the log says which")
 
 
 def _load(settings: Settings, threads: int | None) -> FastAPI:

@@ -133,7 +133,7 @@ class Replica(Process):
         self.address = f"127.0.0.1:{self.port}"
         self.url = f"http://{self.address}"
         command = [sys.executable, "-m", "server.cli", "serve", MODEL, "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--drain-s", str(drain_s), *options]
+        command += ["--port", str(self.port), "--drain-timeout", str(drain_s), *options]
         super().__init__(name, command, folder, MEDUSA_LOG_FORMAT="json", **thread_environment(1))
 
     def wait_ready(self) -> None:
