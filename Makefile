@@ -20,8 +20,9 @@ install: $(VENV)/.dev ## everything for working on it, into .venv
 serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
 	@exec $(BIN)/medusa-serve serve $(ARGS)
 
+# A process a core with one thread each: two torch processes of two threads would fight for the cores.
 test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour
 	$(BIN)/python -m pytest -q tests/system -o faulthandler_timeout=900 $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -137,6 +138,8 @@ def chat(
     """
     from server.chat import run
 
+    # A shell that starts it in the background ignores Ctrl-C for it; here it has a meaning.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     raise typer.Exit(run(url, model=model, system=system, api_key=api_key, sampling=sampling))
 
