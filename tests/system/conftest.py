@@ -1,6 +1,6 @@
 """`make test-system` runs these; they are outside pytest's default paths, for they need nginx and Prometheus.
 
---smoke shortens them for CI, and leaves out what takes minutes.
+--smoke shortens them for CI, and leaves out what takes minutes. --pictures writes the docs' pictures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from tests.system.support import Nginx, Replica
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--smoke", action="store_true", help="seconds instead of minutes, the long tests left out"
+    )
+    parser.addoption(
+        "--pictures", metavar="FOLDER", help="draw the dashboards from Prometheus' answers into it"
     )
 
 
