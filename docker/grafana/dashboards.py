@@ -12,8 +12,11 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "dashboards"
 SOURCE = {"type": "prometheus", "uid": "prometheus"}
-I = '{instance=~"$instance"}'  # noqa: E741
-W = "$__rate_interval"
+CHOSEN = '{instance=~"$instance"}'
+"""The replicas chosen above the panels."""
+WINDOW = "$__rate_interval"
+POST, DECODING = ',method="POST"', ',phase="decode"'
+"""Labels that narrow a rate."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +45,54 @@ class Panel:
     right: tuple[str, ...] = field(default=())
 
 
-def rate(metric: str, by: str = "", more: str = "", window: str = W) -> str:
+def rate(metric: str, by: str = "", more: str = "") -> str:
     """The summed rate of a counter on the chosen replicas."""
-    return f'sum{f" by ({by})" if by else ""} (rate({metric}{{instance=~"$instance"{more}}}[{window}]))'
+    return f'sum{f" by ({by})" if by else ""} (rate({metric}{{instance=~"$instance"{more}}}[{WINDOW}]))'
 
 
-def quantiles(metric: str) -> dict[str, str]:
+def each(by: str, metric: str, more: str = "") -> dict[str, str]:
+    """The same, a series for each value of a label."""
+    return {f"{{{{{by}}}}}": rate(metric, by, more)}
+
+
+def quantiles(metric: str, more: str = "") -> dict[str, str]:
     """Median, 95th and 99th percentile of a histogram over all chosen replicas."""
     return {
-        f"p{100 * q:.0f}": f"histogram_quantile({q}, {rate(metric + '_bucket', 'le')})"
+        f"p{100 * q:.0f}": f"histogram_quantile({q}, {rate(metric + '_bucket', 'le', more)})"
         for q in (0.5, 0.95, 0.99)
     }
 
 
-def per_replica(metric: str, q: float = 0.95) -> dict[str, str]:
-    inner = rate(metric + "_bucket", "instance, le")
-    return {"{{instance}}": f"histogram_quantile({q}, {inner})"}
+def p95_each(metric: str) -> dict[str, str]:
+    """The 95th percentile of each replica."""
+    return {"{{instance}}": f"histogram_quantile(0.95, {rate(metric + '_bucket', 'instance, le')})"}
 
 
-def mean(metric: str) -> str:
-    """Of a histogram's values, over all chosen replicas."""
-    return f"{rate(metric + '_sum')} / {rate(metric + '_count')}"
+def ratio(metric: str, to: str, by: str = "", more: str = "") -> str:
+    """One counter's rate to another's, which `more` narrows."""
+    return f"{rate(metric, by)} / {rate(to, by, more)}"
+
+
+def mean(metric: str, by: str = "") -> str:
+    """Of a histogram's values."""
+    return ratio(f"{metric}_sum", f"{metric}_count", by)
 
 
 ACCEPTED = "medusa_spec_decode_num_accepted_tokens_total"
 DRAFTED = "medusa_spec_decode_num_draft_tokens_total"
 PER_POSITION = "medusa_spec_decode_num_accepted_tokens_per_pos_total"
 DRAFTS = "medusa_spec_decode_num_drafts_total"
-DECODE = "medusa_step_duration_seconds"
+STEP_S = "medusa_step_duration_seconds"
 LENGTH = "medusa_acceptance_length"
+PREFIX_HITS = ("medusa_prefix_cache_hits_total", "medusa_prefix_cache_queries_total")
+SPEED_UP = ("medusa_plain_decode_seconds_total", f"{STEP_S}_sum")
+TOKENS_A_STEP = (f"{LENGTH}_sum", f"{STEP_S}_count")
 
 SERVING = [
     Panel(
         "Replicas ready",
         "Replicas that take requests.",
-        {"ready": f"sum(medusa_ready{I})"},
+        {"ready": f"sum(medusa_ready{CHOSEN})"},
         kind="stat",
         width=4,
     ),
@@ -97,21 +113,21 @@ SERVING = [
     Panel(
         "Running",
         "Choices that decode now.",
-        {"running": f"sum(medusa_num_requests_running{I})"},
+        {"running": f"sum(medusa_num_requests_running{CHOSEN})"},
         kind="stat",
         width=4,
     ),
     Panel(
         "Waiting",
         "Choices that wait for a slot.",
-        {"waiting": f"sum(medusa_num_requests_waiting{I})"},
+        {"waiting": f"sum(medusa_num_requests_waiting{CHOSEN})"},
         kind="stat",
         width=4,
     ),
     Panel(
         "K/V pool in use",
         "The fullest replica's.",
-        {"in use": f"max(medusa_kv_cache_usage_ratio{I})"},
+        {"in use": f"max(medusa_kv_cache_usage_ratio{CHOSEN})"},
         unit="percentunit",
         kind="stat",
         width=4,
@@ -119,42 +135,42 @@ SERVING = [
     Panel(
         "Requests by status",
         "HTTP answers a second; 499: the client left first.",
-        {"{{status}}": rate("medusa_http_requests_total", "status", ',method="POST"')},
+        each("status", "medusa_http_requests_total", POST),
         unit="reqps",
         stack=True,
     ),
     Panel(
         "Requests by replica",
         "What the load balancer gives each.",
-        {"{{instance}}": rate("medusa_http_requests_total", "instance", ',method="POST"')},
+        each("instance", "medusa_http_requests_total", POST),
         unit="reqps",
         stack=True,
     ),
     Panel(
         "Finish reasons",
         "Choices that ended, a second.",
-        {"{{finished_reason}}": rate("medusa_request_success_total", "finished_reason")},
+        each("finished_reason", "medusa_request_success_total"),
         unit="ops",
         stack=True,
     ),
     Panel(
         "Output tokens a second",
         "Per replica, stacked: the height is the total.",
-        {"{{instance}}": rate("medusa_generation_tokens_total", "instance")},
+        each("instance", "medusa_generation_tokens_total"),
         stack=True,
     ),
     Panel(
         "Prompt tokens a second",
         "Prefilled prompts, reused tokens included.",
-        {"{{instance}}": rate("medusa_prompt_tokens_total", "instance")},
+        each("instance", "medusa_prompt_tokens_total"),
         stack=True,
     ),
     Panel(
         "Choices running and waiting",
         "Waiting ones queue for a slot.",
         {
-            "running {{instance}}": f"medusa_num_requests_running{I}",
-            "waiting {{instance}}": f"medusa_num_requests_waiting{I}",
+            "running {{instance}}": f"medusa_num_requests_running{CHOSEN}",
+            "waiting {{instance}}": f"medusa_num_requests_waiting{CHOSEN}",
         },
     ),
     Panel(
@@ -178,13 +194,13 @@ SERVING = [
     Panel(
         "Time to first token by replica, p95",
         "A replica that differs has other work or another machine.",
-        per_replica("medusa_time_to_first_token_seconds"),
+        p95_each("medusa_time_to_first_token_seconds"),
         unit="s",
     ),
     Panel(
         "Time per output token by replica, p95",
         "As above.",
-        per_replica("medusa_request_time_per_output_token_seconds"),
+        p95_each("medusa_request_time_per_output_token_seconds"),
         unit="s",
     ),
     Panel(
@@ -197,44 +213,40 @@ SERVING = [
     Panel(
         "K/V pool in use",
         "Share that running choices own; near 1 they get preempted.",
-        {"{{instance}}": f"medusa_kv_cache_usage_ratio{I}"},
+        {"{{instance}}": f"medusa_kv_cache_usage_ratio{CHOSEN}"},
         unit="percentunit",
         top=1,
     ),
     Panel(
         "K/V blocks",
         "All replicas; cached ones are free for whoever needs them.",
-        {"{{state}}": f"sum by (state) (medusa_kv_blocks{I})"},
+        {"{{state}}": f"sum by (state) (medusa_kv_blocks{CHOSEN})"},
         stack=True,
     ),
     Panel(
         "Prefix hits",
         "Share of prompt tokens whose K/V was reused.",
-        {
-            "all": f"{rate('medusa_prefix_cache_hits_total')} / {rate('medusa_prefix_cache_queries_total')}",
-            "{{instance}}": f"{rate('medusa_prefix_cache_hits_total', 'instance')} / "
-            f"{rate('medusa_prefix_cache_queries_total', 'instance')}",
-        },
+        {"all": ratio(*PREFIX_HITS), "{{instance}}": ratio(*PREFIX_HITS, "instance")},
         unit="percentunit",
         top=1,
     ),
     Panel(
         "Preemptions",
         "Choices put back for want of K/V blocks, a second.",
-        {"{{instance}}": rate("medusa_num_preemptions_total", "instance")},
+        each("instance", "medusa_num_preemptions_total"),
         unit="ops",
     ),
     Panel(
         "Step parts",
-        "Share of the engine's time.",
-        {"{{phase}}": rate(f"{DECODE}_sum", "phase")},
+        "Share of an engine's time, mean of the replicas.",
+        {"{{phase}}": f"avg by (phase) (rate({STEP_S}_sum{CHOSEN}[{WINDOW}]))"},
         unit="percentunit",
         stack=True,
     ),
     Panel(
         "Memory",
         "Resident, of each server process.",
-        {"{{instance}}": f"process_resident_memory_bytes{I}"},
+        {"{{instance}}": f"process_resident_memory_bytes{CHOSEN}"},
         unit="bytes",
     ),
 ]
@@ -243,24 +255,21 @@ MEDUSA = [
     Panel(
         "Acceptance length now",
         "Tokens per choice and decode step, root counted: plain decoding is 1.",
-        {"tokens": f"{rate(LENGTH + '_sum')} / {rate(LENGTH + '_count')}"},
+        {"tokens": mean(LENGTH)},
         kind="stat",
         width=6,
     ),
     Panel(
         "Estimated speed-up",
         "Plain decoding's time for the same tokens over the time taken (tree auto).",
-        {
-            "times": f"{rate('medusa_plain_decode_seconds_total')} / "
-            + rate(f"{DECODE}_sum", more=',phase="decode"')
-        },
+        {"times": ratio(*SPEED_UP, more=DECODING)},
         kind="stat",
         width=6,
     ),
     Panel(
         "Tokens a step",
         "Tokens a decode step gives, the whole batch together.",
-        {"tokens": f"{rate(LENGTH + '_sum')} / " + rate(f"{DECODE}_count", more=',phase="decode"')},
+        {"tokens": ratio(*TOKENS_A_STEP, more=DECODING)},
         kind="stat",
         width=6,
     ),
@@ -268,7 +277,7 @@ MEDUSA = [
         "Drafts wasted",
         "Share of verified nodes not accepted. A tree wastes most of its nodes by design; what "
         "counts is the speed-up.",
-        {"wasted": f"1 - {rate(ACCEPTED)} / {rate(DRAFTED)}"},
+        {"wasted": f"1 - {ratio(ACCEPTED, DRAFTED)}"},
         unit="percentunit",
         kind="stat",
         width=6,
@@ -276,16 +285,13 @@ MEDUSA = [
     Panel(
         "Acceptance length",
         "Mean, by replica.",
-        {
-            "{{instance}}": f"{rate(LENGTH + '_sum', 'instance')} / {rate(LENGTH + '_count', 'instance')}",
-            "all": f"{rate(LENGTH + '_sum')} / {rate(LENGTH + '_count')}",
-        },
+        {"{{instance}}": mean(LENGTH, "instance"), "all": mean(LENGTH)},
         width=12,
     ),
     Panel(
         "Acceptance length, distribution",
         "Decode steps of a choice, by how many tokens they gave.",
-        {"{{le}}": rate(LENGTH + "_bucket", "le")},
+        each("le", f"{LENGTH}_bucket"),
         kind="heatmap",
         width=12,
     ),
@@ -307,9 +313,9 @@ MEDUSA = [
         "Tree size against batch size",
         "Nodes a choice; choices running. A busy server takes smaller trees.",
         {
-            "tree {{instance}}": f"avg_over_time(medusa_tree_size{I}[{W}])",
-            "heads' nodes {{instance}}": f"avg_over_time(medusa_tree_head_nodes{I}[{W}])",
-            "running {{instance}}": f"avg_over_time(medusa_num_requests_running{I}[{W}])",
+            "tree {{instance}}": f"avg_over_time(medusa_tree_size{CHOSEN}[{WINDOW}])",
+            "heads' nodes {{instance}}": f"avg_over_time(medusa_tree_head_nodes{CHOSEN}[{WINDOW}])",
+            "running {{instance}}": f"avg_over_time(medusa_num_requests_running{CHOSEN}[{WINDOW}])",
         },
         width=12,
         right=("/running/",),
@@ -317,20 +323,14 @@ MEDUSA = [
     Panel(
         "Tokens a step",
         "Tokens a decode step gives, the whole batch together.",
-        {
-            "{{instance}}": f"{rate(LENGTH + '_sum', 'instance')} / "
-            + rate(f"{DECODE}_count", "instance", ',phase="decode"')
-        },
+        {"{{instance}}": ratio(*TOKENS_A_STEP, "instance", DECODING)},
         width=12,
     ),
     Panel(
         "Estimated speed-up",
         "Plain decoding's time for the same tokens over the time taken (tree auto). Below 1 "
         "trees cost more than they give.",
-        {
-            "{{instance}}": f"{rate('medusa_plain_decode_seconds_total', 'instance')} / "
-            + rate(f"{DECODE}_sum", "instance", ',phase="decode"')
-        },
+        {"{{instance}}": ratio(*SPEED_UP, "instance", DECODING)},
         width=12,
     ),
     Panel(
@@ -350,29 +350,21 @@ MEDUSA = [
     Panel(
         "Steps that explore",
         "Decode steps that tried a larger tree than the best known one.",
-        {
-            "{{instance}}": f"{rate('medusa_explored_steps_total', 'instance')} / "
-            + rate(f"{DECODE}_count", "instance", ',phase="decode"')
-        },
+        {"{{instance}}": ratio("medusa_explored_steps_total", f"{STEP_S}_count", "instance", DECODING)},
         unit="percentunit",
         width=12,
     ),
     Panel(
         "Decode step",
         "How long one takes.",
-        {
-            f"p{100 * q:.0f}": f"histogram_quantile({q}, "
-            + rate(f"{DECODE}_bucket", "le", ',phase="decode"')
-            + ")"
-            for q in (0.5, 0.95)
-        },
+        quantiles(STEP_S, DECODING),
         unit="s",
         width=12,
     ),
     Panel(
         "First drafts right",
         "Over half an hour; what the alert on falling acceptance looks at.",
-        {"{{instance}}": f"medusa:first_draft_accepted:ratio30m{I}"},
+        {"{{instance}}": f"medusa:first_draft_accepted:ratio30m{CHOSEN}"},
         unit="percentunit",
         width=12,
     ),
