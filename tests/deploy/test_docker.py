@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ COMPOSE = DOCKER / "compose.yaml"
 SCHEMA = json.loads(Path(__file__).with_name("compose-spec.json").read_text(encoding="utf-8"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SETTINGS = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+PACKAGES = {"engine", "server", "training"}
 OWN_VARIABLES = {"MEDUSA_CACHE"}  # read by engine/model/embedded.py
 CLOSING_S = 5
 """Room between the end of a drain and the kill."""
@@ -87,18 +91,53 @@ def test_the_dockerfile_sets_settings_that_exist() -> None:
     assert {"MEDUSA_HOST", "MEDUSA_CACHE"} <= names <= SETTINGS | OWN_VARIABLES
 
 
+def context() -> set[str]:
+    """What .dockerignore lets through."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    return {line[1:].rstrip("/") for line in lines if line.startswith("!")}
+
+
 def test_the_build_context_holds_what_the_dockerfile_copies_and_nothing_else() -> None:
-    allowed = {
-        line[1:].rstrip("/")
-        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-        if line.startswith("!")
-    }
-    packages = re.search(r"^include = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert packages is not None
-    built = set(re.findall(r'"(\w+)"', packages[1]))
-    assert built <= allowed
+    allowed = context()
+    assert allowed >= PACKAGES
     assert {"pyproject.toml", "constraints.txt", "configs", "README.md", "LICENSE"} <= allowed
     assert not {"tests", "benchmarks", ".venv", ".git"} & allowed
+
+
+def wheel(folder: Path) -> set[str]:
+    """The files of the wheel that this source folder gives."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (file,) = (folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        return set(archive.namelist())
+
+
+def test_the_layer_of_dependencies_is_built_from_the_files_that_are_there_by_then(tmp_path: Path) -> None:
+    copied = re.search(r"^COPY (.+) \./$", DOCKERFILE, re.MULTILINE)
+    touched = re.search(r"^RUN touch (.+) \\$", DOCKERFILE, re.MULTILINE)
+    assert copied is not None
+    assert touched is not None
+    for name in copied[1].split():
+        shutil.copy(ROOT / name, tmp_path)
+    for name in touched[1].split():
+        (tmp_path / name).touch()
+    assert all(".dist-info/" in name for name in wheel(tmp_path))
+
+
+def test_the_context_gives_a_wheel_with_every_package_and_the_shipped_heads(tmp_path: Path) -> None:
+    for name in context():
+        source, target = ROOT / name, tmp_path / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    files = wheel(tmp_path)
+    heads = "share/medusa-serve/smollm2-135m/medusa_lm_head.safetensors"
+    assert any(name.endswith(f".data/data/{heads}") for name in files)
+    modules = {str(path.relative_to(ROOT)) for top in PACKAGES for path in (ROOT / top).rglob("*.py")}
+    assert modules == {name for name in files if name.endswith(".py")}
 
 
 @pytest.mark.parametrize("variables", [{}, {"COMPOSE_PROFILES": "gpu", "MEDUSA_MODEL": "some/model"}])
