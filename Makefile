@@ -24,6 +24,7 @@ serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
 test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
+test-system: PROGRAMS += debootstrap # for the image's steps
 test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour
 	$(BIN)/python -m pytest -q tests/system -o faulthandler_timeout=900 $(ARGS)
 
@@ -31,13 +32,14 @@ smoke: programs $(VENV)/.dev ## the short form of test-system: three minutes
 	$(BIN)/python -m pytest -q tests/system -o faulthandler_timeout=900 --smoke $(ARGS)
 
 # RUNLEVEL=1: installing them shall not start them.
+PROGRAMS := nginx prometheus promtool
 programs:
-	@for program in nginx prometheus promtool; do PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing=1; done; \
+	@for program in $(PROGRAMS); do PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing=1; done; \
 	test -z "$$missing" && exit; \
-	command -v apt-get >/dev/null || { echo "the system tests need nginx and prometheus (with promtool) in PATH"; exit 1; }; \
+	command -v apt-get >/dev/null || { echo "the system tests need in PATH: $(PROGRAMS)"; exit 1; }; \
 	test "$$(id -u)" = 0 || sudo=sudo; set -x; \
 	$$sudo apt-get update -q && \
-	$$sudo env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -q --yes --no-install-recommends nginx-light prometheus
+	$$sudo env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -q --yes --no-install-recommends nginx-light prometheus $(filter debootstrap,$(PROGRAMS))
 
 lint: $(VENV)/.dev ## ruff, mypy, direction of imports
 	$(BIN)/ruff check .
@@ -107,8 +109,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install_pinned,.[dev])
 	@touch $@ $(VENV)/.serve
 
+WITH_RAY := .[dev,ray]# a variable, for a comma would end call's argument
 $(VENV)/.system: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install_pinned,.[dev,ray])
+	$(call install_pinned,$(WITH_RAY))
 	@touch $@ $(VENV)/.dev $(VENV)/.serve
 
 clean: ## remove .venv, caches and builds
