@@ -3,8 +3,8 @@
     serve run server.ray_app:app model=smollm2-135m max_replicas=4
 
 Every setting of `medusa-serve serve` can be given as `name=value` (or as MEDUSA_… in the environment), beside
-the fields of `Scaling`. Ray's proxies take HTTP on port 8000 of each node and balance by ongoing requests;
-`host`, `port` and `drain_timeout` of the settings keep their meaning, the first two for nobody.
+the fields of `Scaling`, but those of connections: Ray's proxies take HTTP, on port 8000 of each node, and
+balance by ongoing requests.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 __all__ = ["Scaling", "app"]
+
+OF_CONNECTIONS = {"host", "port", "ssl_certfile", "ssl_keyfile", "read_timeout", "write_timeout"}
+"""Settings of `bind` and `ServerConfig`, which do not run here. The environment may still hold them."""
 
 HEALTH_PERIOD_S = 5.0
 DRAIN_POLL_S = 0.5
@@ -64,6 +67,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     rest = {name: value for name, value in args.items() if name not in own}
     if unknown := [name for name in rest if name not in Settings.model_fields]:
         raise ConfigError(f"unknown: {', '.join(unknown)}")
+    if others := [name for name in rest if name in OF_CONNECTIONS]:
+        raise ConfigError(f"of no effect here, where Ray's proxies take the connections: {', '.join(others)}")
     settings = load_settings(rest)
     try:
         scaling = Scaling(**own)

@@ -175,11 +175,38 @@ class Nginx(Process):
     def log_lines(self) -> list[dict[str, str]]:
         return [json.loads(line) for line in self.access_log.read_text().splitlines()]
 
+    def line_of(self, request_id: str) -> dict[str, str]:
+        """A request's one line, which may be written a moment after the client has its last byte."""
+
+        def lines() -> list[dict[str, str]]:
+            return [line for line in self.log_lines() if line["request_id"] == request_id]
+
+        wait_until(lines, 5, f"nginx logs {request_id}")
+        (line,) = lines()
+        return line
+
     def replica_of(self, request_id: str) -> str:
         """The address that answered a request last."""
-        lines = [line for line in self.log_lines() if line["request_id"] == request_id]
-        assert len(lines) == 1, (request_id, lines)
-        return lines[0]["replica"].split(", ")[-1]
+        return self.line_of(request_id)["replica"].split(", ")[-1]
+
+
+STREAM = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Count from one to twenty in words."}],
+    "max_tokens": 40,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+def pieces(url: str, request_id: str) -> tuple[str, int]:
+    """The id in a stream's answer, and in how many pieces it came: one a step, unless something buffers."""
+    headers = {"X-Request-Id": request_id}
+    with httpx.stream(
+        "POST", f"{url}/v1/chat/completions", json=STREAM, headers=headers, timeout=120, trust_env=False
+    ) as answer:
+        assert answer.status_code == 200
+        return answer.headers["x-request-id"], sum(1 for _ in answer.iter_raw())
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.system.support import MODEL, Load, Nginx, Replica, running, until
+from tests.system.support import Load, Nginx, Replica, pieces, running, until
 
 AT_ONCE_S = 1.0
 CLIENTS = 8
@@ -90,30 +90,13 @@ def test_a_killed_replica_fails_its_own_streams_at_once_and_no_new_request(
 
 
 def test_a_stream_comes_token_by_token_and_carries_the_clients_id(nginx: Nginx) -> None:
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "Count from one to twenty in words."}],
-        "max_tokens": 40,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    arrivals: list[float] = []
-    with httpx.stream(
-        "POST",
-        f"{nginx.url}/v1/chat/completions",
-        json=body,
-        headers={"X-Request-Id": "one-of-ours"},
-        timeout=60,
-        trust_env=False,
-    ) as answer:
-        assert answer.headers["x-request-id"] == "one-of-ours"
-        for _ in answer.iter_raw():
-            arrivals.append(time.monotonic())
-    assert len(arrivals) > 5  # one piece a step; a buffering proxy would give one
-    assert nginx.log_lines()[-1]["request_id"] == "one-of-ours"
+    echoed, count = pieces(nginx.url, "one-of-ours")
+    assert echoed == "one-of-ours"
+    assert count > 5
+    assert nginx.line_of("one-of-ours")["status"] == "200"
     made = httpx.get(f"{nginx.url}/v1/models", trust_env=False).headers["x-request-id"]
-    assert made == nginx.log_lines()[-1]["request_id"]
     assert len(made) == 32
+    assert nginx.line_of(made)["path"] == "/v1/models"
 
 
 def test_nginx_keeps_metrics_inside_and_refuses_large_bodies_in_openais_form(nginx: Nginx) -> None:
@@ -142,4 +125,5 @@ def test_with_no_replica_nginx_answers_503_with_retry_after(nowhere: Nginx) -> N
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
     assert answer.json()["error"]["type"] == "server_error"
-    assert len(nowhere.log_lines()[-1]["replica"].split(", ")) == 2  # both were tried
+    tried = nowhere.line_of(answer.headers["x-request-id"])["replica"]
+    assert len(tried.split(", ")) == 2  # both

@@ -102,10 +102,12 @@ def loaded(
 
         started = time.monotonic()
         asyncio.run(scenario())
-        if folder := request.config.getoption("--pictures"):
+        if pictures := request.config.getoption("--pictures"):
             minutes = str((time.monotonic() - started) / 60)
             script = DOCKER / "grafana" / "pictures.py"
-            subprocess.run([sys.executable, script, prometheus.url, folder, "--minutes", minutes], check=True)
+            subprocess.run(
+                [sys.executable, script, prometheus.url, pictures, "--minutes", minutes], check=True
+            )
         yield prometheus
 
 

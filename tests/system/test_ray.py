@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,9 @@ import httpx
 import pytest
 
 from benchmarks.common import free_port, thread_environment
-from tests.system.support import MODEL, ROOT, START_S, Load, Process, running, until
+from engine.errors import ConfigError
+from server.lifecycle import HANDSHAKE_S
+from tests.system.support import ROOT, START_S, STREAM, Load, Process, pieces, running, until, wait_until
 
 pytestmark = pytest.mark.minutes
 
@@ -70,25 +71,48 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
         yield process
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_num_seq": 4}, "unknown: max_num_seq"),
+        ({"port": 8001}, "of no effect here.*: port"),
+        ({"max_num_seqs": "many"}, "--max-num-seqs: must be a valid integer"),
+        ({"min_replicas": 0}, "min_replicas: .*greater than or equal to 1"),
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas: below min_replicas"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    from server.ray_app import app  # here: without Ray the fixture says what to install
+
+    with pytest.raises(ConfigError, match=message):
+        app(arguments)
+
+
+def test_the_deployment_follows_from_the_settings() -> None:
+    from server.ray_app import app
+
+    arguments = {"max_num_seqs": 8, "max_waiting": 5, "drain_timeout": 60, "max_replicas": 3, "cpus": 2}
+    deployment = app(arguments)._bound_deployment
+    config = deployment._deployment_config
+    assert config.max_ongoing_requests == 8 + 5 + 1
+    assert config.autoscaling_config.target_ongoing_requests == 6
+    assert (config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas) == (1, 3)
+    assert config.graceful_shutdown_timeout_s >= 60 + HANDSHAKE_S
+    assert deployment.ray_actor_options == {"num_cpus": 2, "num_gpus": 0}
+
+
 def test_it_streams_token_by_token_and_passes_ids_and_errors_on(ray: Ray) -> None:
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "Count from one to twenty in words."}],
-        "max_tokens": 40,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    with httpx.Client(base_url=ray.url, timeout=120, trust_env=False) as client:
-        arrivals: list[float] = []
-        headers = {"X-Request-Id": "one-of-ours"}
-        with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
-            assert answer.headers["x-request-id"] == "one-of-ours"
-            for _ in answer.iter_raw():
-                arrivals.append(time.monotonic())
-        assert len(arrivals) > 5
-        bad = client.post("/v1/chat/completions", json=body | {"temperature": "warm"})
-        assert bad.status_code == 400
-        assert bad.json()["error"]["param"] == "temperature"
+    echoed, count = pieces(ray.url, "one-of-ours")
+    assert echoed == "one-of-ours"
+    assert count > 5
+    bad = httpx.post(
+        f"{ray.url}/v1/chat/completions",
+        json=STREAM | {"temperature": "warm"},
+        timeout=60,
+        trust_env=False,
+    )
+    assert bad.status_code == 400
+    assert bad.json()["error"]["param"] == "temperature"
 
 
 def test_it_scales_up_with_the_load_and_down_without_losing_a_request(ray: Ray) -> None:
@@ -121,9 +145,9 @@ def test_a_replica_that_dies_is_replaced(ray: Ray) -> None:
         found = replica_pids(ray.pid)
         return bool(found) and found != pids
 
-    asyncio.run(until(another, SCALE_S, "another replica"))
+    wait_until(another, SCALE_S, "another replica")
     ray.wait_answering(f"{ray.url}/ready", START_S)
-    asyncio.run(until(lambda: ray.replicas(1), SCALE_S, "one replica"))
+    wait_until(lambda: ray.replicas(1), SCALE_S, "one replica")
 
 
 def replica_pids(driver: int) -> list[int]:
