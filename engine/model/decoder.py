@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,8 +26,11 @@ from engine.model.layers import (
 
 if TYPE_CHECKING:
     from engine.model.fused_int8 import FusedInt8Layers
+    from engine.model.fused_triton import FusedLayers
 
 __all__ = ["Decoder"]
+
+log = logging.getLogger(__name__)
 
 
 class DecoderLayer(nn.Module):
@@ -131,6 +136,7 @@ class Decoder(nn.Module):
         # Rounded as the reference's: its factor is a tensor of the embedding's dtype.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self.fused: FusedInt8Layers | None = None
+        self.fused_cuda: FusedLayers | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """Hidden states after the final norm.
@@ -151,6 +157,8 @@ class Decoder(nn.Module):
         if self.fused is not None:
             fused: Tensor = self.norm(self.fused(x, table[0], table[1], attention))
             return fused
+        if self.fused_cuda is not None:
+            return self.fused_cuda(x, table, local, attention)
         for layer in self.layers:
             cos, sin = local if layer.local else table
             x = layer(x, cos, sin, attention)
@@ -207,10 +215,24 @@ class Decoder(nn.Module):
         )
 
     def pack(self) -> None:
-        """Reorder the weights for this device, once, after they are loaded."""
+        """Make ready for this device, once, after the weights are loaded (and quantised)."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        if self.embed.device.type == "cuda":
+            self.fused_cuda = self.fuse_triton()
+
+    def fuse_triton(self) -> FusedLayers | None:
+        """The layers with Triton kernels between their products; None where Triton is not installed."""
+        if importlib.util.find_spec("triton") is None:
+            log.warning("Triton is not installed: a step takes several times as many kernels without it")
+            return None
+        from engine.model.fused_triton import FusedLayers  # only CUDA needs Triton
+
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        return FusedLayers(
+            layers, self.norm, offset=self.config.norm_offset, activation=self.config.activation
+        )
 
     def weight_map(self) -> dict[str, tuple[str, ...]]:
         """For each parameter, the Hugging Face tensors it concatenates along dimension 0."""

@@ -1,0 +1,96 @@
+"""The layers of a decoder on CUDA, with what lies between two products in Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from engine.attention.base import AttentionBackend
+from engine.model import triton_kernels as kernels
+from engine.model.layers import HeadNorm, RMSNorm
+
+if TYPE_CHECKING:
+    from engine.model.decoder import DecoderLayer
+
+__all__ = ["FusedLayers"]
+
+
+class FusedLayers:
+    """All layers and the final norm; the same function as the plain path, for every family.
+
+    The norm that opens a block is computed by the kernel that closes the one before, across layers too.
+
+    Args:
+        layers: from the first to the last; they keep their weights.
+        final_norm: after the last.
+        offset: norms multiply by 1 + weight.
+        activation: of the MLP's gate.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        final_norm: RMSNorm,
+        *,
+        offset: bool,
+        activation: Literal["silu", "gelu_tanh"],
+    ) -> None:
+        self._layers, self._offset, self._activation = list(layers), offset, activation
+        self._eps = final_norm.eps
+        self._opening = [_weight(layer.input_norm) for layer in self._layers]
+        self._opening.append(final_norm.weight)
+
+    def __call__(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        local: tuple[Tensor, Tensor],
+        attention: AttentionBackend,
+    ) -> Tensor:
+        """Embeddings to final hidden states, [T, hidden] both; x is overwritten.
+
+        Args:
+            table: cos and sin as `RotaryTable` gives them.
+            local: those of layers with a window.
+        """
+        opening = self._opening
+        first = opening[0]
+        y = x if first is None else kernels.rms_norm(x, first, self._eps, offset=self._offset)
+        for index, layer in enumerate(self._layers):
+            heads, rotated = layer.num_heads, layer.num_heads + layer.num_kv_heads
+            qkv = layer.qkv_proj(y).view(len(x), -1, layer.head_dim)
+            qk = self._rotated(layer, qkv[:, :rotated], *(local if layer.local else table))
+            mixed = attention.attend(layer.index, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
+            y = self._add(layer, x, layer.o_proj(mixed), layer.attention_output_norm, _weight(layer.mlp_norm))
+            gated = kernels.gated_activation(layer.gate_up_proj(y), self._activation)
+            y = self._add(layer, x, layer.down_proj(gated), layer.mlp_output_norm, opening[index + 1])
+        return y
+
+    def _add(
+        self, layer: DecoderLayer, x: Tensor, out: Tensor, norm: RMSNorm | None, following: Tensor | None
+    ) -> Tensor:
+        return kernels.add_norm(
+            x,
+            out,
+            after=_weight(norm),
+            before=following,
+            eps=self._eps,
+            offset=self._offset,
+            residual_scale=layer.residual_scale,
+        )
+
+    def _rotated(self, layer: DecoderLayer, qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        norm = layer.qk_norm
+        if isinstance(norm, HeadNorm) and cos.shape[-1] == layer.head_dim:
+            kernels.rotate(qk, cos, sin, norm=norm.weight, eps=norm.eps, offset=norm.offset)
+            return qk
+        if norm is not None:
+            qk = norm(qk)
+        kernels.rotate(qk, cos, sin)
+        return qk
+
+
+def _weight(norm: RMSNorm | None) -> Tensor | None:
+    return None if norm is None else norm.weight

@@ -1,0 +1,309 @@
+"""What lies between two matrix products of a decoder layer, each as one Triton kernel. CUDA only.
+
+On a GPU a decode step reads every weight once, and what is between the products is small: its cost is the
+number of kernels. Each function here replaces three to five of torch's.
+
+All of them compute in float32 and round where torch's operators round that they stand for. With
+TRITON_INTERPRET=1 in the environment before Triton is imported they run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["add_norm", "gated_activation", "quantize_rows", "rms_norm", "rotate"]
+
+_HEADS_PER_PROGRAM = 4
+_COLUMNS_PER_PROGRAM = 1024
+
+INT8_LEVELS = 127.0
+FP8_LARGEST = 448.0  # of float8_e4m3fn
+
+
+@triton.jit
+def _normed(value, weight_ptr, column, inside, size, eps, OFFSET: tl.constexpr):
+    """RMSNorm of one row in float32; masked columns of `value` are zero."""
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if OFFSET:
+        weight += 1.0
+    return value * scale * weight
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr,
+    out_ptr,
+    after_ptr,
+    before_ptr,
+    y_ptr,
+    size,
+    residual_scale,
+    eps,
+    ADD: tl.constexpr,
+    AFTER: tl.constexpr,
+    BEFORE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * size
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
+    if ADD:
+        out = tl.load(out_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
+        if AFTER:
+            out = _normed(out, after_ptr, column, inside, size, eps, OFFSET).to(x.dtype).to(tl.float32)
+        x = (x.to(tl.float32) + out * residual_scale).to(x.dtype)
+        tl.store(x_ptr + row + column, x, mask=inside)
+    if BEFORE:
+        y = _normed(x.to(tl.float32), before_ptr, column, inside, size, eps, OFFSET)
+        tl.store(y_ptr + row + column, y.to(x.dtype), mask=inside)
+
+
+def add_norm(
+    x: Tensor,
+    out: Tensor,
+    *,
+    after: Tensor | None,
+    before: Tensor | None,
+    eps: float,
+    offset: bool = False,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """x += residual_scale * norm(out), in place; then norm(x).
+
+    Args:
+        x: [T, hidden], contiguous: the residual stream.
+        out: [T, hidden], contiguous: what a block adds to it.
+        after: [hidden], weight of the norm on `out`; None: it is added as it is.
+        before: [hidden], weight of the next block's norm; None: that block takes x itself.
+        eps: added to the mean squares.
+        offset: norms multiply by 1 + weight.
+
+    Returns:
+        [T, hidden], the next block's input; x itself without `before`.
+    """
+    return _launch_add_norm(x, out, after, before, eps, offset, residual_scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: bool = False) -> Tensor:
+    """x [T, hidden] / rms(x) * weight [hidden], or * (1 + weight); a new tensor."""
+    return _launch_add_norm(x, None, None, weight, eps, offset, 1.0)
+
+
+def _launch_add_norm(
+    x: Tensor,
+    out: Tensor | None,
+    after: Tensor | None,
+    before: Tensor | None,
+    eps: float,
+    offset: bool,
+    residual_scale: float,
+) -> Tensor:
+    rows, size = x.shape
+    y = x if before is None else torch.empty_like(x)
+    if rows == 0:
+        return y
+    block = triton.next_power_of_2(size)
+    _add_norm_kernel[(rows,)](
+        x,
+        x if out is None else out,
+        x if after is None else after,
+        x if before is None else before,
+        y,
+        size,
+        residual_scale,
+        eps,
+        ADD=out is not None,
+        AFTER=after is not None,
+        BEFORE=before is not None,
+        OFFSET=offset,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return y
+
+
+@triton.jit
+def _rotate_kernel(
+    qk_ptr,
+    cos_ptr,
+    sin_ptr,
+    weight_ptr,
+    token_stride,
+    table_stride,
+    heads,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    channel = tl.arange(0, BLOCK_HALF)[None, :]
+    rotated = channel < HALF
+    inside = (head < heads) & rotated
+    # The second half of the table: there cos is cos and sin is sin; in the first half sin has its sign.
+    table = token * table_stride + HALF + channel
+    cos = tl.load(cos_ptr + table, mask=rotated, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=rotated, other=0.0).to(tl.float32)
+    at = token * token_stride + head * HEAD_DIM + channel
+    first = tl.load(qk_ptr + at, mask=inside, other=0.0)
+    second = tl.load(qk_ptr + at + HALF, mask=inside, other=0.0)
+    kind = first.dtype
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        scale = (1.0 / tl.sqrt(squares / HEAD_DIM + eps))[:, None]
+        weight_at = head * HEAD_DIM + channel
+        first_weight = tl.load(weight_ptr + weight_at, mask=inside, other=0.0).to(tl.float32)
+        second_weight = tl.load(weight_ptr + weight_at + HALF, mask=inside, other=0.0).to(tl.float32)
+        if OFFSET:
+            first_weight += 1.0
+            second_weight += 1.0
+        first = (first * scale * first_weight).to(kind).to(tl.float32)
+        second = (second * scale * second_weight).to(kind).to(tl.float32)
+    tl.store(qk_ptr + at, (first * cos - second * sin).to(kind), mask=inside)
+    tl.store(qk_ptr + at + HALF, (second * cos + first * sin).to(kind), mask=inside)
+
+
+def rotate(
+    qk: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    offset: bool = False,
+) -> None:
+    """Rotary embedding of queries and keys in place, after an RMSNorm of each head where `norm` is given.
+
+    Args:
+        qk: [T, heads, head_dim]; the last two dimensions are contiguous.
+        cos, sin: [T, 1, 2 * frequencies] as `RotaryTable` gives them; further channels of a head stay.
+        norm: [heads * head_dim]. All channels must be rotated then.
+
+    Raises:
+        ValueError: a norm on heads that are rotated in part.
+    """
+    tokens, heads, head_dim = qk.shape
+    half = cos.shape[-1] // 2
+    if norm is not None and 2 * half != head_dim:
+        raise ValueError("heads that are normed must be rotated whole")
+    if tokens == 0:
+        return
+    _rotate_kernel[(tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM))](
+        qk,
+        cos,
+        sin,
+        qk if norm is None else norm,
+        qk.stride(0),
+        cos.stride(0),
+        heads,
+        eps,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        NORM=norm is not None,
+        OFFSET=offset,
+        BLOCK_HEADS=_HEADS_PER_PROGRAM,
+        BLOCK_HALF=triton.next_power_of_2(half),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _gated_kernel(gate_up_ptr, y_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + (row * 2 + 1) * width + column, mask=inside, other=0.0)
+    kind = gate.dtype
+    gate = gate.to(tl.float32)
+    # tanh(z) = 2 sigmoid(2 z) - 1, so gelu's tanh form is x * sigmoid(2 z).
+    argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    # Beyond -80 the gate is shut, and exp would overflow.
+    active = (gate / (1.0 + tl.exp(-tl.maximum(argument, -80.0)))).to(kind).to(tl.float32)
+    tl.store(y_ptr + row * width + column, (active * up.to(tl.float32)).to(kind), mask=inside)
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up.
+
+    Args:
+        gate_up: [T, 2 * width], contiguous, the gate first.
+        activation: "silu" or "gelu_tanh".
+
+    Returns:
+        [T, width].
+    """
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(rows, width)
+    if rows:
+        _gated_kernel[(rows, triton.cdiv(width, _COLUMNS_PER_PROGRAM))](
+            gate_up, y, width, GELU=activation == "gelu_tanh", BLOCK=_COLUMNS_PER_PROGRAM, num_warps=4
+        )
+    return y
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, q_ptr, scale_ptr, size, LARGEST: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    finite = tl.abs(x) < float("inf")
+    kept = tl.where(finite, x, 0.0)
+    largest = tl.max(tl.abs(kept))
+    # Zeros stay zeros. What is not finite makes the scale, and so the whole row's output, not finite.
+    scaled = kept * (LARGEST / tl.maximum(largest, 1e-30))
+    scale = tl.where(tl.min(finite.to(tl.int32)) == 1, largest / LARGEST, float("nan"))
+    if ROUND:
+        # Adding 1.5 * 2**23 rounds half to even, as torch.round does.
+        scaled = (scaled + 12582912.0) - 12582912.0
+    tl.store(q_ptr + row * size + column, scaled.to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Each row in 8 bits, by a scale of its own: nothing in it depends on another row.
+
+    Args:
+        x: [T, K], contiguous.
+        dtype: int8 or float8_e4m3fn.
+        rows: of the result, at least T, for products that need more; what is in the others is unsaid.
+
+    Returns:
+        q [rows, K] and scale [rows, 1] float32, so that q * scale is near x.
+    """
+    count, size = x.shape
+    rows = count if rows is None else rows
+    q = torch.empty(rows, size, dtype=dtype, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    if count:
+        block = triton.next_power_of_2(size)
+        _quantize_kernel[(count,)](
+            x,
+            q,
+            scale,
+            size,
+            LARGEST=INT8_LEVELS if dtype == torch.int8 else FP8_LARGEST,
+            ROUND=dtype == torch.int8,
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
+    return q, scale
+
+
+def _warps(block: int) -> int:
+    """So that a thread holds about 8 values, within what one program may have."""
+    return max(1, min(16, block // 256))

@@ -1,0 +1,91 @@
+"""The layers with Triton kernels between their products against the plain ones, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionInput
+from engine.cache.pool import KVPool
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
+from engine.model.weights import Checkpoint, load_weights
+from tests.engine.model.test_decoder import FAMILIES, VARIANTS
+from tests.support import save_model, tiny_model
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Recorder:
+    """Attention that mixes nothing, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.given += [q.clone(), k.clone(), v.clone()]
+        return (q + k.sum(1, keepdim=True) - v.mean(1, keepdim=True)).flatten(1) / (1 + layer)
+
+
+def decoder(family: str, overrides: dict[str, Any], folder: Path, dtype: torch.dtype) -> Decoder:
+    model = tiny_model(family, **overrides)
+    config = ModelConfig.from_folder(save_model(model, folder))
+    decoder = Decoder(config, dtype, 512)
+    load_weights(
+        Checkpoint(folder),
+        dict(decoder.named_parameters()),
+        decoder.weight_map(),
+        ignored=set(),
+        progress=False,
+    )
+    return decoder.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"), [*(("llama", variant) for variant in VARIANTS), *FAMILIES], ids=str
+)
+@torch.inference_mode()
+def test_every_family_gives_the_same(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    plain = decoder(family, overrides, tmp_path, torch.float32)
+    tokens = torch.arange(7, device=DEVICE) * 5 % 61
+    positions = torch.tensor([0, 1, 2, 2, 9, 300, 301], device=DEVICE)
+    wanted, got = Recorder(), Recorder()
+    hidden = plain(tokens, positions, wanted)
+    plain.fused_cuda = plain.fuse_triton()
+    assert plain.fused_cuda is not None
+    torch.testing.assert_close(plain(tokens, positions, got), hidden, atol=2e-5, rtol=2e-5)
+    assert len(got.given) == len(wanted.given)
+    for ours, theirs in zip(got.given, wanted.given, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@torch.inference_mode()
+def test_bfloat16_stays_as_near_as_the_plain_layers(family: str, tmp_path: Path) -> None:
+    overrides = {"sliding_window": 21} if family == "gemma3_text" else {}
+    exact = decoder(family, overrides, tmp_path, torch.float32)
+    short = decoder(family, overrides, tmp_path, torch.bfloat16)
+    tokens, positions = torch.arange(9, device=DEVICE), torch.arange(9, device=DEVICE)
+    wanted = exact(tokens, positions, Recorder())
+
+    def error() -> float:
+        return float((short(tokens, positions, Recorder()).float() - wanted).norm() / wanted.norm())
+
+    plain = error()
+    short.fused_cuda = short.fuse_triton()
+    assert error() < max(1.5 * plain, 0.01)
+
+
+def test_only_cuda_takes_them(tmp_path: Path) -> None:
+    made = decoder("llama", {}, tmp_path, torch.float32)
+    made.pack()
+    assert (made.fused_cuda is not None) == (DEVICE.type == "cuda")

@@ -1,0 +1,167 @@
+"""The kernels between two products, against float64, on a GPU or on Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.model.config import RopeConfig
+from engine.model.layers import HeadNorm, RotaryTable
+
+kernels = pytest.importorskip("engine.model.triton_kernels", exc_type=ImportError)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+"""A relative error a few roundings of the dtype cannot reach, measured as a norm."""
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def near(got: Tensor, wanted: Tensor, factor: float = 1.0) -> None:
+    """`got` is `wanted` (float64) but for roundings of its own dtype."""
+    assert got.isfinite().all()
+    error = (got.double() - wanted).norm() / wanted.norm()
+    assert error < factor * ROUNDING[got.dtype], float(error)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+    x, weight = x.double(), weight.double() + offset
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [32, 576, 960])
+@pytest.mark.parametrize("offset", [False, True])
+def test_rms_norm(size: int, dtype: torch.dtype, offset: bool) -> None:
+    x, weight = random(5, size, dtype=dtype) * 3, random(size, dtype=dtype, seed=1)
+    before = x.clone()
+    near(kernels.rms_norm(x, weight, 1e-5, offset=offset), normed(x, weight, 1e-5, offset))
+    assert torch.equal(x, before)
+    # Small rows, where eps counts.
+    small = x * 1e-3
+    near(kernels.rms_norm(small, weight, 1e-5, offset=offset), normed(small, weight, 1e-5, offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("flags", ["pre", "post", "both"])
+@pytest.mark.parametrize(("offset", "scale"), [(False, 1.0), (True, 0.22)])
+def test_add_norm(flags: str, offset: bool, scale: float, dtype: torch.dtype) -> None:
+    size, eps = 576, 1e-3
+    x, out = random(7, size, dtype=dtype), random(7, size, dtype=dtype, seed=1)
+    after = random(size, dtype=dtype, seed=2) if flags != "pre" else None
+    before = random(size, dtype=dtype, seed=3) if flags != "post" else None
+    added = out.double() if after is None else normed(out, after, eps, offset)
+    sum_ = x.double() + scale * added
+    y = kernels.add_norm(x, out, after=after, before=before, eps=eps, offset=offset, residual_scale=scale)
+    near(x, sum_, 2.0)
+    if before is None:
+        assert y is x
+    else:
+        near(y, normed(sum_, before, eps, offset), 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 16), (3, 3, 96)])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_rotate_turns_queries_and_keys_in_place(
+    heads: int, kv_heads: int, head_dim: int, share: float, dtype: torch.dtype
+) -> None:
+    frequencies = int(head_dim * share) // 2
+    inv_freq = 1.0 / 100.0 ** (torch.arange(frequencies) / frequencies)
+    table = RotaryTable(RopeConfig(inv_freq, 1.3), 64, torch.float32).to(DEVICE)
+    positions = torch.tensor([0, 5, 6, 6, 63], device=DEVICE)
+    qkv = random(5, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    wanted = qkv.double()
+    angles = positions.double()[:, None] * inv_freq.double().to(DEVICE)
+    cos, sin = (1.3 * angles.cos()[:, None], 1.3 * angles.sin()[:, None])
+    first, second = wanted[..., :frequencies].clone(), wanted[..., frequencies : 2 * frequencies].clone()
+    turned = heads + kv_heads
+    wanted[:, :turned, :frequencies] = (first * cos - second * sin)[:, :turned]
+    wanted[:, :turned, frequencies : 2 * frequencies] = (second * cos + first * sin)[:, :turned]
+    values = qkv[:, turned:].clone()
+    kernels.rotate(qkv[:, :turned], *(part.to(dtype) for part in table(positions)))
+    near(qkv[:, :turned], wanted[:, :turned], 2.0)
+    assert torch.equal(qkv[:, turned:], values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [False, True])
+def test_rotate_norms_each_head_first(dtype: torch.dtype, offset: bool) -> None:
+    norm = HeadNorm(6, 32, 1e-4, offset=offset, dtype=dtype).to(DEVICE)
+    norm.weight.data.copy_(random(6 * 32, dtype=dtype, seed=4))
+    table = RotaryTable(RopeConfig(torch.rand(16), 1.0), 64, dtype).to(DEVICE)
+    cos, sin = table(torch.arange(5, device=DEVICE))
+    qk = random(5, 6, 32, dtype=dtype)
+    heads = normed(qk, norm.weight.view(6, 32), 1e-4, offset)
+    wanted = heads * cos.double() + heads.roll(16, -1) * sin.double()
+    kernels.rotate(qk, cos, sin, norm=norm.weight, eps=norm.eps, offset=offset)
+    near(qk, wanted, 2.0)
+
+
+def test_a_norm_on_heads_rotated_in_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="whole"):
+        kernels.rotate(random(1, 2, 32), random(1, 1, 16), random(1, 1, 16), norm=random(64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [48, 1536])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_activation(width: int, activation: str, dtype: torch.dtype) -> None:
+    gate_up = random(3, 2 * width, dtype=dtype) * 4
+    gate_up[0, 0], gate_up[0, 1] = -90.0, 90.0  # exp overflows in float32
+    gate, up = gate_up.double().chunk(2, -1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    near(kernels.gated_activation(gate_up, activation), act * up, 2.0)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantize_rows_is_the_definition(kind: torch.dtype, dtype: torch.dtype) -> None:
+    x = random(6, 576, dtype=dtype)
+    if kind != torch.int8 and DEVICE.type == "cpu":
+        # Triton's interpreter loses the carry where rounding to fp8 reaches the next power of two, so
+        # there the values are fp8's own.
+        x = (x.float() * 60).to(kind).to(dtype)
+        x[:, 5] = 448
+    x[2] *= 1000 if kind == torch.int8 else 1024
+    x[3] *= 2.0**-13
+    q, scale = kernels.quantize_rows(x, kind, rows=32)
+    assert (q.shape, q.dtype, scale.shape) == ((32, 576), kind, (32, 1))
+    largest = 127.0 if kind == torch.int8 else 448.0
+    torch.testing.assert_close(scale[:6], x.float().abs().amax(1, keepdim=True) / largest)
+    exact = x.double() / scale[:6].double()
+    got = q[:6].double()
+    # Half a step of the format: 1 for int8; 2**-3 of the value for three bits of mantissa.
+    step = 1.0 if kind == torch.int8 else exact.abs().clamp(min=2.0**-6) / 8
+    assert ((got - exact).abs() <= 0.501 * step).all()
+    assert got.abs().max() == largest
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_quantized_row_knows_no_other_and_shows_what_is_not_finite(kind: torch.dtype) -> None:
+    x = random(5, 96)
+    alone_q, alone_scale = kernels.quantize_rows(x[1:2], kind)
+    x[0] *= 1e4
+    x[2], x[3, 7], x[4, 7] = 0.0, float("nan"), float("inf")
+    q, scale = kernels.quantize_rows(x, kind)
+    assert torch.equal(q[1:2].view(torch.int8), alone_q.view(torch.int8))
+    assert torch.equal(scale[1:2], alone_scale)
+    assert not q[2].float().any()
+    assert not scale[2].any()
+    for row in (3, 4):
+        assert not scale[row].isfinite().any()
+
+
+def test_no_rows_are_no_launch() -> None:
+    none = random(0, 32)
+    assert kernels.rms_norm(none, random(32), 1e-5).shape == (0, 32)
+    assert kernels.gated_activation(none, "silu").shape == (0, 16)
+    kernels.rotate(none.view(0, 2, 16), random(0, 1, 16), random(0, 1, 16))
+    assert kernels.quantize_rows(none, torch.int8, rows=8)[0].shape == (8, 32)
