@@ -25,6 +25,11 @@ class EngineConfig(BaseModel):
         description="Model: 'smollm2-135m' (embedded), a folder or .gguf file, or a Hugging Face hub id.",
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the model.")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="Weights: the checkpoint's ('auto'), or random ones for a folder that may hold only the "
+        "configuration and the tokenizer ('dummy'): to measure a shape of model, not to read its answers.",
+    )
     chat_template: str | None = Field(
         None,
         description="Chat template in place of the tokenizer's own: a file of Jinja, or the Jinja itself.",

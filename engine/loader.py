@@ -81,7 +81,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         )
 
     chat_template = _chat_template(config)
-    checkpoint = Checkpoint(folder)
+    checkpoint = None if config.load_format == "dummy" else Checkpoint(folder)
     heads_source = _heads_source(config, folder, checkpoint)
     _check_tree(config, with_heads=heads_source is not None)
     heads = None
@@ -93,7 +93,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         log.info(
             "%d heads from %s draft from %d of %d tokens",
             tensors.num_heads,
-            heads_source or checkpoint.folder,
+            heads_source or folder,
             drafted,
             model_config.vocab_size,
         )
@@ -102,16 +102,23 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         )
     tree = _tree(config, heads, heads_source) if heads is not None and heads_source is not None else None
 
-    decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES).to(device)
-    load_weights(
-        checkpoint,
-        dict(decoder.named_parameters()),
-        decoder.weight_map(),
-        ignored=lambda name: (
-            name.startswith(JOINT_PREFIX) or (model_config.tie_word_embeddings and name == "lm_head.weight")
-        ),
-        progress=progress,
-    )
+    decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES)
+    if checkpoint is None:
+        log.warning("the weights are random (load_format dummy): answers mean nothing")
+        decoder.randomize(device)
+        decoder.to(device)
+    else:
+        decoder.to(device)
+        load_weights(
+            checkpoint,
+            dict(decoder.named_parameters()),
+            decoder.weight_map(),
+            ignored=lambda name: (
+                name.startswith(JOINT_PREFIX)
+                or (model_config.tie_word_embeddings and name == "lm_head.weight")
+            ),
+            progress=progress,
+        )
     drafter = None
     if heads is not None and tree is not None:
         heads.prepare(decoder.lm_head.weight, quantize=config.quantization == "int8")
@@ -214,15 +221,20 @@ def _chat_template(config: EngineConfig) -> str | None:
         raise ConfigError(f"cannot read the chat template {config.chat_template}: {reason}") from error
 
 
-def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint) -> str | None:
+def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint | None) -> str | None:
     """Where the heads are: a path or hub id, "" for those inside a Medusa-2 model, None for no heads.
 
     The embedded model has heads of its own, which are taken where no others are named.
     """
-    if config.heads is None and config.model == EMBEDDED_MODEL and not Path(config.model).is_dir():
+    if (
+        config.heads is None
+        and config.model == EMBEDDED_MODEL
+        and checkpoint is not None
+        and not Path(config.model).is_dir()
+    ):
         shipped = shipped_heads()
         return None if shipped is None else str(shipped)
-    joint = any(name.startswith(JOINT_PREFIX) for name in checkpoint.names)
+    joint = checkpoint is not None and any(name.startswith(JOINT_PREFIX) for name in checkpoint.names)
     if config.heads == "none" or (config.heads is None and not joint):
         return None
     if joint and (
@@ -232,9 +244,9 @@ def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint) ->
     return config.heads
 
 
-def _head_tensors(source: str, checkpoint: Checkpoint, model: ModelConfig) -> HeadTensors:
+def _head_tensors(source: str, checkpoint: Checkpoint | None, model: ModelConfig) -> HeadTensors:
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size}
-    if source:
+    if source or checkpoint is None:
         return read_heads(source, **sizes)
     tensors = {name: partial(checkpoint.get, name) for name in checkpoint.names}
     return joint_heads(tensors, str(checkpoint.folder), **sizes)

@@ -170,6 +170,18 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(hidden).float()
         return logits if self.config.logits_divisor == 1.0 else logits / self.config.logits_divisor
 
+    def randomize(self, device: torch.device) -> None:
+        """Random weights on `device`, in place of a checkpoint's: norms of one, the rest small.
+
+        They are made there: the parameters of a model that nobody has read take no memory here.
+        """
+        for name, parameter in self.named_parameters():
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if "norm" in name:
+                parameter.data = values.fill_(0.0 if self.config.norm_offset else 1.0)
+            else:
+                parameter.data = values.normal_(std=0.02)
+
     def quantize(self) -> None:
         """All linear layers to int8, once, after the weights are loaded; embeddings and norms stay float.
 
