@@ -77,13 +77,11 @@ def score(loaded: Loaded, text: Text) -> Scored:
     for start in range(0, size, loaded.max_step_tokens):
         end = min(size, start + loaded.max_step_tokens)
         positions = torch.arange(start, end, device=tokens.device)
-        count = end - start
         loaded.attention.plan(
             AttentionInput(
                 block_tables=tables,
                 lengths=torch.tensor([start], device=tokens.device),
                 rows=block_size + positions.unsqueeze(0),
-                visible=torch.ones(1, count, count, dtype=torch.bool, device=tokens.device).tril_(),
                 max_length=end,
             ),
             loaded.pool,

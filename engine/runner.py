@@ -155,8 +155,7 @@ class Runner:
         tokens = torch.tensor(sequence.token_ids[start:end], device=self._device)
         slot = torch.tensor([sequence.slot], device=self._device)
         lengths = torch.tensor([start], device=self._device)
-        visible = torch.ones(1, size, size, dtype=torch.bool, device=self._device).tril_()
-        attention_input = self._attention_input(slot, lengths, visible, max_length=end)
+        attention_input = self._attention_input(slot, lengths, size, max_length=end)
         self._attention.plan(attention_input, self._pool)
         positions = torch.arange(start, end, device=self._device)
         hidden = self._decoder(tokens, positions, self._attention)
@@ -221,12 +220,13 @@ class Runner:
     def forward(self, batch: Batch, draft: Draft) -> Verified:
         """One pass over all nodes, each seeing its sequence's cache and its own ancestors."""
         topology = draft.topology
-        max_length = batch.max_length + draft.tokens.shape[1]
+        num_nodes = draft.tokens.shape[1]
         attention_input = self._attention_input(
             batch.slots,
             batch.lengths,
-            topology.visible(),
-            max_length=max_length,
+            num_nodes,
+            max_length=batch.max_length + num_nodes,
+            ancestors=topology.ancestors,
             index=draft.index,
             depths=topology.depths,
         )
@@ -315,14 +315,15 @@ class Runner:
         self,
         slots: Tensor,
         lengths: Tensor,
-        visible: Tensor,
+        num_rows: int,
         *,
         max_length: int,
+        ancestors: Tensor | None = None,
         index: Tensor | None = None,
         depths: Tensor | None = None,
     ) -> AttentionInput:
         tables = self._tables[slots]
-        row = lengths.unsqueeze(1) + torch.arange(visible.shape[1], device=self._device)
+        row = lengths.unsqueeze(1) + torch.arange(num_rows, device=self._device)
         block_size = self._pool.block_size
         # A node that is not valid may lie past the sequence's last block; it is never written.
         block = (row // block_size).clamp(max=self._table_length - 1)
@@ -331,8 +332,8 @@ class Runner:
             block_tables=tables,
             lengths=lengths,
             rows=rows,
-            visible=visible,
             max_length=max_length,
+            ancestors=ancestors,
             index=index,
             depths=depths,
         )

@@ -70,12 +70,10 @@ class EngineBackbone:
         tables = 1 + torch.arange(len(sequences) * per_sequence).view(len(sequences), per_sequence)
         column = torch.arange(longest)
         valid = column < torch.tensor(lengths)[:, None]
-        causal = column[:, None] >= column
         batch = AttentionInput(
             block_tables=tables.to(device),
             lengths=torch.zeros(len(sequences), dtype=torch.int64, device=device),
             rows=(tables[:, :1] * _BLOCK + column).to(device),
-            visible=causal.expand(len(sequences), -1, -1).to(device),
             max_length=longest,
             index=None if bool(valid.all()) else valid.flatten().nonzero().flatten().to(device),
         )

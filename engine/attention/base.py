@@ -17,19 +17,21 @@ __all__ = ["AttentionBackend", "AttentionInput"]
 class AttentionInput:
     """Where the new rows of B sequences go and what each of their N query rows may see.
 
-    A query row sees its sequence's cached prefix, rows 0 .. lengths-1, and among the N new rows those
-    that `visible` allows: ancestors and itself in a tree, everything up to itself in a prefill chunk.
+    A query row sees its sequence's cached prefix, rows 0 .. lengths-1, and among the N new rows its
+    ancestors and itself in a tree, everything up to itself in a prefill chunk.
 
     Args:
         block_tables: [B, max_blocks] int64, pool blocks of each sequence; unused entries are any valid block.
         lengths: [B] int64, tokens already in the cache.
         rows: [B, N] int64, flat pool rows (block * block_size + offset) where the new K/V are written;
             new row j is row lengths + j of its sequence.
-        visible: [B, N, N] bool, visible[b, i, j]: query i sees new row j.
         max_length: host upper bound of lengths + N, so that shapes need no device read.
+        ancestors: [B, N] int64 bit masks, N at most 64; bit j of entry i: query i sees new row j. None is a
+            prefill chunk: query i sees new rows 0 .. i.
         index: [T] int64, ascending positions in the flattened [B, N] grid of the T rows that are really
             computed; None means all B * N. Where trees differ in size, only their nodes go through the
-            linear layers. Rows that are left out are neither written nor visible to the others.
+            linear layers. Rows that are left out are neither written nor visible to the others, so those of
+            a prefill chunk are its sequence's last.
         depths: [B, N] int64, positions of the new rows less `lengths`, which layers with a window need;
             None: row j is at depth j, as in a prefill chunk. A cached row's position is its number.
     """
@@ -37,8 +39,8 @@ class AttentionInput:
     block_tables: Tensor
     lengths: Tensor
     rows: Tensor
-    visible: Tensor
     max_length: int
+    ancestors: Tensor | None = None
     index: Tensor | None = None
     depths: Tensor | None = None
 
@@ -47,6 +49,14 @@ class AttentionInput:
         num_rows = self.rows.shape[1]
         depths = torch.arange(num_rows, device=self.lengths.device) if self.depths is None else self.depths
         return self.lengths.unsqueeze(1) + depths
+
+    def visible(self) -> Tensor:
+        """[B, N, N] bool: query i sees new row j. Made anew by each call, for backends that need it."""
+        batch, num_rows = self.rows.shape
+        column = torch.arange(num_rows, device=self.lengths.device)
+        if self.ancestors is None:
+            return (column <= column[:, None]).expand(batch, -1, -1)
+        return ((self.ancestors.unsqueeze(-1) >> column) & 1).bool()
 
 
 class AttentionBackend(Protocol):

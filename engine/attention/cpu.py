@@ -86,7 +86,8 @@ class CpuAttention:
             for b in range(num_sequences)
             if not short[b] and bounds[b] < bounds[b + 1]
         }
-        self._alone = [_alone(batch, pool, b, nodes[b], bounds[b]) for b in nodes]
+        visible = batch.visible()
+        self._alone = [_alone(batch, pool, b, nodes[b], visible[b], bounds[b]) for b in nodes]
         if self._windows is not None:
             positions = batch.positions()
             self._windowed = {None: self._alone}
@@ -138,13 +139,13 @@ class CpuAttention:
         return out.permute(2, 0, 1, 3).reshape(part.queries, -1)
 
 
-def _alone(batch: AttentionInput, pool: KVPool, b: int, nodes: Tensor, first: int) -> _Alone:
-    """Sequence b, of whose new rows `nodes` ([n] int64, ascending) are computed."""
+def _alone(batch: AttentionInput, pool: KVPool, b: int, nodes: Tensor, visible: Tensor, first: int) -> _Alone:
+    """Sequence b, of whose new rows `nodes` ([n] int64, ascending) are computed; visible is its [N, N]."""
     length, new = int(batch.lengths[b]), int(nodes[-1]) + 1
     keys, mask = length + new, None
     if new > 1:
         mask = torch.zeros(len(nodes), keys, dtype=pool.dtype)
-        mask[:, length:].masked_fill_(~batch.visible[b, nodes, :new], float("-inf"))
+        mask[:, length:].masked_fill_(~visible[nodes, :new], float("-inf"))
     blocks = batch.block_tables[b, : -(-keys // pool.block_size)]
     scattered = bool((blocks.diff() != 1).any())
     return _Alone(
@@ -194,8 +195,8 @@ def _subset(batch: AttentionInput, chosen: list[bool], positions: Tensor) -> Att
         block_tables=batch.block_tables[keep],
         lengths=lengths,
         rows=batch.rows[keep],
-        visible=batch.visible[keep],
         max_length=min(batch.max_length, int(lengths.max()) + num_rows),
+        ancestors=None if batch.ancestors is None else batch.ancestors[keep],
         index=place[positions // num_rows] * num_rows + positions % num_rows,
         depths=None if batch.depths is None else batch.depths[keep],
     )

@@ -79,7 +79,7 @@ def additive_mask(batch: AttentionInput, context: int, dtype: torch.dtype) -> Te
     column = torch.arange(context, device=batch.lengths.device)
     offset = column[None, :] - batch.lengths[:, None]  # [B, context]: negative in the prefix
     new_row = offset.clamp(0, num_rows - 1)[:, None, :].expand(-1, num_rows, -1)
-    sees_new = batch.visible.gather(2, new_row) & (offset < num_rows)[:, None, :]
+    sees_new = batch.visible().gather(2, new_row) & (offset < num_rows)[:, None, :]
     allowed = (offset < 0)[:, None, :] | ((offset >= 0)[:, None, :] & sees_new)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, float("-inf")).unsqueeze(1)

@@ -13,6 +13,7 @@ from engine.attention.base import AttentionBackend, AttentionInput
 from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.pool import KVPool
+from engine.config import MAX_TREE_NODES
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 16, 16
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ class Step:
 def make_step(
     tables: Tensor, lengths: list[int], size: int, *, seed: int = 0, index: Tensor | None = None
 ) -> Step:
-    """`size` new rows a sequence; each sees itself and a random choice of the rows before it."""
+    """`size` new rows a sequence, a tree's or a chunk's: up to 64 see themselves and some of those before."""
     generator = torch.Generator().manual_seed(seed)
     batch = len(lengths)
 
@@ -82,14 +83,17 @@ def make_step(
     cached = torch.tensor(lengths)
     row = cached[:, None] + torch.arange(size)
     rows = tables.gather(1, row // BLOCK) * BLOCK + row % BLOCK
-    visible = (random(batch, size, size) > 0).tril() | torch.eye(size, dtype=torch.bool)
-    if index is not None:
-        chosen = torch.zeros(batch * size, dtype=torch.bool)
-        chosen[index] = True
-        visible &= chosen.view(batch, 1, size)
+    ancestors = None
+    if size <= MAX_TREE_NODES:
+        visible = (random(batch, size, size) > 0).tril() | torch.eye(size, dtype=torch.bool)
+        if index is not None:
+            chosen = torch.zeros(batch * size, dtype=torch.bool)
+            chosen[index] = True
+            visible &= chosen.view(batch, 1, size)
+        ancestors = (visible.long() << torch.arange(size)).sum(-1)
     return Step(
         pool,
-        AttentionInput(tables, cached, rows, visible, max(lengths) + size, index),
+        AttentionInput(tables, cached, rows, max(lengths) + size, ancestors, index),
         random(batch * size, HEADS, HEAD_DIM),
         random(batch * size, KV_HEADS, HEAD_DIM),
         random(batch * size, KV_HEADS, HEAD_DIM),
@@ -100,6 +104,7 @@ def expected(step: Step, *, window: int | None = None, scale: float = HEAD_DIM**
     """softmax(q k^T * scale) v for every row that is computed, one at a time. Call before `attend`."""
     batch, size = step.batch.rows.shape
     keys, values = step.pool.data[0].double().flatten(1, 2)
+    visible = step.batch.visible()
     index = range(batch * size) if step.batch.index is None else step.batch.index.tolist()
     outputs = []
     for position in index:
@@ -109,7 +114,7 @@ def expected(step: Step, *, window: int | None = None, scale: float = HEAD_DIM**
         first = 0 if window is None else length + int(depths[node]) - window + 1
         row = torch.arange(max(0, min(length, first)), length)
         prefix = step.batch.block_tables[b, row // BLOCK] * BLOCK + row % BLOCK
-        seen = (step.batch.visible[b, node] & (length + depths >= first)).nonzero().flatten() + b * size
+        seen = (visible[b, node] & (length + depths >= first)).nonzero().flatten() + b * size
         for head in range(HEADS):
             group = head // (HEADS // KV_HEADS)
             k = torch.cat((keys[prefix, group], step.k[seen, group].double()))
@@ -192,8 +197,8 @@ def test_neighbours_do_not_change_a_bit_on_the_cpu(layout: str, size: int) -> No
                 tables[order],
                 batch.lengths[order],
                 batch.rows[order],
-                together.batch.visible[order],
                 600,  # an upper bound is enough
+                together.batch.ancestors[order],
             ),
             q,
             k,

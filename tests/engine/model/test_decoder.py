@@ -151,7 +151,13 @@ class Bench:
         windows = config.windows_within(512)
         self.attention = backend(config.group, scale=config.attention_scale, windows=windows)
 
-    def run(self, tokens: torch.Tensor, depths: torch.Tensor, lengths: list[int], visible: torch.Tensor):
+    def run(
+        self,
+        tokens: torch.Tensor,
+        depths: torch.Tensor,
+        lengths: list[int],
+        ancestors: torch.Tensor | None = None,
+    ):
         """Logits [B, N, vocab] of `tokens` [B, N] written behind `lengths` rows."""
         batch, size = tokens.shape
         cached = torch.tensor(lengths)
@@ -161,8 +167,8 @@ class Bench:
             self.tables,
             cached,
             rows,
-            visible.expand(batch, size, size),
             max(lengths) + size,
+            ancestors=None if ancestors is None else ancestors.expand(batch, size),
             depths=depths.expand(batch, size),
         )
         self.attention.plan(attention_input, self.pool)
@@ -173,8 +179,7 @@ class Bench:
     def prefill(self, index: int, tokens: list[int], start: int) -> torch.Tensor:
         size = len(tokens)
         every, self.tables = self.tables, self.tables[index : index + 1]
-        chain = torch.ones(1, size, size, dtype=torch.bool).tril()
-        logits = self.run(torch.tensor([tokens]), torch.arange(size), [start], chain)[0]
+        logits = self.run(torch.tensor([tokens]), torch.arange(size), [start])[0]
         self.tables = every
         return logits
 
@@ -226,7 +231,7 @@ def check_against_transformers(
     topology = tree.topology(CPU)
     tokens = torch.randint(61, (3, tree.size), generator=generator)
     lengths = [len(prompt) for prompt in texts]
-    logits = bench.run(tokens, topology.depths, lengths, topology.visible())
+    logits = bench.run(tokens, topology.depths, lengths, topology.ancestors)
     paths = [[node] for node in range(tree.size)]
     for path in paths:
         while path[0]:

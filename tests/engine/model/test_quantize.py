@@ -154,8 +154,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours_by_a_single_bit(tmp_path: 
         tables = sequences[:, None] * blocks + torch.arange(blocks) + 1
         cached = torch.tensor(lengths)[sequences]
         rows = tables.gather(1, cached[:, None] // 16) * 16 + cached[:, None] % 16
-        visible = torch.ones(len(chosen), 1, 1, dtype=torch.bool)
-        attention.plan(AttentionInput(tables, cached, rows, visible, int(cached.max()) + 1), pool)
+        attention.plan(AttentionInput(tables, cached, rows, int(cached.max()) + 1), pool)
         return decoder.logits(decoder(tokens[sequences], cached, attention))
 
     together = run(list(range(8)))
