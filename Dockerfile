@@ -11,6 +11,10 @@ ARG CUDA_BASE=nvidia/cuda:13.0.3-base-ubuntu24.04
 FROM ${CPU_BASE} AS base-cpu
 
 FROM ${CUDA_BASE} AS base-cuda
+# Triton compiles its launchers on the machine they run on.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
 
 # hadolint ignore=DL3006
 FROM base-${VARIANT} AS base
@@ -62,6 +66,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/cache \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
+    TRITON_CACHE_DIR=/cache/triton \
     MEDUSA_CACHE=/cache/medusa-serve \
     MEDUSA_HOST=0.0.0.0 \
     MEDUSA_PORT=8000 \

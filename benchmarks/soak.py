@@ -6,7 +6,8 @@ A server with few slots and a K/V pool too small for them (so that sequences are
 requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,
 penalties, biases, stop strings, predictions, both acceptances; a third of them hang up. Some requests are
 asked again and again: their text must be the same every time. The server's resident memory is sampled all
-along; its slope after the warm-up is a least-squares line. So are its threads and open files, the most of
+along; its slope after the warm-up (half of the time: memory grows until every shape and size of batch has
+been met) is a least-squares line. So are its threads and open files, the most of
 which may not be more in the second half after the warm-up than in the first. Exit code 1 on an error, a text
 that changed, a block lost, no preemption, a slope above --most-slope, or more threads or open files.
 """
@@ -226,6 +227,14 @@ def slope(samples: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*samples, strict=True)).slope
 
 
+def by_minute(samples: Sequence[tuple[float, float]]) -> list[float]:
+    """The first value of each minute, of (minutes, MiB) pairs."""
+    first: dict[int, float] = {}
+    for minute, value in samples:
+        first.setdefault(int(minute), round(value, 1))
+    return list(first.values())
+
+
 async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
     """Run the clients and watch the memory; the result's measured part."""
     model = await first_model(server.url)
@@ -284,6 +293,7 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
             "after_warm_up": round(warm[0][1], 1) if warm else None,
             "last": round(samples[-1][1], 1),
             "most": round(max(value for _, value in samples), 1),
+            "each_minute": by_minute(samples),
             "slope_per_minute": round(rise, 3) if rise is not None else None,
             "most_slope": args.most_slope,
         },
@@ -300,7 +310,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between looks at the memory")
-    parser.add_argument("--warm-share", type=float, default=0.3, help="share of the time before the slope")
+    parser.add_argument("--warm-share", type=float, default=0.5, help="share of the time before the slope")
     parser.add_argument("--most-slope", type=float, default=2.0, help="MiB per minute that pass as flat")
     parser.add_argument("--seed", type=int, default=0)
     return parse_with_engine_options(parser, argv)

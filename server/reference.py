@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from engine.config import EngineConfig
+from server import sizing
 from server.metrics import METRICS
 from server.settings import ENV_PREFIX, Settings, option_name
 
@@ -37,6 +38,7 @@ TABLES = {
     "server settings": _settings(set(Settings.model_fields) - _ENGINE),
     "engine settings": _settings(_ENGINE),
     "metrics": _metrics(),
+    "sizing": sizing.table(),
 }
 
 

@@ -1,4 +1,4 @@
-"""The README's maps of the code agree with the code."""
+"""The README's maps of the code agree with the code, and its test commands with CI."""
 
 import re
 from pathlib import Path
@@ -46,3 +46,12 @@ def test_the_data_path_is_ten_lines_of_existing_files() -> None:
     assert len(lines) == 10
     for line in lines:
         assert (ROOT / line.split()[0]).is_file(), line
+
+
+def test_ci_runs_the_commands_that_the_readme_names_for_it() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    commands = [line for line in script.splitlines() if line.startswith("make ")]
+    tests = README.split("**Tests:**")[1].split("These three are CI.")[0]
+    assert sorted(re.findall(r"`(make [a-z-]+)`", tests)) == sorted(commands)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command.removeprefix("make ") for command in commands} <= set(targets)

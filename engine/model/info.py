@@ -12,7 +12,15 @@ from engine.model.config import ModelConfig
 from engine.model.gguf import GGUF_INDEX
 from engine.model.prequantized import stated_quantization
 
-__all__ = ["Memory", "ModelInfo", "available_bytes", "describe", "device_memory"]
+__all__ = [
+    "Memory",
+    "ModelInfo",
+    "available_bytes",
+    "count_parameters",
+    "describe",
+    "device_memory",
+    "kv_bytes_per_token",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SHORTEST = 2048  # the first context length asked about
@@ -111,6 +119,11 @@ def count_parameters(config: ModelConfig) -> int:
     return config.num_layers * layer + embeddings + hidden
 
 
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
 def device_memory(device: torch.device) -> tuple[str, int]:
     """The device's name and the bytes a server may use there, weights included."""
     if device.type == "cuda":
@@ -134,7 +147,7 @@ def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room:
     if device.type == "cpu" and config.tie_word_embeddings:
         # Packed for the CPU, lm_head is a copy of the embedding.
         weights += config.vocab_size * config.hidden_size * dtype.itemsize
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    per_token = kv_bytes_per_token(config, dtype)
     # Logits of a full step in this dtype and, for the draw, a few copies in float32.
     step_tokens = int(EngineConfig.model_fields["max_step_tokens"].default)
     transient = step_tokens * config.vocab_size * (dtype.itemsize + 4 * torch.float32.itemsize)

@@ -229,6 +229,7 @@ def test_peers_rows_compare_with_the_first_side() -> None:
 def test_slope_of_memory() -> None:
     assert soak.slope([(minute, 100 + 3 * minute) for minute in range(5)]) == pytest.approx(3)
     assert soak.slope([(0, 5.0), (1, 5.0), (2, 5.0)]) == 0
+    assert soak.by_minute([(0.0, 5.0), (0.9, 6.0), (1.1, 7.04), (3.0, 8.0)]) == [5.0, 7.0, 8.0]
     assert 10 < soak.rss_mib(os.getpid()) < 100_000
 
 

@@ -114,6 +114,12 @@ def wheel(folder: Path) -> set[str]:
         return set(archive.namelist())
 
 
+def test_the_cuda_image_has_what_triton_compiles_its_launchers_with() -> None:
+    base = DOCKERFILE.split("AS base-cuda")[1].split("\nFROM ")[0]
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(base.split())
+    assert "TRITON_CACHE_DIR=/cache/" in DOCKERFILE  # all else is read-only
+
+
 def test_the_layer_of_dependencies_is_built_from_the_files_that_are_there_by_then(tmp_path: Path) -> None:
     copied = re.search(r"^COPY (.+) \./$", DOCKERFILE, re.MULTILINE)
     touched = re.search(r"^RUN touch (.+) \\$", DOCKERFILE, re.MULTILINE)

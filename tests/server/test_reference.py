@@ -56,4 +56,4 @@ def test_each_fault_names_tests_that_exist() -> None:
 def test_a_page_without_a_place_for_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match="metrics"):
         with_tables(PAGE.replace("<!-- begin metrics -->", ""))
-    assert set(TABLES) == {"server settings", "engine settings", "metrics"}
+    assert set(TABLES) == {"server settings", "engine settings", "metrics", "sizing"}

@@ -128,13 +128,16 @@ def answers(url: str) -> bool:
 class Replica(Process):
     """`medusa-serve serve` with one thread on a port of its own, which it keeps over restarts."""
 
-    def __init__(self, name: str, folder: Path, *options: str, drain_s: float = 60.0) -> None:
+    def __init__(
+        self, name: str, folder: Path, *options: str, drain_s: float = 60.0, faults: str = ""
+    ) -> None:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.url = f"http://{self.address}"
         command = [sys.executable, "-m", "server.cli", "serve", MODEL, "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--drain-timeout", str(drain_s), *options]
-        super().__init__(name, command, folder, MEDUSA_LOG_FORMAT="json", **thread_environment(1))
+        environment = {"MEDUSA_LOG_FORMAT": "json", "MEDUSA_FAULTS": faults, **thread_environment(1)}
+        super().__init__(name, command, folder, **environment)
 
     def wait_ready(self) -> None:
         self.wait_answering(f"{self.url}/ready", START_S)
@@ -214,10 +217,12 @@ class Outcome:
     """One streamed request, as its client saw it. Times are `time.monotonic()`."""
 
     request_id: str
+    prompt: str
     started: float
     first_token: float | None = None
     ended: float = 0.0
     tokens: int = 0
+    text: str = ""
     finish_reason: str | None = None
     error: str | None = None
     status: int | None = None
@@ -260,20 +265,21 @@ class Load:
     async def _client(self, client: openai.AsyncOpenAI, number: int, stop: asyncio.Event) -> None:
         turn = 0
         while not stop.is_set():
-            outcome = Outcome(f"client-{number}-{turn}", time.monotonic())
+            prompt = PROMPTS[(number + turn) % len(PROMPTS)]
+            outcome = Outcome(f"client-{number}-{turn}", prompt, time.monotonic())
             self.outcomes.append(outcome)
-            await self._stream(client, outcome, PROMPTS[(number + turn) % len(PROMPTS)])
+            await self._stream(client, outcome)
             outcome.ended = time.monotonic()
             turn += 1
             if outcome.status == 503:
                 await asyncio.sleep(float(outcome.retry_after or 0))
 
-    async def _stream(self, client: openai.AsyncOpenAI, outcome: Outcome, prompt: str) -> None:
+    async def _stream(self, client: openai.AsyncOpenAI, outcome: Outcome) -> None:
         extra: dict[str, Any] = {"ignore_eos": True}
         try:
             stream = await client.chat.completions.create(
                 model=MODEL,
-                messages=[{"role": "user", "content": prompt}],
+                messages=[{"role": "user", "content": outcome.prompt}],
                 max_tokens=self.max_tokens,
                 temperature=0,
                 stream=True,
@@ -285,7 +291,8 @@ class Load:
                 if chunk.usage is not None:
                     outcome.tokens = chunk.usage.completion_tokens
                 for choice in chunk.choices:
-                    if choice.delta.content and outcome.first_token is None:
+                    outcome.text += choice.delta.content or ""
+                    if outcome.text and outcome.first_token is None:
                         outcome.first_token = time.monotonic()
                     outcome.finish_reason = choice.finish_reason or outcome.finish_reason
             if outcome.tokens != self.max_tokens:

@@ -37,8 +37,10 @@ def test_a_drained_and_restarted_replica_costs_no_client_anything(
             await asyncio.to_thread(first.wait_ready)
             back = len(load.outcomes)
             await asyncio.sleep(seconds / 2)
+            await until(lambda: len(load.outcomes) > back + CLIENTS, 60, "requests after the restart")
             later = load.outcomes[back:]
-        assert {nginx.replica_of(outcome.request_id) for outcome in later} == {first.address, second.address}
+        # Perhaps all of them: the other one still has the streams of before.
+        assert first.address in {nginx.replica_of(outcome.request_id) for outcome in later}
         return load
 
     load = asyncio.run(scenario())

@@ -1,0 +1,80 @@
+"""Memory of the usual models, for the table in docs/operations.md: figures of their published configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.model.config import ModelConfig
+from engine.model.info import count_parameters, kv_bytes_per_token
+
+__all__ = ["USUAL_MODELS", "model_config", "table"]
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+
+
+def _model(family: str, layers: int, hidden: int, width: int, heads: int, kv_heads: int, **more: Any) -> Any:
+    """A published config's figures under transformers' names."""
+    return {
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+        **more,
+    }
+
+
+USUAL_MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": _model("llama", 30, 576, 1536, 9, 3, vocab_size=49_152, tie_word_embeddings=True),
+    "Gemma 3 1B": _model(
+        "gemma3_text", 26, 1152, 6912, 4, 1, vocab_size=262_144, head_dim=256, tie_word_embeddings=True
+    ),
+    "Llama 3.2 1B": _model("llama", 16, 2048, 8192, 32, 8, vocab_size=128_256, tie_word_embeddings=True),
+    "Phi-3 mini": _model("phi3", 32, 3072, 8192, 32, 32, vocab_size=32_064),
+    "Qwen2.5 7B": _model("qwen2", 28, 3584, 18_944, 28, 4, vocab_size=152_064),
+    "Mistral 7B v0.3": _model("mistral", 32, 4096, 14_336, 32, 8, vocab_size=32_768),
+    "Llama 3.1 8B": _model("llama", 32, 4096, 14_336, 32, 8, vocab_size=128_256),
+    "Qwen3 8B": _model("qwen3", 36, 4096, 12_288, 32, 8, vocab_size=151_936, head_dim=128),
+    "Llama 2 7B, Vicuna 7B": _model("llama", 32, 4096, 11_008, 32, 32, vocab_size=32_000),
+    "Llama 2 13B, Vicuna 13B": _model("llama", 40, 5120, 13_824, 40, 40, vocab_size=32_000),
+    "Llama 3.1 70B": _model("llama", 80, 8192, 28_672, 64, 8, vocab_size=128_256),
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """One of `USUAL_MODELS` as the engine sees it."""
+    from transformers import AutoConfig
+
+    figures = dict(USUAL_MODELS[name])
+    family = figures.pop("model_type")
+    config = AutoConfig.for_model(family, architectures=[_ARCHITECTURES[family]], **figures)
+    return ModelConfig.from_hf(config)
+
+
+def table() -> str:
+    """Weights in GiB, K/V bytes a token and tokens a GiB, at 16 and at 32 bit."""
+    lines = [
+        "| model | weights, bfloat16 | K/V bytes a token | tokens a GiB | weights, float32 | tokens a GiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in USUAL_MODELS:
+        config = model_config(name)
+        parameters = count_parameters(config)
+        half, full = (kv_bytes_per_token(config, dtype) for dtype in (torch.bfloat16, torch.float32))
+        lines.append(
+            f"| {name} | {2 * parameters / 2**30:.1f} GiB | {half:,} | {2**30 // half:,} "
+            f"| {4 * parameters / 2**30:.1f} GiB | {2**30 // full:,} |"
+        )
+    return "\n".join(lines)

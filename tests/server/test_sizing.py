@@ -1,0 +1,44 @@
+"""The sizing table's models have the parameters that their publishers count, and the shapes that we serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.model.config import ModelConfig
+from engine.model.info import count_parameters
+from engine.model.weights import resolve_model
+from server.sizing import USUAL_MODELS, model_config, table
+
+PUBLISHED = {
+    "SmolLM2-135M": 134_515_008,
+    "Gemma 3 1B": 999_885_952,
+    "Llama 3.2 1B": 1_235_814_400,
+    "Phi-3 mini": 3_821_079_552,
+    "Qwen2.5 7B": 7_615_616_512,
+    "Mistral 7B v0.3": 7_248_023_552,
+    "Llama 3.1 8B": 8_030_261_248,
+    "Qwen3 8B": 8_190_735_360,
+    "Llama 2 7B, Vicuna 7B": 6_738_415_616,
+    "Llama 2 13B, Vicuna 13B": 13_015_864_320,
+    "Llama 3.1 70B": 70_553_706_496,
+}
+"""Elements of all tensors in the published checkpoints. One wrong figure of a config gives another sum."""
+
+
+@pytest.mark.parametrize("name", USUAL_MODELS)
+def test_the_figures_give_the_published_number_of_parameters(name: str) -> None:
+    assert count_parameters(model_config(name)) == PUBLISHED[name]
+
+
+def test_the_embedded_models_figures_are_those_of_its_files() -> None:
+    stated, served = model_config("SmolLM2-135M"), ModelConfig.from_folder(resolve_model("smollm2-135m"))
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+    for field in (*fields, "head_dim", "tie_word_embeddings"):
+        assert getattr(stated, field) == getattr(served, field)
+
+
+def test_a_row_is_the_formula() -> None:
+    """2 · 32 layers · 8 K/V heads · 128 · 2 bytes."""
+    (row,) = [line for line in table().splitlines() if line.startswith("| Llama 3.1 8B ")]
+    assert "| 15.0 GiB | 131,072 | 8,192 |" in row
+    assert "| 29.9 GiB | 4,096 |" in row
