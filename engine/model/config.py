@@ -133,12 +133,15 @@ class ModelConfig:
         """
         architecture = (config.architectures or [f"(none given, model_type {config.model_type!r})"])[0]
         _check_architecture(architecture)
+        whole = config
+        if architecture in _WITH_VISION:
+            config = config.text_config
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation not in _ACTIVATIONS:
             raise UnsupportedModelError(
                 f"hidden_act {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
             )
-        if (quantization := getattr(config, "quantization_config", None)) is not None:
+        if (quantization := getattr(whole, "quantization_config", None)) is not None:
             check_quantization(quantization)
         flags: dict[str, Any] = {
             "windows": (None,) * config.num_hidden_layers,
@@ -157,9 +160,9 @@ class ModelConfig:
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=_head_dim(config),
             rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
+            tie_word_embeddings=whole.tie_word_embeddings,
             activation=_ACTIVATIONS[activation],
-            dtype=_dtype(config),
+            dtype=_dtype(whole),
             **flags,
         )
 
@@ -184,7 +187,7 @@ def _qwen3(config: Any) -> dict[str, Any]:
 def _gemma3(config: Any) -> dict[str, Any]:
     for unused in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, unused, None):
-            raise UnsupportedModelError(f"{unused} is not supported in {config.architectures[0]}")
+            raise UnsupportedModelError(f"{unused} is not supported in {config.model_type}")
     ropes = config.rope_parameters
     return {
         **_llama(config),
@@ -241,6 +244,7 @@ _FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
     "Gemma3ForCausalLM": _gemma3,
+    "Gemma3ForConditionalGeneration": _gemma3,
     "Phi3ForCausalLM": _phi3,
     "Olmo2ForCausalLM": _olmo2,
     "GraniteForCausalLM": _granite,
@@ -248,6 +252,9 @@ _FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
 
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+
+_WITH_VISION = {"Gemma3ForConditionalGeneration"}
+"""Of these the text part is served; its config is within the model's."""
 
 
 def _check_architecture(architecture: str) -> None:
@@ -280,7 +287,7 @@ def _rope(
             f"RoPE type {kind!r} is not supported; supported: {', '.join(_STATIC_ROPE)}"
         )
     if kind == "longrope" and config.model_type != "phi3":
-        raise UnsupportedModelError(f"RoPE type 'longrope' is not supported in {config.architectures[0]}")
+        raise UnsupportedModelError(f"RoPE type 'longrope' is not supported in {config.model_type}")
     if kind == "default":
         size = rotated or _head_dim(config)
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size

@@ -16,6 +16,7 @@ from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
 from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
 from engine.model.prequantized import DequantizedFile, stated_quantization
+from engine.model.text_part import TextPartFile, has_vision_part
 from engine.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class Checkpoint:
     """The tensors of a model folder: safetensors, or else `pytorch_model.bin`, in one file or in shards.
 
     Headers are read at once, tensors when asked for, from a memory map. Of an AWQ or GPTQ checkpoint the
-    dequantised tensors are given.
+    dequantised tensors are given, of one with a vision model those of the text part under their own names.
 
     Raises:
         ModelError: the folder holds no config.json or no weights.
@@ -248,6 +249,9 @@ class Checkpoint:
             raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
         self.folder = folder
         self._file_of = _open_all(folder)
+        if has_vision_part(self._file_of):
+            text = TextPartFile(self._file_of)
+            self._file_of = dict.fromkeys(text.names(), text)
         self._quantized: DequantizedFile | None = None
         if stated := stated_quantization(folder):
             self._quantized = DequantizedFile(self._file_of, stated)
