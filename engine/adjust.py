@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams, Sequence
 
-__all__ = ["Adjustment", "BadWords", "LogitBias", "MinTokens", "Penalties"]
+__all__ = ["Adjustment", "BadWords", "LogitBias", "MinTokens", "Penalties", "Place"]
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -24,6 +25,29 @@ _NO_TOKEN = -1
 
 _ANY_TOKEN = -2
 """Where a bad word is shorter than the longest there may be: whatever stands before it matches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where R draws stand.
+
+    Args:
+        slots: [R] int64.
+        position: [R] int64, output position of the draw.
+        path: [R, d] int64, what would be emitted between the slot's output and the draw.
+        drafted: [R] int64; only so many of a row's path stand before its draw, the others mean nothing.
+            None: all of them.
+    """
+
+    slots: Tensor
+    position: Tensor
+    path: Tensor
+    drafted: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Place:
+        """Rows [n] (int64) of it."""
+        drafted = None if self.drafted is None else self.drafted[rows]
+        return Place(self.slots[rows], self.position[rows], self.path[rows], drafted)
 
 
 class Adjustment(ABC):
@@ -48,33 +72,40 @@ class Adjustment(ABC):
     def admit(self, sequence: Sequence) -> None:
         """Write the slot's row from the request and from what was emitted so far."""
         wanted = self.wanted(sequence.request.sampling)
-        if wanted and not self._allocated:
-            self._allocate()
-            self._allocated = True
+        if wanted:
+            self.allocate()
         if wanted != (sequence.slot in self._users):
             self._uses[sequence.slot] = wanted
             (self._users.add if wanted else self._users.discard)(sequence.slot)
         if wanted:
             self._write(sequence)
 
-    def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Of slots [B], the first counts[b] of tokens [B, K] were emitted. Slots that do not use it may be
-        among them: their rows are written and never read."""
-        if self._users:
-            self._emit(slots, tokens, counts)
+    def allocate(self) -> None:
+        """Make its tensors now; they are made once."""
+        if not self._allocated:
+            self._allocate()
+            self._allocated = True
 
-    def apply_(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> None:
-        """Change logits [R, vocab] float32 in place.
+    def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor, *, followed: bool | None = None) -> None:
+        """Of slots [B], the first counts[b] of tokens [B, K] were emitted. Slots that do not use it may be
+        among them: their rows are written and never read.
 
         Args:
-            logits: one row per draw; rows of slots that do not use it stay as they are.
-            slots: [R] int64.
-            position: [R] int64, output position of the draw.
-            path: [R, d] int64, what would be emitted between the slot's output and the draw.
+            followed: False where none of the slots uses it; None: where some slot in use does.
         """
-        rows = self._uses[slots].nonzero().squeeze(1)
+        if self._users if followed is None else followed:
+            self._emit(slots, tokens, counts)
+
+    def apply_(self, logits: Tensor, place: Place) -> None:
+        """Change logits [R, vocab] float32 in place; rows of slots that do not use it stay as they are."""
+        rows = self._uses[place.slots].nonzero().squeeze(1)
         if len(rows):
-            logits[rows] = self._adjust(logits[rows], slots[rows], position[rows], path[rows])
+            logits[rows] = self._adjust(logits[rows], place.select(rows))
+
+    def apply_all_(self, logits: Tensor, place: Place) -> None:
+        """`apply_` without a look at the device: every row is computed, those that use it are changed."""
+        adjusted = self._adjust(logits.clone(), place)
+        torch.where(self._uses[place.slots].unsqueeze(1), adjusted, logits, out=logits)
 
     def _slots(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self._max_num_seqs, *shape, dtype=dtype, device=self._device)
@@ -94,8 +125,8 @@ class Adjustment(ABC):
         """What depends on the output follows it; nothing does by default."""
 
     @abstractmethod
-    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:
-        """Adjusted logits [R, vocab] of rows that all use it; may write to `logits`, which are a copy."""
+    def _adjust(self, logits: Tensor, place: Place) -> Tensor:
+        """Adjusted logits [R, vocab] of rows that use it; may write to `logits`, which are a copy."""
 
 
 class Penalties(Adjustment):
@@ -134,16 +165,20 @@ class Penalties(Adjustment):
             (rows, torch.where(emitted, tokens, 0)), emitted.to(torch.int32), accumulate=True
         )
 
-    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
-        in_output = self._in_output[slots]
-        in_output.scatter_add_(1, path, torch.ones_like(path, dtype=torch.int32))
-        seen = self._in_prompt[slots] | (in_output > 0)
-        repetition = self._repetition[slots].unsqueeze(1)
+    def _adjust(self, logits: Tensor, place: Place) -> Tensor:
+        in_output = self._in_output[place.slots]
+        counted = torch.ones_like(place.path, dtype=torch.int32)
+        if place.drafted is not None:
+            column = torch.arange(place.path.shape[1], device=self._device)
+            counted = (column < place.drafted.unsqueeze(1)).int()
+        in_output.scatter_add_(1, place.path, counted)
+        seen = self._in_prompt[place.slots] | (in_output > 0)
+        repetition = self._repetition[place.slots].unsqueeze(1)
         penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
         # A penalty far from 1 must not make an infinity, of which softmax makes NaN.
         logits = torch.where(seen, penalized.clamp_(-_FLOAT_MAX, _FLOAT_MAX), logits)
-        logits -= self._frequency[slots].unsqueeze(1) * in_output
-        logits -= self._presence[slots].unsqueeze(1) * (in_output > 0)
+        logits -= self._frequency[place.slots].unsqueeze(1) * in_output
+        logits -= self._presence[place.slots].unsqueeze(1) * (in_output > 0)
         return logits
 
 
@@ -166,8 +201,8 @@ class LogitBias(Adjustment):
             torch.tensor(biases, dtype=torch.float32, device=self._device),
         )
 
-    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
-        return logits.add_(self._bias[slots])
+    def _adjust(self, logits: Tensor, place: Place) -> Tensor:
+        return logits.add_(self._bias[place.slots])
 
 
 class MinTokens(Adjustment):
@@ -194,9 +229,9 @@ class MinTokens(Adjustment):
         self._ends[slot] = False
         self._ends[slot, self._ids((*self._eos_token_ids, *sampling.stop_token_ids))] = True
 
-    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
-        early = (position < self._min_tokens[slots]).unsqueeze(1)
-        return logits.masked_fill_(early & self._ends[slots], float("-inf"))
+    def _adjust(self, logits: Tensor, place: Place) -> Tensor:
+        early = (place.position < self._min_tokens[place.slots]).unsqueeze(1)
+        return logits.masked_fill_(early & self._ends[place.slots], float("-inf"))
 
 
 class BadWords(Adjustment):
@@ -226,10 +261,15 @@ class BadWords(Adjustment):
         columns = counts.unsqueeze(1) + torch.arange(width, device=self._device)
         self._tail[slots] = torch.cat([self._tail[slots], tokens], dim=1).gather(1, columns)
 
-    def _adjust(self, logits: Tensor, slots: Tensor, position: Tensor, path: Tensor) -> Tensor:  # noqa: ARG002
+    def _adjust(self, logits: Tensor, place: Place) -> Tensor:
         width = self._tail.shape[1]
-        before = torch.cat([self._tail[slots], path], dim=1)[:, -width:].unsqueeze(1)
-        words = self._words[slots]
+        before = torch.cat([self._tail[place.slots], place.path], dim=1)
+        if place.drafted is None:
+            before = before[:, -width:]
+        else:
+            before = before.gather(1, place.drafted.unsqueeze(1) + torch.arange(width, device=self._device))
+        before = before.unsqueeze(1)
+        words = self._words[place.slots]
         begun = ((words[..., :-1] == before) | (words[..., :-1] == _ANY_TOKEN)).all(-1)
         last = words[..., -1]
         forbidden = begun & (last != _NO_TOKEN)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.adjust import Adjustment
+from engine.adjust import Adjustment, Place
 from engine.medusa.accept import Targets
 from engine.medusa.tree import Topology
 
@@ -23,12 +23,16 @@ __all__ = [
     "draw",
     "uniform",
     "verify",
+    "verify_all",
+    "verify_greedy",
 ]
 
 _NUCLEUS_CANDIDATES = 256
 """Tokens looked at before a whole row is sorted for top-p; sorting 49k floats costs 26 ms a row on a
 CPU, the best 256 of them 0.1 ms, and the nucleus of a language model is nearly always inside."""
 
+_ROWS = 128
+"""Nodes drawn at a time where all are: a draw takes a dozen copies of its rows."""
 
 _LEAST_TEMPERATURE = 1e-5
 
@@ -111,7 +115,15 @@ class SamplingRows:
         """Adjust logits [R, vocab] in place; path [R, d] int64 is drafted and stands before the draw."""
         if self.adjusting is not None:
             for adjustment in self.adjusting.adjustments:
-                adjustment.apply_(logits, self.adjusting.slots, self.position, path)
+                adjustment.apply_(logits, Place(self.adjusting.slots, self.position, path))
+
+    def adjust_all_(self, logits: Tensor, path: Tensor, drafted: Tensor) -> None:
+        """The same where only the first `drafted` [R] of each path stand before the draw, and nothing is
+        read by the host."""
+        if self.adjusting is not None:
+            place = Place(self.adjusting.slots, self.position, path, drafted)
+            for adjustment in self.adjusting.adjustments:
+                adjustment.apply_all_(logits, place)
 
 
 def uniform(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
@@ -155,13 +167,18 @@ def draw(logits: Tensor, rows: SamplingRows) -> Tensor:
 
 def _probabilities(logits: Tensor, rows: SamplingRows) -> Tensor:
     """[R, vocab] float32: what adjusted logits leave after temperature and truncation."""
-    # Greedy rows pass through the arithmetic and are replaced at the end. The best logit is moved to 0, so
-    # that no temperature can overflow it; below the bound only the best tokens keep any mass.
-    temperature = rows.temperature.clamp(min=_LEAST_TEMPERATURE).unsqueeze(1)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    scaled = _scaled(logits, rows)
     if rows.truncates:
         scaled = _truncate(scaled, rows)
     return scaled.softmax(-1)
+
+
+def _scaled(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """[R, vocab]: after temperature, the best at 0."""
+    # Greedy rows pass through the arithmetic and are replaced at the end. The best logit is moved to 0, so
+    # that no temperature can overflow it; below the bound only the best tokens keep any mass.
+    temperature = rows.temperature.clamp(min=_LEAST_TEMPERATURE).unsqueeze(1)
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 def _pick(p: Tensor, greedy: Tensor, rows: SamplingRows) -> Tensor:
@@ -178,27 +195,37 @@ def _pick(p: Tensor, greedy: Tensor, rows: SamplingRows) -> Tensor:
 
 def _truncate(logits: Tensor, rows: SamplingRows) -> Tensor:
     """min_p, top_k, top_p in this order: logits [R, vocab], excluded tokens at -inf. Ties at a cut stay."""
-    floor = logits.amax(-1, keepdim=True) + rows.min_p.log().unsqueeze(1)
-    logits = logits.masked_fill(logits < floor, float("-inf"))
+    width = min(logits.shape[-1], max(_NUCLEUS_CANDIDATES, int(rows.top_k.max())))
+    best = logits.topk(width, dim=-1).values
+    truncated, short = _cut(logits, best, rows)
+    if bool(short.any()):
+        truncated, _ = _cut(logits, logits.sort(dim=-1, descending=True).values, rows)
+    return truncated
 
-    vocab = logits.shape[-1]
-    widest = min(vocab, max(_NUCLEUS_CANDIDATES, int(rows.top_k.max())))
-    best = logits.topk(widest, dim=-1).values  # falling
-    rank = (torch.where(rows.top_k > 0, rows.top_k, vocab).clamp(max=widest) - 1).unsqueeze(1)
-    kth = torch.where(rows.top_k.unsqueeze(1) > 0, best.gather(1, rank), float("-inf"))
-    logits = logits.masked_fill(logits < kth, float("-inf"))
+
+def _cut(logits: Tensor, best: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """Truncate logits [R, vocab] by what their best ones, [R, K] and falling, say.
+
+    Returns:
+        The truncated logits, and [R] bool, true where K candidates were too few to tell.
+    """
+    (_, vocab), width = logits.shape, best.shape[-1]
+    floor = best[:, :1] + rows.min_p.log().unsqueeze(1)
+    best = best.masked_fill(best < floor, float("-inf"))
+    limited = (rows.top_k > 0).unsqueeze(1)
+    rank = (torch.where(rows.top_k > 0, rows.top_k, vocab).clamp(max=width) - 1).unsqueeze(1)
+    least = torch.maximum(floor, torch.where(limited, best.gather(1, rank), float("-inf")))
+    logits = logits.masked_fill(logits < least, float("-inf"))
 
     log_total = logits.logsumexp(-1, keepdim=True)
     limit = rows.top_p.unsqueeze(1)
-    p = (best.masked_fill(best < kth, float("-inf")) - log_total).exp()
-    more_follow = best[:, -1:] >= torch.maximum(kth, floor)
-    if bool((more_follow & (limit < 1.0) & (p.sum(-1, keepdim=True) < limit)).any()):
-        best = logits.sort(dim=-1, descending=True).values
-        p = (best.masked_fill(best < kth, float("-inf")) - log_total).exp()
+    p = (best.masked_fill(best < least, float("-inf")) - log_total).exp()
     before = p.cumsum(-1) - p  # mass of the better ones: a token stays while that is below top_p
     last = ((before < limit) & (p > 0)).sum(-1, keepdim=True) - 1
     cut = torch.where(limit < 1.0, best.gather(1, last.clamp(min=0)), float("-inf"))
-    return logits.masked_fill(logits < cut, float("-inf"))
+    short = (best[:, -1:] >= least) & (limit < 1.0) & (p.sum(-1, keepdim=True) < limit)
+    short |= limited & (rows.top_k.unsqueeze(1) > width)
+    return logits.masked_fill(logits < cut, float("-inf")), short.squeeze(1) & (width < vocab)
 
 
 def verify(logits: Tensor, row_of: Tensor, tokens: Tensor, topology: Topology, rows: SamplingRows) -> Targets:
@@ -219,13 +246,10 @@ def verify(logits: Tensor, row_of: Tensor, tokens: Tensor, topology: Topology, r
         topology: the trees.
         rows: parameters of the B sequences; `position` is that of the draw at the root.
     """
-    parents, depths, valid = topology.parents, topology.depths, topology.valid
     if rows.all_greedy and rows.adjusting is None:
-        drawn = torch.where(valid, logits.argmax(-1)[row_of], -1)
-        matched = valid & (tokens == drawn.gather(1, parents))
-        matched[:, 0] = True
-        return Targets(tokens=drawn, matched=matched)
+        return verify_greedy(logits.argmax(-1)[row_of], tokens, topology)
 
+    parents, depths, valid = topology.parents, topology.depths, topology.valid
     size = tokens.shape[1]
     drawn = torch.full_like(tokens, -1)
     reached = torch.zeros_like(valid)
@@ -262,6 +286,120 @@ def verify(logits: Tensor, row_of: Tensor, tokens: Tensor, topology: Topology, r
             log_p = torch.where(children & follows & typical, child_p.log(), log_p)
         reached |= children & follows
     return Targets(tokens=drawn, matched=reached, log_p=log_p)
+
+
+def verify_greedy(best: Tensor, tokens: Tensor, topology: Topology) -> Targets:
+    """`verify` where every row is greedy and nothing adjusts the logits; best [B, N] are their argmax."""
+    drawn = torch.where(topology.valid, best, -1)
+    matched = topology.valid & (tokens == drawn.gather(1, topology.parents))
+    matched[:, 0] = True
+    return Targets(tokens=drawn, matched=matched)
+
+
+def verify_all(logits: Tensor, tokens: Tensor, topology: Topology, rows: SamplingRows) -> Targets:
+    """`verify` without a look at the device: every node is drawn, so that a CUDA graph can hold it.
+
+    A node draws what it draws in `verify`. One is left out: a node below the root whose truncation needs
+    more than the best 256 tokens cannot be told without sorting its row. It is not descended into, so what
+    its parent drew ends the path and is the next root, whose row is sorted. That changes no exact row's
+    text; a typical row's path may end earlier.
+
+    Args:
+        logits: [B * N, vocab] float32, raw, of all nodes in order; left as they are.
+        tokens: [B, N] int64, node tokens.
+        topology: the trees.
+        rows: parameters of the B sequences; `position` is that of the draw at the root.
+    """
+    batch, size = tokens.shape
+    place = torch.arange(batch * size, device=tokens.device).view(batch, size)
+    path = _paths(tokens, topology)
+    others = place[:, 1:].flatten()
+    parts = [_draw_nodes(logits, place[:, 0], tokens, path, topology, rows, whole=True)]
+    parts += [
+        _draw_nodes(logits, part, tokens, path, topology, rows, whole=False)
+        for part in (torch.split(others, _ROWS) if size > 1 else ())
+    ]
+
+    def grid(values: list[Tensor]) -> Tensor:
+        first, *rest = values
+        first = first.unsqueeze(1)
+        if not rest:
+            return first
+        return torch.cat((first, torch.cat(rest).view(batch, size - 1, *first.shape[2:])), dim=1)
+
+    short = grid([part.short for part in parts])
+    drawn = torch.where(topology.valid & ~short, grid([part.drawn for part in parts]), -1)
+    follows = tokens == drawn.gather(1, topology.parents)
+    log_p = None
+    if rows.typical is not None:
+        shares = grid([part.shares for part in parts])  # [B, N, N]
+        child_p = shares.gather(1, topology.parents.unsqueeze(1)).squeeze(1)
+        threshold = grid([part.threshold for part in parts]).gather(1, topology.parents)
+        typical = (rows.typical.asked & (rows.temperature > 0)).unsqueeze(1)
+        follows = torch.where(typical, child_p > threshold, follows)
+        log_p = torch.where(topology.valid & follows & typical, child_p.log(), 0.0)
+        log_p[:, 0] = 0.0
+    matched = topology.valid & follows & ~short
+    matched[:, 0] = True
+    return Targets(tokens=drawn, matched=matched, log_p=log_p)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What `verify_all` makes of n nodes.
+
+    Args:
+        drawn: [n] int64.
+        short: [n] bool; the candidates were too few, and `drawn` means nothing.
+        shares: [n, N] float32, the probability of each node's token of the same tree.
+        threshold: [n] float32, what a typical child must exceed.
+    """
+
+    drawn: Tensor
+    short: Tensor
+    shares: Tensor
+    threshold: Tensor
+
+
+def _draw_nodes(
+    logits: Tensor,
+    nodes: Tensor,
+    tokens: Tensor,
+    path: Tensor,
+    topology: Topology,
+    rows: SamplingRows,
+    *,
+    whole: bool,
+) -> _Drawn:
+    """Draw at nodes [n] (int64, in the flattened grid); `whole`: sort their rows."""
+    owner, depth = nodes // tokens.shape[1], topology.depths.flatten()[nodes]
+    at = rows.select(owner)
+    at = replace(at, position=at.position + depth)
+    own = logits[nodes]
+    at.adjust_all_(own, path.flatten(0, 1)[nodes], depth)
+    scaled = _scaled(own, at)
+    if whole:
+        best = scaled.sort(dim=-1, descending=True).values
+    else:
+        best = scaled.topk(min(scaled.shape[-1], _NUCLEUS_CANDIDATES), dim=-1).values
+    scaled, short = _cut(scaled, best, at)
+    p = scaled.softmax(-1)
+    drawn = _pick(p, own.argmax(-1), at)
+    # A greedy row draws its best token whatever its filters leave.
+    short = short & (at.temperature > 0)
+    threshold = p[:, 0] if at.typical is None else _threshold(p, at.typical)
+    return _Drawn(drawn, short, p.gather(1, tokens[owner]), threshold)
+
+
+def _paths(tokens: Tensor, topology: Topology) -> Tensor:
+    """[B, N, D] int64: the drafted tokens from the root's child down to each node; then anything."""
+    batch, size = tokens.shape
+    bound = topology.max_depth
+    # Each ancestor goes to the column of its depth; the root and the others to one that is cut off.
+    column = torch.where(topology.visible(), topology.depths.unsqueeze(1), 0)
+    path = tokens.new_zeros(batch, size, bound + 1)
+    path.scatter_(2, column, tokens.unsqueeze(1).expand(-1, size, -1))
+    return path[..., 1:]
 
 
 def _threshold(p: Tensor, typical: TypicalRows) -> Tensor:

@@ -76,17 +76,39 @@ class SamplingSlots:
             adjustment.admit(sequence)
 
     @torch.inference_mode()
-    def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor, *, adjusted: bool | None = None) -> None:
         """Follow what was emitted. Fixed shapes, nothing is read by the host.
 
         Args:
-            slots: [B] int64, all different.
+            slots: [B] int64, all different but for those that nobody reads.
             tokens: [B, K] int64; past a row's count anything may stand.
             counts: [B] int64, 0 to K: the first counts[b] tokens of row b were emitted.
+            adjusted: whether some of the slots use adjustments; None: as far as the host knows of any slot.
         """
         self._position[slots] += counts
         for adjustment in self._adjustments:
-            adjustment.advance(slots, tokens, counts)
+            adjustment.advance(slots, tokens, counts, followed=adjusted)
+
+    def allocate(self) -> None:
+        """Make the adjustments' tables now, which a captured step cannot."""
+        for adjustment in self._adjustments:
+            adjustment.allocate()
+
+    def all_rows(self, slots: Tensor) -> SamplingRows:
+        """`rows` for any requests: whatever one may ask for is on, for a captured step."""
+        return SamplingRows(
+            temperature=self._temperature[slots],
+            top_p=self._top_p[slots],
+            top_k=self._top_k[slots],
+            min_p=self._min_p[slots],
+            seed=self._seed[slots],
+            choice=self._choice[slots],
+            position=self._position[slots],
+            all_greedy=False,
+            truncates=True,
+            typical=TypicalRows(self._typical[slots], self._epsilon[slots], self._delta[slots]),
+            adjusting=Adjusting(slots, self._adjustments),
+        )
 
     def rows(self, slots: Tensor, sequences: list[Sequence]) -> SamplingRows:
         """The rows of a draw.

@@ -7,9 +7,10 @@ from hypothesis import assume, given, settings, strategies as st
 from scipy import stats
 from torch import Tensor
 
+from engine import sampler
 from engine.medusa.accept import accept
 from engine.medusa.tree import Tree
-from engine.sampler import SamplingRows, draw, uniform, verify
+from engine.sampler import SamplingRows, draw, uniform, verify, verify_all
 from engine.types import Acceptance, MedusaParams, SamplingParams
 from tests.engine.naive_sampling import CPU, TYPICAL, Step, kept, sequence, slot_ids, slots_for, steps
 
@@ -185,6 +186,70 @@ def test_typical_acceptance_beside_exact_rows(step: Step) -> None:
             assert len(path) < len(best[0]) or summed <= best[1] + 1e-4
         assert accepted.nodes[b] == sum(1 << node for node in paths)
         assert accepted.next_root[b] == targets.tokens[b, accepted.last[b]] >= 0
+
+
+def in_order(step: Step) -> Tensor:
+    """[B * N, vocab]: the logits of all nodes in the order of the grid."""
+    return step.logits[step.row_of].flatten(0, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps(medusas=(MedusaParams(), *TYPICAL)))
+def test_all_nodes_at_once_are_accepted_as_those_that_are_reached(step: Step) -> None:
+    """`verify_all` with every feature on, whoever asked, against `verify`."""
+    slots = slot_ids(*step.sequences)
+    step.slots.allocate()
+    reached = verify(
+        step.logits, step.row_of, step.tokens, step.topology, step.slots.rows(slots, step.sequences)
+    )
+    logits = in_order(step)
+    raw = logits.clone()
+    found = verify_all(logits, step.tokens, step.topology, step.slots.all_rows(slots))
+    assert torch.equal(logits, raw)
+    first, second = (accept(step.tokens, each, step.topology) for each in (reached, found))
+    assert torch.equal(first.length, second.length)
+    assert torch.equal(first.path, second.path)
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.nodes, second.nodes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps(temperatures=(0.8, 1.3)))
+def test_a_node_whose_nucleus_is_wider_than_the_candidates_ends_the_path(step: Step) -> None:
+    """Two candidates: the accepted run may be shorter, what it holds is the same."""
+    slots = slot_ids(*step.sequences)
+    step.slots.allocate()
+    rows = step.slots.rows(slots, step.sequences)
+    reached = accept(
+        step.tokens, verify(step.logits, step.row_of, step.tokens, step.topology, rows), step.topology
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_NUCLEUS_CANDIDATES", 2)
+        targets = verify_all(in_order(step), step.tokens, step.topology, step.slots.all_rows(slots))
+    found = accept(step.tokens, targets, step.topology)
+    for b in range(len(step.sequences)):
+        length = int(found.length[b])
+        assert length <= reached.length[b]
+        assert found.tokens[b, : length + 1].tolist() == reached.tokens[b, : length + 1].tolist()
+    assert (found.tokens >= 0).all()
+
+
+def test_only_a_node_that_needs_more_candidates_ends_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root, child 6, its child 6, whose row is flat in the second sequence; both sequences draw 6, 6, …"""
+    monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", 2)
+    both = [
+        sequence(SamplingParams(top_p=0.9), prompt=[1], output=[0], slot=slot, seed=slot) for slot in (0, 1)
+    ]
+    slots = slots_for(*both)
+    slots.allocate()
+    topology = Tree.from_paths([[0], [0, 0]]).topology(CPU).expand(2)
+    logits = torch.zeros(2, 3, 7)
+    logits[..., 6] = 20.0
+    logits[1, 1] = 0.0
+    tokens = torch.tensor([[0, 6, 6]] * 2)
+    targets = verify_all(logits.flatten(0, 1), tokens, topology, slots.all_rows(slot_ids(*both)))
+    assert targets.matched.tolist() == [[True, True, True], [True, False, False]]
+    assert accept(tokens, targets, topology).next_root.tolist() == [6, 6]
 
 
 @pytest.mark.parametrize(
