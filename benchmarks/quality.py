@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "float32", "quantization": "int8"},
+    "int8-cuda": {"dtype": "bfloat16", "quantization": "int8"},
+    "fp8": {"dtype": "bfloat16", "quantization": "fp8"},
 }
 """Engine settings by name; the first is what the others are compared with."""
 

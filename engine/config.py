@@ -61,9 +61,10 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and activations: 'auto' is float32 on CPU, the checkpoint's own on CUDA."
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Literal["none", "int8", "fp8"] = Field(
         "none",
-        description="'int8': weights in 8 bits per output channel and activations in 8 bits per row (CPU).",
+        description="Weights in 8 bits per output channel and activations in 8 bits per row: 'int8' (on the "
+        "CPU with dtype float32; CUDA), 'fp8' (CUDA with dtype bfloat16). CUDA needs the extra torchao.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
     max_model_len: int | None = Field(

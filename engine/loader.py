@@ -24,6 +24,7 @@ from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.embedded import EMBEDDED_MODEL, shipped_heads
 from engine.model.info import available_bytes
+from engine.model.quantize_cuda import check_quantized
 from engine.model.weights import (
     Checkpoint,
     GenerationDefaults,
@@ -74,6 +75,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     folder = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_folder(folder)
     dtype = _dtype(config.dtype, model_config, device)
+    if config.quantization != "none":
+        check_quantized(config.quantization, device, dtype)  # before minutes of loading
     max_model_len = _max_model_len(config, model_config)
     if config.max_num_seqs > config.max_step_tokens:
         raise ConfigError(
@@ -121,7 +124,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         )
     drafter = None
     if heads is not None and tree is not None:
-        heads.prepare(decoder.lm_head.weight, quantize=config.quantization == "int8")
+        heads.prepare(decoder.lm_head.weight, quantize=config.quantization)
         drafter = HeadDrafter(
             heads,
             decoder.logits,
@@ -130,8 +133,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             device=device,
             accepted=tree.accepted,
         )
-    if config.quantization == "int8":
-        decoder.quantize()
+    if config.quantization != "none":
+        decoder.quantize(config.quantization)
     decoder.pack()
 
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len)

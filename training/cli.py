@@ -67,7 +67,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, engine_option("revision", "TEXT")]
 Dtype = Annotated[str | None, engine_option("dtype", "auto|float32|bfloat16|float16")]
-Quantization = Annotated[str | None, engine_option("quantization", "none|int8")]
+Quantization = Annotated[str | None, engine_option("quantization", "none|int8|fp8")]
 Device = Annotated[str | None, engine_option("device", "TEXT")]
 
 

@@ -138,7 +138,7 @@ def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device:
     heads = MedusaHeads.from_tensors(tensors, hidden_size=base.hidden_size, dtype=kind, device=on)
     token_map = tensors.token_map
     lm_head = read_lm_head(model).to(device=on, dtype=kind)
-    heads.prepare(lm_head, quantize=False)
+    heads.prepare(lm_head, quantize="none")
     vocabulary = Vocabulary(token_map, base.vocab_size)
     return rank_targets(
         lambda hidden: heads(hidden, lambda x: x @ lm_head.T, heads.num_heads),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class MedusaHeads(nn.Module):
         token_map = None if tensors.token_map is None else tensors.token_map.to(device)
         return cls(weights, biases, lm_heads, token_map)
 
-    def prepare(self, lm_head: Tensor, *, quantize: bool) -> None:
+    def prepare(self, lm_head: Tensor, *, quantize: Literal["none", "int8", "fp8"] = "none") -> None:
         """Make the lm_heads ready for this device, once, before the base model's own is packed.
 
         With a draft vocabulary and the base model's lm_head, the rows of these tokens are copied: drafting
@@ -77,14 +78,14 @@ class MedusaHeads(nn.Module):
 
         Args:
             lm_head: [vocab, hidden], the base model's.
-            quantize: lm_heads to int8, as the base model's (see `Linear.quantize`).
+            quantize: lm_heads to 8 bits, as the base model's (see `Linear.quantize`).
         """
         if self.token_map is not None and not self.lm_heads:
             self.lm_heads.append(_linear(lm_head.detach()[self.token_map]))
         for linear in self.lm_heads:
             assert isinstance(linear, Linear)
-            if quantize:
-                linear.quantize(rotate=True)
+            if quantize != "none":
+                linear.quantize(quantize, rotate=True)
             linear.pack()
 
     def forward(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor], num_heads: int) -> Tensor:
@@ -186,6 +187,6 @@ def load_heads(
 
 
 def _linear(weight: Tensor) -> Linear:
-    linear = Linear(0, 0, bias=False, dtype=weight.dtype)
+    linear = Linear(weight.shape[1], 0, bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

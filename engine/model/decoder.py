@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from engine.model.layers import (
     apply_partial_rotary,
     apply_rotary,
 )
+from engine.model.quantize import Int8Weight
 
 if TYPE_CHECKING:
     from engine.model.fused_int8 import FusedInt8Layers
@@ -182,8 +183,8 @@ class Decoder(nn.Module):
             else:
                 parameter.data = values.normal_(std=0.02)
 
-    def quantize(self) -> None:
-        """All linear layers to int8, once, after the weights are loaded; embeddings and norms stay float.
+    def quantize(self, kind: Literal["int8", "fp8"]) -> None:
+        """All linear layers to 8 bits, once, after the weights are loaded; embeddings and norms stay float.
 
         Raises:
             ConfigError: see `Linear.quantize`.
@@ -191,8 +192,9 @@ class Decoder(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 # Attention's output is an average over many tokens, which has no outliers to spread.
-                module.quantize(rotate=not name.endswith("o_proj"))
-        self.fused = self._fuse()
+                module.quantize(kind, rotate=not name.endswith("o_proj"))
+        if self.embed.device.type == "cpu":
+            self.fused = self._fuse()
 
     def _fuse(self) -> FusedInt8Layers | None:
         """The int8 layers as one, for families of the plain shape whose matrices are small.
@@ -213,7 +215,7 @@ class Decoder(nn.Module):
             assert layer.input_norm is not None
             assert layer.mlp_norm is not None
             linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
-            weights = [linear.quantized for linear in linears if linear.quantized is not None]
+            weights = [weight for linear in linears if isinstance(weight := linear.quantized, Int8Weight)]
             if any(weight.packed or weight.biased for weight in weights):
                 return None
             norms = (layer.input_norm.weight, layer.mlp_norm.weight)

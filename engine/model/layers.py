@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import ConfigError
 from engine.model.config import RopeConfig
 from engine.model.quantize import Int8Weight
+from engine.model.quantize_cuda import RowwiseWeight, check_quantized
 
 __all__ = [
     "HeadNorm",
@@ -42,12 +43,13 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
+        self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         )
         self.packed: Tensor | None = None
-        self.quantized: Int8Weight | None = None
+        self.quantized: Int8Weight | RowwiseWeight | None = None
 
     def pack(self) -> None:
         """Reorder the weight for this device; nothing happens where oneDNN cannot run its dtype."""
@@ -60,15 +62,20 @@ class Linear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
         self._drop_weight()
 
-    def quantize(self, *, rotate: bool) -> None:
-        """From float weights to int8 (see `Int8Weight`), before `pack()`.
+    def quantize(self, kind: Literal["int8", "fp8"], *, rotate: bool) -> None:
+        """From float weights to 8 bits, before `pack()`: `Int8Weight` on the CPU, `RowwiseWeight` on CUDA.
+
+        Args:
+            rotate: mix the channels of the input (`Int8Weight`).
 
         Raises:
-            ConfigError: this device cannot run int8, or the activations are not float32.
+            ConfigError: this device, dtype or size of weight cannot run it.
         """
-        if self.weight.dtype != torch.float32:
-            raise ConfigError("quantization int8 takes dtype float32: its activations are 8 bits either way")
-        self.quantized = Int8Weight(self.weight, self.bias, rotate=rotate)
+        if self.weight.device.type == "cpu":
+            check_quantized(kind, self.weight.device, self.weight.dtype)
+            self.quantized = Int8Weight(self.weight, self.bias, rotate=rotate)
+        else:
+            self.quantized = RowwiseWeight(self.weight, self.bias, kind)
         self._drop_weight()
 
     def _drop_weight(self) -> None:

@@ -36,7 +36,7 @@ _LARGEST_BLOCK = 128
 def check_int8(device: torch.device) -> None:
     """Raises ConfigError where int8 linears cannot run, or would not be exact."""
     if device.type != "cpu":
-        raise ConfigError(f"quantization int8 runs on the CPU, not on {device.type}; leave it out")
+        raise ConfigError(f"this form of int8 runs on the CPU, not on {device.type}")
     if not torch._C._has_mkldnn or not torch.cpu._is_vnni_supported():
         # Without VNNI the byte products are added in 16 bits, where they saturate.
         raise ConfigError("quantization int8 needs a CPU with AVX-512 VNNI; leave it out")
@@ -77,6 +77,11 @@ class Int8Weight:
             self.transposed = quantized.new_empty(0, 0)
         else:
             self._product = _plain_product(self.transposed, scale)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a product reads of it."""
+        return int(self._scale.numel()) * (self.in_features + self._scale.element_size())
 
     def signs(self) -> Tensor:
         """What each channel of the input is multiplied by before the mixing, [in_features] ±1."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_norm", "gated_activation", "quantize_rows", "rms_norm", "rotate"]
+__all__ = ["add_norm", "gated_activation", "quantize_rows", "rms_norm", "rotate", "scale_sums"]
 
 _HEADS_PER_PROGRAM = 4
 _COLUMNS_PER_PROGRAM = 1024
@@ -302,6 +302,51 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, rows: int | None = None) -> tup
             num_warps=_warps(block),
         )
     return q, scale
+
+
+@triton.jit
+def _scale_kernel(
+    sums_ptr, row_ptr, column_ptr, bias_ptr, y_ptr, size, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    sums = tl.load(sums_ptr + row * size + column, mask=inside, other=0).to(tl.float32)
+    y = sums * tl.load(row_ptr + row) * tl.load(column_ptr + column, mask=inside, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * size + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def scale_sums(
+    sums: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What int8 products stand for.
+
+    Args:
+        sums: [T, size] int32, contiguous.
+        row_scale: [T, 1] float32, contiguous.
+        column_scale: [1, size] float32, contiguous.
+        bias: [size], added at last; None without.
+
+    Returns:
+        sums * row_scale * column_scale + bias, [T, size] of `dtype`.
+    """
+    rows, size = sums.shape
+    y = torch.empty(rows, size, dtype=dtype, device=sums.device)
+    if rows:
+        _scale_kernel[(rows, triton.cdiv(size, _COLUMNS_PER_PROGRAM))](
+            sums,
+            row_scale,
+            column_scale,
+            sums if bias is None else bias,
+            y,
+            size,
+            BIAS=bias is not None,
+            BLOCK=_COLUMNS_PER_PROGRAM,
+            num_warps=4,
+        )
+    return y
 
 
 def _warps(block: int) -> int:

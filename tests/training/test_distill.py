@@ -257,7 +257,7 @@ def test_the_model_asks_itself(chat_model: Path, tmp_path: Path) -> None:
         (["--self-prompt", "1", "--top-p", "0"], "--top-p must be in (0, 1]"),
         (
             ["--self-prompt", "1", "--quantization", "int3"],
-            "--quantization: Input should be 'none' or 'int8'",
+            "--quantization: Input should be 'none', 'int8' or 'fp8'",
         ),
         (["--prompts", "/none.jsonl"], "cannot read /none.jsonl"),
     ],

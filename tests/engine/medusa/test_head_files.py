@@ -95,9 +95,9 @@ def assert_drafts(heads: MedusaHeads, plain: Plain) -> None:
     tree = Tree.from_paths([*default_tree(HEADS).prefix(30).paths, (width - 1,)])
     hidden = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(6))
     if not plain.lm_heads and plain.token_map is None:
-        heads.prepare(torch.empty(0), quantize=False)  # nothing of the base's lm_head is copied
+        heads.prepare(torch.empty(0), quantize="none")  # nothing of the base's lm_head is copied
     else:
-        heads.prepare(plain.base, quantize=False)
+        heads.prepare(plain.base, quantize="none")
     drafter = HeadDrafter(heads, lambda x: x @ plain.base.T, tree, vocab_size=VOCAB, device=CPU)
     rankings = [[plain.ranking(state, head) for head in range(HEADS)] for state in hidden]
     for nodes in (30, 7, 0):
@@ -328,7 +328,7 @@ def test_a_draft_vocabulary_in_int8_keeps_the_best_guess(tmp_path: Path) -> None
         pytest.skip("int8 needs AVX-512 VNNI")
     plain = Plain(1, lm_heads=0, truncated=True)
     heads = load(single(tmp_path, plain.official()))
-    heads.prepare(plain.base, quantize=True)
+    heads.prepare(plain.base, quantize="int8")
     drafter = HeadDrafter(heads, lambda x: x, Tree.from_paths([[0]]), vocab_size=VOCAB, device=CPU)
     hidden = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(8))
     guesses = drafter.guess(hidden, 1).flatten().tolist()

@@ -17,6 +17,8 @@ from engine.model.weights import Checkpoint, load_weights
 from tests.engine.model.test_decoder import FAMILIES, VARIANTS
 from tests.support import save_model, tiny_model
 
+pytestmark = pytest.mark.cuda
+
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

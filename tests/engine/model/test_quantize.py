@@ -172,7 +172,7 @@ def test_every_linear_is_converted_and_the_tied_embedding_stays_float(tmp_path: 
             torch.nn.init.normal_(module.weight)
     hidden = torch.randn(3, config.hidden_size)
     wanted = hidden @ decoder.embed.T
-    decoder.quantize()
+    decoder.quantize("int8")
     decoder.pack()
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]
     assert all(linear.quantized is not None and not linear.weight.numel() for linear in linears)
@@ -184,7 +184,7 @@ def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="cuda"):
         check_int8(torch.device("cuda"))
     with pytest.raises(ConfigError, match="float32"):
-        Linear(4, 4, bias=False, dtype=torch.bfloat16).quantize(rotate=True)
+        Linear(4, 4, bias=False, dtype=torch.bfloat16).quantize("int8", rotate=True)
 
 
 def plain_decoder(tmp_path: Path, **options: Any) -> Decoder:
@@ -198,7 +198,7 @@ def plain_decoder(tmp_path: Path, **options: Any) -> Decoder:
         elif "lm_head" not in name:
             parameter.data.normal_(std=0.2)
     decoder.embed.data[:, 3] *= 20
-    decoder.quantize()
+    decoder.quantize("int8")
     return decoder
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from engine.model.config import RopeConfig
 from engine.model.layers import HeadNorm, RotaryTable
 
+pytestmark = pytest.mark.cuda
+
 kernels = pytest.importorskip("engine.model.triton_kernels", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,3 +167,13 @@ def test_no_rows_are_no_launch() -> None:
     assert kernels.gated_activation(none, "silu").shape == (0, 16)
     kernels.rotate(none.view(0, 2, 16), random(0, 1, 16), random(0, 1, 16))
     assert kernels.quantize_rows(none, torch.int8, rows=8)[0].shape == (8, 32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_sums(bias: bool, dtype: torch.dtype) -> None:
+    sums = (random(3, 1100) * 1e5).to(torch.int32)
+    row, column = random(3, 1, seed=1).abs() * 1e-3, random(1, 1100, seed=2).abs() * 1e-3
+    offset = random(1100, dtype=dtype, seed=3) if bias else None
+    wanted = sums.double() * row.double() * column.double() + (0 if offset is None else offset.double())
+    near(kernels.scale_sums(sums, row, column, offset, dtype), wanted)
