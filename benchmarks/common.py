@@ -176,6 +176,15 @@ class Server:
         self._process = None
         self._log.close()
 
+    def send_signal(self, sig: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(sig)
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit status. Raises subprocess.TimeoutExpired."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-lines:])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams, Sequence
 
-__all__ = ["Adjustment", "BadWords", "LogitBias", "MinTokens", "Penalties", "Place"]
+__all__ = ["Adjustment", "BadWords", "LogitBias", "MinTokens", "Penalties", "Place", "table_bytes"]
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -54,8 +54,8 @@ class Adjustment(ABC):
     """One way of changing logits, for the slots whose request asks for it.
 
     Its tensors are allocated at the first such request and kept: a server that never sees one does not
-    pay for it. A slot's row is written whole at admission and read for nobody who did not ask, so what
-    an earlier owner left needs no clearing.
+    pay for it, but room for all of them is kept free (`table_bytes`). A slot's row is written whole at
+    admission and read for nobody who did not ask, so what an earlier owner left needs no clearing.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
@@ -68,6 +68,11 @@ class Adjustment(ABC):
     @abstractmethod
     def wanted(sampling: SamplingParams) -> bool:
         """True where a request asks for it."""
+
+    @staticmethod
+    @abstractmethod
+    def slot_bytes(vocab_size: int) -> int:
+        """What its tables take for each slot."""
 
     def admit(self, sequence: Sequence) -> None:
         """Write the slot's row from the request and from what was emitted so far."""
@@ -132,9 +137,13 @@ class Adjustment(ABC):
 class Penalties(Adjustment):
     """Repetition, frequency and presence penalty, in this order and with vLLM's meaning.
 
-    Takes 5 bytes per slot and vocabulary entry: int32 counts of the output's tokens (int16 would wrap in
-    a long repetitive output) and which tokens the prompt holds; 16 MB for 64 slots of 49,152 tokens.
+    Holds int32 counts of the output's tokens (int16 would wrap in a long repetitive output) and which
+    tokens the prompt holds; 16 MB for 64 slots of 49,152 tokens.
     """
+
+    @staticmethod
+    def slot_bytes(vocab_size: int) -> int:
+        return 5 * vocab_size + 3 * 4
 
     @staticmethod
     def wanted(sampling: SamplingParams) -> bool:
@@ -183,7 +192,11 @@ class Penalties(Adjustment):
 
 
 class LogitBias(Adjustment):
-    """A number added to some logits. Takes 4 bytes per slot and vocabulary entry."""
+    """A number added to some logits."""
+
+    @staticmethod
+    def slot_bytes(vocab_size: int) -> int:
+        return 4 * vocab_size
 
     @staticmethod
     def wanted(sampling: SamplingParams) -> bool:
@@ -207,13 +220,17 @@ class LogitBias(Adjustment):
 
 class MinTokens(Adjustment):
     """No token ends the output before its time: EOS ids (also with ignore_eos, as in vLLM) and the
-    request's stop ids. Takes 1 byte per slot and vocabulary entry."""
+    request's stop ids."""
 
     def __init__(
         self, max_num_seqs: int, vocab_size: int, device: torch.device, *, eos_token_ids: Iterable[int]
     ) -> None:
         super().__init__(max_num_seqs, vocab_size, device)
         self._eos_token_ids = tuple(eos_token_ids)
+
+    @staticmethod
+    def slot_bytes(vocab_size: int) -> int:
+        return vocab_size + 8
 
     @staticmethod
     def wanted(sampling: SamplingParams) -> bool:
@@ -236,7 +253,11 @@ class MinTokens(Adjustment):
 
 class BadWords(Adjustment):
     """The last token of a sequence is forbidden where the others have just been emitted. As in vLLM, the
-    prompt's tokens do not count. Takes 9 KB a slot."""
+    prompt's tokens do not count."""
+
+    @staticmethod
+    def slot_bytes(vocab_size: int) -> int:  # noqa: ARG004 - the same for any vocabulary
+        return 8 * (MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS + MAX_BAD_WORD_TOKENS - 1)
 
     @staticmethod
     def wanted(sampling: SamplingParams) -> bool:
@@ -276,3 +297,9 @@ class BadWords(Adjustment):
         # amin, because several words may end in one token: forbidden by one is forbidden.
         ceiling = torch.where(forbidden, float("-inf"), float("inf"))
         return logits.scatter_reduce_(1, last.clamp(min=0), ceiling, "amin")
+
+
+def table_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """What the tables of all adjustments take once each has been asked for."""
+    kinds: tuple[type[Adjustment], ...] = (Penalties, LogitBias, MinTokens, BadWords)
+    return max_num_seqs * sum(kind.slot_bytes(vocab_size) for kind in kinds)

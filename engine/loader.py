@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine.adjust import table_bytes
 from engine.attention.base import AttentionBackend
 from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
@@ -328,6 +329,7 @@ def _num_blocks(
         2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * config.block_size
     )
     one_sequence = -(-(max_model_len + MAX_TREE_NODES) // config.block_size)
+    tables = table_bytes(config.max_num_seqs, model.vocab_size)  # allocated when a request asks for them
     if config.kv_cache_tokens is not None and config.kv_cache_bytes is not None:
         raise ConfigError("give either kv_cache_tokens or kv_cache_bytes")
     if config.kv_cache_tokens is not None:
@@ -338,13 +340,14 @@ def _num_blocks(
         free, total = torch.cuda.mem_get_info(device)
         # Logits of a full step in the model's dtype and, for the draw, a few copies in float32.
         transient = config.max_step_tokens * model.vocab_size * (dtype.itemsize + 4 * torch.float32.itemsize)
-        room = int(total * config.gpu_memory_utilization) - (total - free) - transient
+        room = int(total * config.gpu_memory_utilization) - (total - free) - transient - tables
         num_blocks = room // block_bytes
     else:
         most = config.max_num_seqs * one_sequence
-        wanted = min(_CPU_POOL_BYTES, available_bytes() // 2)
+        available = max(0, available_bytes() - tables)
+        wanted = min(_CPU_POOL_BYTES, available // 2)
         num_blocks = min(most, max(wanted // block_bytes, one_sequence))
-        size_mib, available_mib = num_blocks * block_bytes >> 20, available_bytes() >> 20
+        size_mib, available_mib = num_blocks * block_bytes >> 20, available >> 20
         if size_mib > available_mib:
             raise ConfigError(
                 f"a K/V pool for max_model_len {max_model_len} takes {size_mib} MiB and {available_mib} MiB "

@@ -281,7 +281,11 @@ class Runner:
             slots,
             self._lengths[slots],
             max_length=max(sequence.num_cached for sequence in sequences),
-            max_predicted=max(len(sequence.request.prediction_token_ids) for sequence in sequences),
+            predicted={
+                row: length
+                for row, sequence in enumerate(sequences)
+                if (length := len(sequence.request.prediction_token_ids))
+            },
         )
         rows = torch.column_stack((proposal.kind, proposal.count, proposal.tokens)).tolist()
         return [(chain[:count], kind) for kind, count, *chain in rows]

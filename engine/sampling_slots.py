@@ -17,8 +17,8 @@ __all__ = ["SamplingSlots"]
 class SamplingSlots:
     """Every slot tensor a draw depends on, allocated once: parameters, output positions, adjustments.
 
-    The adjustments' tables are allocated when a request first needs them, see `engine.adjust` for their
-    sizes; all else is a few bytes a slot.
+    The adjustments' tables are allocated when a request first needs them, and their room is kept free
+    (`engine.adjust.table_bytes`); all else is a few bytes a slot.
 
     Args:
         max_num_seqs: number of slots.

@@ -7,6 +7,7 @@ heads' nodes. It needs no training and no heads. (Prompt lookup decoding, Saxena
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ _CONTEXT = 2
 
 NUM_KINDS = 2 * _MOST + 1
 """Kinds of match: 0 is none, 1 to 8 tokens matched in the history, 9 to 16 in the prediction."""
+
+_NOBODY: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ class Lookup:
         offset = torch.minimum(offset, counts.unsqueeze(1) - 1)  # past the end: the last token once more
         self._history[slots.unsqueeze(1), lengths.unsqueeze(1) + offset] = tokens.gather(1, offset).int()
 
-    def propose(self, slots: Tensor, lengths: Tensor, *, max_length: int, max_predicted: int) -> Proposal:
+    def propose(
+        self, slots: Tensor, lengths: Tensor, *, max_length: int, predicted: Mapping[int, int] = _NOBODY
+    ) -> Proposal:
         """Search what followed the tokens up to the root the last time, and keep it for the next step.
 
         The longest match of up to eight tokens wins, then the latest. A chain that reaches the root goes
@@ -87,7 +92,7 @@ class Lookup:
             slots: [B] int64.
             lengths: [B] int64, index of the root in the history.
             max_length: host upper bound of `lengths`.
-            max_predicted: tokens of the longest prediction among the sequences; 0 where there is none.
+            predicted: for each row with a prediction, how many tokens that has; no other is searched.
         """
         history = self._history[slots, : max_length + 1]
         suffix = self._suffix(history, lengths)
@@ -101,11 +106,12 @@ class Lookup:
         index = best + 1 + step % (lengths.unsqueeze(1) - best).clamp(min=1)
         tokens = history.gather(1, index.clamp(max=max_length)).long()
         count = torch.where(kind > 0, self.size, 0)
-        if max_predicted and self._prediction is not None:
-            expected = self._prediction[slots, : max_predicted + _CONTEXT]
-            tokens, count, kind = self._prefer_prediction(
-                slots, lengths, expected, suffix, tokens, count, kind
-            )
+        if predicted and self._prediction is not None:
+            rows = torch.tensor(list(predicted), device=self._device)
+            expected = self._prediction[slots[rows], : max(predicted.values()) + _CONTEXT]
+            found = (tokens[rows], count[rows], kind[rows])
+            preferred = self._prefer_prediction(slots[rows], lengths[rows], expected, suffix[rows], *found)
+            tokens[rows], count[rows], kind[rows] = preferred
         self.tokens[slots] = tokens
         return Proposal(tokens, count.squeeze(1), kind.squeeze(1))
 

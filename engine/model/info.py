@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from engine.adjust import table_bytes
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.model.config import ModelConfig
 from engine.model.gguf import GGUF_INDEX
@@ -151,7 +152,8 @@ def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room:
     # Logits of a full step in this dtype and, for the draw, a few copies in float32.
     step_tokens = int(EngineConfig.model_fields["max_step_tokens"].default)
     transient = step_tokens * config.vocab_size * (dtype.itemsize + 4 * torch.float32.itemsize)
-    left = max(0, room - weights - transient)
+    tables = table_bytes(int(EngineConfig.model_fields["max_num_seqs"].default), config.vocab_size)
+    left = max(0, room - weights - transient - tables)
     lengths = [config.max_position]
     while lengths[0] // 2 >= _SHORTEST:
         lengths.insert(0, lengths[0] // 2)

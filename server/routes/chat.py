@@ -67,7 +67,7 @@ class _Answer:
         usage = (lambda: generation.usage) if body.include_usage else None
         self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
 
-    def write(self, piece: TextPiece) -> bytes:
+    async def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""
         return self._writer.step(piece.index, piece.text, piece.logprobs, piece.finish_reason)
 

@@ -122,10 +122,15 @@ class _Answer:
         usage = (lambda: self._usage) if body.include_usage else None
         self._writer = CompletionWriter(self._heading, usage, body.continuous_usage)
 
-    def write(self, piece: TextPiece) -> bytes:
+    async def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""
+        echoes = bool(self._echoes) and piece.index not in self._begun
         text, entries = self._take(piece)
-        logprobs = None if self._body.logprobs is None else self._logprobs(entries)
+        logprobs = None
+        if self._body.logprobs is not None and echoes:  # of a whole prompt
+            logprobs = await self._context.in_thread(self._logprobs, entries)
+        elif self._body.logprobs is not None:
+            logprobs = self._logprobs(entries)
         return self._writer.step(piece.index, text, logprobs, piece.finish_reason)
 
     def end(self) -> bytes:

@@ -54,7 +54,7 @@ class Answer(Protocol):
     @property
     def completion_id(self) -> str: ...
 
-    def write(self, piece: TextPiece) -> bytes:
+    async def write(self, piece: TextPiece) -> bytes:
         """The events of one piece; may be none."""
 
     def end(self) -> bytes:
@@ -129,7 +129,7 @@ async def _events(generation: Pieces, answer: Answer) -> AsyncIterator[bytes]:
     """The stream's events. An error after the start can only be told in the stream itself."""
     try:
         async for piece in generation.pieces():
-            if events := answer.write(piece):
+            if events := await answer.write(piece):
                 yield events
         yield answer.end()
     except Exception as error:

@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from engine.adjust import Penalties
+from engine.adjust import Penalties, table_bytes
 from engine.sampler import draw, verify
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from engine.sampling_slots import SamplingSlots
+from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Request, SamplingParams, Sequence
 from tests.engine.naive_sampling import Step, adjusted, sequence, slot_ids, slots_for, steps
 
 
@@ -142,3 +143,17 @@ def test_the_naive_rule_agrees_with_the_example_in_vllm() -> None:
     sampling = SamplingParams(bad_words=((4,), (5, 6)))
     assert adjusted([0.0] * 7, sampling, [5], []).tolist() == [0, 0, 0, 0, float("-inf"), 0, 0]
     assert adjusted([0.0] * 7, sampling, [5], [5]).tolist() == [0, 0, 0, 0, float("-inf"), 0, float("-inf")]
+
+
+def test_the_tables_take_what_is_set_aside_for_them() -> None:
+    """Every kind asked for once: all tensors with a row per slot are what `table_bytes` says."""
+    slots = SamplingSlots(max_num_seqs=5, vocab_size=70, eos_token_ids=[1], device=torch.device("cpu"))
+    sampling = SamplingParams(
+        presence_penalty=1.0, logit_bias=((3, 1.0),), min_tokens=2, bad_words=((4, 5),), max_tokens=9
+    )
+    slots.admit(Sequence(Request("r", (0, 2), sampling), 0, 0, [0, 2], 2, 20, 0, slot=3))
+    taken = 0
+    for adjustment in slots._adjustments:
+        tensors = [value for value in vars(adjustment).values() if isinstance(value, torch.Tensor)]
+        taken += sum(one.nbytes for one in tensors if one is not adjustment._uses)
+    assert taken == table_bytes(5, 70)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.adjust import table_bytes
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.loader import load
@@ -28,3 +29,17 @@ def test_dummy_weights_need_a_configuration_and_a_tokenizer_only(family: str, tm
     assert engine.info.num_heads == 4
     outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 9) for i in range(3)])
     assert [len(tokens) for tokens in outputs.values()] == [9, 9, 9]
+
+
+def test_the_pool_leaves_room_for_the_tables_of_adjustments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,024 slots could take 10 MB of tables: a pool of all that is free would end in a later failure."""
+    folder = save_model(tiny_model("llama"), tmp_path)
+    available = 12 << 20
+    monkeypatch.setattr("engine.loader.available_bytes", lambda: available)
+    config = EngineConfig(model=str(folder), device="cpu", max_num_seqs=1024, max_step_tokens=1024)
+    loaded = load(config, progress=False)
+    tables = table_bytes(1024, 61)
+    assert tables > available // 2
+    assert loaded.pool.data.nbytes + tables <= available

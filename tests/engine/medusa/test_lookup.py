@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from engine.medusa import lookup as module
 from engine.medusa.lookup import Lookup
 from engine.types import Request, Sequence
 
@@ -59,8 +60,12 @@ def proposed(search: Lookup, batch: list[Sequence]) -> list[tuple[list[int], int
         search.admit(made)
     slots = torch.tensor([made.slot for made in batch])
     lengths = torch.tensor([made.num_cached for made in batch])
-    predicted = max(len(made.request.prediction_token_ids) for made in batch)
-    found = search.propose(slots, lengths, max_length=int(lengths.max()), max_predicted=predicted)
+    predicted = {
+        row: len(made.request.prediction_token_ids)
+        for row, made in enumerate(batch)
+        if made.request.prediction_token_ids
+    }
+    found = search.propose(slots, lengths, max_length=int(lengths.max()), predicted=predicted)
     assert torch.equal(search.tokens[slots], found.tokens)
     return [
         (tokens[:count], kind)
@@ -128,7 +133,7 @@ def test_appended_tokens_are_history(counts: list[int]) -> None:
     slots = torch.tensor([2, 0])
     lengths = torch.tensor([made.num_cached for made in first])
     step.append(slots, lengths + 1, torch.tensor(tokens), torch.tensor(counts))
-    found = step.propose(slots, lengths + torch.tensor(counts), max_length=9, max_predicted=0)
+    found = step.propose(slots, lengths + torch.tensor(counts), max_length=9)
     for i, (made, count) in enumerate(zip(first, counts, strict=True)):
         made.token_ids += tokens[i][:count]
         made.num_cached += count
@@ -140,3 +145,18 @@ def test_a_slot_keeps_nothing_of_its_last_owner() -> None:
     search = lookup()
     proposed(search, [sequence([1, 2, 3, 1, 2], [3], prediction=[4, 5])])
     assert proposed(search, [sequence([9], [3])])[0] == ([], 0)
+
+
+def test_a_prediction_is_searched_for_its_own_sequence_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[tuple[int, ...]] = []
+
+    def spy(text: torch.Tensor, suffix: torch.Tensor) -> torch.Tensor:
+        searched.append(tuple(text.shape))
+        return whole(text, suffix)
+
+    whole = module._match_order
+    monkeypatch.setattr(module, "_match_order", spy)
+    batch = [sequence([1, 2] * 20, [3], slot=slot) for slot in range(3)]
+    batch[1] = sequence([1, 2] * 20, [3], prediction=[3, 4, 5], slot=3)
+    assert proposed(lookup(), batch)[1] == ([4, 5], 11)
+    assert searched == [(3, 41), (1, 5)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.adjust import table_bytes
 from engine.errors import ModelError
 from engine.model import info as module
 from engine.model.info import describe
@@ -51,8 +52,8 @@ def test_memory_is_what_the_engine_allocates(tmp_path: Path, monkeypatch: pytest
     assert full.kv_bytes_per_token == 2 * half.kv_bytes_per_token == pool.numel() * 4 // tokens
     assert full.weight_bytes == 2 * half.weight_bytes == 4 * whole.parameters
 
-    transient = 512 * 61 * 20
-    room = full.weight_bytes + transient + 3 * (2048 + 64) * full.kv_bytes_per_token
+    set_aside = 512 * 61 * 20 + table_bytes(32, 61)
+    room = full.weight_bytes + set_aside + 3 * (2048 + 64) * full.kv_bytes_per_token
     monkeypatch.setattr(module, "available_bytes", lambda: room)
     assert describe(tmp_path, CPU).memory[0].fits == {2048: 3, 4096: 1, 8192: 0}
 

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from engine.fake import FakeEngine, FakeStep
+from engine.text import TokenText
 from engine.types import Request, TokenLogprobs
 from tests.server.conftest import EOS_ID, MODEL, TEXT, RunningServer, Serve, ids, says, steps, wait_until
 
@@ -177,6 +178,36 @@ def test_echo_with_logprobs(hello: RunningServer, stream: bool) -> None:
     assert found["token_logprobs"] == [None, *[-0.5] * 16]
     assert found["top_logprobs"][0] is None
     assert found["top_logprobs"][1] == {" ": -0.5}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "a prompt", "echo": True, "logprobs": 1, "stream": True}),
+        ("completions", {"prompt": "a prompt", "echo": True, "logprobs": 1}),
+        ("completions", {"prompt": "a prompt", "prompt_logprobs": 1}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "prompt_logprobs": 1}),
+    ],
+    ids=str,
+)
+def test_logprobs_of_a_prompt_are_written_beside_the_event_loop(
+    hello: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """Of a long prompt that takes seconds, in which no other stream would get anything."""
+    threads: list[str] = []
+    read = TEXT.token_text
+
+    def spy(token: int, **options: Any) -> TokenText:
+        threads.append(threading.current_thread().name)
+        return read(token, **options)
+
+    monkeypatch.setattr(TEXT, "token_text", spy)
+    response = hello.http.post(f"/v1/{path}", json={"model": MODEL, **body})
+    assert response.status_code == 200
+    # A stream's own tokens, few at a time, are written where they are sent.
+    prompts = threads[: len("a prompt") - 1]  # nothing is known of the first token
+    assert len(prompts) == 7
+    assert all(name.startswith("text") for name in prompts)
 
 
 def test_echo_alone_scores_a_prompt(hello: RunningServer) -> None:
