@@ -47,7 +47,7 @@ def test_every_family_runs_in_int8(family: str, overrides: dict[str, Any], tmp_p
         decoder, tokens = loaded(tmp_path), torch.arange(9) + 2
         positions = torch.arange(9) + 300
         wanted = decoder(tokens, positions, Recorder())
-        decoder.quantize()
+        decoder.quantize("int8")
         got = decoder(tokens, positions, Recorder())
         assert (got - wanted).norm() / wanted.norm() < 0.06
         assert not torch.equal(got, wanted)
