@@ -34,6 +34,7 @@ from engine.model.weights import (
     load_weights,
     resolve_model,
 )
+from engine.profiling import WorstCase
 from engine.text import TextProcessor
 from engine.types import EngineInfo
 
@@ -138,7 +139,16 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         decoder.quantize(config.quantization)
     decoder.pack()
 
-    num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len)
+    attention = (CpuAttention if device.type == "cpu" else SdpaAttention)(
+        model_config.group,
+        scale=model_config.attention_scale,
+        windows=model_config.windows_within(max_model_len + MAX_TREE_NODES),
+    )
+    tree_size = _tree_size(config, tree.tree if tree is not None else None)
+    transient = 0
+    if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
+        transient = _transient(config, decoder, attention, drafter, tree_size, device)
+    num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len, transient)
     pool = KVPool(
         num_layers=model_config.num_layers,
         num_blocks=num_blocks,
@@ -149,14 +159,13 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         device=device,
     )
     blocks = BlockManager(num_blocks, config.block_size)
-    attention = CpuAttention if device.type == "cpu" else SdpaAttention
     info = EngineInfo(
         model=config.model,
         architecture=model_config.architecture,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         num_heads=heads.num_heads if heads is not None else 0,
-        tree_size=_tree_size(config, tree.tree if tree is not None else None),
+        tree_size=tree_size,
         max_model_len=max_model_len,
         kv_cache_tokens=blocks.total * config.block_size,
         vocab_size=model_config.vocab_size,
@@ -168,11 +177,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     return Loaded(
         info=info,
         decoder=decoder,
-        attention=attention(
-            model_config.group,
-            scale=model_config.attention_scale,
-            windows=model_config.windows_within(max_model_len + MAX_TREE_NODES),
-        ),
+        attention=attention,
         pool=pool,
         blocks=blocks,
         heads=drafter,
@@ -321,10 +326,52 @@ def _tree_size(config: EngineConfig, heads: Tree | None) -> int:
     return min(MAX_TREE_NODES, (heads.size if heads is not None else 1) + config.lookup_nodes)
 
 
-def _num_blocks(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+def _transient(
+    config: EngineConfig,
+    decoder: Decoder,
+    attention: AttentionBackend,
+    heads: HeadDrafter | None,
+    tree_size: int,
+    device: torch.device,
 ) -> int:
-    """Pool blocks, padding block included."""
+    """Bytes that steps take on CUDA beside weights and K/V; see `WorstCase`."""
+    try:
+        worst = WorstCase(
+            decoder,
+            attention,
+            heads,
+            tree_size=tree_size,
+            max_num_seqs=config.max_num_seqs,
+            max_step_tokens=config.max_step_tokens,
+            block_size=config.block_size,
+            dtype=decoder.embed.dtype,
+            device=device,
+        )
+        found = worst.measure()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the model leaves no memory for a step of {config.max_step_tokens} tokens; "
+            "lower max_step_tokens or max_num_seqs, or use quantization"
+        ) from error
+    del worst
+    torch.cuda.empty_cache()  # else the room would be counted as taken
+    log.info("the largest steps take %d MiB beside weights and K/V", found >> 20)
+    return found
+
+
+def _num_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    transient: int,
+) -> int:
+    """Pool blocks, padding block included.
+
+    Args:
+        transient: bytes that steps take on CUDA beside weights and K/V.
+    """
     block_bytes = (
         2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * config.block_size
     )
@@ -338,8 +385,6 @@ def _num_blocks(
         num_blocks = config.kv_cache_bytes // block_bytes
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # Logits of a full step in the model's dtype and, for the draw, a few copies in float32.
-        transient = config.max_step_tokens * model.vocab_size * (dtype.itemsize + 4 * torch.float32.itemsize)
         room = int(total * config.gpu_memory_utilization) - (total - free) - transient - tables
         num_blocks = room // block_bytes
     else:

@@ -1,0 +1,74 @@
+"""The passes whose memory is measured on CUDA: they run, and they are the largest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.attention.base import AttentionInput
+from engine.attention.sdpa import SdpaAttention
+from engine.cache.pool import KVPool
+from engine.config import EngineConfig
+from engine.loader import Loaded, load
+from engine.profiling import WorstCase
+from tests.support import save_model, save_random_heads, tiny_llama
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+pytestmark = pytest.mark.cuda
+
+
+class Counting(SdpaAttention):
+    """The reference backend, which notes the rows of each pass."""
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        self.rows_seen: list[int] = [*getattr(self, "rows_seen", []), batch.rows.numel()]
+        super().plan(batch, pool)
+
+
+def loaded(folder: Path, **settings: object) -> Loaded:
+    save_model(tiny_llama(), folder)
+    heads = save_random_heads(folder / "heads.safetensors", hidden=32, vocab=61)
+    config = EngineConfig(model=str(folder), heads=str(heads), device=str(DEVICE), **settings)
+    return load(config, progress=False)
+
+
+def worst_case(made: Loaded, attention: SdpaAttention, **limits: int) -> WorstCase:
+    return WorstCase(
+        made.decoder,
+        attention,
+        made.heads,
+        tree_size=made.info.tree_size,
+        block_size=4,
+        dtype=torch.float32,
+        device=DEVICE,
+        **limits,
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_step_tokens", "rows"), [(8, 64, 64), (32, 512, 8 * 64), (2, 512, 2 * 64)]
+)
+def test_they_are_as_large_as_the_settings_allow(
+    max_num_seqs: int, max_step_tokens: int, rows: int, tmp_path: Path
+) -> None:
+    made = loaded(tmp_path, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens, kv_cache_tokens=1024)
+    assert made.info.tree_size == 64
+    attention = Counting(2)
+    worst = worst_case(made, attention, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens)
+    worst.prefill()
+    worst.decode()
+    assert attention.rows_seen == [max_step_tokens, rows]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_a_pool_sized_by_it_leaves_what_steps_take(tmp_path: Path) -> None:
+    made = loaded(tmp_path, gpu_memory_utilization=0.5, max_model_len=512)
+    free, total = torch.cuda.mem_get_info()
+    assert free > 0.4 * total
+    assert made.pool.data.nbytes > 0.2 * total
+    worst = worst_case(made, SdpaAttention(2), max_num_seqs=32, max_step_tokens=512)
+    # At least the logits of a full step.
+    assert 512 * 61 * 4 < worst.measure() < 0.1 * total
