@@ -8,7 +8,7 @@ ARGS ?=
 
 DATA ?= configs/smollm2-135m/data
 
-.PHONY: help install serve test test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak docs clean
+.PHONY: help install serve test test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -84,6 +84,9 @@ fuzz: $(VENV)/.dev ## requests made from the API's own description; ARGS="--case
 
 soak: $(VENV)/.dev ## twenty minutes of everything: nothing grows, no block lost
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+gpu: $(VENV)/.dev ## everything that wants a GPU, in nine minutes; ARGS="--parts tests,steps"
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 docs: $(VENV)/.dev ## write the tables of docs/operations.md from the code
 	$(BIN)/python -m server.reference docs/operations.md

@@ -1,0 +1,115 @@
+"""Everything that wants a GPU, in one run of under nine minutes: tests, ceilings, steps, texts.
+
+    python -m benchmarks.gpu                                     # all parts, on CUDA
+    python -m benchmarks.gpu --parts tests,ceilings,steps        # some
+    python -m benchmarks.gpu --device cpu --tiny                 # the script itself, in seconds
+    python -m benchmarks.gpu --combine a.json b.json             # several runs as one file
+
+Results go to benchmarks/results/gpu-DEVICE.json (or --output) as they come: a run that is cut off keeps what
+it has, a part that fails is told and costs no other. The last lines hold each target of the project with what
+was measured; the very last is JSON. docs/performance.md says how to run it on a bare machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import ROOT, print_result
+from benchmarks.gpu_device import between_products, ceilings, tests
+from benchmarks.gpu_run import Run, combine, device_name, output_file
+from benchmarks.gpu_shapes import SHAPES
+from benchmarks.gpu_simulated import simulated
+from benchmarks.gpu_steps import idle, quantized_steps, steps
+from benchmarks.gpu_targets import targets
+from benchmarks.gpu_text import divergences, end_to_end, http, quality_cost
+
+PARTS: dict[str, Callable[[Run], Any]] = {
+    "tests": tests,
+    "ceilings": ceilings,
+    "steps": steps,
+    "idle": idle,
+    "simulated": simulated,
+    "end_to_end": end_to_end,
+    "divergences": divergences,
+    "http": http,
+    "quantized_steps": quantized_steps,
+    "quality": quality_cost,
+    "between_products": between_products,
+}
+"""In the order in which they run; each may use what those before it found."""
+
+
+def names(text: str) -> list[str]:
+    """`a,b` as a list, for argparse's `type`."""
+    return [part for part in text.split(",") if part]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--skip", type=names, default=[], help="parts to leave out")
+    parser.add_argument("--minutes", type=float, default=8.7, help="after which no part begins")
+    parser.add_argument("--model", default="smollm2-135m", help="that answers: embedded name or folder")
+    parser.add_argument("--heads", default=None, help="its heads; the shipped ones if unset")
+    parser.add_argument("--shapes", type=names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--steps-share", type=float, default=0.55, help="of the time left, for `steps`")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model, few repeats: to run the script itself"
+    )
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument(
+        "--known", type=Path, nargs="*", default=[], help="earlier results that parts may use"
+    )
+    parser.add_argument(
+        "--combine", type=Path, nargs="+", default=None, help="write these files as one; no run"
+    )
+    args = parser.parse_args(argv)
+    for given, known in ((args.parts + args.skip, PARTS), (args.shapes, SHAPES)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"no such part or shape: {', '.join(unknown)}; there are {', '.join(known)}")
+    if args.combine is None and args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu --tiny runs the script itself")
+    if args.combine is None and args.device == "cpu" and not args.tiny:
+        parser.error("on a CPU only --tiny makes sense: the shapes would take hours")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.combine is not None:
+        whole = combine(args.combine)
+        file = args.output or args.combine[0]
+        file.write_text(json.dumps(whole, ensure_ascii=False) + "\n", encoding="utf-8")
+        print_result({"benchmark": "gpu", "output": str(file), "targets": targets(whole["parts"])})
+        return 0
+    device = torch.device(args.device)
+    output = output_file(args, device, ROOT)
+    run = Run(args, device, output, time.monotonic() + 60 * args.minutes)
+    print(f"{device_name(device)}, torch {torch.__version__}; results in {output}", flush=True)
+    for known in args.known:
+        run.parts |= json.loads(known.read_text(encoding="utf-8"))["parts"]
+    for name, part in PARTS.items():
+        if name in args.parts and name not in args.skip:
+            run.measure(name, part)
+    run.record("targets", found := targets(run.parts))
+    for row in found:
+        print(f"{row['state']:>12}  {row['target']}: {row['measured']}", flush=True)
+    print_result(
+        {"benchmark": "gpu", "device": device_name(device), "seconds": run.seconds, "failed": run.failed}
+    )
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

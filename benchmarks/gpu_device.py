@@ -1,0 +1,162 @@
+"""Parts of `benchmarks.gpu` about the device itself: tests, bandwidths, rates, what a kernel saves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import ROOT
+from benchmarks.gpu_run import Run, ms
+from benchmarks.gpu_shapes import SHAPES, TINY, Shape
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
+
+__all__ = ["between_products", "ceilings", "tests"]
+
+
+def tests(run: Run) -> dict[str, Any]:
+    """The tests that are marked `cuda`, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors"]
+    command += (
+        ["--collect-only", "tests/engine/model/test_triton_kernels.py"] if run.tiny else ["tests/engine"]
+    )
+    limit = max(30.0, min(240.0, run.left() - 30))
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+        code, output = found.returncode, found.stdout + found.stderr
+    except subprocess.TimeoutExpired as error:
+        code, output = -1, (error.stdout or b"").decode(errors="replace") + f"\nstopped after {limit:.0f} s"
+    lines = output.strip().splitlines()
+    print("\n".join(lines[-25:]), flush=True)
+    return {"passed": code == 0, "exit_code": code, "tail": lines[-60:]}
+
+
+def ceilings(run: Run) -> dict[str, Any]:
+    """What memory and matrix units give at most, on random data and sizes far beyond the caches."""
+    size = 1 << 16 if run.tiny else 1 << 31
+    dtype = torch.float32 if run.tiny else torch.bfloat16
+    source = torch.empty(size, dtype=dtype, device=run.device).normal_()
+    target = torch.empty_like(source)
+    num_bytes = source.numel() * source.element_size()
+    copy = 2 * num_bytes / run.timed(lambda: target.copy_(source))
+    # Reading alone: a sum, and the matrix-vector product that decoding consists of.
+    total = num_bytes / run.timed(lambda: source.sum(dtype=torch.float32))
+    rows = source.view(-1, 1 << (8 if run.tiny else 13))
+    vector = torch.empty(1, rows.shape[1], dtype=dtype, device=run.device).normal_()
+    product = num_bytes / run.timed(lambda: F.linear(vector, rows))
+    side = 64 if run.tiny else 8192
+    a, b = (torch.empty(side, side, dtype=dtype, device=run.device).normal_() for _ in range(2))
+    rate = 2 * side**3 / run.timed(lambda: a @ b)
+    found: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_bytes_per_s": round(copy),
+        "sum_bytes_per_s": round(total),
+        "matrix_vector_bytes_per_s": round(product),
+        "read_bytes_per_s": round(max(total, product)),
+        "matmul_flop_per_s": round(rate),
+        "matmul_side": side,
+    }
+    if run.cuda:
+        found["memory_bytes"] = torch.cuda.get_device_properties(run.device).total_memory
+    print({name: f"{value:.3g}" for name, value in found.items() if not isinstance(value, str)}, flush=True)
+    return found
+
+
+class _NoAttention:
+    """Stands for attention where only what lies around it is measured."""
+
+    def plan(self, batch: object, pool: object) -> None:
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        return q.reshape(len(q), -1)
+
+
+def between_products(run: Run) -> dict[str, Any]:
+    """A layer without attention: its products alone, plain, with our Triton kernels, by torch.compile.
+
+    All as captured graphs, so that what differs is time on the device. Milliseconds a layer.
+    """
+    found: dict[str, Any] = {}
+    for shape in [TINY] if run.tiny else [SHAPES["smollm2-135m"], SHAPES["llama-2-7b"]]:
+        decoder = _some_layers(run, shape, layers=2 if run.tiny else 8)
+        layers = len(decoder.layers)
+        for rows in (1, 4) if run.tiny else (1, 16, 64):
+            row: dict[str, Any] = {}
+            for name, work in _variants(run, decoder, rows).items():
+                if name == "torch.compile" and run.left() < 60:
+                    row[name] = "skipped: no time left"
+                    continue
+                try:
+                    row[name] = ms(run.timed(run.captured(work), repeat=50) / layers)
+                except Exception as error:  # the compiler may be missing
+                    row[name] = f"{type(error).__name__}: {error}"[:300]
+            found[f"{shape.name} rows {rows}"] = row
+            print(shape.name, rows, row, flush=True)
+            run.record("between_products", found)
+        del decoder
+        run.free()
+    return found
+
+
+def _some_layers(run: Run, shape: Shape, layers: int) -> Decoder:
+    config = ModelConfig.from_hf(shape.config(num_hidden_layers=layers, vocab_size=64))
+    decoder = Decoder(config, torch.float32 if run.tiny else torch.bfloat16, 128)
+    decoder.randomize(run.device)
+    return decoder.to(run.device)
+
+
+@torch.inference_mode()
+def _variants(run: Run, decoder: Decoder, rows: int) -> dict[str, Callable[[], object]]:
+    config, attention = decoder.config, _NoAttention()
+    dtype = decoder.embed.dtype
+    tokens = torch.arange(rows, device=run.device) % config.vocab_size
+    hidden, wide, mixed = (
+        torch.empty(rows, size, dtype=dtype, device=run.device).normal_()
+        for size in (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    )
+
+    def products() -> None:
+        for layer in decoder.layers:
+            F.linear(hidden, layer.qkv_proj.weight)
+            F.linear(mixed, layer.o_proj.weight)
+            F.linear(hidden, layer.gate_up_proj.weight)
+            F.linear(wide, layer.down_proj.weight)
+
+    def forward(fused: bool) -> Callable[[], object]:
+        layers = decoder.fuse_triton() if fused else None
+
+        @torch.inference_mode()
+        def work() -> Tensor:
+            decoder.fused_cuda = layers
+            try:
+                return decoder(tokens, tokens, attention)
+            finally:
+                decoder.fused_cuda = None
+
+        return work
+
+    variants: dict[str, Callable[[], object]] = {"products alone": products, "plain": forward(fused=False)}
+    if not run.cuda:
+        return variants
+    compiled = torch.compile(lambda x, cos, sin: _through(decoder, x, cos, sin, attention), dynamic=False)
+
+    @torch.inference_mode()
+    def by_compiler() -> Tensor:
+        cos, sin = decoder.rotary(tokens)
+        return compiled(F.embedding(tokens, decoder.embed), cos, sin)
+
+    return variants | {"triton": forward(fused=True), "torch.compile": by_compiler}
+
+
+def _through(decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor, attention: _NoAttention) -> Tensor:
+    for layer in decoder.layers:
+        x = layer(x, cos, sin, attention)
+    return decoder.norm(x)

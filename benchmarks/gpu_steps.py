@@ -1,0 +1,344 @@
+"""Parts of `benchmarks.gpu` about decode steps: their time by shape, batch, context and nodes, and idling.
+
+Steps are the engine's own, of sequences whose prompts are made up: their K/V are random, which costs a
+step as much as real ones. What is drafted is hardly ever accepted then, so each step emits about one token.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import ROOT
+from benchmarks.gpu_run import Run, ms
+from benchmarks.gpu_shapes import SHAPES, TINY, Bytes, Shape, write_folder
+from engine.cache.blocks import BlockManager
+from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.engine import Engine
+from engine.errors import MedusaError
+from engine.loader import Loaded, load
+from engine.medusa.heads import HeadDrafter
+from engine.model.layers import Linear
+from engine.runner import Prefilled
+from engine.scheduler import Chunk
+from engine.types import Request, SamplingParams
+
+__all__ = ["idle", "load_shape", "quantized_steps", "step_times", "steps"]
+
+TREE_FILE = ROOT / "configs" / "trees" / "vicuna_7b_stage1.json"
+NODES = (1, 8, 16, 32, 64)
+BATCHES = (1, 4, 16, 64)
+CONTEXTS = (512, 4096)
+
+_ROOM = 0.85
+"""Share of the device's free memory that a K/V pool may take here."""
+
+
+class FreeDrafter(HeadDrafter):
+    """Drafts without computing anything: what is left of a step is verification."""
+
+    def __init__(self, drafter: HeadDrafter) -> None:
+        self.tree, self.accepted, self._device = drafter.tree, None, drafter._device
+
+    def guess(self, hidden: Tensor, nodes: int) -> Tensor:
+        return torch.zeros(len(hidden), nodes, dtype=torch.int64, device=self._device)
+
+
+@contextmanager
+def load_shape(
+    run: Run, shape: Shape, *, tokens: int | None = None, **settings: Any
+) -> Iterator[tuple[Loaded, str]]:
+    """A shape with random weights and heads on the device; SmolLM2 itself where its files are there.
+
+    Args:
+        tokens: of its K/V pool; as many as fit if None.
+
+    Yields:
+        What is loaded, and "real" or "random" for its weights.
+    """
+    values: dict[str, Any] = {
+        "device": str(run.device),
+        "dtype": "float32" if run.tiny else "bfloat16",
+        "tree": 64,
+        "tree_file": str(TREE_FILE),
+        "lookup": "off",
+        "max_num_seqs": 64,
+        "max_model_len": 128 if run.tiny else 4096 + 512,
+        "prefix_caching": False,
+        **settings,
+    }
+    if tokens is not None:
+        values["kv_cache_tokens"] = tokens
+    elif run.tiny:
+        values["kv_cache_tokens"] = 2048
+    else:
+        values["gpu_memory_utilization"] = _ROOM
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_folder(shape, Path(temporary) / shape.name)
+        values["heads"] = str(folder / "heads.safetensors")
+        kind = "real"
+        try:
+            if shape.name != "smollm2-135m":
+                raise LookupError
+            loaded = load(EngineConfig(model="smollm2-135m", **values), progress=False)
+        except (LookupError, MedusaError):  # the files are not here, which is fine for timing
+            kind = "random"
+            config = EngineConfig(model=str(folder), load_format="dummy", **values)
+            loaded = load(config, progress=False)
+        # Attention over zeros is quicker than over numbers.
+        loaded.pool.data.normal_()
+        try:
+            yield loaded, kind
+        finally:
+            del loaded
+            run.free()
+
+
+def made_up_engine(loaded: Loaded, *, batch: int, context: int, nodes: int, drafting: bool) -> Engine:
+    """An engine in which `batch` sequences of `context` tokens decode, with trees of `nodes` each.
+
+    Raises:
+        ValueError: the pool does not hold them.
+    """
+    heads = loaded.heads if nodes > 1 else None
+    if heads is not None and not drafting:
+        heads = FreeDrafter(heads)
+    blocks = BlockManager(loaded.pool.num_blocks - 1, loaded.pool.block_size)
+    if batch * -(-(context + _STEPS + 2 * MAX_TREE_NODES) // loaded.pool.block_size) > blocks.total:
+        raise ValueError(f"the K/V of {batch} x {context} tokens do not fit")
+    info = replace(
+        loaded.info,
+        tree="off" if nodes == 1 else str(nodes),
+        tree_size=nodes,
+        num_heads=0 if heads is None else loaded.info.num_heads,
+        max_num_seqs=batch,
+    )
+    most = max(512, batch * nodes)
+    engine = Engine(replace(loaded, info=info, heads=heads, blocks=blocks, max_step_tokens=most))
+    _skip_prefill(engine, batch * context)
+    sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
+    generator = torch.Generator().manual_seed(0)
+    vocab = loaded.info.vocab_size
+    for number in range(batch):
+        prompt = torch.randint(vocab, (context,), generator=generator).tolist()
+        engine.add(Request(f"{batch}-{context}-{nodes}-{number}", tuple(prompt), sampling))
+    for _ in range(2 + batch):
+        deltas = engine.step()
+        if len(deltas) == batch and all(delta.num_steps for delta in deltas):
+            break
+    engine._scheduler._max_step_tokens = most
+    return engine
+
+
+_STEPS = 96
+"""Most tokens that a made-up sequence emits."""
+
+
+def _skip_prefill(engine: Engine, tokens: int) -> None:
+    """Let prompts be taken at once, and as if their K/V were in the pool."""
+    runner = engine._runner
+
+    def prefill(chunk: Chunk) -> Prefilled | None:
+        chunk.sequence.num_cached = chunk.end
+        runner.place([chunk.sequence])
+        return Prefilled(chunk.sequence.token_ids[-1], None) if chunk.last else None
+
+    runner.prefill = prefill  # type: ignore[method-assign]
+    engine._scheduler._max_step_tokens = max(tokens, engine._scheduler._max_step_tokens)
+
+
+def stop(engine: Engine) -> None:
+    """End what runs, and see that nothing is lost."""
+    for sequence in list(engine._scheduler):
+        engine.abort(sequence.request.request_id)
+    engine.check()
+
+
+def step_times(run: Run, engine: Engine, batch: int, *, count: int, budget: float = 1.5) -> list[float]:
+    """Seconds of decode steps in which all sequences take part, by the clock: what a user waits for."""
+    count = 3 if run.tiny else count
+    found: list[float] = []
+    started = time.perf_counter()
+    for number in range(count + 4):
+        began = time.perf_counter()
+        deltas = engine.step()
+        run.synchronize()
+        took = time.perf_counter() - began
+        if len(deltas) != batch or not all(delta.num_steps for delta in deltas):
+            break
+        if number >= 4 or run.tiny:
+            found.append(took)
+        if time.perf_counter() - started > budget and len(found) >= 5:
+            break
+    if not found:
+        raise RuntimeError("no decode step had the whole batch in it")
+    return found
+
+
+def steps(run: Run) -> dict[str, Any]:
+    """Step times by shape, batch, context and nodes, and what of them is reading."""
+    read = run.parts.get("ceilings", {}).get("read_bytes_per_s")
+    found: dict[str, Any] = {}
+    shapes = [TINY] if run.tiny else [SHAPES[name] for name in run.args.shapes]
+    for number, shape in enumerate(shapes):
+        # What is left is shared among the shapes; a part of it is kept for the parts that follow.
+        share = max(20.0, run.left() * run.args.steps_share / (len(shapes) - number))
+        until = time.monotonic() + (1e9 if run.tiny else share)
+        rows: list[dict[str, Any]] = []
+        with load_shape(run, shape) as (loaded, kind):
+            size = Bytes.of(loaded)
+            found[shape.name] = {
+                "weights": kind,
+                "bytes": {f: getattr(size, f) for f in Bytes.__slots__},
+                "rows": rows,
+            }
+            for batch, context in _cases(run):
+                if time.monotonic() > until:
+                    rows.append({"batch": batch, "context": context, "skipped": "no time left"})
+                    continue
+                rows += _case(run, loaded, size, batch, context, read)
+                run.record("steps", found)
+    return found
+
+
+def _cases(run: Run) -> list[tuple[int, int]]:
+    """(batch, context), what matters most first."""
+    if run.tiny:
+        return [(1, 24), (2, 24)]
+    return [(batch, context) for context in CONTEXTS for batch in BATCHES]
+
+
+def _case(
+    run: Run, loaded: Loaded, size: Bytes, batch: int, context: int, read: float | None
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    base: float | None = None
+    for nodes in (1, 4) if run.tiny else NODES:
+        for drafting in (False, True) if nodes > 1 else (False,):
+            row: dict[str, Any] = {"batch": batch, "context": context, "nodes": nodes, "drafting": drafting}
+            rows.append(row)
+            try:
+                engine = made_up_engine(loaded, batch=batch, context=context, nodes=nodes, drafting=drafting)
+            except (ValueError, torch.OutOfMemoryError) as error:
+                row["skipped"] = str(error)[:200]
+                continue
+            times = step_times(run, engine, batch, count=30)
+            stop(engine)
+            seconds = statistics.median(times)
+            base = seconds if nodes == 1 else base
+            num_bytes = size.step(batch, context, drafting=drafting)
+            row |= {"ms": ms(seconds), "ms_mean": ms(statistics.fmean(times)), "steps": len(times)}
+            row["bytes"] = num_bytes
+            if base is not None:
+                row["over_one_node"] = round(seconds / base, 4)
+            if read:
+                row["over_reading"] = round(seconds / (num_bytes / read), 4)
+            if context == _cases(run)[0][1] and not drafting and nodes in (1, 4, 64):
+                row["products_ms"] = ms(_products(run, loaded, batch * nodes))
+            print(row, flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def _products(run: Run, loaded: Loaded, rows: int) -> float:
+    """Seconds of a graph of the model's matrix products alone, lm_head included, over so many rows."""
+    linears = [module for module in loaded.decoder.modules() if isinstance(module, Linear)]
+    inputs = {linear: linear.in_features for linear in linears}
+    given = {
+        size: torch.empty(rows, size, dtype=loaded.pool.dtype, device=run.device).normal_()
+        for size in set(inputs.values())
+    }
+
+    def work() -> None:
+        for linear, size in inputs.items():
+            linear(given[size])
+
+    return run.timed(run.captured(torch.inference_mode()(work)))
+
+
+def quantized_steps(run: Run) -> dict[str, Any]:
+    """The 7B shape with weights in 8 bits next to bf16, and torchao's own product next to ours."""
+    if not run.cuda:
+        return {"skipped": "needs CUDA"}
+    found: dict[str, Any] = {"steps": {}}
+    for name in ("none", "fp8", "int8"):
+        rows: list[dict[str, Any]] = []
+        try:
+            with load_shape(run, SHAPES["llama-2-7b"], tokens=30_000, quantization=name) as (loaded, _):
+                for batch in (1, 16):
+                    for nodes in (1, 64):
+                        engine = made_up_engine(loaded, batch=batch, context=512, nodes=nodes, drafting=True)
+                        times = step_times(run, engine, batch, count=20)
+                        stop(engine)
+                        rows.append({"batch": batch, "nodes": nodes, "ms": ms(statistics.median(times))})
+                        print(name, rows[-1], flush=True)
+            found["steps"][name] = rows
+        except Exception as error:  # torchao may not have been carried
+            found["steps"][name] = f"{type(error).__name__}: {error}"[:500]
+            print(name, found["steps"][name], flush=True)
+        run.record("quantized_steps", found)
+    return found
+
+
+def idle(run: Run) -> dict[str, Any]:
+    """The share of a step in which the device has nothing to do, at batch 8 of the 7B shape."""
+    found: dict[str, Any] = {}
+    batch = 2 if run.tiny else 8
+    shape = TINY if run.tiny else SHAPES["llama-2-7b"]
+    with load_shape(run, shape, tokens=2048 if run.tiny else 8192 + 4096) as (loaded, _):
+        for nodes in (1, 4) if run.tiny else (1, 64):
+            context = 24 if run.tiny else 512
+            engine = made_up_engine(loaded, batch=batch, context=context, nodes=nodes, drafting=True)
+            wall = statistics.fmean(step_times(run, engine, batch, count=20))
+            busy, span = _profile(run, engine, count=2 if run.tiny else 15)
+            stop(engine)
+            found[f"nodes {nodes}"] = {
+                "batch": batch,
+                "step_ms": ms(wall),
+                "busy_ms": ms(busy),
+                # The profiler slows the host down, so the truth lies between the two.
+                "idle_share": round(max(0.0, 1.0 - busy / wall), 4),
+                "idle_share_profiled": round(1.0 - busy / span, 4),
+            }
+            print(found[f"nodes {nodes}"], flush=True)
+    return found
+
+
+def _profile(run: Run, engine: Engine, count: int) -> tuple[float, float]:
+    """Seconds a step: in which anything ran on the device, and from the first to the last of it."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    kind, activity = (
+        (DeviceType.CUDA, ProfilerActivity.CUDA) if run.cuda else (DeviceType.CPU, ProfilerActivity.CPU)
+    )
+    with profile(activities=[activity]) as profiler:
+        for _ in range(count):
+            engine.step()
+        run.synchronize()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.device_type() == kind and event.duration_ns() > 0
+    )
+    return covered(spans) / 1e9 / count, (max(end for _, end in spans) - spans[0][0]) / 1e9 / count
+
+
+def covered(spans: list[tuple[int, int]]) -> int:
+    """Length of the union of sorted intervals."""
+    total, end = 0, spans[0][0]
+    for start, stop_ in spans:
+        total += max(0, stop_ - max(start, end))
+        end = max(end, stop_)
+    return total

@@ -1,0 +1,273 @@
+"""Parts of `benchmarks.gpu` that answer real prompts: end to end, over HTTP, where texts part, quality."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import http_cost, quality
+from benchmarks.common import ROOT, Server, engine_config, model_folder, ratio_interval, read_items
+from benchmarks.gpu_run import Run
+from benchmarks.gpu_shapes import SHAPES, TINY, write_folder
+from engine.llm import LLM
+from engine.types import Request, SamplingParams
+
+__all__ = ["divergences", "end_to_end", "http", "quality_cost"]
+
+PROMPTS = [ROOT / "benchmarks" / "data" / name for name in ("questions.jsonl", "summaries.jsonl")]
+
+_WEB = ("fastapi", "uvicorn", "sse_starlette", "structlog", "httptools")
+"""What the server needs beyond the engine."""
+
+
+def _settings(run: Run, **values: Any) -> dict[str, Any]:
+    """Engine settings of the model that answers."""
+    settings: dict[str, Any] = {
+        "device": str(run.device),
+        "dtype": "float32" if run.tiny else "bfloat16",
+        "max_model_len": 192 if run.tiny else 2048,
+        "kv_cache_tokens": 2048 if run.tiny else 65_536,
+        "max_num_seqs": 2 if run.tiny else 64,
+        "prefix_caching": False,
+    }
+    if run.args.heads:
+        settings["heads"] = run.args.heads
+    return settings | values
+
+
+def _prompts(run: Run, llm: LLM) -> list[tuple[int, ...]]:
+    """Chat prompts in tokens."""
+    items = [item.prompt for path in PROMPTS for item in read_items(path)]
+    if run.tiny:
+        items = ["t1 t2 t3", "t3 t1", "t2 t2 t5 t1"]
+    return [tuple(llm.text.encode_chat([{"role": "user", "content": item}])) for item in items]
+
+
+def _answers(
+    llm: LLM, prompts: list[tuple[int, ...]], sampling: SamplingParams, name: str
+) -> tuple[float, Any]:
+    """Seconds and outputs of these prompts, together."""
+    requests = [Request(f"{name}-{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
+    start = time.perf_counter()
+    outputs = llm.generate(requests)
+    seconds = time.perf_counter() - start
+    if failed := [output.error for output in outputs if output.error is not None]:
+        raise RuntimeError(failed[0])
+    return seconds, outputs
+
+
+# -- end to end ------------------------------------------------------------------------------------
+
+
+def end_to_end(run: Run) -> dict[str, Any]:
+    """Tokens per second of the shipped heads (`tree: auto`) against the tree off, in turns, and of
+    transformers `generate` with a static cache, which transformers compiles on CUDA."""
+    rounds, new_tokens = (2, 8) if run.tiny else (7, 128)
+    auto, off = (LLM(run.args.model, progress=False, **_settings(run, tree=tree)) for tree in ("auto", "off"))
+    prompts = _prompts(run, off)
+    found: dict[str, Any] = {
+        "model": run.args.model,
+        "dtype": off.info.dtype,
+        "heads": auto.info.num_heads,
+        "new_tokens": new_tokens,
+        "order": "ABBA",
+        "rows": [],
+    }
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    rng = random.Random(0)
+    for batch in (1, 2) if run.tiny else (1, 4, 16, 64):
+        rates: dict[str, list[float]] = {"auto": [], "off": []}
+        lengths: list[float] = []
+        for number in range(-1, rounds):
+            chosen = [rng.choice(prompts) for _ in range(batch)]
+            for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
+                llm = auto if side == "auto" else off
+                seconds, outputs = _answers(llm, chosen, sampling, f"{batch}-{number}")
+                if number >= 0:
+                    rates[side].append(batch * new_tokens / seconds)
+                    if side == "auto":
+                        lengths += [output.acceptance_length or 1.0 for output in outputs]
+        row = {
+            "batch": batch,
+            "auto_tokens_per_s": round(statistics.median(rates["auto"]), 1),
+            "off_tokens_per_s": round(statistics.median(rates["off"]), 1),
+            "acceptance_length": round(statistics.fmean(lengths), 3),
+            **ratio_interval(rates["auto"], rates["off"]),
+        }
+        found["rows"].append(row)
+        print(row, flush=True)
+        run.record("end_to_end", found)
+    del auto, off
+    run.free()
+    found["transformers"] = _transformers(run, prompts, new_tokens)
+    return found
+
+
+def _transformers(run: Run, prompts: list[tuple[int, ...]], new_tokens: int) -> list[dict[str, Any]]:
+    """Rates of `generate` with a static cache; the calls in which it compiles are not timed."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if run.tiny else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(run.args.model), dtype=dtype)
+    model = model.to(run.device).eval()
+    size = 8 if run.tiny else 64
+    rows: list[dict[str, Any]] = []
+    for batch in (1,) if run.tiny else (1, 16):
+        if run.left() < 60:
+            rows.append({"batch": batch, "skipped": "no time left"})
+            continue
+        # Equal lengths, so that no padding counts against it.
+        chosen = [(prompt * size)[:size] for prompt in (prompts * batch)[:batch]]
+        ids = torch.tensor(chosen, device=run.device)
+        rates: list[float] = []
+        for number in range(-2, 1 if run.tiny else 5):
+            run.synchronize()
+            start = time.perf_counter()
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                cache_implementation="static",
+            )
+            count = out.shape[1] - size
+            run.synchronize()
+            if number >= 0:
+                rates.append(batch * count / (time.perf_counter() - start))
+        rows.append(
+            {"batch": batch, "prompt_tokens": size, "tokens_per_s": round(statistics.median(rates), 1)}
+        )
+        print("transformers", rows[-1], flush=True)
+    return rows
+
+
+# -- where texts part ------------------------------------------------------------------------------
+
+
+def divergences(run: Run) -> dict[str, Any]:
+    """Greedy texts with trees and in batches against plain decoding alone: where each first differs, and
+    by how little the best token led there (log p of the best two, plain decoding's own)."""
+    new_tokens = 8 if run.tiny else 96
+    found: dict[str, Any] = {}
+    for dtype in ("float32",) if run.tiny else ("bfloat16", "float32"):
+        plain = LLM(run.args.model, progress=False, **_settings(run, tree="off", dtype=dtype))
+        prompts = _prompts(run, plain)[: 2 if run.tiny else 16]
+        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=2)
+        base = [_answers(plain, [prompt], sampling, f"alone-{i}")[1][0] for i, prompt in enumerate(prompts)]
+        del plain
+        run.free()
+        greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        rows: dict[str, Any] = {}
+        variants = {
+            "off, together": ("off", True),
+            "tree 64, alone": (64, False),
+            "auto, together": ("auto", True),
+        }
+        for name, (tree, together) in variants.items():
+            lookup = {} if tree == "off" else {"lookup": "on"}
+            if tree == 64 and run.tiny:
+                tree = 5
+            llm = LLM(run.args.model, progress=False, **_settings(run, tree=tree, dtype=dtype, **lookup))
+            if together:
+                outputs = _answers(llm, prompts, greedy, name)[1]
+            else:
+                outputs = [_answers(llm, [prompt], greedy, f"{i}")[1][0] for i, prompt in enumerate(prompts)]
+            rows[name] = first_divergences(base, outputs)
+            print(dtype, name, rows[name], flush=True)
+            del llm
+            run.free()
+        found[dtype] = rows
+        run.record("divergences", found)
+    return found
+
+
+def first_divergences(base: list[Any], outputs: list[Any]) -> dict[str, Any]:
+    """Where pairs of outputs part, as (position, margin); `base` has log-probabilities of its best two."""
+    parted = []
+    for plain, other in zip(base, outputs, strict=True):
+        same = quality.shared_prefix(plain.token_ids, other.token_ids)
+        if same < min(len(plain.token_ids), len(other.token_ids)):
+            best, second = sorted((value for _, value in plain.logprobs[same].top), reverse=True)[:2]
+            parted.append((same, round(best - second, 5)))
+    margins = [margin for _, margin in parted]
+    return {
+        "texts": len(base),
+        "parted": len(parted),
+        "first": parted,
+        "largest_margin": max(margins, default=None),
+        "median_margin": statistics.median(margins) if margins else None,
+    }
+
+
+# -- HTTP ------------------------------------------------------------------------------------------
+
+
+def http(run: Run) -> dict[str, Any]:
+    """The same prompts over HTTP and through the engine alone, in turns, at 1 to 64 streams."""
+    if missing := [name for name in _WEB if importlib.util.find_spec(name) is None]:
+        return {"skipped": f"not installed here: {', '.join(missing)}"}
+    found: dict[str, Any] = {}
+    streams = [1, 2] if run.tiny else [1, 8, 64]
+    with tempfile.TemporaryDirectory() as temporary:
+        cases: dict[str, list[str]] = {} if run.tiny else {"model": [run.args.model]}
+        if run.tiny or run.args.model == "smollm2-135m":
+            shape = TINY if run.tiny else SHAPES["llama-2-7b"]
+            tokenizer = model_folder(run.args.model)
+            folder = write_folder(shape, Path(temporary) / "shape", tokenizer=tokenizer)
+            cases[f"{shape.name} with random weights"] = [str(folder), "--load-format", "dummy"]
+        for name, (model, *options) in cases.items():
+            if run.left() < 75:
+                found[name] = {"skipped": "no time left"}
+                continue
+            options += ["--tree", "off", "--device", str(run.device)]
+            options += ["--dtype", "float32" if run.tiny else "bfloat16"]
+            options += ["--max-num-seqs", str(max(streams)), "--max-model-len", "128" if run.tiny else "1024"]
+            options += ["--kv-cache-tokens", "1024" if run.tiny else "32768"]
+            args = argparse.Namespace(
+                streams=streams,
+                rounds=2 if run.tiny else 4,
+                prompt_tokens=20 if run.tiny else 60,
+                new_tokens=6 if run.tiny else 96,
+                seed=0,
+            )
+            with Server([model, *options]) as server:
+                llm = LLM(engine_config(options, model=model), progress=False)
+                rows, warnings = http_cost.measure(args, server, llm)
+            found[name] = {"rows": rows, "warnings": warnings}
+            del llm
+            run.free()
+            run.record("http", found)
+    return found
+
+
+# -- quality ---------------------------------------------------------------------------------------
+
+
+def quality_cost(run: Run) -> dict[str, Any]:
+    """What bf16 and 8-bit weights cost in perplexity and agreement, against float32 on this device."""
+    variants = ["float32", "bfloat16"] if run.tiny else ["float32", "bfloat16", "fp8", "int8-cuda"]
+    args = argparse.Namespace(
+        model=run.args.model,
+        device=str(run.device),
+        prompts=PROMPTS[0],
+        limit=2 if run.tiny else 16,
+        new_tokens=8 if run.tiny else 128,
+        text=[ROOT / "CONTRIBUTING.md"]
+        if run.tiny
+        else [ROOT / "README.md", ROOT / "docs" / "architecture.md"],
+        window=64 if run.tiny else 512,
+        variants=variants,
+    )
+    return quality.measure(args)
