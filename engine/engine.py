@@ -344,7 +344,10 @@ class Engine:
         return traces
 
     def _took(self, phase: str, started: float) -> None:
-        self.stats.step_seconds[phase].observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.stats.step_seconds[phase].observe(seconds)
+        if phase in ("schedule", "emit") and isinstance(self._chooser, AdaptiveTree):
+            self._chooser.observe_outside(seconds, last=phase == "emit")
 
     def _count(self) -> None:
         stats, scheduler, blocks = self.stats, self._scheduler, self._blocks

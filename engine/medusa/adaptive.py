@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 _HEAD_NODES = (0, 1, 2, 3, 5, 7, 9, 11, 15, 19, 23, 31, 39, 47, 63)
 """Sizes of the heads' branch that are considered."""
@@ -41,6 +42,9 @@ _EXPLORE = 0.01
 
 _HYSTERESIS = 1.03
 """Another size of the heads' branch has to promise this much more to be taken."""
+
+_CHAIN_DEPTHS = (1, 2, 4, 8)
+"""Bounds on the depth of lookup chains that are tried where padding costs."""
 
 _MARGIN = 1.02
 """Speculation has to promise this much more than plain decoding: the best of many estimates is too good."""
@@ -215,7 +219,8 @@ class StepTimes:
     """Seconds of a decode step by batch size, rows (nodes of all its sequences) and longest context.
 
     Measured points hold for an idle machine and a short context; what serving takes corrects them, by
-    context bucket, as a whole and point by point.
+    context bucket, as a whole and point by point. What a step takes besides (planning it, handing out its
+    tokens) is learned while serving: it is the same for any tree, so the larger it is the larger a tree pays.
 
     Args:
         measured: for each batch bucket, (rows, seconds) points, rows rising.
@@ -241,6 +246,7 @@ class StepTimes:
         self._base = {b: np.log(np.maximum.accumulate([t for _, t in measured[b]])) for b in self._buckets}
         self._draft = {b: np.asarray(draft.get(b, [0.0])) for b in self._buckets}
         self._corrections: dict[tuple[int, int], tuple[float, Array]] = {}
+        self._outside: dict[int, float] = {}
 
     def predict(self, batch: int, context: int, rows: Array) -> Array:
         """Seconds of the forward pass and all that follows, for each number of rows; without drafting."""
@@ -260,6 +266,10 @@ class StepTimes:
         """Seconds for each cell of the grid that holds no node."""
         return self._padding.get(self._bucket(batch), 0.0) * max(1.0, context / self._context)
 
+    def outside(self, batch: int) -> float:
+        """Seconds of a step besides what is timed: drafting, forward pass, and all to the accepted tokens."""
+        return self._outside.get(self._bucket(batch), 0.0)
+
     def draft(self, batch: int) -> Array:
         """[C] seconds of drafting for each considered size of the heads' branch."""
         return self._draft[self._bucket(batch)]
@@ -276,6 +286,12 @@ class StepTimes:
         weight = np.maximum(0.0, 1.0 - np.abs(np.arange(len(knots)) - position))
         local = 0.999 * local + self._RATE * error * weight
         self._corrections[bucket, _context_bucket(context)] = (shift + self._RATE * error, local)
+
+    def observe_outside(self, batch: int, seconds: float) -> None:
+        """Learn what a step of so many sequences took besides."""
+        known = self._outside.get(self._bucket(batch), 0.0)
+        usual = min(seconds, 2 * known + 0.001)  # a hiccup of the machine is not
+        self._outside[self._bucket(batch)] = known + self._RATE * (usual - known)
 
     def _bucket(self, batch: int) -> int:
         return next((b for b in self._buckets if b >= batch), self._buckets[-1])
@@ -361,6 +377,7 @@ class AdaptiveTree:
         self._beyond = np.array([8.0, 8.0])
         self._predicted_beyond = 0.0
         self._predicted_draft = 0.0
+        self._batch, self._outside = 0, 0.0
         self.plain_seconds = 0.0
         """What plain decoding would take for the step chosen last, as far as is known."""
 
@@ -371,22 +388,18 @@ class AdaptiveTree:
     def choose(self, sequences: list[Sequence]) -> None:
         """Set each sequence's nodes for the most expected tokens per second of this batch."""
         batch = len(sequences)
+        self._batch, self._outside = batch, 0.0
         context = max(sequence.num_cached for sequence in sequences)
         reach = self._heads.reach() if self._heads is not None else np.zeros((1, 1))
         gains, owner, depth = self._gains(sequences, reach)
         from_heads = batch * (1.0 + reach.sum(1))
-        tokens = from_heads[:, None] + np.pad(gains.cumsum(1), ((0, 0), (1, 0)))
-        per_tree = (1.0 + self._sizes)[:, None]
-        rows: Array = np.asarray(batch * per_tree + np.arange(gains.shape[1] + 1), dtype=np.float64)
-        largest = per_tree + np.pad(np.maximum.accumulate(depth, axis=1), ((0, 0), (1, 0)))
-        padding = self._times.padding(batch, context)
-        seconds = (
-            self._times.predict(batch, context, rows)
-            + self._times.draft(batch)[:, None]
-            + padding * (batch * largest - rows)
-        )
+        tokens = from_heads[:, None] + _from_none(gains.cumsum(1))
+        sizes, drafts = self._sizes[:, None], self._times.draft(batch)[:, None]
+        count = np.arange(gains.shape[1] + 1)
+        deepest = _from_none(np.maximum.accumulate(depth, axis=1))
+        rows, seconds = self._seconds(batch, context, sizes, drafts, count, deepest)
         self.plain_seconds = float(seconds[0, 0])
-        rate = np.where(rows <= self._max_step_tokens, tokens / seconds, 0.0)
+        rate = self._rate(batch, rows, tokens, seconds)
         rate[0, 0] *= _MARGIN
 
         best = rate.max(1)
@@ -395,12 +408,15 @@ class AdaptiveTree:
             choice = self._current
         self._current = choice
         choice = self._explore(choice, rate, seconds)
-        chain = int(rate[choice].argmax())
-        counts = np.bincount(owner[choice, :chain], minlength=batch)
+        if batch > 1 and self._times.padding(batch, context):
+            chains = self._bounded(batch, context, choice, from_heads[choice], gains[choice], depth[choice])
+        else:
+            chains = count[:-1] < int(rate[choice].argmax())
+        counts = np.bincount(owner[choice, chains], minlength=batch)
         for sequence, count in zip(sequences, counts, strict=True):
             self._caps.apply(sequence, int(self._sizes[choice]), int(count))
         self._predicted_draft = float(self._times.draft(batch)[choice])
-        self._predicted_beyond = float(gains[choice, :chain].sum())
+        self._predicted_beyond = float(gains[choice, chains].sum())
 
     def observe(self, sequences: list[Sequence], accepted: list[int], seconds: float) -> None:
         """Learn from the step just run.
@@ -426,9 +442,67 @@ class AdaptiveTree:
         ]
         self._heads.observe(nodes, whole)
 
-    def _gains(
-        self, sequences: list[Sequence], reach: Array
-    ) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
+    def observe_outside(self, seconds: float, *, last: bool) -> None:
+        """Add to what the step chosen last takes besides; with the `last` part of it, learn the sum."""
+        self._outside += seconds
+        if last:
+            self._times.observe_outside(self._batch, self._outside)
+
+    def _seconds(
+        self,
+        batch: int,
+        context: int,
+        heads: Array | Counts,
+        drafts: Array | float,
+        chains: Array | Counts,
+        deepest: Array | Counts,
+    ) -> tuple[Array, Array]:
+        """Rows and seconds of steps, up to the accepted tokens; arguments are broadcast.
+
+        Args:
+            heads: nodes of the heads' branch, of each sequence.
+            drafts: seconds they take.
+            chains: lookup nodes of all sequences together.
+            deepest: of these, those of the longest chain.
+        """
+        rows: Array = np.asarray(batch * (1.0 + heads) + chains, dtype=np.float64)
+        padding = self._times.padding(batch, context) * (batch * (1.0 + heads + deepest) - rows)
+        return rows, self._times.predict(batch, context, rows) + drafts + padding
+
+    def _rate(self, batch: int, rows: Array, tokens: Array, seconds: Array) -> Array:
+        """Tokens per second; 0 where a step has more rows than it may."""
+        whole = seconds + self._times.outside(batch)
+        found: Array = np.where(rows <= self._max_step_tokens, tokens / whole, 0.0)
+        return found
+
+    def _bounded(
+        self,
+        batch: int,
+        context: int,
+        choice: int,
+        from_heads: float,
+        gains: Array,
+        depth: Counts,
+    ) -> NDArray[np.bool_]:
+        """[K] bool: which of the lookup nodes to take, which come best first.
+
+        One long chain widens the grid for every sequence, though each of its nodes is a good one. So a few
+        bounds on the depth are tried, and within each of them every number of nodes.
+        """
+        bounds = np.array([*(bound for bound in _CHAIN_DEPTHS if bound < depth.max()), depth.max()])
+        within = depth <= bounds[:, None]
+        tokens = from_heads + _from_none((gains * within).cumsum(1))
+        deepest = _from_none(np.maximum.accumulate(depth * within, axis=1))
+        heads, draft = self._sizes[choice : choice + 1], float(self._times.draft(batch)[choice])
+        rows, seconds = self._seconds(batch, context, heads, draft, _from_none(within.cumsum(1)), deepest)
+        rate = self._rate(batch, rows, tokens, seconds)
+        if heads[0] == 0:
+            rate[:, 0] *= _MARGIN
+        bound, count = np.unravel_index(rate.argmax(), rate.shape)
+        found: NDArray[np.bool_] = within[bound] & (np.arange(len(depth)) < count)
+        return found
+
+    def _gains(self, sequences: list[Sequence], reach: Array) -> tuple[Array, Counts, Counts]:
         """Tokens that each further lookup node adds to each size of the heads' branch, best first.
 
         Returns:
@@ -473,3 +547,9 @@ class AdaptiveTree:
         self._explored.seconds += extra
         self._explored.turn += 1
         return target
+
+
+def _from_none(sums: Array) -> Array:
+    """Running sums or maxima along the last axis, preceded by the 0 of nothing taken."""
+    found: Array = np.pad(sums, ((0, 0), (1, 0)))
+    return found

@@ -42,9 +42,14 @@ class World:
     """Sequences whose drafts come true with known chances; steps that take known times, give or take."""
 
     def __init__(
-        self, chooser: AdaptiveTree, rank_hit: float, seed: int = 0, drafting: float = 0.004
+        self,
+        chooser: AdaptiveTree,
+        rank_hit: float,
+        seed: int = 0,
+        drafting: float = 0.004,
+        outside: float = 0.0,
     ) -> None:
-        self.chooser, self.rank_hit, self.drafting = chooser, rank_hit, drafting
+        self.chooser, self.rank_hit, self.drafting, self.outside = chooser, rank_hit, drafting, outside
         self.rng = random.Random(seed)
         self.steps, self.seconds, self.tokens = 0, 0.0, 0
         self.sizes: list[int] = []
@@ -73,8 +78,11 @@ class World:
             results = [self.accepted(made.head_nodes) for made in sequences]
             seconds = (cpu_like(batch, rows) + (self.drafting if nodes else 0)) * self.rng.uniform(0.85, 1.2)
             self.chooser.observe(sequences, [mask for mask, _ in results], seconds)
+            outside = self.outside * self.rng.uniform(0.85, 1.2)
+            self.chooser.observe_outside(0.3 * outside, last=False)
+            self.chooser.observe_outside(0.7 * outside, last=True)
             self.steps += 1
-            self.seconds += seconds
+            self.seconds += seconds + outside
             self.tokens += sum(length for _, length in results)
             self.sizes.append(nodes)
 
@@ -83,7 +91,7 @@ class World:
         found = 0.0
         for nodes in considered_sizes(HEADS):
             mean = np.mean([self.accepted(nodes)[1] for _ in range(3000)])
-            seconds = cpu_like(batch, batch * (1 + nodes)) + (self.drafting if nodes else 0)
+            seconds = cpu_like(batch, batch * (1 + nodes)) + (self.drafting if nodes else 0) + self.outside
             found = max(found, batch * float(mean) / seconds)
         return found
 
@@ -92,9 +100,12 @@ def adaptive(lookup: int = 0, heads: Tree | None = HEADS) -> AdaptiveTree:
     return AdaptiveTree(step_times(cpu_like, heads), heads, LookupRecord(lookup), 512)
 
 
-@pytest.mark.parametrize("rank_hit", [0.0, 0.15, 0.5, 0.8])
-def test_it_is_as_fast_as_the_best_fixed_size_under_shifting_load(rank_hit: float) -> None:
-    world = World(adaptive(), rank_hit)
+@pytest.mark.parametrize(
+    ("rank_hit", "outside"), [(0.0, 0.0), (0.15, 0.0), (0.5, 0.0), (0.8, 0.0), (0.0, 0.08), (0.5, 0.08)]
+)
+def test_it_is_as_fast_as_the_best_fixed_size_under_shifting_load(rank_hit: float, outside: float) -> None:
+    """Also where most of a step's time is spent outside of what is measured at the start."""
+    world = World(adaptive(), rank_hit, outside=outside)
     for batch in (1, 16, 1, 4):
         world.run(batch, 150)  # settle
         before = world.tokens, world.seconds
@@ -196,6 +207,30 @@ def test_what_padding_costs_keeps_one_long_chain_from_slowing_everyone() -> None
         sizes.append(sequences[0].num_nodes)
         assert all(made.num_nodes == 1 for made in sequences[1:])
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.0004, 0.002, 0.01])
+def test_a_long_chain_does_not_take_the_others_nodes(cost: float) -> None:
+    """One of eight copies and the others often begin right: what is chosen is nearly the best there is."""
+    times = StepTimes({8: [(8 * n, cpu_like(8, 8 * n)) for n in (1, 2, 4, 8, 16)]}, {}, {8: cost}, context=50)
+    chooser, sequences = AdaptiveTree(times, None, LookupRecord(16), 512), [sequence(i) for i in range(8)]
+    record = chooser._lookup
+    for turn in range(200):
+        for made in sequences:
+            record.propose(made.lookup, [1] * 16, 8 if made.slot == 0 else 2)
+            record.observe(made.lookup, [1] * 17 if made.slot == 0 else [1] * (turn % 5 > 0) + [0])
+    for made in sequences:
+        record.propose(made.lookup, [1] * 16, 8 if made.slot == 0 else 2)
+    survival = record.survival(made.lookup for made in sequences)
+
+    def rate(nodes: list[int]) -> float:
+        rows = 8 + sum(nodes)
+        tokens = 8 + sum(survival[i, :count].sum() for i, count in enumerate(nodes))
+        return float(tokens) / (cpu_like(8, rows) + cost * (8 * (1 + max(nodes)) - rows))
+
+    best = max(rate([copier, *[others] * 7]) for copier in range(17) for others in range(5))
+    chooser.choose(sequences)
+    assert rate([made.lookup_nodes for made in sequences]) > 0.98 * best
 
 
 def test_caps_and_the_end_of_the_output_shrink_a_sequences_own_tree() -> None:

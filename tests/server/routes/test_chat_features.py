@@ -95,6 +95,10 @@ def test_absent_and_default_fields_ask_for_nothing(serve: Serve) -> None:
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
         ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "at most max_tokens"),
+        ({"min_tokens": 10**30}, "min_tokens", "the context holds"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty", "3e+38"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty", "1e-44"),
+        ({"medusa": {"acceptance": "typical", "delta": 1e39}}, "medusa.delta", "3e+38"),
     ],
 )
 def test_refusals_name_the_field(
