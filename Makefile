@@ -8,7 +8,7 @@ ARGS ?=
 
 DATA ?= configs/smollm2-135m/data
 
-.PHONY: help install serve test test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu docs clean
+.PHONY: help install serve test test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu kernels docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -87,6 +87,9 @@ soak: $(VENV)/.dev ## twenty minutes of everything: nothing grows, no block lost
 
 gpu: $(VENV)/.dev ## everything that wants a GPU, in nine minutes; ARGS="--parts tests,steps"
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+kernels: $(VENV)/.dev ## many shapes of the attention kernels on Triton's interpreter, and their machine code
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/engine/attention/sweep_triton.py $(ARGS)
 
 docs: $(VENV)/.dev ## write the tables of docs/operations.md from the code
 	$(BIN)/python -m server.reference docs/operations.md

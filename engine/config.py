@@ -67,6 +67,11 @@ class EngineConfig(BaseModel):
         "CPU with dtype float32; CUDA), 'fp8' (CUDA with dtype bfloat16). CUDA needs the extra torchao.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    attention: Literal["auto", "sdpa", "triton"] = Field(
+        "auto",
+        description="Attention: 'triton' (kernels for CUDA), 'sdpa' (torch's, slow, for comparison), 'auto' "
+        "for the device's own.",
+    )
     max_model_len: int | None = Field(
         None, ge=8, description="Longest prompt plus output in tokens; the model's own limit if unset."
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +26,7 @@ from engine.medusa.heads import HeadDrafter, MedusaHeads
 from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.embedded import EMBEDDED_MODEL, shipped_heads
+from engine.model.embedded import EMBEDDED_MODEL, cache_root, shipped_heads
 from engine.model.info import available_bytes
 from engine.model.quantize_cuda import check_quantized
 from engine.model.weights import (
@@ -139,12 +142,9 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         decoder.quantize(config.quantization)
     decoder.pack()
 
-    attention = (CpuAttention if device.type == "cpu" else SdpaAttention)(
-        model_config.group,
-        scale=model_config.attention_scale,
-        windows=model_config.windows_within(max_model_len + MAX_TREE_NODES),
-    )
     tree_size = _tree_size(config, tree.tree if tree is not None else None)
+    windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)
+    attention = _attention(config, model_config, dtype, device, windows, tree_size)
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
         transient = _transient(config, decoder, attention, drafter, tree_size, device)
@@ -357,6 +357,47 @@ def _transient(
     torch.cuda.empty_cache()  # else the room would be counted as taken
     log.info("the largest steps take %d MiB beside weights and K/V", found >> 20)
     return found
+
+
+def _attention(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    windows: tuple[int | None, ...] | None,
+    tree_size: int,
+) -> AttentionBackend:
+    refused = _why_not_triton(device)
+    if config.attention == "triton" and refused is not None:
+        raise ConfigError(f"attention triton {refused}; set attention to auto")
+    scale = model.attention_scale
+    if config.attention == "auto" and device.type == "cpu":
+        return CpuAttention(model.group, scale=scale, windows=windows)
+    if config.attention == "sdpa" or refused is not None:
+        if config.attention == "auto":
+            log.warning("attention is torch's, which is slow: triton %s", refused)
+        return SdpaAttention(model.group, scale=scale, windows=windows)
+    # Triton comes with CUDA builds of torch, and nothing but a GPU needs it.
+    from engine.attention.triton import TritonAttention
+    from engine.attention.triton_tuning import ModelShape, tuned_tiles
+
+    shape = ModelShape(model.group, model.num_kv_heads, model.head_dim, config.block_size, dtype)
+    tiles = tuned_tiles(shape, device, cache_root(), most_nodes=tree_size)
+    return TritonAttention(model.group, scale=scale, windows=windows, tiles=tiles)
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """None where its kernels can run."""
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU and the device is {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs a GPU of compute capability 8.0 or higher and this one has {major}.{minor}"
+    if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
+        return "needs a C compiler (gcc or clang) and there is none"
+    return None
 
 
 def _num_blocks(

@@ -42,6 +42,10 @@ class KVPool:
         k_rows.index_copy_(0, rows, k)
         v_rows.index_copy_(0, rows, v)
 
+    def layer_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer in place, [pool rows, kv_heads, head_dim]."""
+        return self._layer_rows[layer]
+
     def clear(self, blocks: Tensor) -> None:
         """Zero `blocks` [n] (int64) in every layer."""
         self.data.index_fill_(2, blocks, 0.0)

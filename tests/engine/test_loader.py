@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from engine.adjust import table_bytes
+from engine.attention.cpu import CpuAttention
+from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
-from engine.errors import ModelError
-from engine.loader import load
+from engine.errors import ConfigError, ModelError
+from engine.loader import _why_not_triton, load
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
 
 
@@ -43,3 +45,39 @@ def test_the_pool_leaves_room_for_the_tables_of_adjustments(
     tables = table_bytes(1024, 61)
     assert tables > available // 2
     assert loaded.pool.data.nbytes + tables <= available
+
+
+def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None:
+    folder = save_model(tiny_model("llama"), tmp_path)
+
+    def attention(**settings: str) -> object:
+        return load(EngineConfig(model=str(folder), device="cpu", **settings), progress=False).attention
+
+    assert isinstance(attention(), CpuAttention)
+    assert isinstance(attention(attention="sdpa"), SdpaAttention)
+    with pytest.raises(ConfigError, match=r"attention triton needs an NVIDIA GPU.*cpu"):
+        attention(attention="triton")
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "compiler", "reason"),
+    [
+        (False, (9, 0), True, "not installed"),
+        (True, (7, 5), True, "8.0 or higher and this one has 7.5"),
+        (True, (9, 0), False, "C compiler"),
+        (True, (9, 0), True, None),
+    ],
+)
+def test_why_triton_cannot_run_is_said(
+    installed: bool,
+    capability: tuple[int, int],
+    compiler: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if compiler else None)
+    monkeypatch.delenv("CC", raising=False)
+    why = _why_not_triton(torch.device("cuda"))
+    assert why == reason or (reason is not None and why is not None and reason in why)

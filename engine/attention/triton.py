@@ -1,0 +1,211 @@
+"""Attention on CUDA: Triton kernels that read the pool in place.
+
+Imported where it is used only: Triton comes with CUDA builds of torch, and machines without a GPU need none
+of it. With TRITON_INTERPRET=1 in the environment before Triton is imported, it runs on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.attention.base import AttentionInput
+from engine.attention.triton_kernels import attend_kernel, join_kernel
+from engine.attention.triton_tiles import Kind, Tile, candidates
+from engine.cache.pool import KVPool
+
+__all__ = ["TritonAttention"]
+
+_PROGRAMS_PER_PROCESSOR = 2
+"""Keys are split until there are so many programs for each multiprocessor."""
+
+_MOST_PARTS = 64
+"""Parts of a query row's keys; the second kernel holds them all in registers."""
+
+_LEAST_KEYS = 128
+"""Fewer cached keys are not worth a part of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the layers of a step share.
+
+    Args:
+        pool: of all layers.
+        batch: of the step.
+        tokens: T.
+        tile: for its query rows.
+        row_of: [B, N] int64, the token of each new row or -1; read only where the batch has an index.
+        parts: how many parts the keys come in, for each window of a layer.
+        mixed: [parts, T, heads, head_dim] float32, the parts' outputs; empty where no layer is split.
+        weight: [parts, T, heads] float32, log2 of their weights' sums.
+    """
+
+    pool: KVPool
+    batch: AttentionInput
+    tokens: int
+    tile: Tile
+    row_of: Tensor
+    parts: dict[int | None, int]
+    mixed: Tensor
+    weight: Tensor
+
+
+class TritonAttention:
+    """Grouped-query attention for prefill chunks and for trees of at most 64 nodes.
+
+    It reads no value from the device, and no shape depends on one, so a step can be captured in a CUDA
+    graph; `AttentionInput.max_length` is then the bound for all replays. Rows of `AttentionInput.rows` that
+    stand for invalid nodes may point anywhere that nobody reads, such as block 0.
+
+    Args:
+        group: query heads per K/V head.
+        scale: factor on q k^T; None is head_dim ** -0.5.
+        windows: each layer's window in positions, None for a layer without; None where no layer has one.
+        tiles: the tile for each kind of query rows; for others the first of `candidates` is taken.
+        processors: multiprocessors to fill; None asks the device.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        *,
+        scale: float | None = None,
+        windows: Sequence[int | None] | None = None,
+        tiles: Mapping[Kind, Tile] | None = None,
+        processors: int | None = None,
+    ) -> None:
+        self._group, self._scale, self._windows = group, scale, windows
+        self._tiles, self._processors = tiles or {}, processors
+        self._plan: _Plan | None = None
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        kv_heads, head_dim = pool.data.shape[-2:]
+        sequences, num_rows = batch.rows.shape
+        tokens, row_of = sequences * num_rows, batch.rows
+        if batch.index is not None:
+            tokens = len(batch.index)
+            row_of = torch.full((sequences, num_rows), -1, dtype=torch.int64, device=pool.device)
+            row_of.view(-1)[batch.index] = torch.arange(tokens, device=pool.device)
+        query_rows = num_rows * self._group
+        kind = Kind.of(query_rows, tree=batch.ancestors is not None)
+        untuned = candidates(kind, triton.next_power_of_2(head_dim), pool.dtype.itemsize)[0]
+        tile = self._tiles.get(kind, untuned)
+        programs = triton.cdiv(query_rows, tile.rows) * kv_heads * sequences
+        cached = batch.max_length - num_rows
+        parts = {
+            window: self._parts(programs, cached if window is None else min(cached, window), pool.device)
+            for window in (self._windows or (None,))
+        }
+        most = max(parts.values())
+        shape = (most, tokens, kv_heads * self._group) if most > 1 else (0, 0, 0)
+        self._plan = _Plan(
+            pool=pool,
+            batch=batch,
+            tokens=tokens,
+            tile=tile,
+            row_of=row_of,
+            parts=parts,
+            mixed=torch.empty(*shape, head_dim, dtype=torch.float32, device=pool.device),
+            weight=torch.empty(shape, dtype=torch.float32, device=pool.device),
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plan = self._plan
+        if plan is None:
+            raise RuntimeError("plan() must be called before attend()")
+        batch, pool, tile = plan.batch, plan.pool, plan.tile
+        sequences, num_rows = batch.rows.shape
+        heads, head_dim = q.shape[1:]
+        kv_heads, channels = heads // self._group, triton.next_power_of_2(head_dim)
+        scale = head_dim**-0.5 if self._scale is None else self._scale
+        window = None if self._windows is None else self._windows[layer]
+        parts = plan.parts[window]
+        q, k, v = _heads_in_a_row(q), _heads_in_a_row(k), _heads_in_a_row(v)
+        k_pool, v_pool = pool.layer_rows(layer)
+        ancestors = batch.lengths if batch.ancestors is None else batch.ancestors
+        depths = batch.lengths if batch.depths is None else batch.depths
+        out = q.new_empty(plan.tokens, heads * head_dim)
+        attend_kernel[triton.cdiv(num_rows * self._group, tile.rows), parts * kv_heads, sequences](
+            q,
+            k,
+            v,
+            out,
+            plan.mixed,
+            plan.weight,
+            k_pool,
+            v_pool,
+            batch.block_tables,
+            batch.lengths,
+            batch.rows,
+            plan.row_of,
+            ancestors,
+            depths,
+            scale * math.log2(math.e),
+            plan.tokens,
+            num_rows,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            batch.block_tables.stride(0),
+            batch.rows.stride(0),
+            ancestors.stride(0),
+            depths.stride(0),
+            TREE=batch.ancestors is not None,
+            DEPTHS=batch.depths is not None,
+            INDEXED=batch.index is not None,
+            SPLIT=parts > 1,
+            WINDOW=window or 0,
+            GROUP=self._group,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=pool.block_size,
+            LEAST_KEYS=_LEAST_KEYS,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys,
+            BLOCK_D=channels,
+            BLOCK_W=triton.next_power_of_2(triton.cdiv(tile.rows, self._group)),
+            PRECISION="ieee",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if parts > 1:
+            block_parts = triton.next_power_of_2(parts)
+            join_kernel[plan.tokens, heads](
+                plan.mixed,
+                plan.weight,
+                out,
+                plan.tokens,
+                parts,
+                HEADS=heads,
+                HEAD_DIM=head_dim,
+                BLOCK_P=block_parts,
+                BLOCK_D=channels,
+                num_warps=4 if block_parts * channels <= 8192 else 8,
+            )
+        return out
+
+    def _parts(self, programs: int, cached: int, device: torch.device) -> int:
+        """In how many parts to take keys, `cached` of which are in the pool at most.
+
+        Args:
+            programs: those of one part.
+        """
+        processors = self._processors
+        if processors is None:
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        idle = processors * _PROGRAMS_PER_PROCESSOR // programs
+        shares = min(idle, triton.cdiv(cached, _LEAST_KEYS), _MOST_PARTS - 1)
+        return 1 if shares < 2 else shares + 1  # the new rows are a part of their own
+
+
+def _heads_in_a_row(x: Tensor) -> Tensor:
+    """x [T, heads, head_dim], copied only where a token's heads do not follow one another."""
+    _, heads, head_dim = x.shape
+    packed = x.stride(2) == 1 and (heads == 1 or x.stride(1) == head_dim)
+    return x if packed else x.contiguous()

@@ -1,0 +1,389 @@
+"""Attention over the paged pool as Triton kernels: prefill chunks and trees, one kernel for both.
+
+A program takes one K/V head of one sequence, a tile of its query rows and a part of its keys. The query
+heads that share the K/V head are rows of the tile too (row m is head m % GROUP of node m // GROUP), so K/V
+are read once for all of them. Keys are the cached rows, read through the block table, and then the new
+ones, read from where the layer computed them; whoever attends to a new row need not wait for it to be
+written. Cached rows need no mask but in the last tile: every query sees all of them.
+
+Where the tiles alone would leave processors idle, the cached rows are split into parts (Dao et al. 2023,
+Flash-Decoding): each part leaves its output and the logarithm of its weights' sum, and a second kernel
+joins them. How many parts there may be depends on shapes only; how many of them get keys depends on the
+lengths, which are read on the device. So both kernels can be captured in a CUDA graph.
+
+Softmax and sums are in float32, and logarithms are to base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["attend_kernel", "join_kernel"]
+
+
+@triton.jit
+def _absorb(q, k, v, seen, best, total, mixed, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Softmax over one more tile of keys.
+
+    Args:
+        q: [BLOCK_M, BLOCK_D]; k, v: [BLOCK_N, BLOCK_D].
+        seen: [BLOCK_M, BLOCK_N], which keys a row sees; all of them without MASKED.
+        best: [BLOCK_M], the largest score of each row so far; total: [BLOCK_M], the sum of its weights
+            relative to `best`; mixed: [BLOCK_M, BLOCK_D], the values' sum by these weights.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    highest = tl.maximum(best, tl.max(scores, 1))
+    reference = highest
+    if MASKED:  # a row that has seen no key yet
+        reference = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(scores - reference[:, None])
+    shrink = tl.exp2(best - reference)
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+    return highest, total, mixed
+
+
+@triton.jit
+def _cached(
+    q,
+    best,
+    total,
+    mixed,
+    begin,
+    end,
+    position,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    channel,
+    scale,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Cached rows begin .. end - 1 of a sequence; without MASKED these are whole tiles that all rows see."""
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
+        at = (block * BLOCK_SIZE + key % BLOCK_SIZE)[:, None] * ROW + channel[None, :]
+        # What lies behind the end may be anything, and 0 * NaN is NaN: it must not be loaded.
+        if MASKED:
+            inside = (key < end)[:, None] & (channel < HEAD_DIM)[None, :]
+            k = tl.load(k_ptr + at, mask=inside, other=0.0)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        elif channel.shape[0] != HEAD_DIM:
+            k = tl.load(k_ptr + at, mask=(channel < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(v_ptr + at, mask=(channel < HEAD_DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptr + at)
+            v = tl.load(v_ptr + at)
+        seen = (key < end)[None, :]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        best, total, mixed = _absorb(q, k, v, seen, best, total, mixed, scale, MASKED, PRECISION)
+    return best, total, mixed
+
+
+@triton.jit
+def _new(
+    q,
+    best,
+    total,
+    mixed,
+    begin,
+    end,
+    node,
+    depth,
+    ancestors,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    first_token,
+    row_of_ptr,
+    depth_ptr,
+    channel,
+    scale,
+    MASKED: tl.constexpr,
+    TREE: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """New rows begin .. end - 1 of a sequence; without MASKED these are whole tiles that all rows see."""
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        token = tl.load(row_of_ptr + key, mask=key < end, other=-1) if INDEXED else first_token + key
+        inside = ((key < end) & (token >= 0))[:, None] & (channel < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + token[:, None] * k_stride + channel[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
+        if TREE:
+            # A tile may be longer than a mask.
+            seen = ((ancestors[:, None] >> tl.minimum(key, 63)[None, :]) & 1) != 0
+            seen = seen & (key < end)[None, :]
+        else:
+            seen = (key[None, :] <= node[:, None]) & (key < end)[None, :]
+        if WINDOW:
+            key_depth = tl.load(depth_ptr + key, mask=key < end, other=0).to(tl.int32) if DEPTHS else key
+            seen = seen & (key_depth[None, :] > depth[:, None] - WINDOW)
+        best, total, mixed = _absorb(q, k, v, seen, best, total, mixed, scale, MASKED, PRECISION)
+    return best, total, mixed
+
+
+@triton.jit
+def _write(
+    tile,
+    num_rows,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    k_pool_ptr,
+    v_pool_ptr,
+    first_token,
+    row_of_ptr,
+    rows_ptr,
+    channel,
+    INDEXED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """K/V of the nodes whose first query row is in this tile, into the pool."""
+    node = tl.cdiv(tile * BLOCK_M, GROUP) + tl.arange(0, BLOCK_W)
+    keep = (node < tl.cdiv((tile + 1) * BLOCK_M, GROUP)) & (node < num_rows)
+    if INDEXED:
+        token = tl.load(row_of_ptr + node, mask=keep, other=-1)
+        keep = keep & (token >= 0)
+    else:
+        token = first_token + node
+    row = tl.load(rows_ptr + node, mask=keep, other=0).to(tl.int64)
+    at = row[:, None] * ROW + channel[None, :]
+    inside = keep[:, None] & (channel < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + token[:, None] * k_stride + channel[None, :], mask=inside, other=0.0)
+    v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
+    tl.store(k_pool_ptr + at, k, mask=inside)
+    tl.store(v_pool_ptr + at, v, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "rows_stride", "ancestors_stride", "depths_stride"])
+def attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    weight_ptr,
+    k_pool_ptr,
+    v_pool_ptr,
+    table_ptr,
+    length_ptr,
+    rows_ptr,
+    row_of_ptr,
+    ancestors_ptr,
+    depths_ptr,
+    scale,
+    num_tokens,
+    num_rows,
+    q_stride,
+    k_stride,
+    v_stride,
+    table_stride,
+    rows_stride,
+    ancestors_stride,
+    depths_stride,
+    TREE: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LEAST_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of a grid (tiles of num_rows * GROUP query rows, parts * KV_HEADS, sequences).
+
+    With SPLIT the last part takes the new rows and the others share the cached ones; without, there is
+    one part for all. The program that takes the new rows also writes its share of them into the pool.
+
+    Args:
+        q_ptr: [T, KV_HEADS * GROUP, HEAD_DIM]; k_ptr, v_ptr: [T, KV_HEADS, HEAD_DIM]; a token's heads follow
+            one another. out_ptr: [T, KV_HEADS * GROUP * HEAD_DIM], where there is one part.
+        part_ptr: [parts, T, KV_HEADS * GROUP, HEAD_DIM] float32 and weight_ptr: [parts, T, KV_HEADS * GROUP]
+            float32: each part's output and log2 of its weights' sum, -inf (and no output) without keys.
+        k_pool_ptr, v_pool_ptr: [pool rows, KV_HEADS, HEAD_DIM] of this layer.
+        table_ptr, length_ptr, rows_ptr, ancestors_ptr, depths_ptr: see `AttentionInput`.
+        row_of_ptr: [B, N] int64, the token of each new row, -1 where it is not computed.
+        scale: factor on q k^T times log2(e).
+        num_tokens: T. num_rows: N.
+        WINDOW: in positions; 0 without.
+        LEAST_KEYS: a part gets at least so many keys, so that short contexts come in few parts.
+        BLOCK_W: at least the nodes that begin in a tile of BLOCK_M rows.
+    """
+    tile = tl.program_id(0)
+    if not TREE:
+        tile = tl.num_programs(0) - 1 - tile  # the last rows of a chunk take longest: first
+    head = tl.program_id(1) % KV_HEADS
+    part = tl.program_id(1) // KV_HEADS
+    parts = tl.num_programs(1) // KV_HEADS
+    sequence = tl.program_id(2)
+    ROW: tl.constexpr = KV_HEADS * HEAD_DIM
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+
+    first_token = sequence.to(tl.int64) * num_rows
+    row_of_ptr += first_token
+    rows_ptr += sequence.to(tl.int64) * rows_stride
+    ancestors_ptr += sequence.to(tl.int64) * ancestors_stride
+    depths_ptr += sequence.to(tl.int64) * depths_stride
+    table_ptr += sequence.to(tl.int64) * table_stride
+    k_ptr += head * HEAD_DIM
+    v_ptr += head * HEAD_DIM
+    k_pool_ptr += head * HEAD_DIM
+    v_pool_ptr += head * HEAD_DIM
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = row // GROUP
+    valid = row < num_rows * GROUP
+    if INDEXED:
+        token = tl.load(row_of_ptr + node, mask=valid, other=-1)
+        valid = token >= 0
+        if tl.max(valid.to(tl.int32), 0) == 0:
+            return
+    else:
+        token = first_token + node
+    query_head = head * GROUP + row % GROUP
+    at_row = token * HEADS + query_head  # of [T, HEADS]
+    length = tl.load(length_ptr + sequence).to(tl.int32)
+    depth = tl.load(depths_ptr + node, mask=valid, other=0).to(tl.int32) if DEPTHS else node
+    position = length + depth
+
+    begin = 0
+    if WINDOW:  # nobody looks at what lies before
+        begin = tl.maximum(tl.min(tl.where(valid, position, length + num_rows), 0) - WINDOW + 1, 0)
+        begin = tl.minimum(begin // BLOCK_N * BLOCK_N, length)
+    end = length
+    if SPLIT:
+        share = tl.maximum(tl.cdiv(end - begin, parts - 1), LEAST_KEYS)
+        share = tl.cdiv(share, BLOCK_N) * BLOCK_N
+        begin += part * share
+        end = tl.minimum(begin + share, end)
+        last = part == parts - 1
+        if (begin >= end) & (part < parts - 1):
+            tl.store(weight_ptr + part.to(tl.int64) * num_tokens * HEADS + at_row, float("-inf"), mask=valid)
+            return
+
+    channel = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
+    q_at = token[:, None] * q_stride + query_head[:, None] * HEAD_DIM + channel[None, :]
+    q = tl.load(q_ptr + q_at, mask=inside, other=0.0)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    whole = begin
+    if not WINDOW:
+        whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+        best, total, mixed = _cached(
+            q, best, total, mixed, begin, whole, position, k_pool_ptr, v_pool_ptr, table_ptr, channel, scale,
+            False, WINDOW, ROW, HEAD_DIM, BLOCK_SIZE, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    best, total, mixed = _cached(
+        q, best, total, mixed, whole, end, position, k_pool_ptr, v_pool_ptr, table_ptr, channel, scale,
+        True, WINDOW, ROW, HEAD_DIM, BLOCK_SIZE, BLOCK_N, PRECISION,
+    )  # fmt: skip
+
+    new_begin = 0
+    new_end = num_rows
+    if not TREE:
+        new_end = tl.minimum(num_rows, (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    if SPLIT:
+        new_end = tl.where(last, new_end, 0)
+    if not TREE:
+        first_node = tile * BLOCK_M // GROUP
+        if WINDOW:
+            new_begin = tl.maximum(first_node - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        else:
+            # Of the chunk itself, only the tiles that reach its diagonal need the mask.
+            new_begin = tl.minimum((first_node + 1) // BLOCK_N * BLOCK_N, new_end)
+            best, total, mixed = _new(
+                q, best, total, mixed, 0, new_begin, node, depth, 0, k_ptr, v_ptr, k_stride, v_stride,
+                first_token, row_of_ptr, depths_ptr, channel, scale,
+                False, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, BLOCK_N, PRECISION,
+            )  # fmt: skip
+    ancestors = tl.zeros([BLOCK_M], tl.int64)
+    if TREE:
+        ancestors = tl.load(ancestors_ptr + node, mask=valid, other=0)
+    best, total, mixed = _new(
+        q, best, total, mixed, new_begin, new_end, node, depth, ancestors, k_ptr, v_ptr, k_stride, v_stride,
+        first_token, row_of_ptr, depths_ptr, channel, scale,
+        True, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, BLOCK_N, PRECISION,
+    )  # fmt: skip
+
+    # A node that is not valid may have no key at all.
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLIT:
+        at_row += part.to(tl.int64) * num_tokens * HEADS
+        tl.store(weight_ptr + at_row, best + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=valid)
+        tl.store(part_ptr + at_row[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
+    else:
+        mixed = mixed.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at_row[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
+
+    if new_end > 0:
+        _write(
+            tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token, row_of_ptr,
+            rows_ptr, channel, INDEXED, GROUP, ROW, HEAD_DIM, BLOCK_M, BLOCK_W,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "parts"])
+def join_kernel(
+    part_ptr,
+    weight_ptr,
+    out_ptr,
+    num_tokens,
+    parts,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The parts of `attend_kernel` weighted together, grid (T, HEADS); BLOCK_P is at least the parts."""
+    at_row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    channel = tl.arange(0, BLOCK_D)
+    part = tl.arange(0, BLOCK_P)
+    at = part.to(tl.int64) * num_tokens * HEADS + at_row
+    logarithm = tl.load(weight_ptr + at, mask=part < parts, other=float("-inf"))
+    # The new rows' part has keys, or the node is not valid.
+    highest = tl.max(logarithm, 0)
+    weight = tl.exp2(logarithm - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weight, 0)
+    # Parts without keys left nothing to read.
+    inside = (weight > 0.0)[:, None] & (channel < HEAD_DIM)[None, :]
+    mixed = tl.load(part_ptr + at[:, None] * HEAD_DIM + channel[None, :], mask=inside, other=0.0)
+    mixed = tl.sum(mixed * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        out_ptr + at_row * HEAD_DIM + channel, mixed.to(out_ptr.dtype.element_ty), mask=channel < HEAD_DIM
+    )

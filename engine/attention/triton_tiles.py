@@ -1,0 +1,64 @@
+"""How the Triton kernels cut up their work: tiles by kind of query rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["MOST_ROWS", "Kind", "Tile", "candidates"]
+
+MOST_ROWS = 128
+"""Query rows of a sequence and K/V head beyond which they come in several tiles."""
+
+_LEAST_ROWS = 16
+"""Of a matrix product on tensor cores."""
+
+
+class Kind(NamedTuple):
+    """Steps that share a tile.
+
+    Args:
+        rows: query rows of a sequence and K/V head, rounded up to a power of two from 16 to 128.
+        chunk: more than that, of a prefill chunk. A short chunk is like a tree.
+    """
+
+    rows: int
+    chunk: bool
+
+    @classmethod
+    def of(cls, rows: int, *, tree: bool) -> Kind:
+        """That of `rows` query rows."""
+        size = _LEAST_ROWS
+        while size < min(rows, MOST_ROWS):
+            size *= 2
+        return cls(size, chunk=not tree and rows > MOST_ROWS)
+
+
+class Tile(NamedTuple):
+    """A kernel's shape: query rows and keys of a tile, warps of a program, stages of its loop's pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
+    """Tiles worth measuring; the first is taken where nothing is measured.
+
+    Args:
+        channels: head_dim rounded up to a power of two.
+        itemsize: bytes of an element of K and V.
+    """
+    if itemsize > 2:  # float32, with exact products: not on tensor cores
+        return [Tile(min(kind.rows, 32), keys, 4, 2) for keys in (32, 16)]
+    # A stage holds K and V of a tile's keys: 64 keys of 128 channels in 16 bits take 32 KiB.
+    wide, narrow = (64, 32) if channels <= 128 else (32, 16)
+    if kind.rows <= 32:
+        shapes = [(wide, 4, 3), (narrow, 4, 4), (2 * wide, 4, 2)]
+        return [Tile(kind.rows, *shape) for shape in shapes]
+    shapes = [(wide, 4, 3), (wide, 4, 2), (narrow, 4, 4)]
+    tiles = [Tile(64, *shape) for shape in shapes]
+    if kind.rows == MOST_ROWS:
+        large = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3)]
+        tiles = large + tiles[:2]
+    return tiles

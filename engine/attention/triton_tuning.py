@@ -1,0 +1,184 @@
+"""The Triton kernels' tiles, measured once per device and model shape and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from engine.attention import triton_kernels
+from engine.attention.base import AttentionInput
+from engine.attention.triton import TritonAttention
+from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, candidates
+from engine.cache.pool import KVPool
+from engine.config import MAX_TREE_NODES
+from engine.errors import ConfigError
+
+__all__ = ["ModelShape", "tuned_tiles"]
+
+log = logging.getLogger(__name__)
+
+_CACHED = 2048
+"""Cached rows of the sequence that is measured."""
+
+_CHUNK = 512
+"""New rows of the prefill chunk that is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What of a model the best tiles depend on."""
+
+    group: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+
+def tuned_tiles(
+    shape: ModelShape,
+    device: torch.device,
+    folder: Path,
+    *,
+    most_nodes: int = MAX_TREE_NODES,
+    clock: Callable[[Callable[[], object]], float] | None = None,
+) -> dict[Kind, Tile]:
+    """The fastest candidate for each kind of query rows.
+
+    Args:
+        shape: of the model.
+        device: to measure on.
+        folder: where results are kept; made if there is none. One that cannot be written is only logged.
+        most_nodes: nodes of the largest tree.
+        clock: milliseconds of a function's run; None is Triton's do_bench.
+
+    Raises:
+        ConfigError: no candidate of a kind fits the device.
+    """
+    kinds = sorted({Kind.of(nodes * shape.group, tree=True) for nodes in range(1, most_nodes + 1)})
+    kinds.append(Kind(MOST_ROWS, chunk=True))
+    key = _key(shape, device)
+    file = folder / f"attention-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    known = _read(file)
+    missing = [kind for kind in kinds if kind not in known]
+    if missing:
+        started = time.monotonic()
+        step = _Step(shape, device)
+        known |= {kind: _fastest(kind, shape, step, most_nodes, clock or _milliseconds) for kind in missing}
+        log.info("measured the attention kernels' tiles in %.1f s", time.monotonic() - started)
+        _write(file, key, known)
+    return known
+
+
+class _Step:
+    """One made-up sequence whose new rows all go to block 0, so that what is cached stays as it is."""
+
+    def __init__(self, shape: ModelShape, device: torch.device) -> None:
+        self._shape, self._device = shape, device
+        blocks = -(-_CACHED // shape.block_size)
+        self._pool = KVPool(
+            num_layers=1,
+            num_blocks=1 + blocks,
+            block_size=shape.block_size,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=device,
+        )
+        self._tables = 1 + torch.randperm(blocks, device=device).unsqueeze(0)
+
+    def run(self, kind: Kind, tile: Tile, nodes: int) -> Callable[[], object]:
+        """Attention of one layer with `nodes` new rows."""
+        shape, device = self._shape, self._device
+        chain = (torch.tensor(2) << torch.arange(nodes, device=device)) - 1
+        attention = TritonAttention(shape.group, tiles={kind: tile})
+        attention.plan(
+            AttentionInput(
+                block_tables=self._tables,
+                lengths=torch.tensor([_CACHED], device=device),
+                rows=torch.zeros(1, nodes, dtype=torch.int64, device=device),
+                max_length=_CACHED + nodes,
+                ancestors=None if kind.chunk else chain.unsqueeze(0),
+                depths=None if kind.chunk else torch.arange(nodes, device=device).unsqueeze(0),
+            ),
+            self._pool,
+        )
+        heads = shape.kv_heads * shape.group
+        qkv = torch.randn(nodes, heads + 2 * shape.kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+        q, k, v = torch.split(qkv, [heads, shape.kv_heads, shape.kv_heads], dim=1)
+        return lambda: attention.attend(0, q, k, v)
+
+
+def _fastest(
+    kind: Kind,
+    shape: ModelShape,
+    step: _Step,
+    most_nodes: int,
+    clock: Callable[[Callable[[], object]], float],
+) -> Tile:
+    most = _CHUNK if kind.chunk else most_nodes
+    # The largest kind has no upper end: the largest tree stands for it.
+    nodes = most if kind.rows == MOST_ROWS else max(1, min(most, kind.rows // shape.group))
+    times: dict[Tile, float] = {}
+    refused = ""
+    for tile in candidates(kind, triton.next_power_of_2(shape.head_dim), shape.dtype.itemsize):
+        try:
+            times[tile] = clock(step.run(kind, tile, nodes))
+        except (OutOfResources, PTXASError, CompilationError) as error:
+            refused = str(error).splitlines()[0]
+    if not times:
+        raise ConfigError(
+            f"no shape of the attention kernel for {kind.rows} rows runs on this GPU ({refused}); "
+            "set attention to sdpa"
+        )
+    return min(times, key=lambda tile: times[tile])
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    found: float = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    return found
+
+
+def _key(shape: ModelShape, device: torch.device) -> dict[str, object]:
+    """Whatever the result depends on."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "processors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": hashlib.sha256(Path(triton_kernels.__file__).read_bytes()).hexdigest(),
+        **asdict(shape),
+        "dtype": str(shape.dtype),
+    }
+
+
+def _read(file: Path) -> dict[Kind, Tile]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["tiles"]
+        return {Kind(*kind): Tile(*tile) for kind, tile in rows}
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or not ours
+        return {}
+
+
+def _write(file: Path, key: dict[str, object], tiles: dict[Kind, Tile]) -> None:
+    text = json.dumps({**key, "tiles": list(tiles.items())}, indent=1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
+            partial.write(text)
+        os.replace(partial.name, file)  # engines that start together write whole files
+    except OSError as error:
+        log.warning("the attention kernels' tiles are measured anew at each start: %s", error)

@@ -1,0 +1,206 @@
+"""The Triton kernels against the formula in float64, on a GPU or on Triton's interpreter.
+
+The interpreter multiplies bfloat16 as if its bits were integers, so that dtype is held against the formula on
+a GPU only; `make kernels` runs many more shapes and compiles the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.attention.triton_cases import (
+    DEVICE,
+    Shape,
+    Step,
+    check,
+    compile_kernels,
+    formula,
+    make_step,
+)
+from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
+
+pytest.importorskip("triton")
+
+from engine.attention.sdpa import SdpaAttention
+from engine.attention.triton import TritonAttention
+from engine.attention.triton_tiles import Kind, Tile, candidates
+
+FEW, MANY = 1, 132
+"""Multiprocessors: with so few no keys are split, with so many they are wherever a test has keys enough."""
+
+SMALL = {Kind(rows, chunk): Tile(min(rows, 32), 16, 4, 2) for rows in (16, 32, 64, 128) for chunk in (0, 1)}
+"""Small tiles, so that small cases have edges of all sorts."""
+
+
+def backend(step: Step, processors: int = MANY) -> TritonAttention:
+    return TritonAttention(step.shape.group, tiles=SMALL, processors=processors, **step.options())
+
+
+TREES = [
+    Shape((5,), 1, tree=True),
+    Shape((0, 129, 300), 2, tree=True, group=3, head_dim=80),
+    Shape((256, 127), 8, tree=True, kv_heads=1, group=4, head_dim=96, block_size=32),
+    Shape((130, 17), 33, tree=True, kv_heads=1, group=1, head_dim=256, block_size=8),
+    Shape((260,), 64, tree=True, kv_heads=1, group=1, scale=0.3),
+    Shape((140,), 5, tree=True, kv_heads=1, group=8),
+    Shape((400, 20, 0), 9, tree=True, computed=(9, 1, 4), group=3, block_size=64),
+    Shape((140, 300), 8, tree=True, computed=(8, 0), kv_heads=1, head_dim=128, block_size=1),
+    Shape((300, 3, 31), 20, tree=True, window=30, group=1),
+    Shape((300, 3, 31), 20, tree=True, computed=(20, 5, 1), window=200, kv_heads=1),
+]
+CHUNKS = [
+    Shape((0,), 70, tree=False, kv_heads=1, group=3),
+    Shape((130,), 40, tree=False, kv_heads=1, group=1, head_dim=80),
+    Shape((37,), 1, tree=False),
+    Shape((0, 0), 40, tree=False, computed=(40, 23), kv_heads=1, group=4),
+    Shape((200,), 50, tree=False, window=20, kv_heads=1),
+    Shape((150,), 50, tree=False, window=120, kv_heads=1, group=3),
+]
+
+
+@pytest.mark.parametrize("processors", [FEW, MANY], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", TREES, ids=str)
+def test_trees(shape: Shape, processors: int) -> None:
+    step = make_step(shape)
+    check(step, backend(step, processors))
+
+
+@pytest.mark.parametrize("shape", CHUNKS, ids=str)
+def test_chunks_of_a_prompt(shape: Shape) -> None:
+    step = make_step(shape)
+    check(step, backend(step, FEW))
+
+
+def test_a_chunk_whose_prefix_is_split() -> None:
+    step = make_step(Shape((270,), 20, tree=False, kv_heads=1))
+    check(step, backend(step))
+
+
+HALVES = [torch.float16] if DEVICE.type == "cpu" else [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape((140, 20), 8, tree=True), Shape((40,), 30, tree=False, kv_heads=1)], ids=str
+)
+def test_sixteen_bits(shape: Shape, dtype: torch.dtype) -> None:
+    step = make_step(replace(shape, dtype=dtype))
+    check(step, TritonAttention(2, processors=MANY))
+
+
+def test_the_bound_on_lengths_changes_how_keys_are_split_and_nothing_else() -> None:
+    """A captured step has the largest bound; parts without keys are skipped, whatever lies in memory."""
+    step = make_step(Shape((140, 0, 33), 3, tree=True, kv_heads=1))
+    wanted = formula(step)
+    for bound, processors in ((300, 12), (5000, 12), (100_000, 30)):
+        step.batch = replace(step.batch, max_length=bound)
+        found = step.attend(backend(step, processors)).double().cpu()
+        assert (found - wanted).norm() / wanted.norm() < 1e-6
+
+
+@pytest.mark.parametrize("processors", [FEW, MANY], ids=["whole", "split"])
+def test_invalid_nodes_of_a_captured_step_disturb_nobody(processors: int) -> None:
+    """Its grid has no index: invalid nodes are computed too, see themselves, and all go to block 0."""
+    size, counts = 6, (4, 1)
+    step = make_step(Shape((50, 140), size, tree=True, computed=counts))
+    wanted = formula(step)
+    index, ancestors = step.batch.index, step.batch.ancestors
+    assert index is not None
+    assert ancestors is not None
+    column = torch.arange(size, device=DEVICE)
+    valid = column < torch.tensor(counts, device=DEVICE)[:, None]
+    for name in ("q", "k", "v"):
+        rows = getattr(step, name)
+        grid = rows.new_full((2 * size, *rows.shape[1:]), 1e4)
+        grid[index] = rows
+        setattr(step, name, grid)
+    step.batch = replace(
+        step.batch,
+        index=None,
+        ancestors=torch.where(valid, ancestors, torch.ones_like(column) << column),
+        rows=step.batch.rows.masked_fill(~valid, 0),
+    )
+    before = step.pool.data.clone()
+    found = step.attend(backend(step, processors))[index].double().cpu()
+    assert (found - wanted).norm() / wanted.norm() < 1e-6
+    written = step.batch.rows.flatten()[index]
+    keys, old = (data[1, 0].flatten(0, 1) for data in (step.pool.data, before))
+    old[written] = step.k[index]
+    torch.testing.assert_close(keys[1 * 16 :], old[1 * 16 :], rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_masks_of_one_topology_for_a_whole_batch_need_no_copy() -> None:
+    step = make_step(Shape((30, 9, 21), 5, tree=True, window=12))
+    assert step.batch.ancestors is not None
+    assert step.batch.depths is not None
+    one = {name: getattr(step.batch, name)[:1] for name in ("ancestors", "depths")}
+    step.batch = replace(step.batch, **{name: value.expand(3, -1) for name, value in one.items()})
+    assert step.batch.ancestors.stride(0) == 0
+    check(step, backend(step))
+
+
+def test_heads_that_do_not_lie_in_a_row_are_copied() -> None:
+    step = make_step(Shape((30,), 5, tree=True))
+    step.q, step.k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (step.q, step.k))
+    check(step, backend(step))
+
+
+def test_layers_differ_in_window_only_where_it_binds() -> None:
+    step = make_step(Shape((300,), 3, tree=True, window=40))
+    attention = TritonAttention(2, windows=[None, 40], processors=MANY)
+    attention.plan(step.batch, step.pool)
+    step.pool.data[0] = step.pool.data[1]
+    wide, narrow = (attention.attend(layer, step.q, step.k, step.v) for layer in (0, 1))
+    reference = SdpaAttention(2)
+    step.pool.data.nan_to_num_()
+    wanted = step.attend(reference)
+    torch.testing.assert_close(wide, wanted, atol=1e-5, rtol=1e-5)
+    assert (narrow - wanted).norm() > 0.1 * wanted.norm()
+
+
+def test_attend_without_a_plan_says_so() -> None:
+    step = make_step(Shape((3,), 1, tree=True))
+    with pytest.raises(RuntimeError, match="plan"):
+        TritonAttention(2).attend(0, step.q, step.k, step.v)
+
+
+def test_kinds_cover_every_number_of_rows() -> None:
+    assert [Kind.of(rows, tree=True).rows for rows in (1, 16, 17, 64, 65, 512)] == [16, 16, 32, 64, 128, 128]
+    assert Kind.of(128, tree=False) == Kind.of(128, tree=True)
+    assert Kind.of(129, tree=False) == Kind(128, chunk=True)
+    for kind in (Kind(16, False), Kind(128, True)):
+        for channels in (64, 128, 256):
+            tiles = candidates(kind, channels, 2)
+            assert len(set(tiles)) == len(tiles)
+            assert all(tile.stages * 2 * 2 * tile.keys * channels <= 160 << 10 for tile in tiles)
+
+
+def test_a_whole_model_decodes_as_with_torchs_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy with heads and lookup, two prompts in one batch, one of them in two chunks."""
+    model = tiny_model("gemma3_text", sliding_window=32)
+    folder = save_model(model, tmp_path)
+    heads = save_random_heads(tmp_path / "heads.safetensors", hidden=32, vocab=61, own_lm_head=False)
+    settings = {"heads": str(heads), "tree": 8, "lookup": 2, "device": DEVICE.type, "max_step_tokens": 64}
+    requests = [greedy("short", [5, 9, 33], 9), greedy("long", [i % 50 for i in range(70)], 9)]
+    wanted = run_all(make_engine(folder, attention="sdpa", **settings), requests)
+
+    def triton_attention(config, model, dtype, device, windows, tree_size):
+        return TritonAttention(model.group, scale=model.attention_scale, windows=windows, processors=FEW)
+
+    monkeypatch.setattr("engine.loader._attention", triton_attention)
+    found = run_all(make_engine(folder, **settings), requests)
+    assert found == wanted
+
+
+def test_the_kernels_compile_for_a_gpu_without_spills(tmp_path: Path) -> None:
+    """In bfloat16, for compute capability 9.0, which need not be at hand."""
+    kernels = [json.loads(line) for line in compile_kernels("90", cache=tmp_path).splitlines()]
+    assert [kernel["kernel"] for kernel in kernels] == ["attend_kernel", "join_kernel", "attend_kernel"]
+    assert [kernel["spilled"] for kernel in kernels] == [0, 0, 0]

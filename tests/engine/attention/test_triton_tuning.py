@@ -1,0 +1,136 @@
+"""How tiles are chosen: the fastest that runs, once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from engine.attention import triton_tuning
+from engine.attention.triton import TritonAttention
+from engine.attention.triton_tiles import Kind, Tile, candidates
+from engine.attention.triton_tuning import ModelShape, tuned_tiles
+from engine.errors import ConfigError
+
+CPU = torch.device("cpu")
+SHAPE = ModelShape(group=4, kv_heads=1, head_dim=64, block_size=16, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's stands for a GPU."""
+    properties = SimpleNamespace(name="interpreter", multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
+    """The tiles of all steps that were made to be measured."""
+    tiles: list[Tile] = []
+    plan = TritonAttention.plan
+
+    def note(self: TritonAttention, *args: object) -> None:
+        plan(self, *args)  # type: ignore[arg-type]
+        assert self._plan is not None
+        tiles.append(self._plan.tile)
+
+    monkeypatch.setattr(TritonAttention, "plan", note)
+    return tiles
+
+
+def slowest_first() -> Callable[[Callable[[], object]], float]:
+    """A clock by which each candidate is faster than the one before."""
+    calls = iter(range(1000, 0, -1))
+    return lambda run: float(next(calls))
+
+
+def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Tile]) -> None:
+    tiles = tuned_tiles(SHAPE, CPU, tmp_path / "new", clock=slowest_first())
+    kinds = [Kind(16, False), Kind(32, False), Kind(64, False), Kind(128, False), Kind(128, True)]
+    assert tiles == {kind: candidates(kind, 64, 2)[-1] for kind in kinds}
+    assert measured == [tile for kind in kinds for tile in candidates(kind, 64, 2)]
+    measured.clear()
+    assert tuned_tiles(SHAPE, CPU, tmp_path / "new", clock=slowest_first()) == tiles
+    assert not measured
+    (file,) = (tmp_path / "new").iterdir()
+    assert json.loads(file.read_text())["device"] == "interpreter"
+
+
+def test_another_model_shape_and_a_damaged_file_are_measured_anew(
+    tmp_path: Path, measured: list[Tile]
+) -> None:
+    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=slowest_first())
+    once = len(measured)
+    other = ModelShape(group=4, kv_heads=1, head_dim=64, block_size=32, dtype=torch.float16)
+    tuned_tiles(other, CPU, tmp_path, most_nodes=1, clock=slowest_first())
+    assert len(measured) == 2 * once
+    for file in tmp_path.iterdir():
+        file.write_text('{"tiles": 3}')
+    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=slowest_first())
+    assert len(measured) == 3 * once
+
+
+def test_larger_trees_add_only_their_own_kinds(tmp_path: Path, measured: list[Tile]) -> None:
+    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=4, clock=slowest_first())
+    measured.clear()
+    tiles = tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=8, clock=slowest_first())
+    assert measured == candidates(Kind(32, False), 64, 2)
+    assert len(tiles) == 3
+
+
+def test_a_tile_too_large_for_the_device_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1000))
+
+    def clock(run: Callable[[], object]) -> float:
+        if next(calls) == 0:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        return 1.0
+
+    tiles = tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=clock)
+    assert tiles[Kind(16, False)] == candidates(Kind(16, False), 64, 2)[1]
+
+    def never(run: Callable[[], object]) -> float:
+        raise OutOfResources(200_000, 100_000, "shared memory")
+
+    with pytest.raises(ConfigError, match=r"shared memory.*sdpa"):
+        tuned_tiles(SHAPE, CPU, tmp_path / "none", clock=never)
+
+
+def test_a_folder_that_cannot_be_written_is_only_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        tiles = tuned_tiles(SHAPE, CPU, tmp_path / "file", most_nodes=1, clock=slowest_first())
+    assert len(tiles) == 2
+    assert "measured anew" in caplog.text
+
+
+def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_tuning, "_CACHED", 100)
+    monkeypatch.setattr(triton_tuning, "_CHUNK", 40)
+    outputs: list[torch.Tensor] = []
+
+    def clock(run: Callable[[], object]) -> float:
+        if len(outputs) in (0, 5):  # one of each: a tree, a chunk
+            found = run()
+            assert isinstance(found, torch.Tensor)
+            assert found.isfinite().all()
+            outputs.append(found)
+        else:
+            outputs.append(torch.empty(0))
+        return 1.0
+
+    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=clock)
+    assert [len(found) for found in outputs if len(found)] == [1, 40]
