@@ -47,13 +47,22 @@ def _absorb(q, k, v, seen, best, total, mixed, scale, MASKED: tl.constexpr, PREC
 
 
 @triton.jit
+def _places(table_ptr, key, end, ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where cached rows `key` [BLOCK_N] lie in the pool; those from `end` on, anywhere."""
+    block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+    return (block * BLOCK_SIZE + key % BLOCK_SIZE) * ROW
+
+
+@triton.jit
 def _cached(
     q,
     best,
     total,
     mixed,
+    place,
     begin,
     end,
+    limit,
     position,
     k_ptr,
     v_ptr,
@@ -68,14 +77,16 @@ def _cached(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Cached rows begin .. end - 1 of a sequence; without MASKED these are whole tiles that all rows see."""
+    """Cached rows begin .. end - 1 of a sequence; without MASKED these are whole tiles that all rows see.
+
+    Args:
+        place: [BLOCK_N], where the first tile lies. The next tile's is looked up while this one is
+            computed: were it looked up in the same turn, the loop's pipeline would spend its stages on it.
+        limit: end of the rows that are looked up.
+    """
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-        else:
-            block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
-        at = (block * BLOCK_SIZE + key % BLOCK_SIZE)[:, None] * ROW + channel[None, :]
+        at = place[:, None] + channel[None, :]
         # What lies behind the end may be anything, and 0 * NaN is NaN: it must not be loaded.
         if MASKED:
             inside = (key < end)[:, None] & (channel < HEAD_DIM)[None, :]
@@ -87,11 +98,12 @@ def _cached(
         else:
             k = tl.load(k_ptr + at)
             v = tl.load(v_ptr + at)
+        place = _places(table_ptr, key + BLOCK_N, limit, ROW, BLOCK_SIZE)
         seen = (key < end)[None, :]
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
         best, total, mixed = _absorb(q, k, v, seen, best, total, mixed, scale, MASKED, PRECISION)
-    return best, total, mixed
+    return best, total, mixed, place
 
 
 @triton.jit
@@ -303,15 +315,16 @@ def attend_kernel(
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     whole = begin
+    place = _places(table_ptr, begin + tl.arange(0, BLOCK_N), end, ROW, BLOCK_SIZE)
     if not WINDOW:
         whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
-        best, total, mixed = _cached(
-            q, best, total, mixed, begin, whole, position, k_pool_ptr, v_pool_ptr, table_ptr, channel, scale,
-            False, WINDOW, ROW, HEAD_DIM, BLOCK_SIZE, BLOCK_N, PRECISION,
+        best, total, mixed, place = _cached(
+            q, best, total, mixed, place, begin, whole, end, position, k_pool_ptr, v_pool_ptr, table_ptr,
+            channel, scale, False, WINDOW, ROW, HEAD_DIM, BLOCK_SIZE, BLOCK_N, PRECISION,
         )  # fmt: skip
-    best, total, mixed = _cached(
-        q, best, total, mixed, whole, end, position, k_pool_ptr, v_pool_ptr, table_ptr, channel, scale,
-        True, WINDOW, ROW, HEAD_DIM, BLOCK_SIZE, BLOCK_N, PRECISION,
+    best, total, mixed, place = _cached(
+        q, best, total, mixed, place, whole, end, end, position, k_pool_ptr, v_pool_ptr, table_ptr,
+        channel, scale, True, WINDOW, ROW, HEAD_DIM, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     new_begin = 0

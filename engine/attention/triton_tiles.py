@@ -54,9 +54,9 @@ def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
     # A stage holds K and V of a tile's keys: 64 keys of 128 channels in 16 bits take 32 KiB.
     wide, narrow = (64, 32) if channels <= 128 else (32, 16)
     if kind.rows <= 32:
-        shapes = [(wide, 4, 3), (narrow, 4, 4), (2 * wide, 4, 2)]
+        shapes = [(wide, 4, 3), (wide, 4, 4), (narrow, 2, 4)]
         return [Tile(kind.rows, *shape) for shape in shapes]
-    shapes = [(wide, 4, 3), (wide, 4, 2), (narrow, 4, 4)]
+    shapes = [(wide, 4, 3), (wide, 4, 4), (narrow, 4, 4)]
     tiles = [Tile(64, *shape) for shape in shapes]
     if kind.rows == MOST_ROWS:
         large = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3)]
