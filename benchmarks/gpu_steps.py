@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import ROOT
@@ -28,6 +30,7 @@ from engine.errors import MedusaError
 from engine.loader import Loaded, load
 from engine.medusa.heads import HeadDrafter
 from engine.model.layers import Linear
+from engine.model.quantize_cuda import RowwiseWeight
 from engine.runner import Prefilled
 from engine.scheduler import Chunk
 from engine.types import Request, SamplingParams
@@ -266,10 +269,15 @@ def _products(run: Run, loaded: Loaded, rows: int) -> float:
 
 
 def quantized_steps(run: Run) -> dict[str, Any]:
-    """The 7B shape with weights in 8 bits next to bf16, and torchao's own product next to ours."""
-    if not run.cuda:
-        return {"skipped": "needs CUDA"}
+    """The 7B shape with weights in 8 bits next to bf16, and torchao's own linear next to ours."""
     found: dict[str, Any] = {"steps": {}}
+    try:
+        found["linears"] = _linears(run)
+    except ImportError as error:  # torchao may not have been carried
+        found["linears"] = str(error)
+    if not run.cuda:
+        return found
+    run.record("quantized_steps", found)
     for name in ("none", "fp8", "int8"):
         rows: list[dict[str, Any]] = []
         try:
@@ -286,6 +294,39 @@ def quantized_steps(run: Run) -> dict[str, Any]:
             found["steps"][name] = f"{type(error).__name__}: {error}"[:500]
             print(name, found["steps"][name], flush=True)
         run.record("quantized_steps", found)
+    return found
+
+
+@torch.inference_mode()
+def _linears(run: Run) -> dict[str, Any]:
+    """Milliseconds of one linear (7B's gate and up) with float weights, by our product, by torchao's own."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    outs, ins = (64, 32) if run.tiny else (22016, 4096)
+    configs = {"int8": Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)}
+    if run.cuda:  # torchao refuses it on a CPU
+        configs["fp8"] = Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), set_inductor_config=False
+        )
+    weight = torch.empty(outs, ins, dtype=torch.bfloat16, device=run.device).normal_(std=0.02)
+    found: dict[str, Any] = {}
+    for rows in (1, 20) if run.tiny else (1, 16, 64):
+        x = torch.empty(rows, ins, dtype=torch.bfloat16, device=run.device).normal_()
+        row = {"bfloat16": ms(run.timed(run.captured(partial(F.linear, x, weight))))}
+        for kind, config in configs.items():
+            ours = RowwiseWeight(weight, None, kind)
+            row[kind] = ms(run.timed(run.captured(partial(ours, x))))
+            theirs = torch.nn.Sequential(torch.nn.Linear(ins, outs, bias=False, device="meta"))
+            theirs[0].weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+            quantize_(theirs, config)
+            row[f"{kind}, torchao's linear"] = ms(run.timed(run.captured(partial(theirs, x))))
+        found[f"rows {rows}"] = row
+        print("linear", rows, row, flush=True)
     return found
 
 
