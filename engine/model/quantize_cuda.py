@@ -97,6 +97,9 @@ class RowwiseWeight:
 
     def _fp8(self, rows: Tensor) -> Tensor:
         quantized, scale = _quantize_rows(rows, torch.float8_e4m3fn)
+        if rows.device.type == "cpu":  # torch 2.11 has no product with a scale per row there
+            sums = quantized.float() @ self._transposed.float()
+            return _scaled(sums, scale, self._scale, self._bias, rows.dtype)
         y: Tensor = torch._scaled_mm(
             quantized,
             self._transposed,
@@ -136,7 +139,7 @@ def _quantize_rows(rows: Tensor, dtype: torch.dtype, count: int | None = None) -
 def _scaled(
     sums: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """sums [T, out] int32 times row_scale [T, 1] and column_scale [1, out], plus bias [out], in `dtype`."""
+    """sums [T, out] times row_scale [T, 1] and column_scale [1, out], plus bias [out], in `dtype`."""
     if sums.device.type == "cuda":
         from engine.model import triton_kernels
 
