@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,3 +182,11 @@ def test_scale_sums(bias: bool, dtype: torch.dtype) -> None:
     offset = random(1100, dtype=dtype, seed=3) if bias else None
     wanted = sums.double() * row.double() * column.double() + (0 if offset is None else offset.double())
     near(kernels.scale_sums(sums, row, column, offset, dtype), wanted)
+
+
+def test_all_compile_for_hopper_and_none_spills() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.engine.model.compile_triton", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["compiled"]["90"] > 100
