@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -85,6 +86,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def again(args: argparse.Namespace, run: Run, parts: list[str]) -> list[str]:
+    """Arguments of a run that goes on with these parts, and with the results so far."""
+    given = ["--device", args.device, "--parts", ",".join(parts), "--minutes", f"{run.left() / 60:.3f}"]
+    given += [
+        "--model",
+        args.model,
+        "--shapes",
+        ",".join(args.shapes),
+        "--steps-share",
+        str(args.steps_share),
+    ]
+    given += ["--heads", args.heads] if args.heads else []
+    given += ["--tiny"] if args.tiny else []
+    return [*given, "--output", str(run.output), "--known", str(run.output)]
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.combine is not None:
@@ -99,9 +116,14 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}; results in {output}", flush=True)
     for known in args.known:
         run.parts |= json.loads(known.read_text(encoding="utf-8"))["parts"]
-    for name, part in PARTS.items():
-        if name in args.parts and name not in args.skip:
-            run.measure(name, part)
+        run.seconds |= json.loads(known.read_text(encoding="utf-8"))["seconds"]
+    wanted = [name for name in PARTS if name in args.parts and name not in args.skip]
+    for number, name in enumerate(wanted):
+        run.measure(name, PARTS[name])
+        rest = wanted[number + 1 :]
+        if rest and not run.sound():
+            print("the device's context is lost: the other parts run in a new process", flush=True)
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *again(args, run, rest)])
     run.record("targets", found := targets(run.parts))
     for row in found:
         print(f"{row['state']:>12}  {row['target']}: {row['measured']}", flush=True)

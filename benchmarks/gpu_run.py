@@ -48,7 +48,6 @@ class Run:
     deadline: float
     parts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
 
     @property
     def tiny(self) -> bool:
@@ -57,6 +56,19 @@ class Run:
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def failed(self) -> list[str]:
+        """Parts that ended in an error."""
+        return [name for name, part in self.parts.items() if isinstance(part, dict) and "error" in part]
+
+    def sound(self) -> bool:
+        """False after an error that no kernel launch survives: CUDA then fails until the process ends."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -72,13 +84,12 @@ class Run:
         try:
             found = part(self)
         except Exception as error:  # a kernel that fails must not cost the other parts
-            self.failed.append(name)
             found = {
                 "error": f"{type(error).__name__}: {error}"[:2000],
                 "where": traceback.format_exc()[-1500:],
             }
             print(found["error"], flush=True)
-            found |= {"before": self.parts[name]} if name in self.parts else {}
+            found = {**self.parts.get(name, {}), **found}  # what it had so far stays
         self.seconds[name] = round(time.monotonic() - started, 1)
         self.record(name, found)
 

@@ -199,6 +199,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(name, results[name], flush=True)
         del loaded
         gc.collect()
+        torch.cuda.empty_cache()  # the next one's pool is sized by what is free; nothing happens on a CPU
     return results
 
 

@@ -132,6 +132,28 @@ def test_a_part_that_fails_costs_no_other(
     assert json.loads(output.read_text())["parts"]["idle"] == {"skipped": "no time left"}
 
 
+def test_a_lost_device_is_no_reason_to_lose_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error that stays, a new process takes the parts that are left and knows the results so far."""
+    output = tmp_path / "o.json"
+    started: list[list[str]] = []
+
+    def execute(_: str, arguments: list[str]) -> None:
+        started.append(arguments[3:])
+        raise SystemExit
+
+    monkeypatch.setitem(gpu.PARTS, "ceilings", lambda _: {"x": 1})
+    monkeypatch.setattr(gpu.Run, "sound", lambda _: False)
+    monkeypatch.setattr(gpu.os, "execv", execute)
+    arguments = ["--device", "cpu", "--tiny", "--output", str(output), "--parts", "ceilings,idle,simulated"]
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    args = gpu.parse(started[0])
+    assert (args.parts, args.tiny, args.output) == (["idle", "simulated"], True, output)
+    monkeypatch.undo()
+    assert gpu.main([*started[0], "--skip", "idle"]) == 0
+    assert list(json.loads(output.read_text())["parts"]) == ["ceilings", "simulated", "targets"]
+
+
 def test_several_runs_as_one(tmp_path: Path) -> None:
     def write(name: str, device: str, **parts: Any) -> Path:
         file = tmp_path / name

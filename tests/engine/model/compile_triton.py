@@ -36,7 +36,7 @@ def use(capability: int) -> None:
     fake: Any = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
         get_current_device=lambda: capability,
-        get_current_stream=lambda device: 0,
+        get_current_stream=lambda _: 0,
     )
     driver.set_active(fake)
 
