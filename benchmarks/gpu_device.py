@@ -131,7 +131,10 @@ def _variants(run: Run, decoder: Decoder, rows: int) -> dict[str, Callable[[], o
             F.linear(wide, layer.down_proj.weight)
 
     def forward(fused: bool) -> Callable[[], object]:
-        layers = decoder.fuse_triton() if fused else None
+        layers = None
+        if fused:
+            decoder.fuse_triton()
+            layers, decoder.fused_cuda = decoder.fused_cuda, None
 
         @torch.inference_mode()
         def work() -> Tensor:

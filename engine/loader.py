@@ -82,6 +82,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     dtype = _dtype(config.dtype, model_config, device)
     if config.quantization != "none":
         check_quantized(config.quantization, device, dtype)  # before minutes of loading
+        if device.type == "cuda" and (refused := _why_not_triton(device)) is not None:
+            raise ConfigError(f"quantization {config.quantization} on CUDA {refused}; leave it out")
     max_model_len = _max_model_len(config, model_config)
     if config.max_num_seqs > config.max_step_tokens:
         raise ConfigError(
@@ -141,6 +143,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     if config.quantization != "none":
         decoder.quantize(config.quantization)
     decoder.pack()
+    if device.type == "cuda" and _why_not_triton(device) is None:
+        decoder.fuse_triton()
 
     tree_size = _tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from engine.model.fused_triton import FusedLayers
 
 __all__ = ["Decoder"]
-
-log = logging.getLogger(__name__)
 
 
 class DecoderLayer(nn.Module):
@@ -229,22 +225,17 @@ class Decoder(nn.Module):
         )
 
     def pack(self) -> None:
-        """Make ready for this device, once, after the weights are loaded (and quantised)."""
+        """Reorder the weights for this device, once, after they are loaded (and quantised)."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-        if self.embed.device.type == "cuda":
-            self.fused_cuda = self.fuse_triton()
 
-    def fuse_triton(self) -> FusedLayers | None:
-        """The layers with Triton kernels between their products; None where Triton is not installed."""
-        if importlib.util.find_spec("triton") is None:
-            log.warning("Triton is not installed: a step takes several times as many kernels without it")
-            return None
+    def fuse_triton(self) -> None:
+        """From here on Triton kernels do what lies between the products, where they can run (on CUDA)."""
         from engine.model.fused_triton import FusedLayers  # only CUDA needs Triton
 
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-        return FusedLayers(
+        self.fused_cuda = FusedLayers(
             layers, self.norm, offset=self.config.norm_offset, activation=self.config.activation
         )
 

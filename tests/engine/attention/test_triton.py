@@ -33,6 +33,8 @@ from engine.attention.triton_tiles import Kind, Tile, candidates
 FEW, MANY = 1, 132
 """Multiprocessors: with so few no keys are split, with so many they are wherever a test has keys enough."""
 
+pytestmark = pytest.mark.cuda
+
 SMALL = {Kind(rows, chunk): Tile(min(rows, 32), 16, 4, 2) for rows in (16, 32, 64, 128) for chunk in (0, 1)}
 """Small tiles, so that small cases have edges of all sorts."""
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from engine.attention.base import AttentionInput
 from engine.cache.pool import KVPool
+from engine.config import EngineConfig
+from engine.loader import load
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import Checkpoint, load_weights
 from tests.engine.model.test_decoder import FAMILIES, VARIANTS
-from tests.support import save_model, tiny_model
+from tests.support import save_model, tiny_llama, tiny_model
 
 pytestmark = pytest.mark.cuda
 
@@ -62,8 +64,7 @@ def test_every_family_gives_the_same(family: str, overrides: dict[str, Any], tmp
     positions = torch.tensor([0, 1, 2, 2, 9, 300, 301], device=DEVICE)
     wanted, got = Recorder(), Recorder()
     hidden = plain(tokens, positions, wanted)
-    plain.fused_cuda = plain.fuse_triton()
-    assert plain.fused_cuda is not None
+    plain.fuse_triton()
     torch.testing.assert_close(plain(tokens, positions, got), hidden, atol=2e-5, rtol=2e-5)
     assert len(got.given) == len(wanted.given)
     for ours, theirs in zip(got.given, wanted.given, strict=True):
@@ -83,11 +84,11 @@ def test_bfloat16_stays_as_near_as_the_plain_layers(family: str, tmp_path: Path)
         return float((short(tokens, positions, Recorder()).float() - wanted).norm() / wanted.norm())
 
     plain = error()
-    short.fused_cuda = short.fuse_triton()
+    short.fuse_triton()
     assert error() < max(1.5 * plain, 0.01)
 
 
 def test_only_cuda_takes_them(tmp_path: Path) -> None:
-    made = decoder("llama", {}, tmp_path, torch.float32)
-    made.pack()
-    assert (made.fused_cuda is not None) == (DEVICE.type == "cuda")
+    save_model(tiny_llama(), tmp_path)
+    loaded = load(EngineConfig(model=str(tmp_path), device=str(DEVICE)), progress=False)
+    assert (loaded.decoder.fused_cuda is not None) == (DEVICE.type == "cuda")
