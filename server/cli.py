@@ -102,7 +102,7 @@ def info(
 ) -> None:
     """Show what MODEL is, the memory it takes per dtype and token, and which contexts fit this machine.
 
-    A model on the hub is downloaded; no weights are loaded.
+    Of a model on the hub the config is downloaded, not the weights (they are part of a .gguf).
     """
     from server.show_info import as_json, show_info, table
 

@@ -15,7 +15,7 @@ __all__ = ["as_json", "show_info", "table"]
 
 
 def show_info(model: str, revision: str | None, device: str) -> ModelInfo:
-    """Resolve the model (a hub id is downloaded) and describe it for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+    """Describe the model, of which a hub id's config is downloaded, for 'auto', 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
         ConfigError: the device is not here.
@@ -30,7 +30,7 @@ def show_info(model: str, revision: str | None, device: str) -> ModelInfo:
         raise ConfigError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r} was asked for and torch sees no such GPU here")
-    return describe(resolve_model(model, revision), where)
+    return describe(resolve_model(model, revision, config_only=True), where)
 
 
 def as_json(info: ModelInfo) -> dict[str, Any]:

@@ -44,6 +44,7 @@ _FORMATS: tuple[tuple[str, str, Callable[[Path], TensorFile]], ...] = (
 """Names of an index and of a single file, the best format first."""
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_CONFIG_FILES = ("config.json", "quantize_config.json")
 _HUB_BIN_FILES = ("pytorch_model*.bin",)
 _HUB_IGNORED = ("*/*", "consolidated*")  # other formats' folders; Mistral's second copy of the weights
 _NOT_APPLIED = {"no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -71,13 +72,14 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...]
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
+def resolve_model(name: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """A folder with config, tokenizer and weights, or the way to them.
 
     Args:
         name: "smollm2-135m" (embedded), a local folder or .gguf file, a Hugging Face hub id, or a hub id
             with the name of a .gguf file in it (owner/name/file.gguf).
         revision: branch, tag or commit; for a hub id only.
+        config_only: of a hub id nothing but what `ModelConfig` reads is downloaded.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached; the text says what to do.
@@ -98,7 +100,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         return gguf_folder(_download(name.rpartition("/")[0], revision, file=name.rpartition("/")[2]))
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist")
-    return _download(name, revision)
+    return _download(name, revision, config_only=config_only)
 
 
 def _refuse_revision(revision: str | None, why: str) -> None:
@@ -106,7 +108,7 @@ def _refuse_revision(revision: str | None, why: str) -> None:
         raise ModelError(f"revision {revision!r} has no effect, since {why}; leave it out")
 
 
-def _download(name: str, revision: str | None, *, file: str | None = None) -> Path:
+def _download(name: str, revision: str | None, *, file: str | None = None, config_only: bool = False) -> Path:
     """The repository's folder in the hub's cache, or of one file in it its path there."""
     from httpx import HTTPError
     from huggingface_hub import errors, hf_hub_download, snapshot_download
@@ -120,7 +122,9 @@ def _download(name: str, revision: str | None, *, file: str | None = None) -> Pa
     try:
         if file is not None:
             return Path(hf_hub_download(name, file, revision=revision))
-        folder = fetch(_HUB_FILES)
+        folder = fetch(_CONFIG_FILES if config_only else _HUB_FILES)
+        if config_only:
+            return folder
         return folder if any(folder.glob("*.safetensors")) else fetch((*_HUB_FILES, *_HUB_BIN_FILES))
     except errors.HFValidationError as error:
         raise ModelError(
