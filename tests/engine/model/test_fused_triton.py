@@ -9,19 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from engine.attention.base import AttentionInput
+from engine.attention.triton import TritonAttention
 from engine.cache.pool import KVPool
 from engine.config import EngineConfig
 from engine.loader import load
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import Checkpoint, load_weights
-from tests.engine.model.test_decoder import FAMILIES, VARIANTS
+from tests.engine.attention.test_triton import SMALL
+from tests.engine.model.test_decoder import FAMILIES, VARIANTS, check_against_transformers
 from tests.support import save_model, tiny_llama, tiny_model
 
 pytestmark = pytest.mark.cuda
-
-pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -92,3 +94,17 @@ def test_only_cuda_takes_them(tmp_path: Path) -> None:
     save_model(tiny_llama(), tmp_path)
     loaded = load(EngineConfig(model=str(tmp_path), device=str(DEVICE)), progress=False)
     assert (loaded.decoder.fused_cuda is not None) == (DEVICE.type == "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the reference's cases are on the CPU")
+def test_with_the_attention_kernel_it_is_transformers_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, decode and every tree path, all that lies between the products and attention by Triton."""
+
+    def backend(group: int, **options: Any) -> TritonAttention:
+        return TritonAttention(group, tiles=SMALL, processors=2, **options)
+
+    monkeypatch.setattr(Decoder, "pack", Decoder.fuse_triton)
+    check_against_transformers(tiny_model("qwen3"), backend, tmp_path, prompts=(13, 5, 20))
