@@ -95,6 +95,11 @@ class EngineConfig(BaseModel):
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="K/V pool size in bytes, instead of kv_cache_tokens."
     )
+    enforce_eager: bool = Field(
+        False,
+        description="On a GPU, run decode steps operator by operator, not as CUDA graphs: a faster start, "
+        "slower steps.",
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of GPU memory for weights, activations and the K/V pool."
     )

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from engine import faults
 from engine.errors import MedusaError
+from engine.graphs import CapturedRunner, Graph, cuda_graphs
 from engine.loader import Loaded
-from engine.medusa.accept import Accepted, accept
-from engine.medusa.adaptive import AdaptiveTree, FixedTree, LookupRecord
-from engine.medusa.draft import Draft
-from engine.runner import NOT_FINITE, Runner, StepRow, Verified
-from engine.scheduler import Chunk, Scheduler
+from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree, LookupRecord
+from engine.medusa.buckets import Buckets
+from engine.medusa.tree import TreeShape
+from engine.runner import NOT_FINITE, Batch, Results, Runner, StepRow, Verified
+from engine.scheduler import Chunk, Plan, Scheduler
 from engine.stats import EngineStats
 from engine.types import (
     DraftSource,
@@ -37,6 +40,28 @@ __all__ = ["Engine"]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A decode step that runs on the device, its results not read.
+
+    Args:
+        most: the most tokens each of its sequences may emit.
+        expected: what `tree: auto` expected of it.
+    """
+
+    batch: Batch
+    verified: Verified
+    results: Results
+    most: list[int]
+    expected: Expected
+
+    @property
+    def lingers(self) -> bool:
+        """True while more of it is wanted than its results, which the next step may overwrite."""
+        requests = [sequence.request for sequence in self.batch.sequences]
+        return any(request.trace or request.sampling.logprobs is not None for request in requests)
+
+
 class Engine:
     """Token ids in, token ids out, one `step()` at a time; one thread at a time may call it.
 
@@ -45,23 +70,30 @@ class Engine:
     model once over all nodes, draws the model's own next token at each node, accepts the longest path
     that the draws confirm, and moves that path's K/V rows behind the prefix. Plain decoding is the
     tree of one node.
+
+    Args:
+        loaded: the model and its memory.
+        ahead: launch the next step before the last one's tokens are read. A sequence that turns out to
+            have ended is dropped a step late: it holds its slot and blocks until that step has ended too,
+            and what the step made of it is shown to nobody. None: where steps are captured on CUDA.
+        graph: makes the graphs of captured steps, each when it is first needed. None: CUDA's, all of them
+            now, where `loaded` says so, and no graphs where not.
+        buckets: shapes of captured steps; None: the default ones.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        ahead: bool | None = None,
+        graph: Callable[[], Graph] | None = None,
+        buckets: Buckets | None = None,
+    ) -> None:
         self.info: EngineInfo = loaded.info
         self.stats = EngineStats(kv_blocks_total=loaded.blocks.total, kv_blocks_free=loaded.blocks.total)
         self._eos = frozenset(loaded.generation_defaults.eos_token_ids)
         self._blocks = loaded.blocks
-        self._runner = Runner(
-            loaded.decoder,
-            loaded.attention,
-            loaded.pool,
-            loaded.heads,
-            lookup_size=loaded.info.lookup,
-            eos_token_ids=self._eos,
-            max_num_seqs=loaded.info.max_num_seqs,
-            max_model_len=loaded.info.max_model_len,
-        )
+        self._runner = _make_runner(loaded, graph, buckets)
         self._lookup = LookupRecord(loaded.info.lookup)
         self._chooser = self._make_chooser(loaded)
         self._scheduler = Scheduler(
@@ -72,6 +104,8 @@ class Engine:
             prefix_caching=loaded.prefix_caching,
             max_tree_nodes=loaded.info.tree_size,
         )
+        self._ahead = loaded.captured if ahead is None else ahead
+        self._flight: _Flight | None = None
         self._arrivals = 0
         self._uncounted: set[str] = set()  # requests of which no choice has been prefilled
 
@@ -80,31 +114,29 @@ class Engine:
         return self._scheduler.has_work
 
     def step(self) -> list[TokenDelta]:
-        """Advance every scheduled sequence and return what each one emitted.
+        """Advance every scheduled sequence and return what has been emitted.
 
         An error fails the sequences of the pass it happened in, with a delta that says so, and no others.
         """
         started = time.perf_counter()
-        plan = self._scheduler.plan()
+        deltas, plan = self._plan()
         self._took("schedule", started)
-        deltas: list[TokenDelta] = []
+        launched: _Flight | None = None
+        if plan.decode:
+            with self._failing(plan.decode, deltas):
+                faults.visit("decode")
+                batch = self._runner.batch(plan.decode)
+                verified = self._runner.draft_forward(batch)
+                results = self._runner.targets_accept_compact(batch, verified)
+                launched = self._launch(batch, verified, results)
         for chunk in plan.prefill:
             with self._failing([chunk.sequence], deltas):
                 faults.visit("prefill")
                 deltas += self._prefill(chunk)
-        if plan.decode:
-            started = time.perf_counter()
-            with self._failing(plan.decode, deltas):
-                faults.visit("decode")
-                batch = self._runner.batch(plan.decode)
-                draft = self._runner.draft(batch)
-                verified = self._runner.forward(batch, draft)
-                targets = self._runner.targets(batch, draft, verified.logits)
-                accepted = accept(draft.tokens, targets, draft.topology)
-                self._runner.compact(batch, draft, verified, accepted)
-                rows = self._runner.report(batch, accepted)
-                self._learn(plan.decode, rows, time.perf_counter() - started)
-                deltas += self._emit(plan.decode, draft, verified, accepted, rows, started)
+        deltas += self._land()
+        self._flight = launched
+        if not self._ahead or not self._scheduler.has_work:
+            deltas += self._land()
         self.stats.num_steps += 1
         self._count()
         return deltas
@@ -138,6 +170,8 @@ class Engine:
             if sequence.request.request_id == request_id and index in (None, sequence.index)
         ]
         deltas = [self._end(sequence, FinishReason.ABORT, []) for sequence in dropped]
+        if not self._scheduler.has_work:
+            self._land()  # nobody is left in it
         self._count()
         return deltas
 
@@ -153,7 +187,8 @@ class Engine:
         if info.tree_size == 1:
             return None
         if info.tree != "auto":
-            return FixedTree(info.tree_size, heads, info.lookup, loaded.max_step_tokens)
+            buckets = self._runner.buckets if isinstance(self._runner, CapturedRunner) else None
+            return FixedTree(info.tree_size, heads, info.lookup, loaded.max_step_tokens, buckets)
         times = measure(
             self._runner,
             loaded.blocks,
@@ -189,73 +224,103 @@ class Engine:
             deltas = [self._append(sequence, [result.first], result.logprobs)]
             deltas[0].cached_tokens, deltas[0].queue_s = sequence.num_reused, sequence.queue_s
             deltas[0].prompt_logprobs = sequence.prompt_logprobs or None
-        self._propose([sequence])
+        if sequence.slot >= 0 and self.info.lookup:
+            self._lookup.propose(sequence.lookup, *self._runner.propose(sequence))
         return deltas
 
-    def _learn(self, sequences: list[Sequence], rows: list[StepRow], seconds: float) -> None:
+    def _plan(self) -> tuple[list[TokenDelta], Plan]:
+        """The next step; while one is under way, one that need not wait for its outcome if there is such."""
+        if self._flight is not None and not self._flight.lingers:
+            plan = self._scheduler.plan_ahead()
+            if plan is not None:
+                return [], plan
+        deltas = self._land()
+        return deltas, self._scheduler.plan()
+
+    def _launch(self, batch: Batch, verified: Verified, results: Results) -> _Flight:
+        """From here on the step's sequences are in it, whatever becomes of them."""
+        most = self._runner.most_tokens(batch)
+        for sequence, tokens in zip(batch.sequences, most, strict=True):
+            sequence.in_flight += tokens
+        expected = self._chooser.expected if isinstance(self._chooser, AdaptiveTree) else Expected()
+        return _Flight(batch, verified, results, most, expected)
+
+    def _land(self) -> list[TokenDelta]:
+        """Read the results of the step under way, and let go of who has ended meanwhile."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        deltas: list[TokenDelta] = []
+        live = [s for s in flight.batch.sequences if s.state is SequenceState.DECODE]
+        for sequence, tokens in zip(flight.batch.sequences, flight.most, strict=True):
+            sequence.in_flight -= tokens
+        with self._failing(live, deltas):
+            rows = flight.results.rows()
+            self._learn(flight, rows)
+            self._emit(flight, rows, deltas)
+        self._scheduler.release_ended()
+        return deltas
+
+    def _learn(self, flight: _Flight, rows: list[StepRow]) -> None:
         """Let the choice of the tree see what this step took and gave."""
+        batch, seconds = flight.batch, flight.results.seconds
         self.stats.step_seconds["decode"].observe(seconds)
-        for sequence, row in zip(sequences, rows, strict=True):
+        for sequence, row in zip(batch.sequences, rows, strict=True):
             self._lookup.observe(sequence.lookup, row.tokens)
         if isinstance(self._chooser, AdaptiveTree):
-            self._chooser.observe(sequences, [row.nodes for row in rows], seconds)
+            self._chooser.observe(
+                batch.shapes,
+                [row.nodes for row in rows],
+                seconds,
+                context=batch.max_length,
+                expected=flight.expected,
+            )
             self.stats.explored_steps = self._chooser.explored_steps
             tokens = sum(len(row.tokens) for row in rows)
-            self.stats.plain_decode_seconds += self._chooser.plain_seconds * tokens / len(rows)
+            self.stats.plain_decode_seconds += flight.expected.plain_s * tokens / len(rows)
 
-    def _propose(self, sequences: list[Sequence]) -> None:
-        """Look up what may follow in each sequence that goes on."""
-        going = [sequence for sequence in sequences if sequence.slot >= 0]
-        if not going or not self.info.lookup:
-            return
-        for sequence, (chain, kind) in zip(going, self._runner.propose(going), strict=True):
-            self._lookup.propose(sequence.lookup, chain, kind)
-
-    def _emit(
-        self,
-        sequences: list[Sequence],
-        draft: Draft,
-        verified: Verified,
-        accepted: Accepted,
-        rows: list[StepRow],
-        started: float,
-    ) -> list[TokenDelta]:
+    def _emit(self, flight: _Flight, rows: list[StepRow], deltas: list[TokenDelta]) -> None:
         """Append the accepted tokens to their sequences."""
         emitting = time.perf_counter()
-        traces = self._trace(sequences, draft, accepted, started)
-        self.stats.tree_size = max(sequence.num_nodes for sequence in sequences)
-        self.stats.head_nodes = max(sequence.head_nodes for sequence in sequences)
-        deltas = []
-        for i, (sequence, row, trace) in enumerate(zip(sequences, rows, traces, strict=True)):
+        batch, verified = flight.batch, flight.verified
+        traced = any(sequence.request.trace for sequence in batch.sequences)
+        tokens = verified.draft.tokens.tolist() if traced else []
+        self.stats.tree_size = max(shape.num_nodes for shape in batch.shapes)
+        self.stats.head_nodes = max(shape.head_nodes for shape in batch.shapes)
+        for i, (sequence, shape, row) in enumerate(zip(batch.sequences, batch.shapes, rows, strict=True)):
+            if sequence.state is not SequenceState.DECODE:
+                continue  # it ended while the step ran
             if not row.sound:
                 deltas.append(self._fail(sequence, NOT_FINITE))
                 continue
-            num_top = sequence.request.sampling.logprobs
-            logprobs = (
-                None if num_top is None else self._runner.logprobs(draft, verified, accepted, i, num_top)
-            )
+            logprobs, trace = None, None
+            if (num_top := sequence.request.sampling.logprobs) is not None:
+                path = self._path(shape, row)
+                logprobs = self._runner.logprobs(verified, i, path, row.tokens, num_top)
+            if sequence.request.trace:
+                trace = self._trace(flight, i, row, tokens[i][: shape.num_nodes])
             sequence.num_cached += row.length + 1
-            source = _source(sequence, row.last)
+            source = _source(sequence, shape, row.last)
             delta = self._append(sequence, row.tokens, logprobs)
             delta.num_steps, delta.trace = 1, trace
-            self._count_accepted(sequence, row.length, source, delta)
+            self._count_accepted(sequence, shape, row.length, source, delta)
             deltas.append(delta)
-        self._propose(sequences)
+            if sequence.slot >= 0 and self.info.lookup:
+                self._lookup.propose(sequence.lookup, row.chain, row.kind)
         self._took("emit", emitting)
-        return deltas
 
     def _count_accepted(
-        self, sequence: Sequence, length: int, source: DraftSource, delta: TokenDelta
+        self, sequence: Sequence, shape: TreeShape, length: int, source: DraftSource, delta: TokenDelta
     ) -> None:
         emitted = len(delta.token_ids)
         self.stats.acceptance_counts[emitted] += 1
-        if sequence.num_nodes == 1:
+        if shape.num_nodes == 1:
             return
         self.stats.num_drafts += 1
-        self.stats.drafted_by_source["head"] += sequence.head_nodes
-        if sequence.lookup_nodes:
-            chain = _source(sequence, sequence.head_nodes + 1)
-            self.stats.drafted_by_source[chain.value] += sequence.lookup_nodes
+        self.stats.drafted_by_source["head"] += shape.head_nodes
+        if shape.lookup_nodes:
+            chain = _source(sequence, shape, shape.head_nodes + 1)
+            self.stats.drafted_by_source[chain.value] += shape.lookup_nodes
         if used := min(length, emitted):
             self.stats.accepted(source.value, used)
             if source is DraftSource.PREDICTION:
@@ -312,6 +377,7 @@ class Engine:
             raise  # the device's context is lost: no later step can work, so the thread has to end
         except Exception as error:
             log.exception("step failed for %d sequences", len(sequences))
+            deltas += self._land()  # what they have emitted before
             text = str(error) if isinstance(error, MedusaError) else f"internal error: {type(error).__name__}"
             told = {(delta.request_id, delta.index) for delta in deltas if delta.finish_reason is not None}
             deltas += [
@@ -320,33 +386,32 @@ class Engine:
                 if (sequence.request.request_id, sequence.index) not in told
             ]
 
-    def _trace(
-        self, sequences: list[Sequence], draft: Draft, accepted: Accepted, started: float
-    ) -> list[StepTrace | None]:
-        if not any(sequence.request.trace for sequence in sequences):
-            return [None] * len(sequences)
-        duration_s = time.perf_counter() - started
-        tokens, parents = draft.tokens.tolist(), draft.topology.parents.tolist()
-        paths, lengths, roots = accepted.path.tolist(), accepted.length.tolist(), accepted.next_root.tolist()
-        traces: list[StepTrace | None] = []
-        for i, sequence in enumerate(sequences):
-            size = sequence.num_nodes
-            trace = StepTrace(
-                tokens=tuple(tokens[i][:size]),
-                parents=(-1, *parents[i][1:size]),
-                sources=tuple(_source(sequence, node) for node in range(size)),
-                accepted=tuple(paths[i][: lengths[i] + 1]),
-                next_root=roots[i],
-                batch_size=len(sequences),
-                duration_s=duration_s,
-            )
-            traces.append(trace if sequence.request.trace else None)
-        return traces
+    def _path(self, shape: TreeShape, row: StepRow) -> list[int]:
+        """The accepted nodes, from the root down."""
+        parents, path = self._runner.parents(shape), [row.last]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        return path
+
+    def _trace(self, flight: _Flight, i: int, row: StepRow, tokens: list[int]) -> StepTrace:
+        """Sequence i's share of the step, whose nodes are `tokens`."""
+        sequence, shape = flight.batch.sequences[i], flight.batch.shapes[i]
+        return StepTrace(
+            tokens=tuple(tokens),
+            parents=(-1, *self._runner.parents(shape)[1:]),
+            sources=tuple(_source(sequence, shape, node) for node in range(shape.num_nodes)),
+            accepted=tuple(self._path(shape, row)),
+            next_root=row.tokens[-1],
+            batch_size=len(flight.batch.sequences),
+            duration_s=flight.results.seconds,
+        )
 
     def _took(self, phase: str, started: float) -> None:
         seconds = time.perf_counter() - started
         self.stats.step_seconds[phase].observe(seconds)
-        if phase in ("schedule", "emit") and isinstance(self._chooser, AdaptiveTree):
+        # Of a step launched ahead, the device knows nothing of these: they pass while it runs.
+        besides = phase in ("schedule", "emit") and not self._ahead
+        if besides and isinstance(self._chooser, AdaptiveTree):
             self._chooser.observe_outside(seconds, last=phase == "emit")
 
     def _count(self) -> None:
@@ -358,10 +423,34 @@ class Engine:
         stats.kv_blocks_free, stats.kv_blocks_cached = blocks.free, blocks.cached
 
 
-def _source(sequence: Sequence, node: int) -> DraftSource:
-    """What proposed a node of the sequence's tree in this step; call before the next chain is looked up."""
+def _make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buckets | None) -> Runner:
+    info = loaded.info
+    made: Callable[..., Runner] = Runner
+    if graph is not None or loaded.captured:
+        if buckets is None:
+            buckets = Buckets.default(
+                max_num_seqs=info.max_num_seqs, tree_size=info.tree_size, max_rows=loaded.max_step_tokens
+            )
+        made = partial(CapturedRunner, graph=graph or cuda_graphs(loaded.pool.device), buckets=buckets)
+    runner = made(
+        loaded.decoder,
+        loaded.attention,
+        loaded.pool,
+        loaded.heads,
+        lookup_size=info.lookup,
+        eos_token_ids=frozenset(loaded.generation_defaults.eos_token_ids),
+        max_num_seqs=info.max_num_seqs,
+        max_model_len=info.max_model_len,
+    )
+    if graph is None and isinstance(runner, CapturedRunner):
+        runner.capture()
+    return runner
+
+
+def _source(sequence: Sequence, shape: TreeShape, node: int) -> DraftSource:
+    """What proposed a node of the sequence's tree in this step; call before the next chain is noted."""
     if node == 0:
         return DraftSource.ROOT
-    if node <= sequence.head_nodes:
+    if node <= shape.head_nodes:
         return DraftSource.HEAD
     return DraftSource.PREDICTION if sequence.lookup.from_prediction else DraftSource.LOOKUP

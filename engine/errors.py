@@ -2,6 +2,7 @@
 
 MedusaError
 ├── ConfigError            a setting that cannot work; raised at start-up
+├── CaptureError           a decode step that cannot be captured; raised at start-up
 ├── ModelError             a model that cannot be served; raised at start-up
 │   ├── UnsupportedModelError    the architecture or feature is not covered
 │   ├── WeightsError             tensors missing, unexpected, or of a wrong shape
@@ -17,6 +18,7 @@ MedusaError
 from __future__ import annotations
 
 __all__ = [
+    "CaptureError",
     "ConfigError",
     "ContextLengthError",
     "EngineStoppedError",
@@ -38,6 +40,10 @@ class MedusaError(Exception):
 
 class ConfigError(MedusaError):
     """A setting, or a combination of settings, that cannot work."""
+
+
+class CaptureError(MedusaError):
+    """A decode step that cannot be captured as a CUDA graph; the text says what to do."""
 
 
 class ModelError(MedusaError):

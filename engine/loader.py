@@ -55,7 +55,7 @@ _LOOKUP_SHARE = 3
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to run, with its memory allocated."""
+    """A model ready to run, with its memory allocated; `captured`: its decode steps shall be CUDA graphs."""
 
     info: EngineInfo
     decoder: Decoder
@@ -67,6 +67,7 @@ class Loaded:
     generation_defaults: GenerationDefaults
     max_step_tokens: int
     prefix_caching: bool
+    captured: bool
 
 
 def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
@@ -189,6 +190,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         generation_defaults=load_generation_defaults(folder, config.generation_config),
         max_step_tokens=config.max_step_tokens,
         prefix_caching=config.prefix_caching,
+        captured=device.type == "cuda" and not config.enforce_eager,
     )
 
 
@@ -352,6 +354,8 @@ def _transient(
             device=device,
         )
         found = worst.measure()
+        if not config.enforce_eager:  # captured steps keep logits from one half of a step to the other
+            found += config.max_step_tokens * decoder.config.vocab_size * torch.float32.itemsize
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the model leaves no memory for a step of {config.max_step_tokens} tokens; "

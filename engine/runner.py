@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,29 +14,56 @@ from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import StepError
 from engine.logprobs import token_logprobs
-from engine.medusa.accept import Accepted
+from engine.medusa.accept import Accepted, accept
 from engine.medusa.draft import Draft, Drafter
 from engine.medusa.heads import HeadDrafter
-from engine.medusa.lookup import Lookup, Proposal
+from engine.medusa.lookup import Lookup
+from engine.medusa.tree import TreeShape
 from engine.model.decoder import Decoder
 from engine.sampler import Targets, draw, verify
 from engine.sampling_slots import SamplingSlots
 from engine.scheduler import Chunk
 from engine.types import Sequence, TokenLogprobs
 
-__all__ = ["NOT_FINITE", "Batch", "Prefilled", "Runner", "StepRow", "Verified"]
+__all__ = [
+    "NOT_FINITE",
+    "Batch",
+    "Prefilled",
+    "Results",
+    "Runner",
+    "StepRow",
+    "Verified",
+    "device_event",
+]
 
 NOT_FINITE = "the model computed values that are not finite; a wider dtype may help"
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The sequences of one decode step, their slots [B] int64 and lengths [B] int64."""
+    """The sequences of one decode step.
+
+    Args:
+        sequences: B of them.
+        shapes: of their trees.
+        slots: [B] int64.
+        lengths: [B] int64.
+        max_length: host upper bound of `lengths`.
+        predicted: for each row with a prediction, how many tokens that has.
+        adjusted: whether some of them use adjustments; None: as far as the host knows of any slot.
+        started: `time.perf_counter()` when it was put together.
+        begun: an event of that time on CUDA.
+    """
 
     sequences: list[Sequence]
+    shapes: list[TreeShape]
     slots: Tensor
     lengths: Tensor
     max_length: int
+    predicted: Mapping[int, int]
+    adjusted: bool | None = None
+    started: float = 0.0
+    begun: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +79,13 @@ class Verified:
     """What the forward pass over the trees gave.
 
     Args:
+        draft: the trees.
         hidden: [T, hidden], after the final norm, of the T valid nodes.
         logits: [T, vocab] float32.
         rows: [B, N] int64, flat pool rows of the nodes.
     """
 
+    draft: Draft
     hidden: Tensor
     logits: Tensor
     rows: Tensor
@@ -71,6 +102,8 @@ class StepRow:
         last: node at the accepted path's end.
         nodes: bit mask of the nodes that matched together with all their ancestors, root bit 0.
         tokens: what is emitted, length + 1 of them.
+        chain: what the lookup proposes for the next step.
+        kind: of the match that it follows.
     """
 
     sound: bool
@@ -78,6 +111,59 @@ class StepRow:
     last: int
     nodes: int
     tokens: list[int]
+    chain: list[int]
+    kind: int
+
+
+class Results:
+    """What the host reads of a step, on its way from the device from the moment this is made.
+
+    Args:
+        packed: [B, K] int64: finite, length, last, nodes, then D + 1 tokens, then kind, count and chain where
+            there is a lookup.
+        depth: D.
+        batch: whose step it was.
+    """
+
+    def __init__(self, packed: Tensor, depth: int, batch: Batch) -> None:
+        self._depth, self._begun = depth, batch.begun
+        self._ended: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            packed = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
+            self._ended = device_event()
+            self._ended.record()
+        self._packed = packed
+        self._seconds = time.perf_counter() - batch.started
+
+    @property
+    def seconds(self) -> float:
+        """What the step took; on CUDA, on the device. Waits for its end."""
+        if self._ended is None or self._begun is None:
+            return self._seconds
+        self._ended.synchronize()
+        return float(self._begun.elapsed_time(self._ended)) / 1000
+
+    def rows(self) -> list[StepRow]:
+        """One for each sequence. Waits for the step's end."""
+        if self._ended is not None:
+            self._ended.synchronize()
+        found, first = [], 5 + self._depth
+        for sound, length, last, nodes, *rest in self._packed.tolist():
+            kind, count = rest[first - 4 : first - 2] if len(rest) > first - 4 else (0, 0)
+            chain = rest[first - 2 : first - 2 + count]
+            found.append(StepRow(bool(sound), length, last, nodes, rest[: length + 1], chain, kind))
+        return found
+
+
+def _predicted(sequences: list[Sequence]) -> dict[int, int]:
+    """For each sequence with a prediction, how many tokens that has."""
+    lengths = (len(sequence.request.prediction_token_ids) for sequence in sequences)
+    return {row: length for row, length in enumerate(lengths) if length}
+
+
+def device_event() -> torch.cuda.Event:
+    """An event that tells the time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class Runner:
@@ -96,6 +182,7 @@ class Runner:
         eos_token_ids: the model's own.
         max_num_seqs: slots.
         max_model_len: longest sequence.
+        spare_slots: further slots, which no sequence gets.
     """
 
     def __init__(
@@ -109,22 +196,24 @@ class Runner:
         eos_token_ids: frozenset[int],
         max_num_seqs: int,
         max_model_len: int,
+        spare_slots: int = 0,
     ) -> None:
+        num_slots = max_num_seqs + spare_slots
         self._decoder, self._attention, self._pool = decoder, attention, pool
         self._device = pool.device
         self._drafter = Drafter(heads, self._device)
         self._table_length = -(-(max_model_len + MAX_TREE_NODES) // pool.block_size)
 
         def slots(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(max_num_seqs, *shape, dtype=dtype, device=self._device)
+            return torch.zeros(num_slots, *shape, dtype=dtype, device=self._device)
 
         self._root = slots(torch.int64)
         self._hidden = slots(pool.dtype, decoder.config.hidden_size)
         self._lengths = slots(torch.int64)
         self._tables = slots(torch.int64, self._table_length)
-        self._table_lengths = [0] * max_num_seqs
+        self._table_lengths = [0] * num_slots
         self._sampling = SamplingSlots(
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=num_slots,
             vocab_size=decoder.config.vocab_size,
             eos_token_ids=eos_token_ids,
             device=self._device,
@@ -132,7 +221,7 @@ class Runner:
         self._lookup = (
             Lookup(
                 size=lookup_size,
-                max_num_seqs=max_num_seqs,
+                max_num_seqs=num_slots,
                 max_tokens=max_model_len + MAX_TREE_NODES + 1,
                 device=self._device,
             )
@@ -183,18 +272,26 @@ class Runner:
 
     def clear(self, blocks: list[int]) -> None:
         """Zero the K/V of a failed sequence: a NaN left behind would spread to the blocks' next owner."""
-        self._pool.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
+        self._pool.clear(self._ids(blocks))
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The decode batch of `sequences`, their block tables brought up to date."""
+        started, begun = time.perf_counter(), None
+        if self._device.type == "cuda":
+            begun = device_event()
+            begun.record()
         for sequence in sequences:
             self._sync_table(sequence)
-        slots = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
+        slots = self._ids([sequence.slot for sequence in sequences])
         return Batch(
             sequences=sequences,
+            shapes=[TreeShape(sequence.head_nodes, sequence.lookup_nodes) for sequence in sequences],
             slots=slots,
             lengths=self._lengths[slots],
-            max_length=max(sequence.num_cached for sequence in sequences),
+            max_length=max(sequence.num_cached + sequence.in_flight for sequence in sequences),
+            predicted=_predicted(sequences),
+            started=started,
+            begun=begun,
         )
 
     def place(self, sequences: list[Sequence]) -> Batch:
@@ -205,15 +302,36 @@ class Runner:
             self._lengths[sequence.slot] = sequence.num_cached
         return self.batch(sequences)
 
+    def most_tokens(self, batch: Batch) -> list[int]:
+        """The most tokens that each sequence may emit in the step."""
+        return [self._drafter.depth(shape) + 1 for shape in batch.shapes]
+
+    def parents(self, shape: TreeShape) -> list[int]:
+        """The parent of each node of such a tree; 0 for the root."""
+        return self._drafter.parents(shape)
+
+    @torch.inference_mode()
+    def draft_forward(self, batch: Batch) -> Verified:
+        """The step's first half. What the host has to say of its logits fits between the two."""
+        return self.forward(batch, self.draft(batch))
+
+    @torch.inference_mode()
+    def targets_accept_compact(self, batch: Batch, verified: Verified) -> Results:
+        """The step's second half, and what the lookup proposes for the next step."""
+        draft = verified.draft
+        targets = self.targets(batch, draft, verified.logits)
+        accepted = accept(draft.tokens, targets, draft.topology)
+        self.compact(batch, verified, accepted)
+        return Results(self.report(batch, accepted), draft.topology.max_depth, batch)
+
     @torch.inference_mode()
     def draft(self, batch: Batch) -> Draft:
-        """Candidates for the next tokens: each sequence's tree of `num_nodes` nodes; 1 is plain decoding."""
+        """Candidates for the next tokens: a tree for each sequence; one of one node is plain decoding."""
         return self._drafter.draft(
             root=self._root[batch.slots],
             hidden=self._hidden[batch.slots],
             chain=self._lookup.tokens[batch.slots] if self._lookup is not None else None,
-            head_nodes=[sequence.head_nodes for sequence in batch.sequences],
-            lookup_nodes=[sequence.lookup_nodes for sequence in batch.sequences],
+            shapes=batch.shapes,
         )
 
     @torch.inference_mode()
@@ -229,11 +347,12 @@ class Runner:
             ancestors=topology.ancestors,
             index=draft.index,
             depths=topology.depths,
+            valid=topology.valid if draft.padded else None,
         )
         self._attention.plan(attention_input, self._pool)
         positions = draft.rows(batch.lengths.unsqueeze(1) + topology.depths)
         hidden = self._decoder(draft.rows(draft.tokens), positions, self._attention)
-        return Verified(hidden=hidden, logits=self._decoder.logits(hidden), rows=attention_input.rows)
+        return Verified(draft, hidden, self._decoder.logits(hidden), attention_input.rows)
 
     @torch.inference_mode()
     def targets(self, batch: Batch, draft: Draft, logits: Tensor) -> Targets:
@@ -242,7 +361,7 @@ class Runner:
         return verify(logits, draft.row_of, draft.tokens, draft.topology, rows)
 
     @torch.inference_mode()
-    def compact(self, batch: Batch, draft: Draft, verified: Verified, accepted: Accepted) -> None:
+    def compact(self, batch: Batch, verified: Verified, accepted: Accepted) -> None:
         """Move accepted K/V rows behind the prefix and carry the state over to the next step."""
         depth = torch.arange(accepted.path.shape[1], device=self._device)
         if len(depth) > 1:
@@ -251,53 +370,60 @@ class Runner:
             source_rows = verified.rows.gather(1, accepted.path)
             target_rows = verified.rows.gather(1, target)
             self._pool.move(source_rows[:, 1:].flatten(), target_rows[:, 1:].flatten())
-        last_row = draft.row_of.gather(1, accepted.last.unsqueeze(1)).squeeze(1)
+        last_row = verified.draft.row_of.gather(1, accepted.last.unsqueeze(1)).squeeze(1)
         advance = accepted.length + 1
         self._root[batch.slots] = accepted.next_root
         self._hidden[batch.slots] = verified.hidden[last_row]
         self._lengths[batch.slots] = batch.lengths + advance
-        self._sampling.advance(batch.slots, accepted.tokens, advance)
+        self._sampling.advance(batch.slots, accepted.tokens, advance, adjusted=batch.adjusted)
         if self._lookup is not None:
             self._lookup.append(batch.slots, batch.lengths + 1, accepted.tokens, advance)
 
     @torch.inference_mode()
-    def report(self, batch: Batch, accepted: Accepted) -> list[StepRow]:
-        """The step's results on the host, in one copy."""
+    def report(self, batch: Batch, accepted: Accepted) -> Tensor:
+        """What the host reads of the step, and the lookup's chain for the next one; see `Results`."""
         finite = self._hidden[batch.slots].isfinite().all(1)
-        columns = (finite.long(), accepted.length, accepted.last, accepted.nodes, accepted.tokens)
-        rows = torch.column_stack(columns).tolist()
-        return [
-            StepRow(bool(sound), length, last, nodes, tokens[: length + 1])
-            for sound, length, last, nodes, *tokens in rows
-        ]
+        columns = [finite.long(), accepted.length, accepted.last, accepted.nodes, accepted.tokens]
+        if self._lookup is not None:
+            proposal = self._lookup.propose(
+                batch.slots,
+                batch.lengths + accepted.length + 1,
+                max_length=batch.max_length + accepted.path.shape[1],
+                predicted=batch.predicted,
+            )
+            columns += [proposal.kind, proposal.count, proposal.tokens]
+        return torch.column_stack(columns)
 
     @torch.inference_mode()
-    def propose(self, sequences: list[Sequence]) -> list[tuple[list[int], int]]:
-        """The lookup chain of each sequence's next step, and the kind of its match."""
+    def propose(self, sequence: Sequence) -> tuple[list[int], int]:
+        """The lookup chain of a sequence's first decode step, and the kind of its match."""
         if self._lookup is None:
             raise ValueError("there is no lookup")
-        slots = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
-        proposal: Proposal = self._lookup.propose(
+        slots = self._ids([sequence.slot])
+        proposal = self._lookup.propose(
             slots,
             self._lengths[slots],
-            max_length=max(sequence.num_cached for sequence in sequences),
-            predicted={
-                row: length
-                for row, sequence in enumerate(sequences)
-                if (length := len(sequence.request.prediction_token_ids))
-            },
+            max_length=sequence.num_cached,
+            predicted=_predicted([sequence]),
         )
-        rows = torch.column_stack((proposal.kind, proposal.count, proposal.tokens)).tolist()
-        return [(chain[:count], kind) for kind, count, *chain in rows]
+        [[kind, count, *chain]] = torch.column_stack(
+            (proposal.kind, proposal.count, proposal.tokens)
+        ).tolist()
+        return chain[:count], kind
 
     @torch.inference_mode()
     def logprobs(
-        self, draft: Draft, verified: Verified, accepted: Accepted, row: int, num_top: int
+        self, verified: Verified, row: int, path: list[int], tokens: list[int], num_top: int
     ) -> list[TokenLogprobs]:
-        """Raw log-probabilities of what sequence `row` of the batch emits in this step."""
-        count = int(accepted.length[row]) + 1
-        nodes = draft.row_of[row].index_select(0, accepted.path[row, :count])
-        return token_logprobs(verified.logits[nodes], accepted.tokens[row, :count], num_top)
+        """Raw log-probabilities of the tokens that sequence `row` of the batch emits along a path."""
+        nodes = verified.draft.row_of[row][self._ids(path)]
+        return token_logprobs(verified.logits[nodes], self._ids(tokens), num_top)
+
+    def _ids(self, values: list[int]) -> Tensor:
+        """int64 on the device, without waiting for it."""
+        if self._device.type == "cpu":
+            return torch.tensor(values)
+        return torch.tensor(values, pin_memory=True).to(self._device, non_blocking=True)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Append those of the prompt tokens that this chunk's rows predict."""
@@ -325,9 +451,13 @@ class Runner:
         ancestors: Tensor | None = None,
         index: Tensor | None = None,
         depths: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> AttentionInput:
         tables = self._tables[slots]
-        row = lengths.unsqueeze(1) + torch.arange(num_rows, device=self._device)
+        column = torch.arange(num_rows, device=self._device)
+        if valid is not None:  # a node that is not repeats its root, and writes the same to the same row
+            column = torch.where(valid, column, 0)
+        row = lengths.unsqueeze(1) + column
         block_size = self._pool.block_size
         # A node that is not valid may lie past the sequence's last block; it is never written.
         block = (row // block_size).clamp(max=self._table_length - 1)
@@ -356,5 +486,5 @@ class Runner:
         known = self._table_lengths[sequence.slot]
         if added := sequence.blocks[known:]:
             row = self._tables[sequence.slot]
-            row[known : known + len(added)] = torch.tensor(added, device=self._device)
+            row[known : known + len(added)] = self._ids(added)
             self._table_lengths[sequence.slot] = len(sequence.blocks)

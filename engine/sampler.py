@@ -292,7 +292,7 @@ def verify_greedy(best: Tensor, tokens: Tensor, topology: Topology) -> Targets:
     """`verify` where every row is greedy and nothing adjusts the logits; best [B, N] are their argmax."""
     drawn = torch.where(topology.valid, best, -1)
     matched = topology.valid & (tokens == drawn.gather(1, topology.parents))
-    matched[:, 0] = True
+    matched[:, 0].fill_(True)
     return Targets(tokens=drawn, matched=matched)
 
 
@@ -338,9 +338,9 @@ def verify_all(logits: Tensor, tokens: Tensor, topology: Topology, rows: Samplin
         typical = (rows.typical.asked & (rows.temperature > 0)).unsqueeze(1)
         follows = torch.where(typical, child_p > threshold, follows)
         log_p = torch.where(topology.valid & follows & typical, child_p.log(), 0.0)
-        log_p[:, 0] = 0.0
+        log_p[:, 0].zero_()
     matched = topology.valid & follows & ~short
-    matched[:, 0] = True
+    matched[:, 0].fill_(True)
     return Targets(tokens=drawn, matched=matched, log_p=log_p)
 
 

@@ -109,6 +109,7 @@ class Scheduler:
         self._max_tree_nodes = max_tree_nodes
         self._free_slots = list(range(min(max_num_seqs, max_step_tokens) - 1, -1, -1))
         self._chains: dict[Sequence, _Chain] = {}
+        self._ended: list[Sequence] = []  # taken out while a step that holds them is under way
         self.waiting: deque[Sequence] = deque()  # by rank
         self.running: list[Sequence] = []  # by admission
         self.preemptions = 0
@@ -129,8 +130,14 @@ class Scheduler:
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a finished, aborted or failed sequence out and free what it held."""
-        if sequence.slot >= 0:
+        """Take a finished, aborted or failed sequence out and free what it held.
+
+        What a step under way may still write to is freed by `release_ended`.
+        """
+        if sequence.in_flight:
+            self.running.remove(sequence)
+            self._ended.append(sequence)
+        elif sequence.slot >= 0:
             self.running.remove(sequence)
             self._give_back(sequence)
         else:
@@ -138,14 +145,52 @@ class Scheduler:
         del self._chains[sequence]
         sequence.state = SequenceState.FINISHED
 
+    def release_ended(self) -> None:
+        """Free what removed sequences held, as far as no step under way holds them."""
+        for sequence in [sequence for sequence in self._ended if not sequence.in_flight]:
+            self._ended.remove(sequence)
+            self._give_back(sequence)
+
     def plan(self) -> Plan:
-        """Choose the next step's work and reserve its blocks.
+        """Choose the next step's work and reserve its blocks; no step is under way.
 
         Raises:
             RuntimeError: the chooser broke its promise.
         """
         plan = Plan()
-        self._plan_decode(plan)
+        ready = self._choose()
+        for sequence in ready:  # admission order: the earliest reserves first
+            if sequence.slot < 0:
+                continue  # given up for an earlier one a moment ago
+            if self._blocks.grow(sequence.blocks, sequence.num_cached + sequence.num_nodes):
+                continue
+            sequence.head_nodes = sequence.lookup_nodes = 0
+            while not self._blocks.grow(sequence.blocks, sequence.num_cached + 1):
+                victim = max(self.running, key=lambda candidate: candidate.rank)
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+        plan.decode = [sequence for sequence in ready if sequence.slot >= 0]
+        self._plan_prefill(plan)
+        return plan
+
+    def plan_ahead(self) -> Plan | None:
+        """`plan` while a step is under way whose outcome is not known.
+
+        Each of its sequences gets blocks as if it emitted the most it can, and waits for the outcome if that
+        might end it.
+
+        Returns:
+            None where blocks are too few: somebody may have to give some up, which nobody under way can.
+
+        Raises:
+            RuntimeError: the chooser broke its promise.
+        """
+        plan = Plan(decode=self._choose())
+        for sequence in plan.decode:
+            most = sequence.num_cached + sequence.in_flight + sequence.num_nodes
+            if not self._blocks.grow(sequence.blocks, most):
+                return None
         self._plan_prefill(plan)
         return plan
 
@@ -178,34 +223,27 @@ class Scheduler:
         """Raises RuntimeError if a block is lost, or owned by other than the running sequences."""
         self._blocks.check()
         self._cache.check()
-        owners = Counter(block for sequence in self.running for block in sequence.blocks)
+        holders = (*self.running, *self._ended)
+        owners = Counter(block for sequence in holders for block in sequence.blocks)
         if len(owners) != self._blocks.used or any(self._blocks.owners(b) != n for b, n in owners.items()):
             raise RuntimeError(
                 f"{self._blocks.used} K/V blocks are owned, {len(owners)} by running sequences"
             )
 
-    def _plan_decode(self, plan: Plan) -> None:
-        ready = [sequence for sequence in self.running if sequence.state is SequenceState.DECODE]
-        if not ready:
-            return
+    def _choose(self) -> list[Sequence]:
+        """The sequences to decode, in order of admission, their trees chosen."""
+        ready = [
+            sequence
+            for sequence in self.running
+            if sequence.state is SequenceState.DECODE and sequence.remaining > sequence.in_flight
+        ]
         if self._chooser is None:
             for sequence in ready:
                 sequence.head_nodes = sequence.lookup_nodes = 0
-        else:
+        elif ready:
             self._chooser.choose(ready)
             self._check_trees(ready)
-        for sequence in ready:  # admission order: the earliest reserves first
-            if sequence.slot < 0:
-                continue  # given up for an earlier one a moment ago
-            if self._blocks.grow(sequence.blocks, sequence.num_cached + sequence.num_nodes):
-                continue
-            sequence.head_nodes = sequence.lookup_nodes = 0
-            while not self._blocks.grow(sequence.blocks, sequence.num_cached + 1):
-                victim = max(self.running, key=lambda candidate: candidate.rank)
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-        plan.decode = [sequence for sequence in ready if sequence.slot >= 0]
+        return ready
 
     def _check_trees(self, sequences: list[Sequence]) -> None:
         rows = sum(sequence.num_nodes for sequence in sequences)

@@ -361,6 +361,7 @@ class Sequence:
         num_reused: of its first prefill, tokens whose K/V another sequence had left.
         head_nodes: nodes of the heads' branch in the step being planned.
         lookup_nodes: nodes of the lookup branch in the step being planned.
+        in_flight: most tokens that steps under way may still emit; 0 where none holds it.
         lookup: what the lookup branch may draft next.
         prompt_logprobs: of the prompt tokens prefilled so far, where asked for.
         queue_s: seconds from the request's arrival to its first slot; below 0 before.
@@ -380,6 +381,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     head_nodes: int = 0
     lookup_nodes: int = 0
+    in_flight: int = 0
     lookup: LookupState = field(default_factory=LookupState)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     queue_s: float = -1.0

@@ -10,10 +10,10 @@ import torch
 
 from engine.cache.blocks import BlockManager
 from engine.config import MAX_TREE_NODES
-from engine.medusa.accept import accept
+from engine.graphs import CapturedRunner
 from engine.medusa.adaptive import StepTimes, considered_sizes
 from engine.medusa.draft import Draft, Drafter
-from engine.medusa.tree import Tree
+from engine.medusa.tree import Tree, TreeShape
 from engine.runner import Runner
 from engine.types import Request, SamplingParams, Sequence
 
@@ -49,7 +49,7 @@ def measure(
     """Time decode steps of made-up sequences, which leave nothing behind.
 
     Args:
-        runner: all of its slots are free.
+        runner: all of its slots are free. If it has captured steps, they are what is timed.
         blocks: the pool's books; all blocks are free.
         heads: the heads' tree; None without heads.
         max_num_seqs: slots.
@@ -61,35 +61,69 @@ def measure(
     """
     started = time.monotonic()
     context = max(1, min(_CONTEXT, max_model_len // 2))
+    buckets = runner.buckets if isinstance(runner, CapturedRunner) else None
     most_rows = min(_MOST_ROWS, max_step_tokens)
     points: dict[int, list[tuple[int, float]]] = {}
     drafts: dict[int, list[float]] = {}
     padding: dict[int, float] = {}
-    for batch in _BATCHES:
+    for batch in _BATCHES if buckets is None else buckets.batches:
         sequences = _sequences(blocks, batch, context) if batch <= max_num_seqs else None
         if sequences is None:
             break
-        shapes = [nodes for nodes in _NODES if nodes == 1 or batch * nodes <= most_rows]
-        best = dict.fromkeys(shapes, float("inf"))
-        cost = dict.fromkeys(considered_sizes(heads), float("inf"))
-        ragged = float("inf")
-        for _ in range(_ROUNDS):
-            for nodes in shapes:
-                best[nodes] = min(best[nodes], _step(runner, sequences, [nodes] * batch))
-            if batch > 1:
-                ragged = min(ragged, _step(runner, sequences, [_RAGGED, *[1] * (batch - 1)]))
-            for size in cost:
-                cost[size] = min(cost[size], _draft(runner, sequences, size))
-        points[batch] = [(batch * nodes, best[nodes]) for nodes in shapes]
-        drafts[batch] = list(cost.values())
-        if batch > 1:
-            rows = batch + _RAGGED - 1
-            even = float(np.interp(rows, [float(r) for r, _ in points[batch]], [t for _, t in points[batch]]))
-            padding[batch] = max(0.0, ragged - even) / (batch * _RAGGED - rows)
+        sizes = considered_sizes(heads)
+        if isinstance(runner, CapturedRunner):
+            points[batch], drafts[batch] = _captured(runner, sequences, sizes)
+        else:
+            points[batch], drafts[batch], padding[batch] = _eager(runner, sequences, sizes, most_rows)
         for sequence in reversed(sequences):  # so that the free list ends as it began
             blocks.release(sequence.blocks)
     log.info("measured decode steps of up to %d sequences in %.1f s", max(points), time.monotonic() - started)
-    return StepTimes(points, drafts, padding, context)
+    return StepTimes(points, drafts, padding, context, buckets)
+
+
+def _eager(
+    runner: Runner, sequences: list[Sequence], sizes: list[int], most_rows: int
+) -> tuple[list[tuple[int, float]], list[float], float]:
+    """(rows, seconds) points, seconds of drafting each size of the heads' branch, and of a padded cell."""
+    batch = len(sequences)
+    shapes = [nodes for nodes in _NODES if nodes == 1 or batch * nodes <= most_rows]
+    best = dict.fromkeys(shapes, float("inf"))
+    cost = dict.fromkeys(sizes, float("inf"))
+    ragged = float("inf")
+    for _ in range(_ROUNDS):
+        for nodes in shapes:
+            best[nodes] = min(best[nodes], _step(runner, sequences, [nodes] * batch))
+        if batch > 1:
+            ragged = min(ragged, _step(runner, sequences, [_RAGGED, *[1] * (batch - 1)]))
+        for size in cost:
+            cost[size] = min(cost[size], _draft(runner, sequences, size))
+    points = [(batch * nodes, best[nodes]) for nodes in shapes]
+    padding = 0.0
+    if batch > 1:
+        rows = batch + _RAGGED - 1
+        even = float(np.interp(rows, [float(r) for r, _ in points], [t for _, t in points]))
+        padding = max(0.0, ragged - even) / (batch * _RAGGED - rows)
+    return points, list(cost.values()), padding
+
+
+def _captured(
+    runner: CapturedRunner, sequences: list[Sequence], sizes: list[int]
+) -> tuple[list[tuple[int, float]], list[float]]:
+    """(rows, seconds) points of a batch's buckets, and seconds of drafting each size of the heads' branch."""
+    batch = len(sequences)
+    plain: dict[int, float] = {}
+    drafting: dict[int, float] = {1: 0.0}
+    for nodes in (nodes for size, nodes in sorted(runner.buckets) if size == batch):
+        took = {
+            heads: min(_replay(runner, sequences, nodes, heads) for _ in range(_ROUNDS))
+            for heads in runner.drafts(nodes)
+        }
+        plain[nodes] = min(took.values())
+        # Where there is no step without the heads, drafting is part of every step of that size.
+        drafting[nodes] = max(0.0, took.get(True, plain[nodes]) - took.get(False, plain[nodes]))
+    known, seconds = zip(*sorted(drafting.items()), strict=True)
+    costs = [float(np.interp(1 + size, known, seconds)) if size else 0.0 for size in sizes]
+    return [(batch * nodes, plain[nodes]) for nodes in sorted(plain)], costs
 
 
 def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence] | None:
@@ -115,19 +149,24 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: list[int]) -> float:
     draft = _chains(batch.slots, nodes)
     _wait(batch.slots.device)
     start = time.perf_counter()
-    verified = runner.forward(batch, draft)
-    targets = runner.targets(batch, draft, verified.logits)
-    accepted = accept(draft.tokens, targets, draft.topology)
-    runner.compact(batch, draft, verified, accepted)
-    runner.report(batch, accepted)
+    runner.targets_accept_compact(batch, runner.forward(batch, draft)).rows()
     return time.perf_counter() - start
+
+
+def _replay(runner: CapturedRunner, sequences: list[Sequence], nodes: int, heads: bool) -> float:
+    """Seconds of a captured step of so many nodes each."""
+    batch = runner.place(sequences)
+    _wait(batch.slots.device)
+    results = runner.targets_accept_compact(batch, runner.replay(batch, (len(sequences), nodes), heads=heads))
+    results.rows()
+    return results.seconds
 
 
 def _chains(slots: torch.Tensor, nodes: list[int]) -> Draft:
     root = torch.zeros_like(slots)
     chain = root.unsqueeze(1).expand(-1, max(nodes) - 1)
-    lengths = [count - 1 for count in nodes]
-    return Drafter(None, slots.device).draft(root, root, chain, [0] * len(nodes), lengths)
+    shapes = [TreeShape(0, count - 1) for count in nodes]
+    return Drafter(None, slots.device).draft(root, root, chain, shapes)
 
 
 def _draft(runner: Runner, sequences: list[Sequence], head_nodes: int) -> float:

@@ -18,7 +18,9 @@ from transformers import (
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.graphs import RecordedGraph
 from engine.loader import load
+from engine.medusa.buckets import Buckets
 from engine.types import Request, SamplingParams, TokenDelta
 
 
@@ -81,9 +83,30 @@ def save_random_heads(
     return file
 
 
+MODE: dict[str, bool] = {"captured": False, "ahead": False, "cuda": False}
+"""How `make_engine` runs its engines: tests that are to hold for several ways set it in a fixture."""
+
+
 def make_engine(folder: Path, **settings: Any) -> Engine:
     values = {"max_num_seqs": 8, "block_size": 4, "device": "cpu"}
-    return Engine(load(EngineConfig(model=str(folder), **(values | settings)), progress=False))
+    if MODE["cuda"]:
+        values |= {"device": "cuda", "dtype": "float32", "enforce_eager": not MODE["captured"]}
+        if not settings.keys() & {"kv_cache_tokens", "kv_cache_bytes"}:
+            values["kv_cache_tokens"] = 16384
+    elif MODE["captured"]:
+        values["attention"] = "sdpa"  # the CPU's own asks for lengths
+    loaded = load(EngineConfig(model=str(folder), **(values | settings)), progress=False)
+    if not MODE["captured"]:
+        return Engine(loaded, ahead=MODE["ahead"])
+    size, slots = loaded.info.tree_size, loaded.info.max_num_seqs
+    buckets = Buckets(  # a few take less time
+        tuple(sorted({1, min(4, slots), slots})),
+        tuple(sorted({1, min(8, size), size})),
+        loaded.max_step_tokens,
+    )
+    if MODE["cuda"]:
+        return Engine(loaded, buckets=buckets)
+    return Engine(loaded, ahead=MODE["ahead"], graph=RecordedGraph, buckets=buckets)
 
 
 _continuations: dict[tuple[LlamaForCausalLM, tuple[int, ...]], list[int]] = {}

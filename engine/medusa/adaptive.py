@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import MAX_TREE_NODES
+from engine.medusa.buckets import Buckets
 from engine.medusa.lookup import NUM_KINDS
-from engine.medusa.tree import Tree
+from engine.medusa.tree import Tree, TreeShape
 from engine.types import LookupState, Sequence
 
 __all__ = [
     "AdaptiveTree",
+    "Expected",
     "FixedTree",
     "HeadRecord",
     "LookupRecord",
@@ -73,7 +75,8 @@ class TreeCaps:
 
     def apply(self, sequence: Sequence, head_nodes: int, lookup_nodes: int) -> None:
         """Set the sequence's nodes for this step to these, or to fewer."""
-        useful = sequence.remaining - 1  # the last token is the draw at the path's end
+        # The last token is the draw at the path's end.
+        useful = sequence.remaining - sequence.in_flight - 1
         if useful < len(self._first_deeper):
             head_nodes = min(head_nodes, self._first_deeper[useful])
         room = MAX_TREE_NODES - 1 - head_nodes
@@ -93,16 +96,27 @@ class FixedTree:
         heads: the heads' tree; None without heads.
         lookup: most nodes of the lookup chain, 0 without.
         max_step_tokens: bound on sequences times nodes.
+        buckets: of captured steps, which trees do not outgrow; None without.
     """
 
-    def __init__(self, size: int, heads: Tree | None, lookup: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        heads: Tree | None,
+        lookup: int,
+        max_step_tokens: int,
+        buckets: Buckets | None = None,
+    ) -> None:
         self._size, self._lookup, self._max_step_tokens = size, lookup, max_step_tokens
+        self._buckets = buckets
         self._most_heads = heads.size - 1 if heads is not None else 0
         self._caps = TreeCaps([len(path) for path in heads.paths] if heads is not None else [])
 
     def choose(self, sequences: list[Sequence]) -> None:
         """Set each sequence's nodes."""
         nodes = min(self._size, max(1, self._max_step_tokens // len(sequences))) - 1
+        if self._buckets is not None:
+            nodes = min(nodes, self._buckets.most_nodes(len(sequences)) - 1)
         lookup = min(self._lookup, nodes // 3 if self._most_heads else nodes)
         for sequence in sequences:
             self._caps.apply(sequence, min(self._most_heads, nodes - lookup), lookup)
@@ -228,6 +242,7 @@ class StepTimes:
         padding: for each batch bucket, seconds a cell of the grid takes that holds no node: where trees
             differ in size, attention works on as many nodes for each sequence as the largest tree has.
         context: of the measured sequences, in tokens; padding costs in proportion to it.
+        buckets: of captured steps, which take what their bucket takes; None without.
     """
 
     _RATE = 0.05
@@ -238,7 +253,9 @@ class StepTimes:
         draft: dict[int, list[float]],
         padding: dict[int, float] | None = None,
         context: int = 128,
+        buckets: Buckets | None = None,
     ) -> None:
+        self._grid = buckets
         self._padding, self._context = padding or {}, context
         self._buckets = sorted(measured)
         measured = {b: _with_a_slope(b, measured) for b in self._buckets}
@@ -262,9 +279,17 @@ class StepTimes:
         np.maximum(found, 0.1 * values[0], out=found)
         return found
 
+    def rows(self, batch: int, rows: Array, largest: Array) -> Array:
+        """Rows that are computed for so many nodes in all, and so many of the largest tree."""
+        return rows if self._grid is None else self._grid.rows(batch, largest)
+
     def padding(self, batch: int, context: int) -> float:
         """Seconds for each cell of the grid that holds no node."""
         return self._padding.get(self._bucket(batch), 0.0) * max(1.0, context / self._context)
+
+    def widens(self, batch: int, context: int) -> bool:
+        """Whether one large tree costs something for every sequence of its batch."""
+        return self._grid is not None or self.padding(batch, context) > 0.0
 
     def outside(self, batch: int) -> float:
         """Seconds of a step besides what is timed: drafting, forward pass, and all to the accepted tokens."""
@@ -346,6 +371,21 @@ class _Explored:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What was expected of a step when its trees were chosen.
+
+    Args:
+        plain_s: seconds that plain decoding would take.
+        draft_s: seconds of drafting.
+        beyond: tokens that the lookup adds to the heads'.
+    """
+
+    plain_s: float = 0.0
+    draft_s: float = 0.0
+    beyond: float = 0.0
+
+
 class AdaptiveTree:
     """`tree: auto`.
 
@@ -375,11 +415,9 @@ class AdaptiveTree:
         # Lookup nodes accepted deeper than the heads', and how many that should have been: where the heads
         # are right the chain often is too, which multiplying their chances overlooks.
         self._beyond = np.array([8.0, 8.0])
-        self._predicted_beyond = 0.0
-        self._predicted_draft = 0.0
         self._batch, self._outside = 0, 0.0
-        self.plain_seconds = 0.0
-        """What plain decoding would take for the step chosen last, as far as is known."""
+        self.expected = Expected()
+        """Of the step chosen last."""
 
     @property
     def explored_steps(self) -> int:
@@ -398,7 +436,6 @@ class AdaptiveTree:
         count = np.arange(gains.shape[1] + 1)
         deepest = _from_none(np.maximum.accumulate(depth, axis=1))
         rows, seconds = self._seconds(batch, context, sizes, drafts, count, deepest)
-        self.plain_seconds = float(seconds[0, 0])
         rate = self._rate(batch, rows, tokens, seconds)
         rate[0, 0] *= _MARGIN
 
@@ -408,38 +445,49 @@ class AdaptiveTree:
             choice = self._current
         self._current = choice
         choice = self._explore(choice, rate, seconds)
-        if batch > 1 and self._times.padding(batch, context):
+        if batch > 1 and self._times.widens(batch, context):
             chains = self._bounded(batch, context, choice, from_heads[choice], gains[choice], depth[choice])
         else:
             chains = count[:-1] < int(rate[choice].argmax())
         counts = np.bincount(owner[choice, chains], minlength=batch)
         for sequence, count in zip(sequences, counts, strict=True):
             self._caps.apply(sequence, int(self._sizes[choice]), int(count))
-        self._predicted_draft = float(self._times.draft(batch)[choice])
-        self._predicted_beyond = float(gains[choice, chains].sum())
+        self.expected = Expected(
+            plain_s=float(seconds[0, 0]),
+            draft_s=float(self._times.draft(batch)[choice]),
+            beyond=float(gains[choice, chains].sum()),
+        )
 
-    def observe(self, sequences: list[Sequence], accepted: list[int], seconds: float) -> None:
-        """Learn from the step just run.
+    def observe(
+        self,
+        shapes: list[TreeShape],
+        accepted: list[int],
+        seconds: float,
+        *,
+        context: int,
+        expected: Expected,
+    ) -> None:
+        """Learn from a step.
 
         Args:
-            sequences: its batch, each with the nodes it had in the step.
+            shapes: of its trees.
             accepted: for each, the bit mask of nodes accepted with all their ancestors.
             seconds: what the step took.
+            context: tokens of its longest sequence.
+            expected: `self.expected` when it was chosen.
         """
-        rows = sum(sequence.num_nodes for sequence in sequences)
-        context = max(sequence.num_cached for sequence in sequences)
-        cells = len(sequences) * max(sequence.num_nodes for sequence in sequences) - rows
-        other_s = self._predicted_draft + cells * self._times.padding(len(sequences), context)
-        self._times.observe(len(sequences), context, rows, seconds, other_s)
+        batch = len(shapes)
+        rows, largest = sum(s.num_nodes for s in shapes), max(s.num_nodes for s in shapes)
+        other_s = expected.draft_s + (batch * largest - rows) * self._times.padding(batch, context)
+        computed = self._times.rows(batch, np.array([float(rows)]), np.array([float(largest)]))
+        self._times.observe(batch, context, int(computed[0]), seconds, other_s)
         self._explored.all_steps += 1
         self._explored.all_seconds += seconds
-        nodes = max(sequence.head_nodes for sequence in sequences)
+        nodes = max(shape.head_nodes for shape in shapes)
         if self._heads is None or nodes == 0:
             return
-        self._count_beyond(sequences, accepted)
-        whole = [
-            mask for sequence, mask in zip(sequences, accepted, strict=True) if sequence.head_nodes == nodes
-        ]
+        self._count_beyond(shapes, accepted, expected.beyond)
+        whole = [mask for shape, mask in zip(shapes, accepted, strict=True) if shape.head_nodes == nodes]
         self._heads.observe(nodes, whole)
 
     def observe_outside(self, seconds: float, *, last: bool) -> None:
@@ -457,7 +505,7 @@ class AdaptiveTree:
         chains: Array | Counts,
         deepest: Array | Counts,
     ) -> tuple[Array, Array]:
-        """Rows and seconds of steps, up to the accepted tokens; arguments are broadcast.
+        """Computed rows and seconds of steps, up to the accepted tokens; arguments are broadcast.
 
         Args:
             heads: nodes of the heads' branch, of each sequence.
@@ -466,8 +514,10 @@ class AdaptiveTree:
             deepest: of these, those of the longest chain.
         """
         rows: Array = np.asarray(batch * (1.0 + heads) + chains, dtype=np.float64)
-        padding = self._times.padding(batch, context) * (batch * (1.0 + heads + deepest) - rows)
-        return rows, self._times.predict(batch, context, rows) + drafts + padding
+        largest: Array = np.asarray(1.0 + heads + deepest, dtype=np.float64)
+        padding = self._times.padding(batch, context) * (batch * largest - rows)
+        computed = self._times.rows(batch, rows, largest)
+        return computed, self._times.predict(batch, context, computed) + drafts + padding
 
     def _rate(self, batch: int, rows: Array, tokens: Array, seconds: Array) -> Array:
         """Tokens per second; 0 where a step has more rows than it may."""
@@ -518,19 +568,19 @@ class AdaptiveTree:
         owner, depth = order // survival.shape[1], order % survival.shape[1] + 1
         return np.take_along_axis(gains, order, axis=1), owner, depth
 
-    def _count_beyond(self, sequences: list[Sequence], accepted: list[int]) -> None:
+    def _count_beyond(self, shapes: list[TreeShape], accepted: list[int], predicted: float) -> None:
         """How much deeper the chains went than the heads, against what was expected of them."""
         assert self._heads is not None
         beyond = 0
-        for sequence, mask in zip(sequences, accepted, strict=True):
+        for shape, mask in zip(shapes, accepted, strict=True):
             bits = mask & 0xFFFF_FFFF_FFFF_FFFF
-            first_chain = 1 + sequence.head_nodes
+            first_chain = 1 + shape.head_nodes
             chain = (bits >> first_chain).bit_count()
             by_heads = max(
                 (self._heads.depths[i - 1] for i in range(1, first_chain) if bits >> i & 1), default=0
             )
             beyond += max(0, chain - by_heads)
-        self._beyond = 0.98 * self._beyond + (beyond, self._predicted_beyond)
+        self._beyond = 0.98 * self._beyond + (beyond, predicted)
 
     def _explore(self, choice: int, rate: Array, seconds: Array) -> int:
         """The choice, or now and then a larger one that the budget affords."""

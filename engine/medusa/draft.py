@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.config import MAX_TREE_NODES
 from engine.medusa.heads import HeadDrafter
-from engine.medusa.tree import Topology, Tree
+from engine.medusa.tree import Topology, Tree, TreeShape
 
 __all__ = ["Draft", "Drafter"]
 
@@ -30,12 +32,14 @@ class Draft:
         topology: the shapes.
         index: [T] int64, the valid nodes in the flattened grid; None where all B * N are.
         row_of: [B, N] int64, the row of each valid node; any row for the others.
+        padded: all B * N nodes are computed, also those that are not valid; they repeat their root.
     """
 
     tokens: Tensor
     topology: Topology
     index: Tensor | None
     row_of: Tensor
+    padded: bool = False
 
     def rows(self, grid: Tensor) -> Tensor:
         """From [B, N, ...] to [T, ...]: what belongs to the computed nodes."""
@@ -53,81 +57,123 @@ class Drafter:
 
     def __init__(self, heads: HeadDrafter | None, device: torch.device) -> None:
         self._heads, self._device = heads, device
-        self._topologies: dict[tuple[int, int, torch.device], Topology] = {}
+        self._topologies: dict[tuple[TreeShape, torch.device], Topology] = {}
+        self._columns: dict[TreeShape, NDArray[np.int64]] = {}
 
-    def draft(
-        self,
-        root: Tensor,
-        hidden: Tensor,
-        chain: Tensor | None,
-        head_nodes: Sequence[int],
-        lookup_nodes: Sequence[int],
-    ) -> Draft:
+    def draft(self, root: Tensor, hidden: Tensor, chain: Tensor | None, shapes: Sequence[TreeShape]) -> Draft:
         """Trees for B sequences.
 
         Args:
             root: [B] int64.
             hidden: [B, hidden], the states the roots were drawn from.
             chain: [B, D] int64, what the lookup proposes; may be None where no lookup_nodes are wanted.
-            head_nodes: nodes of the heads' branch for each sequence.
-            lookup_nodes: nodes of the lookup chain for each sequence, at most D.
+            shapes: of each sequence's tree, with at most D lookup_nodes.
         """
-        most_heads, most_lookup = max(head_nodes), max(lookup_nodes)
-        parts = [root.unsqueeze(1)]
-        if most_heads:
-            if self._heads is None:
-                raise ValueError("nodes of the heads' branch were asked for and there are no heads")
-            parts.append(self._heads.guess(hidden, most_heads))
-        if most_lookup:
-            if chain is None:
-                raise ValueError("a lookup branch was asked for and there is no lookup")
-            parts.append(chain[:, :most_lookup])
-        offered = torch.cat(parts, dim=1)
-        if min(head_nodes) == most_heads and min(lookup_nodes) == most_lookup:
+        most = TreeShape(max(s.head_nodes for s in shapes), max(s.lookup_nodes for s in shapes))
+        offered = self._offered(root, hidden, chain, most)
+        if all(shape == most for shape in shapes):
             row_of = torch.arange(offered.numel(), device=self._device).view_as(offered)
-            topology = self._topology(most_heads, most_lookup, self._device)
+            topology = self._topology(most, self._device)
             return Draft(offered, topology.expand(len(root)), None, row_of)
-        return self._ragged(offered, most_heads, list(zip(head_nodes, lookup_nodes, strict=True)))
-
-    def _ragged(self, offered: Tensor, most_heads: int, shapes: list[tuple[int, int]]) -> Draft:
-        """Trees of different sizes. The host knows them, so no shape depends on a value on the device."""
-        size = 1 + max(heads + chain for heads, chain in shapes)
-        grid = len(shapes), size
-        column = np.arange(size)
-        pick, valid = np.zeros(grid, dtype=np.int64), np.zeros(grid, dtype=bool)
-        parents, depths = np.zeros(grid, dtype=np.int64), np.zeros(grid, dtype=np.int64)
-        # What is not valid has itself for an ancestor, so it is never accepted.
-        ancestors = np.broadcast_to(np.int64(1) << column, grid).copy()
-        for row, (heads, chain) in enumerate(shapes):
-            nodes = 1 + heads + chain
-            pick[row, :nodes] = np.where(
-                column[:nodes] > heads, column[:nodes] + most_heads - heads, column[:nodes]
-            )
-            valid[row, :nodes] = True
-            shape = self._topology(heads, chain, _HOST)
-            parents[row, :nodes] = shape.parents[0]
-            depths[row, :nodes] = shape.depths[0]
-            ancestors[row, :nodes] = shape.ancestors[0]
-
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(self._device)
-
+        # Trees of different sizes. The host knows them, so no shape depends on a value on the device.
+        grid = self.grid(shapes, most.head_nodes, max(shape.num_nodes for shape in shapes))
+        valid = grid[-1].astype(bool)
+        pick, parents, depths, ancestors = (torch.from_numpy(row).to(self._device) for row in grid[:-1])
         return Draft(
-            tokens=offered.gather(1, tensor(pick)),
+            tokens=offered.gather(1, pick),
             topology=Topology(
-                parents=tensor(parents),
-                depths=tensor(depths),
-                ancestors=tensor(ancestors),
-                valid=tensor(valid),
-                max_depth=int(depths.max()),
+                parents=parents,
+                depths=depths,
+                ancestors=ancestors,
+                valid=torch.from_numpy(valid).to(self._device),
+                max_depth=int(grid[2].max()),
             ),
-            index=tensor(valid.ravel().nonzero()[0]),
-            row_of=tensor(valid.ravel().cumsum().reshape(grid) - 1),
+            index=torch.from_numpy(valid.ravel().nonzero()[0]).to(self._device),
+            row_of=torch.from_numpy(valid.ravel().cumsum().reshape(valid.shape) - 1).to(self._device),
         )
 
-    def _topology(self, heads: int, chain: int, device: torch.device) -> Topology:
-        key = heads, chain, device
+    def grid(self, shapes: Sequence[TreeShape], most_heads: int, size: int) -> NDArray[np.int64]:
+        """The shapes as [5, B, size]: pick, parents, depths, ancestors, valid.
+
+        `pick` says which of the tokens on offer (root, `most_heads` nodes of the heads, chain) stands at a
+        node. A node that is not valid repeats the root.
+        """
+        grid = np.stack([self._column(shape)[:, :size] for shape in shapes], axis=1)
+        heads = np.array([shape.head_nodes for shape in shapes])[:, None]
+        in_chain = (np.arange(size) > heads) & (grid[4] > 0)
+        grid[0] += np.where(in_chain, most_heads - heads, 0)
+        return grid
+
+    def fixed(
+        self,
+        root: Tensor,
+        hidden: Tensor,
+        chain: Tensor | None,
+        most: TreeShape,
+        grid: Tensor,
+        max_depth: int,
+    ) -> Draft:
+        """`draft` where the shapes are a tensor and all B * N nodes are computed, for a captured step.
+
+        Args:
+            most: what is on offer to every sequence.
+            grid: [5, B, N] int64, see `grid`.
+            max_depth: bound of the depths in it.
+        """
+        tokens = self._offered(root, hidden, chain, most).gather(1, grid[0])
+        return self.placed(tokens, grid, max_depth)
+
+    @staticmethod
+    def placed(tokens: Tensor, grid: Tensor, max_depth: int) -> Draft:
+        """The draft of node tokens [B, N] in the shapes of `grid`."""
+        _, parents, depths, ancestors, valid = grid.unbind()
+        row_of = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+        topology = Topology(parents, depths, ancestors, valid.bool(), max_depth)
+        return Draft(tokens, topology, None, row_of, padded=True)
+
+    @property
+    def most_heads(self) -> int:
+        """Nodes of the heads' branch there are; 0 without heads."""
+        return self._heads.tree.size - 1 if self._heads is not None else 0
+
+    def parents(self, shape: TreeShape) -> list[int]:
+        """The parent of each node of such a tree; 0 for the root."""
+        parents: list[int] = self._topology(shape, _HOST).parents[0].tolist()
+        return parents
+
+    def depth(self, shape: TreeShape) -> int:
+        """The depth of its deepest node."""
+        return self._topology(shape, _HOST).max_depth
+
+    def _offered(self, root: Tensor, hidden: Tensor, chain: Tensor | None, most: TreeShape) -> Tensor:
+        """[B, 1 + heads + lookup] int64: root, nodes of the heads' branch, chain."""
+        parts = [root.unsqueeze(1)]
+        if most.head_nodes:
+            if self._heads is None:
+                raise ValueError("nodes of the heads' branch were asked for and there are no heads")
+            parts.append(self._heads.guess(hidden, most.head_nodes))
+        if most.lookup_nodes:
+            if chain is None:
+                raise ValueError("a lookup branch was asked for and there is no lookup")
+            parts.append(chain[:, : most.lookup_nodes])
+        return torch.cat(parts, dim=1)
+
+    def _column(self, shape: TreeShape) -> NDArray[np.int64]:
+        """[5, 64]: one sequence's share of `grid` where the chain follows its own nodes of the heads."""
+        if shape not in self._columns:
+            found = np.zeros((5, MAX_TREE_NODES), dtype=np.int64)
+            found[3] = 1  # of a node that is not valid: the root
+            nodes = np.arange(shape.num_nodes)
+            topology = self._topology(shape, _HOST)
+            found[0, nodes], found[4, nodes] = nodes, 1
+            for row, values in enumerate((topology.parents, topology.depths, topology.ancestors), start=1):
+                found[row, nodes] = values[0].numpy()
+            self._columns[shape] = found
+        return self._columns[shape]
+
+    def _topology(self, shape: TreeShape, device: torch.device) -> Topology:
+        key = shape, device
         if key not in self._topologies:
-            tree = self._heads.tree.prefix(heads + 1) if self._heads is not None else Tree(())
-            self._topologies[key] = tree.topology(device, chain)
+            tree = self._heads.tree.prefix(shape.head_nodes + 1) if self._heads is not None else Tree(())
+            self._topologies[key] = tree.topology(device, shape.lookup_nodes)
         return self._topologies[key]

@@ -68,11 +68,21 @@ class Lookup:
         expected = sequence.request.prediction_token_ids[: self._history.shape[1] - len(context)]
         self._prediction_length[slot] = len(expected) + len(context) if expected else 0
         if expected:
-            if self._prediction is None:
-                self._prediction = torch.zeros_like(self._history)
+            self.allocate_predictions()
+            assert self._prediction is not None
             row = torch.tensor((*context, *expected), dtype=torch.int32, device=self._device)
             self._prediction[slot, : len(row)] = row
             self._prediction_length[slot] = len(row)
+
+    def allocate_predictions(self) -> None:
+        """Make the table of predictions now, [slots, max_tokens] int32; it is made once."""
+        if self._prediction is None:
+            self._prediction = torch.zeros_like(self._history)
+
+    @property
+    def longest_prediction(self) -> int:
+        """Tokens that a prediction is cut to."""
+        return self._history.shape[1] - _CONTEXT
 
     def append(self, slots: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Write the first counts [B] of tokens [B, K] to index lengths [B] and on of their histories."""
@@ -106,7 +116,11 @@ class Lookup:
         index = best + 1 + step % (lengths.unsqueeze(1) - best).clamp(min=1)
         tokens = history.gather(1, index.clamp(max=max_length)).long()
         count = torch.where(kind > 0, self.size, 0)
-        if predicted and self._prediction is not None:
+        if len(predicted) == len(slots) and self._prediction is not None:
+            expected = self._prediction[slots, : max(predicted.values()) + _CONTEXT]
+            found = (tokens, count, kind)
+            tokens, count, kind = self._prefer_prediction(slots, lengths, expected, suffix, *found)
+        elif predicted and self._prediction is not None:
             rows = torch.tensor(list(predicted), device=self._device)
             expected = self._prediction[slots[rows], : max(predicted.values()) + _CONTEXT]
             found = (tokens[rows], count[rows], kind[rows])

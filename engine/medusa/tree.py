@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,19 @@ from torch import Tensor
 from engine.config import MAX_TREE_NODES
 from engine.errors import TreeError
 
-__all__ = ["Topology", "Tree", "default_tree", "greedy_tree"]
+__all__ = ["Topology", "Tree", "TreeShape", "default_tree", "greedy_tree"]
+
+
+class TreeShape(NamedTuple):
+    """One sequence's tree: the root, nodes of the heads' branch, nodes of the lookup chain."""
+
+    head_nodes: int
+    lookup_nodes: int
+
+    @property
+    def num_nodes(self) -> int:
+        """All nodes, root counted; 1 is plain decoding."""
+        return 1 + self.head_nodes + self.lookup_nodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.medusa.adaptive import AdaptiveTree, FixedTree, LookupRecord, StepTimes, considered_sizes
-from engine.medusa.tree import Tree, default_tree
+from engine.medusa.tree import Tree, TreeShape, default_tree
 from engine.types import LookupState, MedusaParams, Request, Sequence
 
 HEADS = default_tree(4)
@@ -36,6 +36,17 @@ def step_times(
     }
     drafts = {b: [0.0] + [drafting] * (len(considered_sizes(heads)) - 1) for b in points}
     return StepTimes(points, drafts)
+
+
+def observe(chooser: AdaptiveTree, sequences: list[Sequence], accepted: list[int], seconds: float) -> None:
+    """The step that was chosen last."""
+    chooser.observe(
+        [TreeShape(made.head_nodes, made.lookup_nodes) for made in sequences],
+        accepted,
+        seconds,
+        context=max(made.num_cached for made in sequences),
+        expected=chooser.expected,
+    )
 
 
 class World:
@@ -77,7 +88,7 @@ class World:
             nodes = max(made.head_nodes for made in sequences)
             results = [self.accepted(made.head_nodes) for made in sequences]
             seconds = (cpu_like(batch, rows) + (self.drafting if nodes else 0)) * self.rng.uniform(0.85, 1.2)
-            self.chooser.observe(sequences, [mask for mask, _ in results], seconds)
+            observe(self.chooser, sequences, [mask for mask, _ in results], seconds)
             outside = self.outside * self.rng.uniform(0.85, 1.2)
             self.chooser.observe_outside(0.3 * outside, last=False)
             self.chooser.observe_outside(0.7 * outside, last=True)
@@ -307,7 +318,7 @@ def test_a_chain_that_repeats_the_heads_is_not_paid_twice() -> None:
             chooser.choose([made])
             head = 0b10 if together and made.head_nodes else 0
             chain = 0 if not made.lookup_nodes else 1 << (1 + made.head_nodes)
-            chooser.observe([made], [1 | head | chain], cpu_like(1, made.num_nodes))
+            observe(chooser, [made], [1 | head | chain], cpu_like(1, made.num_nodes))
             chooser._lookup.observe(made.lookup, [1, 0])
         gains.append(chooser._beyond[0] / chooser._beyond[1])
     assert gains[0] < gains[1]

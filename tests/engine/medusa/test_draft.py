@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from engine.medusa.draft import Drafter
 from engine.medusa.heads import HeadDrafter, load_heads
-from engine.medusa.tree import default_tree
+from engine.medusa.tree import TreeShape, default_tree
 from tests.support import save_random_heads
 
 CPU = torch.device("cpu")
@@ -32,14 +32,13 @@ def test_a_batch_is_its_sequences(drafter: Drafter, shapes: list[tuple[int, int]
     count = len(shapes)
     root, hidden = torch.randint(0, VOCAB, (count,)), torch.randn(count, HIDDEN)
     chain = torch.randint(0, VOCAB, (count, CHAIN))
-    heads, lookup = [h for h, _ in shapes], [c for _, c in shapes]
-    draft = drafter.draft(root, hidden, chain, heads, lookup)
+    draft = drafter.draft(root, hidden, chain, [TreeShape(*shape) for shape in shapes])
     rows = draft.rows(draft.tokens)
     assert len(rows) == sum(1 + h + c for h, c in shapes)
     visible = draft.topology.visible()
     first = 0
     for b, (h, c) in enumerate(shapes):
-        alone = drafter.draft(root[b : b + 1], hidden[b : b + 1], chain[b : b + 1], [h], [c])
+        alone = drafter.draft(root[b : b + 1], hidden[b : b + 1], chain[b : b + 1], [TreeShape(h, c)])
         nodes = 1 + h + c
         assert alone.index is None
         assert torch.equal(draft.tokens[b, :nodes], alone.tokens[0])
@@ -57,9 +56,36 @@ def test_a_batch_is_its_sequences(drafter: Drafter, shapes: list[tuple[int, int]
     assert int(draft.row_of.max()) < len(rows)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, CHAIN)), min_size=1, max_size=5))
+def test_fixed_shapes_hold_the_same_trees(drafter: Drafter, shapes: list[tuple[int, int]]) -> None:
+    """In a grid of 64 nodes, with more on offer than any of them takes; what is left repeats the root."""
+    count, trees = len(shapes), [TreeShape(*shape) for shape in shapes]
+    root, hidden = torch.randint(0, VOCAB, (count,)), torch.randn(count, HIDDEN)
+    chain = torch.randint(0, VOCAB, (count, CHAIN))
+    most = TreeShape(40, CHAIN)
+    grid = torch.from_numpy(drafter.grid(trees, most.head_nodes, 64))
+    fixed = drafter.fixed(root, hidden, chain, most, grid, 6)
+    assert fixed.index is None
+    assert fixed.padded
+    for b, tree in enumerate(trees):
+        alone = drafter.draft(root[b : b + 1], hidden[b : b + 1], chain[b : b + 1], [tree])
+        nodes = tree.num_nodes
+        assert torch.equal(fixed.tokens[b, :nodes], alone.tokens[0])
+        for name in ("parents", "depths", "ancestors", "valid"):
+            assert torch.equal(getattr(fixed.topology, name)[b, :nodes], getattr(alone.topology, name)[0])
+        assert (fixed.tokens[b, nodes:] == root[b]).all()
+        assert not fixed.topology.valid[b, nodes:].any()
+        assert not fixed.topology.depths[b, nodes:].any()
+        assert (fixed.topology.ancestors[b, nodes:] == 1).all()
+        assert drafter.parents(tree) == alone.topology.parents[0].tolist()
+        assert drafter.depth(tree) == alone.topology.depths.max()
+    assert fixed.row_of.flatten().tolist() == list(range(64 * count))
+
+
 def test_branches_that_do_not_exist_are_refused() -> None:
     root, hidden = torch.tensor([1]), torch.zeros(1, HIDDEN)
     with pytest.raises(ValueError, match="there are no heads"):
-        Drafter(None, CPU).draft(root, hidden, None, [1], [0])
+        Drafter(None, CPU).draft(root, hidden, None, [TreeShape(1, 0)])
     with pytest.raises(ValueError, match="there is no lookup"):
-        Drafter(None, CPU).draft(root, hidden, None, [0], [1])
+        Drafter(None, CPU).draft(root, hidden, None, [TreeShape(0, 1)])

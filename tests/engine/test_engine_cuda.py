@@ -1,0 +1,56 @@
+"""The promises of test_engine.py and test_features.py on a GPU: real graphs, launched ahead, and eager steps.
+
+In float32, against the same references. `cuda` marks them; where there is no GPU they are skipped.
+"""
+
+# ruff: noqa: F401
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.graphs import CapturedRunner
+from engine.loader import load
+from tests import support
+from tests.engine.conftest import TinyModel
+from tests.engine.test_engine import (
+    test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched,
+    test_abort_frees_everything_at_once,
+    test_greedy_is_transformers_greedy,
+    test_greedy_with_lookup_alone_is_transformers_greedy,
+    test_values_that_are_not_finite_end_their_own_request_only,
+)
+from tests.engine.test_features import (
+    test_a_prediction_is_followed_and_changes_nothing,
+    test_features_give_one_text_whatever_the_tree_and_the_batch,
+    test_forbidden_and_forced_tokens,
+    test_logprobs_are_transformers_raw_ones,
+    test_typical_takes_more_and_greedy_stays_exact,
+)
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.fixture(autouse=True, params=["captured", "eager"])
+def _mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(support.MODE, "cuda", True)
+    monkeypatch.setitem(support.MODE, "captured", request.param == "captured")
+
+
+def test_default_buckets_are_captured_and_timed(narrow: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config = EngineConfig(model=str(narrow.folder), heads=str(narrow.heads), device="cuda", dtype="float32")
+    engine = Engine(load(config, progress=False))
+    assert isinstance(engine._runner, CapturedRunner)
+    assert engine._ahead
+    # First halves with the heads and without for each size but the smallest, two second halves for each.
+    assert len(engine._runner._second) == 2 * len(engine._runner._first)
+    assert "captured" in caplog.text
+    engine.check()

@@ -1,0 +1,234 @@
+"""Captured steps: the rules a graph has, what a padded batch touches, and which shapes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import CaptureError
+from engine.graphs import CapturedRunner, RecordedGraph
+from engine.loader import load
+from engine.medusa.adaptive import AdaptiveTree, FixedTree
+from engine.medusa.buckets import Buckets
+from engine.types import Request, SamplingParams
+from tests import support
+from tests.engine.conftest import TinyModel
+from tests.support import greedy, greedy_reference, make_engine, run_all
+
+
+@pytest.fixture(autouse=True)
+def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(support.MODE, "captured", True)
+
+
+def runner_of(engine: Engine) -> CapturedRunner:
+    runner = engine._runner
+    assert isinstance(runner, CapturedRunner)
+    return runner
+
+
+class TestRecordedGraph:
+    def test_replay_works_on_the_memory_as_it_is_then(self) -> None:
+        value, index, total = torch.zeros(3), torch.tensor([0]), torch.zeros(2)
+
+        def run() -> None:
+            gathered = value[index].unsqueeze(1).expand(-1, 2)
+            rows = torch.zeros_like(gathered)
+            rows[:, 1:].add_(gathered[:, :1] * 2)
+            total.copy_(rows[0])
+
+        graph = RecordedGraph()
+        graph.capture(run)
+        value.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        graph.replay()
+        assert total.tolist() == [0.0, 2.0]
+        index.fill_(2)
+        graph.replay()
+        assert total.tolist() == [0.0, 6.0]
+
+    def test_what_the_host_decides_stays_decided(self) -> None:
+        out, step = torch.zeros(1), 1
+
+        def run() -> None:
+            out.copy_(torch.full((1,), float(step)))
+
+        graph = RecordedGraph()
+        graph.capture(run)
+        step = 2
+        out.zero_()
+        graph.replay()
+        assert out.item() == 1.0
+
+    @pytest.mark.parametrize(
+        "run",
+        [
+            lambda x: x.sum().item(),
+            lambda x: x.tolist(),
+            lambda x: x.numpy(),
+            lambda x: bool(x.any()),
+            lambda x: int(x[0]),
+            lambda x: x.nonzero(),
+            lambda x: x[x > 0],
+            lambda x: x.masked_select(x > 0),
+            lambda x: x.__setitem__(x > 0, 1.0),
+            lambda x: x + torch.tensor([1.0]),
+            lambda x: x.cpu(),
+            lambda x: torch.equal(x, x),
+        ],
+    )
+    def test_the_host_has_no_part_in_it(self, run: Callable[[Tensor], object]) -> None:
+        x = torch.ones(3)
+        run(x)
+        with pytest.raises(RuntimeError, match="in a captured step"):
+            RecordedGraph().capture(lambda: run(x))
+
+    def test_memory_that_is_gone_is_missed(self) -> None:
+        held = {"x": torch.ones(2)}
+        out = torch.zeros(2)
+        graph = RecordedGraph()
+        graph.capture(lambda: out.copy_(held["x"] * 2))  # type: ignore[arg-type, return-value]
+        graph.replay()
+        held["x"] = torch.ones(2)
+        with pytest.raises(RuntimeError, match="gone"):
+            graph.replay()
+
+
+def test_a_batch_that_does_not_fill_its_bucket_touches_nobody(narrow: TinyModel) -> None:
+    """Three sequences in a bucket of four, in trees of which none fills the grid; the fourth slot is free."""
+    engine = make_engine(narrow.folder, tree=33, heads=str(narrow.heads), lookup=4)
+    runner = runner_of(engine)
+    for i in range(3):
+        engine.add(
+            Request(f"r{i}", (i, 2, 3), SamplingParams(max_tokens=40, seed=i, presence_penalty=0.5 * i))
+        )
+    engine.step()
+    for _ in range(8):
+        owned = {block for sequence in engine._scheduler.running for block in sequence.blocks}
+        others = [b for b in range(runner._pool.num_blocks) if b not in owned and b != 0]
+        free = [s for s in range(8) if s not in {sequence.slot for sequence in engine._scheduler.running}]
+        state = (runner._root, runner._hidden, runner._lengths, runner._tables, runner._lookup._history)
+        pool_before = runner._pool.data[:, :, others].clone()
+        before = [tensor[free].clone() for tensor in state]
+        engine.step()
+        grown = {block for sequence in engine._scheduler.running for block in sequence.blocks} - owned
+        kept = [i for i, block in enumerate(others) if block not in grown]
+        assert torch.equal(runner._pool.data[:, :, others][:, :, kept], pool_before[:, :, kept])
+        assert all(torch.equal(tensor[free], old) for tensor, old in zip(state, before, strict=True))
+        assert runner._lengths[-1] == 0
+        assert not runner._tables[-1].any()
+    assert {bucket.batch for bucket in runner._first} == {4}
+
+
+def test_a_step_outside_the_buckets_is_eager(narrow: TinyModel) -> None:
+    loaded = load(
+        EngineConfig(
+            model=str(narrow.folder),
+            heads=str(narrow.heads),
+            tree=8,
+            block_size=4,
+            max_num_seqs=8,
+            device="cpu",
+        ),
+        progress=False,
+    )
+    engine = Engine(loaded, graph=RecordedGraph, buckets=Buckets((1,), (1,), 512))
+    asked = [greedy(f"r{i}", [i, 2, 3], 20) for i in range(3)]
+    outputs = run_all(engine, asked)
+    for i in range(3):
+        assert outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 20)
+    assert not runner_of(engine)._first
+
+
+def test_a_capture_that_fails_says_what_to_do(tiny: TinyModel) -> None:
+    class Broken(RecordedGraph):
+        def capture(self, run: Callable[[], None]) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+    loaded = load(EngineConfig(model=str(tiny.folder), tree="off", device="cpu"), progress=False)
+    engine = Engine(loaded, graph=Broken)
+    with pytest.raises(CaptureError, match=r"32 sequences with 1 nodes: out of memory.*--enforce-eager"):
+        runner_of(engine).capture()
+
+
+def test_all_graphs_are_captured_at_once(narrow: TinyModel) -> None:
+    """Two sizes of batch, three of tree; trees of one node have no heads."""
+    for settings, first, second in (
+        ({"tree": "off"}, 2, 4),
+        ({"tree": 8, "heads": str(narrow.heads)}, 2 + 2 * 2, 4 + 4 * 2),
+        ({"tree": 8, "heads": str(narrow.heads), "lookup": "off"}, 2 + 2, 4 + 4),
+        ({"tree": 8, "lookup": 7}, 2 + 2, 4 + 4),
+    ):
+        engine = make_engine(narrow.folder, max_num_seqs=2, **settings)
+        runner = runner_of(engine)
+        assert not runner._first
+        runner.capture()
+        assert (len(runner._first), len(runner._second)) == (first, second), settings
+        asked = [Request(f"r{i}", (i, 2), SamplingParams(max_tokens=9, seed=i, top_p=0.9)) for i in range(3)]
+        run_all(engine, asked)
+        assert (len(runner._first), len(runner._second)) == (first, second), "nothing is captured later"
+
+
+def test_auto_times_captured_steps(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, heads=str(narrow.heads), max_num_seqs=6)
+    runner, chooser = runner_of(engine), engine._chooser
+    assert isinstance(chooser, AdaptiveTree)
+    buckets = runner.buckets
+    assert buckets.batches == (1, 4, 6)
+    assert {(bucket.batch, bucket.nodes) for bucket in runner._first} == set(buckets)
+    times = chooser._times
+    for batch in buckets.batches:
+        assert times._rows[batch].tolist() == [batch * n for b, n in sorted(buckets) if b == batch]
+    # What a step of five sequences takes depends on its largest tree alone, and not on the others.
+    assert times.rows(5, np.array([5.0, 9.0]), np.array([1.0, 5.0])).tolist() == [6.0, 48.0]
+    engine.check()
+    outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 20) for i in range(6)])
+    for i in range(6):
+        assert outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 20)
+
+
+def test_a_fixed_tree_does_not_outgrow_its_bucket(certain: TinyModel) -> None:
+    """Five sequences of 64 nodes would fit the step, but not in a bucket of eight sequences."""
+    settings = {"tree": 64, "heads": str(certain.heads), "tree_file": str(certain.tree_file)}
+    engine = make_engine(certain.folder, max_step_tokens=330, **settings)
+    assert isinstance(engine._chooser, FixedTree)
+    outputs = run_all(engine, [greedy(f"r{i}", [i % 4, 2, 3], 20) for i in range(5)])
+    for i in range(5):
+        assert outputs[f"r{i}", 0] == greedy_reference(certain.reference, [i % 4, 2, 3], 20)
+    sizes = {(bucket.batch, bucket.nodes) for bucket in runner_of(engine)._first}
+    assert (8, 8) in sizes
+    assert max(nodes for batch, nodes in sizes if batch == 8) == 8
+    assert 64 in {nodes for batch, nodes in sizes if batch <= 4}, "alone at the end a tree is whole"
+
+
+class TestBuckets:
+    def test_default_sizes(self) -> None:
+        buckets = Buckets.default(max_num_seqs=24, tree_size=33, max_rows=512)
+        assert buckets.batches == (1, 2, 4, 8, 16, 24)
+        assert buckets.nodes == (1, 2, 4, 8, 16, 32, 33)
+        pairs = list(buckets)
+        assert pairs[0] == (16, 32)
+        assert all(b * n <= 512 for b, n in pairs)
+        assert (24, 16) in pairs
+        assert (24, 32) not in pairs
+        rows = [b * n for b, n in pairs]
+        assert rows == sorted(rows, reverse=True)
+        assert list(Buckets.default(max_num_seqs=1, tree_size=1, max_rows=64)) == [(1, 1)]
+
+    def test_the_smallest_that_holds_it(self) -> None:
+        buckets = Buckets((1, 4, 16), (1, 8, 64), 256)
+        assert buckets.find(1, 1) == (1, 1)
+        assert buckets.find(2, 3) == (4, 8)
+        assert buckets.find(4, 64) == (4, 64)
+        assert buckets.find(5, 9) is None
+        assert buckets.find(17, 1) is None
+        assert buckets.find(1, 65) is None
+        assert [buckets.most_nodes(b) for b in (1, 4, 5, 16, 17)] == [64, 64, 8, 8, 1]
+        assert buckets.rows(3, np.array([1.0, 2.0, 8.0, 9.0])).tolist() == [4, 32, 32, 256]
+        assert (buckets.rows(17, np.array([1.0])) > 1e8).all()
+        assert (buckets.rows(1, np.array([65.0])) > 1e8).all()
