@@ -53,12 +53,14 @@ TREES = [
     Shape((400, 20, 0), 9, tree=True, computed=(9, 1, 4), group=3, block_size=64),
     Shape((140, 300), 8, tree=True, computed=(8, 0), kv_heads=1, head_dim=128, block_size=1),
     Shape((300, 3, 31), 20, tree=True, window=30, group=1),
+    Shape((30,), 20, tree=True, window=3),
     Shape((300, 3, 31), 20, tree=True, computed=(20, 5, 1), window=200, kv_heads=1),
 ]
 CHUNKS = [
     Shape((0,), 70, tree=False, kv_heads=1, group=3),
     Shape((130,), 40, tree=False, kv_heads=1, group=1, head_dim=80),
     Shape((37,), 1, tree=False),
+    Shape((0,), 30, tree=False, kv_heads=1, group=9),
     Shape((0, 0), 40, tree=False, computed=(40, 23), kv_heads=1, group=4),
     Shape((200,), 50, tree=False, window=20, kv_heads=1),
     Shape((150,), 50, tree=False, window=120, kv_heads=1, group=3),
@@ -81,6 +83,11 @@ def test_chunks_of_a_prompt(shape: Shape) -> None:
 def test_a_chunk_whose_prefix_is_split() -> None:
     step = make_step(Shape((270,), 20, tree=False, kv_heads=1))
     check(step, backend(step))
+
+
+def test_a_tile_may_be_longer_than_a_mask() -> None:
+    step = make_step(Shape((20,), 64, tree=True, kv_heads=1, group=1))
+    check(step, TritonAttention(1, tiles={Kind(64, False): Tile(64, 128, 4, 2)}, processors=FEW))
 
 
 HALVES = [torch.float16] if DEVICE.type == "cpu" else [torch.float16, torch.bfloat16]
