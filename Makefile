@@ -89,7 +89,7 @@ gpu: $(VENV)/.dev ## everything that wants a GPU, in nine minutes; ARGS="--parts
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 kernels: $(VENV)/.dev ## many shapes of the attention kernels on Triton's interpreter, and their machine code
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/engine/attention/sweep_triton.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -o faulthandler_timeout=900 tests/engine/attention/sweep_triton.py $(ARGS)
 
 docs: $(VENV)/.dev ## write the tables of docs/operations.md from the code
 	$(BIN)/python -m server.reference docs/operations.md

@@ -205,6 +205,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for and torch sees no GPU here")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on this thread's device, wherever the tensors are
     return device
 
 

@@ -77,6 +77,8 @@ def tuned_tiles(
         started = time.monotonic()
         step = _Step(shape, device)
         known |= {kind: _fastest(kind, shape, step, most_nodes, clock or _milliseconds) for kind in missing}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the K/V pool is sized by what is free
         log.info("measured the attention kernels' tiles in %.1f s", time.monotonic() - started)
         _write(file, key, known)
     return known

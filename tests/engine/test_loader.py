@@ -12,7 +12,7 @@ from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.loader import _why_not_triton, load
+from engine.loader import _device, _why_not_triton, load
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
 
 
@@ -45,6 +45,16 @@ def test_the_pool_leaves_room_for_the_tables_of_adjustments(
     tables = table_bytes(1024, 61)
     assert tables > available // 2
     assert loaded.pool.data.nbytes + tables <= available
+
+
+def test_a_numbered_gpu_becomes_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert _device("cuda:1") == torch.device("cuda:1")
+    assert _device("cuda") == torch.device("cuda")
+    assert _device("cpu:0") == torch.device("cpu:0")
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None:
