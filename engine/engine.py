@@ -16,8 +16,9 @@ from engine import faults
 from engine.errors import MedusaError
 from engine.graphs import CapturedRunner, Graph, cuda_graphs
 from engine.loader import Loaded
-from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree, LookupRecord
+from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
 from engine.medusa.buckets import Buckets
+from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
 from engine.runner import NOT_FINITE, Batch, Results, Runner, StepRow, Verified
 from engine.scheduler import Chunk, Plan, Scheduler

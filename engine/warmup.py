@@ -11,8 +11,9 @@ import torch
 from engine.cache.blocks import BlockManager
 from engine.config import MAX_TREE_NODES
 from engine.graphs import CapturedRunner
-from engine.medusa.adaptive import StepTimes, considered_sizes
 from engine.medusa.draft import Draft, Drafter
+from engine.medusa.records import considered_sizes
+from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape
 from engine.runner import Runner
 from engine.types import Request, SamplingParams, Sequence

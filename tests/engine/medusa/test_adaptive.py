@@ -8,7 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from engine.medusa.adaptive import AdaptiveTree, FixedTree, LookupRecord, StepTimes, considered_sizes
+from engine.medusa.adaptive import AdaptiveTree, FixedTree
+from engine.medusa.records import LookupRecord, considered_sizes
+from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape, default_tree
 from engine.types import LookupState, MedusaParams, Request, Sequence
 

@@ -11,8 +11,8 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import TreeError
 from engine.loader import load
-from engine.medusa.adaptive import HeadRecord
 from engine.medusa.calibrated import CalibratedTree, find_calibrated
+from engine.medusa.records import HeadRecord
 from engine.medusa.tree import Tree
 from tests.engine.conftest import TinyModel
 from tests.support import save_random_heads
