@@ -20,8 +20,8 @@ from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile, candidates
 from engine.attention.triton_tuning import ModelShape, tuned_tiles
 from engine.errors import ConfigError
+from tests.engine.attention.triton_cases import DEVICE
 
-CPU = torch.device("cpu")
 SHAPE = ModelShape(group=4, kv_heads=1, head_dim=64, block_size=16, dtype=torch.float16)
 
 
@@ -54,12 +54,12 @@ def slowest_first() -> Callable[[Callable[[], object]], float]:
 
 
 def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Tile]) -> None:
-    tiles = tuned_tiles(SHAPE, CPU, tmp_path / "new", clock=slowest_first())
+    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first())
     kinds = [Kind(16, False), Kind(32, False), Kind(64, False), Kind(128, False), Kind(128, True)]
     assert tiles == {kind: candidates(kind, 64, 2)[-1] for kind in kinds}
     assert measured == [tile for kind in kinds for tile in candidates(kind, 64, 2)]
     measured.clear()
-    assert tuned_tiles(SHAPE, CPU, tmp_path / "new", clock=slowest_first()) == tiles
+    assert tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first()) == tiles
     assert not measured
     (file,) = (tmp_path / "new").iterdir()
     assert json.loads(file.read_text())["device"] == "interpreter"
@@ -68,21 +68,21 @@ def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Ti
 def test_another_model_shape_and_a_damaged_file_are_measured_anew(
     tmp_path: Path, measured: list[Tile]
 ) -> None:
-    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=slowest_first())
+    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
     once = len(measured)
     other = ModelShape(group=4, kv_heads=1, head_dim=64, block_size=32, dtype=torch.float16)
-    tuned_tiles(other, CPU, tmp_path, most_nodes=1, clock=slowest_first())
+    tuned_tiles(other, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
     assert len(measured) == 2 * once
     for file in tmp_path.iterdir():
         file.write_text('{"tiles": 3}')
-    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=slowest_first())
+    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
     assert len(measured) == 3 * once
 
 
 def test_larger_trees_add_only_their_own_kinds(tmp_path: Path, measured: list[Tile]) -> None:
-    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=4, clock=slowest_first())
+    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=4, clock=slowest_first())
     measured.clear()
-    tiles = tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=8, clock=slowest_first())
+    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=8, clock=slowest_first())
     assert measured == candidates(Kind(32, False), 64, 2)
     assert len(tiles) == 3
 
@@ -97,14 +97,14 @@ def test_a_tile_too_large_for_the_device_is_passed_over(
             raise OutOfResources(200_000, 100_000, "shared memory")
         return 1.0
 
-    tiles = tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=clock)
+    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=clock)
     assert tiles[Kind(16, False)] == candidates(Kind(16, False), 64, 2)[1]
 
     def never(run: Callable[[], object]) -> float:
         raise OutOfResources(200_000, 100_000, "shared memory")
 
     with pytest.raises(ConfigError, match=r"shared memory.*sdpa"):
-        tuned_tiles(SHAPE, CPU, tmp_path / "none", clock=never)
+        tuned_tiles(SHAPE, DEVICE, tmp_path / "none", clock=never)
 
 
 def test_a_folder_that_cannot_be_written_is_only_logged(
@@ -112,11 +112,12 @@ def test_a_folder_that_cannot_be_written_is_only_logged(
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        tiles = tuned_tiles(SHAPE, CPU, tmp_path / "file", most_nodes=1, clock=slowest_first())
+        tiles = tuned_tiles(SHAPE, DEVICE, tmp_path / "file", most_nodes=1, clock=slowest_first())
     assert len(tiles) == 2
     assert "measured anew" in caplog.text
 
 
+@pytest.mark.cuda
 def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tuning, "_CACHED", 100)
     monkeypatch.setattr(triton_tuning, "_CHUNK", 40)
@@ -132,5 +133,5 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             outputs.append(torch.empty(0))
         return 1.0
 
-    tuned_tiles(SHAPE, CPU, tmp_path, most_nodes=1, clock=clock)
+    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=clock)
     assert [len(found) for found in outputs if len(found)] == [1, 40]
