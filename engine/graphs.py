@@ -27,7 +27,7 @@ from engine.errors import CaptureError
 from engine.medusa.accept import accept
 from engine.medusa.buckets import Buckets
 from engine.medusa.draft import Draft
-from engine.medusa.tree import TreeShape
+from engine.medusa.tree import Topology, TreeShape
 from engine.runner import Batch, Results, Runner, Verified
 from engine.sampler import verify_all, verify_greedy
 
@@ -214,16 +214,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Steps of `batch` sequences with `nodes` nodes each.
-
-    Args:
-        most: what is on offer for each tree: nodes of the heads, and of the lookup chain.
-        depth: bound of a tree's depth.
-    """
+    """Steps of `batch` sequences with `nodes` nodes each, in trees of at most `depth`."""
 
     batch: int
     nodes: int
-    most: TreeShape
     depth: int
 
 
@@ -261,7 +255,7 @@ class CapturedRunner(Runner):
         self._sampling.allocate()
         if self._lookup is not None:
             self._lookup.allocate_predictions()
-        self._first: dict[_Bucket, Graph] = {}
+        self._first: dict[tuple[_Bucket, bool], Graph] = {}
         self._second: dict[tuple[_Bucket, bool], Graph] = {}
 
         rows, config, width = buckets.max_rows, self._decoder.config, 4 + MAX_TREE_NODES
@@ -272,6 +266,8 @@ class CapturedRunner(Runner):
 
         self._inputs = buffer(torch.int64, max(buckets.batches) + 5 * rows)
         self._tokens, self._node_rows = buffer(torch.int64, rows), buffer(torch.int64, rows)
+        self._valid = buffer(torch.bool, rows)
+        self._row_of = torch.arange(rows, device=self._device)
         self._states = buffer(self._pool.dtype, rows, config.hidden_size)
         self._logits = buffer(torch.float32, rows, config.vocab_size)
         self._packed = buffer(torch.int64, max(buckets.batches) * width)
@@ -285,11 +281,11 @@ class CapturedRunner(Runner):
         """
         started = time.perf_counter()
         for batch, nodes in self.buckets:
+            bucket = self._bucket(batch, nodes)
             for heads in self.drafts(nodes):
-                bucket = self._bucket(batch, nodes, heads)
-                self._first_half(bucket)
-                for anything in (False, True):
-                    self._second_half(bucket, anything)
+                self._first_half(bucket, heads)
+            for anything in (False, True):
+                self._second_half(bucket, anything)
         count = len(self._first) + len(self._second)
         log.info("captured %d graphs of decode steps in %.1f s", count, time.perf_counter() - started)
 
@@ -309,9 +305,9 @@ class CapturedRunner(Runner):
     @torch.inference_mode()
     def replay(self, batch: Batch, size: tuple[int, int], *, heads: bool) -> Verified:
         """The first half in a bucket of that size, with or without drafting by the heads."""
-        bucket = self._bucket(*size, heads)
-        graph = self._first_half(bucket)
-        self._fill(bucket, [sequence.slot for sequence in batch.sequences], batch.shapes)
+        bucket = self._bucket(*size)
+        graph = self._first_half(bucket, heads)
+        self._fill(bucket, heads, [sequence.slot for sequence in batch.sequences], batch.shapes)
         graph.replay()
         found = self._verified(bucket)
         return _Captured(found.draft, found.hidden, found.logits, found.rows, bucket)
@@ -331,18 +327,24 @@ class CapturedRunner(Runner):
             packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
         return Results(packed, verified.bucket.depth, batch)
 
-    def _bucket(self, batch: int, nodes: int, heads: bool) -> _Bucket:
-        most = TreeShape(
+    def _bucket(self, batch: int, nodes: int) -> _Bucket:
+        most = self._most(nodes, heads=True)
+        return _Bucket(
+            batch, nodes, max(self._drafter.depth(TreeShape(most.head_nodes, 0)), most.lookup_nodes)
+        )
+
+    def _most(self, nodes: int, *, heads: bool) -> TreeShape:
+        """What is on offer for a tree of so many nodes: nodes of the heads, and of the lookup chain."""
+        return TreeShape(
             min(nodes - 1, self._drafter.most_heads) if heads else 0,
             min(nodes - 1, self._lookup.size) if self._lookup is not None else 0,
         )
-        deepest = max(self._drafter.depth(TreeShape(most.head_nodes, 0)), most.lookup_nodes)
-        return _Bucket(batch, nodes, most, deepest)
 
-    def _first_half(self, bucket: _Bucket) -> Graph:
-        if bucket not in self._first:
-            self._first[bucket] = self._make(bucket, lambda: self._draft_forward(bucket))
-        return self._first[bucket]
+    def _first_half(self, bucket: _Bucket, heads: bool) -> Graph:
+        key = bucket, heads
+        if key not in self._first:
+            self._first[key] = self._make(bucket, lambda: self._draft_forward(bucket, heads))
+        return self._first[key]
 
     def _second_half(self, bucket: _Bucket, anything: bool) -> Graph:
         key = bucket, anything
@@ -353,7 +355,7 @@ class CapturedRunner(Runner):
     def _make(self, bucket: _Bucket, run: Callable[[], None]) -> Graph:
         """A graph of `run`, captured with nobody in it."""
         before = self._inputs.clone()
-        self._fill(bucket, [], [])
+        self._fill(bucket, False, [], [])
         graph = self._graph()
         try:
             graph.capture(run)
@@ -366,12 +368,11 @@ class CapturedRunner(Runner):
         self._inputs.copy_(before)
         return graph
 
-    def _fill(self, bucket: _Bucket, slots: list[int], shapes: list[TreeShape]) -> None:
+    def _fill(self, bucket: _Bucket, heads: bool, slots: list[int], shapes: list[TreeShape]) -> None:
         """What the graphs read: slots and shapes, and of those who fill the batch up."""
         missing = bucket.batch - len(slots)
-        grid = self._drafter.grid(
-            [*shapes, *[TreeShape(0, 0)] * missing], bucket.most.head_nodes, bucket.nodes
-        )
+        most = self._most(bucket.nodes, heads=heads)
+        grid = self._drafter.grid([*shapes, *[TreeShape(0, 0)] * missing], most.head_nodes, bucket.nodes)
         values = torch.tensor([*slots, *[self._spare] * missing])
         staged = torch.cat((values, torch.from_numpy(grid).flatten()))
         if self._device.type == "cuda":
@@ -387,7 +388,10 @@ class CapturedRunner(Runner):
         """The first half's results."""
         _, grid = self._slots_and_grid(bucket)
         count, shape = bucket.batch * bucket.nodes, (bucket.batch, bucket.nodes)
-        draft = self._drafter.placed(self._tokens[:count].view(shape), grid, bucket.depth)
+        _, parents, depths, ancestors, _ = grid.unbind()
+        topology = Topology(parents, depths, ancestors, self._valid[:count].view(shape), bucket.depth)
+        tokens, row_of = self._tokens[:count].view(shape), self._row_of[:count].view(shape)
+        draft = Draft(tokens, topology, None, row_of, padded=True)
         rows = self._node_rows[:count].view(shape)
         return Verified(draft, self._states[:count], self._logits[:count], rows)
 
@@ -401,19 +405,20 @@ class CapturedRunner(Runner):
             predicted = dict.fromkeys(range(len(slots)), self._lookup.longest_prediction)
         return Batch([], [], slots, self._lengths[slots], self._max_length, predicted, adjusted=anything)
 
-    def _draft_forward(self, bucket: _Bucket) -> None:
+    def _draft_forward(self, bucket: _Bucket, heads: bool) -> None:
         """What the graph of a first half holds."""
         slots, grid = self._slots_and_grid(bucket)
-        draft: Draft = self._drafter.fixed(
+        draft = self._drafter.fixed(
             root=self._root[slots],
             hidden=self._hidden[slots],
             chain=self._lookup.tokens[slots] if self._lookup is not None else None,
-            most=bucket.most,
+            most=self._most(bucket.nodes, heads=heads),
             grid=grid,
             max_depth=bucket.depth,
         )
         found, kept = self.forward(self._static_batch(slots, False), draft), self._verified(bucket)
         kept.draft.tokens.copy_(draft.tokens)
+        kept.draft.topology.valid.copy_(draft.topology.valid)
         kept.rows.copy_(found.rows)
         kept.hidden.copy_(found.hidden)
         kept.logits.copy_(found.logits)

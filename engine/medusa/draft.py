@@ -120,14 +120,9 @@ class Drafter:
             grid: [5, B, N] int64, see `grid`.
             max_depth: bound of the depths in it.
         """
-        tokens = self._offered(root, hidden, chain, most).gather(1, grid[0])
-        return self.placed(tokens, grid, max_depth)
-
-    @staticmethod
-    def placed(tokens: Tensor, grid: Tensor, max_depth: int) -> Draft:
-        """The draft of node tokens [B, N] in the shapes of `grid`."""
-        _, parents, depths, ancestors, valid = grid.unbind()
-        row_of = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+        pick, parents, depths, ancestors, valid = grid.unbind()
+        tokens = self._offered(root, hidden, chain, most).gather(1, pick)
+        row_of = torch.arange(tokens.numel(), device=self._device).view_as(tokens)
         topology = Topology(parents, depths, ancestors, valid.bool(), max_depth)
         return Draft(tokens, topology, None, row_of, padded=True)
 

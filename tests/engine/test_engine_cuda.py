@@ -50,7 +50,8 @@ def test_default_buckets_are_captured_and_timed(narrow: TinyModel, caplog: pytes
     engine = Engine(load(config, progress=False))
     assert isinstance(engine._runner, CapturedRunner)
     assert engine._ahead
-    # First halves with the heads and without for each size but the smallest, two second halves for each.
-    assert len(engine._runner._second) == 2 * len(engine._runner._first)
+    sizes = list(engine._runner.buckets)
+    assert len(engine._runner._second) == 2 * len(sizes)
+    assert len(engine._runner._first) == sum(1 if nodes == 1 else 2 for _, nodes in sizes)
     assert "captured" in caplog.text
     engine.check()

@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_fill_its_bucket_touches_nobody(narrow: TinyModel)
         assert all(torch.equal(tensor[free], old) for tensor, old in zip(state, before, strict=True))
         assert runner._lengths[-1] == 0
         assert not runner._tables[-1].any()
-    assert {bucket.batch for bucket in runner._first} == {4}
+    assert {bucket.batch for bucket, _ in runner._first} == {4}
 
 
 def test_a_step_outside_the_buckets_is_eager(narrow: TinyModel) -> None:
@@ -160,7 +160,7 @@ def test_all_graphs_are_captured_at_once(narrow: TinyModel) -> None:
     """Two sizes of batch, three of tree; trees of one node have no heads."""
     for settings, first, second in (
         ({"tree": "off"}, 2, 4),
-        ({"tree": 8, "heads": str(narrow.heads)}, 2 + 2 * 2, 4 + 4 * 2),
+        ({"tree": 8, "heads": str(narrow.heads)}, 2 + 2 * 2, 4 + 4),
         ({"tree": 8, "heads": str(narrow.heads), "lookup": "off"}, 2 + 2, 4 + 4),
         ({"tree": 8, "lookup": 7}, 2 + 2, 4 + 4),
     ):
@@ -180,7 +180,7 @@ def test_auto_times_captured_steps(narrow: TinyModel) -> None:
     assert isinstance(chooser, AdaptiveTree)
     buckets = runner.buckets
     assert buckets.batches == (1, 4, 6)
-    assert {(bucket.batch, bucket.nodes) for bucket in runner._first} == set(buckets)
+    assert {(bucket.batch, bucket.nodes) for bucket, _ in runner._first} == set(buckets)
     times = chooser._times
     for batch in buckets.batches:
         assert times._rows[batch].tolist() == [batch * n for b, n in sorted(buckets) if b == batch]
@@ -200,7 +200,7 @@ def test_a_fixed_tree_does_not_outgrow_its_bucket(certain: TinyModel) -> None:
     outputs = run_all(engine, [greedy(f"r{i}", [i % 4, 2, 3], 20) for i in range(5)])
     for i in range(5):
         assert outputs[f"r{i}", 0] == greedy_reference(certain.reference, [i % 4, 2, 3], 20)
-    sizes = {(bucket.batch, bucket.nodes) for bucket in runner_of(engine)._first}
+    sizes = {(bucket.batch, bucket.nodes) for bucket, _ in runner_of(engine)._first}
     assert (8, 8) in sizes
     assert max(nodes for batch, nodes in sizes if batch == 8) == 8
     assert 64 in {nodes for batch, nodes in sizes if batch <= 4}, "alone at the end a tree is whole"
