@@ -14,7 +14,6 @@ import torch
 
 from engine.adjust import table_bytes
 from engine.attention.base import AttentionBackend
-from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
@@ -382,6 +381,8 @@ def _attention(
         raise ConfigError(f"attention triton {refused}; set attention to auto")
     scale = model.attention_scale
     if config.attention == "auto" and device.type == "cpu":
+        from engine.attention.cpu import CpuAttention  # nothing but a CPU needs its compiler
+
         return CpuAttention(model.group, scale=scale, windows=windows)
     if config.attention == "sdpa" or refused is not None:
         if config.attention == "auto":

@@ -1,22 +1,30 @@
-"""Attention on the CPU: short contexts as one padded batch, a long one by itself where it lies.
+"""Attention on the CPU: trees by a kernel of our own, prompts by torch's.
 
-A padded batch has to be copied together layer by layer. At long contexts that costs more than the
-model's weights, so such a sequence is attended to alone, without a copy if its blocks follow one another
-in the pool. A short one is not worth a kernel of its own. Which way a sequence goes depends on nothing
-but its own length, and its padding changes no bit of its result, so neither do its neighbours.
+In float32 the trees of a step, and short chunks, are attended to where their K/V lie (cpu_kernels.py).
+
+Long chunks and other dtypes go through torch: short contexts as one padded batch, a long one by itself. A
+padded batch has to be copied together layer by layer. At long contexts that costs more than the model's
+weights, so such a sequence is attended to alone, without a copy if its blocks follow one another in the
+pool. A short one is not worth a kernel of its own. Which way a sequence goes depends on nothing but its own
+length, and its padding changes no bit of its result, so neither do its neighbours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention import cpu_kernels as kernels
 from engine.attention.base import AttentionInput
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.pool import KVPool
+from engine.config import MAX_TREE_NODES
+from engine.cpu_team import SIZE, Team
 
 __all__ = ["CpuAttention"]
 
@@ -26,6 +34,9 @@ row, together 0.36 µs a row. And up to about 384 keys MKL sums P V in one order
 
 _CHUNK = 64
 """More new rows than a tree has nodes are a chunk of a prompt, which comes without neighbours."""
+
+
+_NO_WINDOW = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,69 @@ class _Alone:
     mask: Tensor | None
 
 
+class _TreeAttention:
+    """The kernel and its arguments."""
+
+    def __init__(self, scale: float | None, windows: Sequence[int | None] | None) -> None:
+        self._scale, self._windows = scale, windows
+        self._team = Team()
+        self._arguments = np.zeros(SIZE, dtype=np.int64)
+        self._kept: list[Tensor] = []
+        self._factor = np.ones(1, dtype=np.float32)
+        self._layers: list[tuple[int, int]] = []
+        self._pool: KVPool | None = None
+        self._most = 0  # new rows of one sequence
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        num_sequences, num_rows = batch.rows.shape
+        kv_heads, head_dim = pool.data.shape[-2:]
+        index = batch.index
+        if index is None:
+            index = torch.arange(num_sequences * num_rows)
+        columns = index % num_rows
+        first = torch.searchsorted(index, torch.arange(num_sequences + 1) * num_rows)
+        ancestors = (
+            (2 << columns) - 1  # all up to itself; 63 wraps to -1, all bits
+            if batch.ancestors is None
+            else batch.ancestors.flatten()[index]
+        )
+        depths = columns if batch.depths is None else batch.depths.flatten()[index]
+        rows = batch.rows.flatten()[index]
+        tables, lengths = batch.block_tables.contiguous(), batch.lengths.contiguous()
+        self._kept = [first, lengths, tables, ancestors, columns, depths, rows]
+        if pool is not self._pool:
+            self._pool = pool
+            self._layers = [(keys.data_ptr(), values.data_ptr()) for keys, values in pool.data]
+        self._factor[0] = (head_dim**-0.5 if self._scale is None else self._scale) * math.log2(math.e)
+        a = self._arguments
+        a[kernels.POOL_ROWS] = pool.num_blocks * pool.block_size
+        a[kernels.KV_HEADS], a[kernels.HEAD_DIM], a[kernels.BLOCK] = kv_heads, head_dim, pool.block_size
+        a[kernels.SCALE] = self._factor.ctypes.data
+        a[kernels.FIRST], a[kernels.LENGTHS] = first.data_ptr(), lengths.data_ptr()
+        a[kernels.TABLES], a[kernels.WIDTH] = tables.data_ptr(), tables.shape[1]
+        a[kernels.ANCESTORS], a[kernels.COLUMNS] = ancestors.data_ptr(), columns.data_ptr()
+        a[kernels.DEPTHS], a[kernels.ROWS_TO] = depths.data_ptr(), rows.data_ptr()
+        a[kernels.T], a[kernels.B], a[kernels.WINDOW] = len(index), num_sequences, _NO_WINDOW
+        self._most = int(first.diff().max())
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = self._arguments
+        tokens, heads, head_dim = q.shape
+        q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
+        out = torch.empty(tokens, heads * head_dim)
+        parts = -(-self._most * heads // int(a[kernels.KV_HEADS]) // kernels.ROWS)
+        a[kernels.Q], a[kernels.Q_STEP] = q.data_ptr(), q.stride(0)
+        a[kernels.K], a[kernels.K_STEP] = k.data_ptr(), k.stride(0)
+        a[kernels.V], a[kernels.V_STEP] = v.data_ptr(), v.stride(0)
+        a[kernels.OUT], a[kernels.HEADS], a[kernels.PARTS] = out.data_ptr(), heads, parts
+        a[kernels.KEYS], a[kernels.VALUES] = self._layers[layer]
+        if self._windows is not None:
+            window = self._windows[layer]
+            a[kernels.WINDOW] = _NO_WINDOW if window is None else window
+        self._team.run(kernels.attend, a, int(a[kernels.B] * a[kernels.KV_HEADS]) * parts)
+        return out
+
+
 class CpuAttention:
     """Grouped-query attention on torch's flash kernel for the CPU.
 
@@ -68,8 +142,14 @@ class CpuAttention:
         self._alone: list[_Alone] = []
         self._windowed: dict[int | None, list[_Alone]] = {}
         self._short: Tensor | None = None
+        self._trees = _TreeAttention(scale, windows)
+        self._in_kernel = False
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        self._in_kernel = pool.dtype is torch.float32 and batch.rows.shape[1] <= MAX_TREE_NODES
+        if self._in_kernel:
+            self._trees.plan(batch, pool)
+            return
         self._pool = pool
         self._rows = batch.rows.flatten() if batch.index is None else batch.rows.flatten()[batch.index]
         num_sequences, num_rows = batch.rows.shape
@@ -101,6 +181,8 @@ class CpuAttention:
             self._together.plan(_subset(batch, short, index[self._short]), pool)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._in_kernel:
+            return self._trees.attend(layer, q, k, v)
         pool = self._pool
         if pool is None:
             raise RuntimeError("plan() must be called before attend()")
@@ -137,6 +219,12 @@ class CpuAttention:
             scale=self._scale,
         )[0]
         return out.permute(2, 0, 1, 3).reshape(part.queries, -1)
+
+
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """[T, heads, head_dim], copied unless only its rows may lie apart, by whole heads."""
+    dim = x.shape[2]
+    return x if x.stride()[1:] == (dim, 1) and x.stride(0) % dim == 0 else x.contiguous()
 
 
 def _alone(batch: AttentionInput, pool: KVPool, b: int, nodes: Tensor, visible: Tensor, first: int) -> _Alone:

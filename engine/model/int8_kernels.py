@@ -9,38 +9,17 @@ a scale that is not, and stays so.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
+from numba import njit
 
-from engine.model.embedded import cache_root
-
-
-def _compiled_are_kept() -> bool:
-    """Name the folder of the compiled kernels to numba, which reads it when imported; False without one."""
-    folder = cache_root() / "numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))
-    return os.access(folder, os.W_OK)
-
-
-_KEEP = _compiled_are_kept()
-
-from numba import njit  # noqa: E402  (after its folder is named)
+from engine.cpu_team import JIT
 
 __all__ = ["norm_quantize", "quantize", "residual", "residual_norm_quantize", "rotary", "silu_mul_quantize"]
 
 # Sums may be taken in another order and products fused, the same for every row; NaN stays NaN.
-_JIT: dict[str, Any] = {
-    "nogil": True,
-    "cache": _KEEP,
-    "fastmath": {"reassoc", "contract", "nsz"},
-    "error_model": "numpy",
-}
+_JIT: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
 
 _F = np.float32
 _LEVELS = _F(127.0)

@@ -59,7 +59,13 @@ class Step:
 
 
 def make_step(
-    tables: Tensor, lengths: list[int], size: int, *, seed: int = 0, index: Tensor | None = None
+    tables: Tensor,
+    lengths: list[int],
+    size: int,
+    *,
+    seed: int = 0,
+    index: Tensor | None = None,
+    head_dim: int = HEAD_DIM,
 ) -> Step:
     """`size` new rows a sequence, a tree's or a chunk's: up to 64 see themselves and some of those before."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,12 +79,12 @@ def make_step(
         num_blocks=int(tables.max()) + 1,
         block_size=BLOCK,
         kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
+        head_dim=head_dim,
         dtype=torch.float32,
         device=CPU,
     )
     pool.write(
-        0, torch.arange(pool.num_blocks * BLOCK), *random(2, pool.num_blocks * BLOCK, KV_HEADS, HEAD_DIM)
+        0, torch.arange(pool.num_blocks * BLOCK), *random(2, pool.num_blocks * BLOCK, KV_HEADS, head_dim)
     )
     cached = torch.tensor(lengths)
     row = cached[:, None] + torch.arange(size)
@@ -94,15 +100,17 @@ def make_step(
     return Step(
         pool,
         AttentionInput(tables, cached, rows, max(lengths) + size, ancestors, index),
-        random(batch * size, HEADS, HEAD_DIM),
-        random(batch * size, KV_HEADS, HEAD_DIM),
-        random(batch * size, KV_HEADS, HEAD_DIM),
+        random(batch * size, HEADS, head_dim),
+        random(batch * size, KV_HEADS, head_dim),
+        random(batch * size, KV_HEADS, head_dim),
     )
 
 
-def expected(step: Step, *, window: int | None = None, scale: float = HEAD_DIM**-0.5) -> Tensor:
+def expected(step: Step, *, window: int | None = None, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v for every row that is computed, one at a time. Call before `attend`."""
     batch, size = step.batch.rows.shape
+    head_dim = step.q.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
     keys, values = step.pool.data[0].double().flatten(1, 2)
     visible = step.batch.visible()
     index = range(batch * size) if step.batch.index is None else step.batch.index.tolist()
@@ -121,7 +129,7 @@ def expected(step: Step, *, window: int | None = None, scale: float = HEAD_DIM**
             v = torch.cat((values[prefix, group], step.v[seen, group].double()))
             weights = (k @ step.q[position, head].double() * scale).softmax(0)
             outputs.append(weights @ v)
-    return torch.stack(outputs).view(len(list(index)), HEADS * HEAD_DIM)
+    return torch.stack(outputs).view(len(list(index)), HEADS * head_dim)
 
 
 LENGTHS = {"short": [18, 21, 16, 34], "long": [300, 401, 257, 620], "mixed": [31, 290, 700, 17], "one": [530]}
@@ -211,6 +219,27 @@ def test_neighbours_do_not_change_a_bit_on_the_cpu(layout: str, size: int) -> No
     found = rerun([0, 1, 2, 3, 4], [1, 3], {1: 500, 3: 3})
     assert torch.equal(found[[0, 2, 4]], outputs[[0, 2, 4]])
     assert not torch.equal(found[[1, 3]], outputs[[1, 3]])
+
+
+@backends
+@pytest.mark.parametrize("head_dim", [8, 20, 80, 128])
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_any_head_size(backend: str, head_dim: int, size: int) -> None:
+    """Those that are no multiple of the kernel's vectors too."""
+    lengths = [31, 290, 17]
+    step = make_step(scattered_tables(3, 50), lengths, size, head_dim=head_dim)
+    torch.testing.assert_close(step.attend(backend).double(), expected(step), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_scores_far_apart_and_values_that_are_not_finite_stay_in_their_sequence(size: int) -> None:
+    step = make_step(scattered_tables(3, 50), [40, 290, 17], size)
+    step.q.mul_(100)
+    torch.testing.assert_close(step.attend("cpu").double(), expected(step), rtol=1e-4, atol=1e-4)
+    step.q[size] = float("nan")
+    found = step.attend("cpu").view(3, size, -1)
+    assert found[1, 0].isnan().all()
+    assert found[[0, 2]].isfinite().all()
 
 
 @backends

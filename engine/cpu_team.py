@@ -1,0 +1,150 @@
+"""Compiled kernels for the CPU, on the very threads that torch's operators run on.
+
+torch's operators run on a team of OpenMP threads that spin for a while when an operator is done. A second
+pool, numba's own or Python threads, would share the cores with those that spin, and both would be slowed
+down many times over. So a kernel goes to the same team, through `GOMP_parallel` of the library that torch
+has loaded (GCC's libgomp; LLVM's and Intel's libomp have it too). Its threads take the numbers of tasks
+from a counter until there are none left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.model.embedded import cache_root
+
+
+def _compiled_are_kept() -> bool:
+    """Name the folder of the compiled kernels to numba, which reads it when imported; False without one."""
+    folder = cache_root() / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))
+    return os.access(folder, os.W_OK)
+
+
+_KEEP = _compiled_are_kept()
+
+from llvmlite import ir  # noqa: E402  (after its folder is named)
+from numba import carray, cfunc, njit, types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+__all__ = ["JIT", "SIZE", "Team", "floats", "integers", "task_kernel"]
+
+JIT: dict[str, Any] = {"nogil": True, "cache": _KEEP, "error_model": "numpy"}
+"""What kernels are compiled with."""
+
+_COUNTER, _TASKS = 0, 1
+
+SIZE = 40
+"""Entries of a kernel's arguments, int64; the first two are the team's."""
+
+
+@intrinsic
+def _next_task(_typing: Any, _arguments: Any) -> Any:
+    """Add one to the int64 at this address in one indivisible operation; returns what was there."""
+
+    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        integer = ir.IntType(64)
+        return builder.atomic_rmw("add", values[0], integer(1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), code
+
+
+@intrinsic
+def _float_pointer(_typing: Any, _address: Any) -> Any:
+    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), code
+
+
+@intrinsic
+def _integer_pointer(_typing: Any, _address: Any) -> Any:
+    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), code
+
+
+@njit(**JIT)
+def floats(address: int, shape: Any) -> Any:
+    """The float32 array of this shape (a tuple), C-contiguous, at an address; for use in kernels."""
+    return carray(_float_pointer(address), shape)
+
+
+@njit(**JIT)
+def integers(address: int, shape: Any) -> Any:
+    """The int64 array of this shape (a tuple), C-contiguous, at an address; for use in kernels."""
+    return carray(_integer_pointer(address), shape)
+
+
+def task_kernel(task: Callable[..., None]) -> Any:
+    """A kernel for `Team.run` from a compiled function of (arguments [SIZE] int64, number of the task).
+
+    Tasks run in any order and at the same time; memory that two of them write to is a mistake.
+    """
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=_KEEP, error_model="numpy")
+    def body(pointer: Any) -> None:
+        arguments = carray(pointer, (SIZE,))
+        number = _next_task(pointer)
+        while number < arguments[_TASKS]:
+            task(arguments, number)
+            number = _next_task(pointer)
+
+    return body
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The library with torch's own OpenMP in it: torch loads it with global names."""
+    try:
+        library = ctypes.CDLL(None)
+    except TypeError:  # Windows has no such thing
+        return None
+    return library if hasattr(library, "GOMP_parallel") else None
+
+
+_OPENMP = _openmp()
+
+
+class Team:
+    """Runs kernels on torch's threads, `torch.get_num_threads()` of them.
+
+    Args:
+        library: with `GOMP_parallel` in it; None runs all on the calling thread.
+    """
+
+    def __init__(self, library: ctypes.CDLL | None = _OPENMP) -> None:
+        self._start: Any = None
+        if library is not None:
+            self._start = library.GOMP_parallel
+            self._start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            self._start.restype = None
+
+    @property
+    def parallel(self) -> bool:
+        """More than one thread can be had."""
+        return self._start is not None
+
+    def run(self, kernel: Any, arguments: np.ndarray, tasks: int) -> None:
+        """Run tasks 0 .. tasks - 1 and wait for them.
+
+        Args:
+            kernel: what `task_kernel` made.
+            arguments: [SIZE] int64; the first two entries are overwritten.
+        """
+        arguments[_COUNTER], arguments[_TASKS] = 0, tasks
+        threads = min(torch.get_num_threads(), tasks)
+        if self._start is None or threads == 1:
+            kernel.ctypes(arguments.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+        else:
+            self._start(kernel.address, arguments.ctypes.data, threads, 0)

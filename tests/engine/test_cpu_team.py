@@ -1,0 +1,61 @@
+"""Kernels on torch's own threads: every task once, whatever the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from engine.cpu_team import JIT, SIZE, Team, floats, integers, task_kernel
+
+OUT, SEEN, COUNT = 2, 3, 4
+
+
+@njit(**JIT)
+def _task(arguments, number):  # type: ignore[no-untyped-def]
+    count = arguments[COUNT]
+    integers(arguments[SEEN], (count,))[number] += 1
+    total = np.float32(0.0)
+    for i in range(1000):  # long enough that every thread gets some
+        total += np.float32(i % (number + 1))
+    floats(arguments[OUT], (count,))[number] = total
+
+
+KERNEL = task_kernel(_task)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7, 1000])
+def test_every_task_runs_once(threads: int, tasks: int) -> None:
+    out, seen = np.zeros(tasks, dtype=np.float32), np.zeros(tasks, dtype=np.int64)
+    arguments = np.zeros(SIZE, dtype=np.int64)
+    arguments[OUT], arguments[SEEN], arguments[COUNT] = out.ctypes.data, seen.ctypes.data, tasks
+    team = Team()
+    for turn in range(1, 4):
+        team.run(KERNEL, arguments, tasks)
+        assert seen.tolist() == [turn] * tasks
+    assert out.tolist() == [float(sum(i % (n + 1) for i in range(1000))) for n in range(tasks)]
+
+
+def test_it_is_the_team_of_torch() -> None:
+    """The library that torch computes with has the entry; without it kernels run on one thread."""
+    if torch.backends.openmp.is_available() and torch.get_num_threads() >= 1:
+        assert Team().parallel
+
+
+def test_one_thread_without_the_library() -> None:
+    out, seen = np.zeros(9, dtype=np.float32), np.zeros(9, dtype=np.int64)
+    arguments = np.zeros(SIZE, dtype=np.int64)
+    arguments[OUT], arguments[SEEN], arguments[COUNT] = out.ctypes.data, seen.ctypes.data, 9
+    Team(library=None).run(KERNEL, arguments, 9)
+    assert seen.tolist() == [1] * 9
