@@ -37,7 +37,7 @@ from llvmlite import ir  # noqa: E402  (after its folder is named)
 from numba import carray, cfunc, njit, types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
-__all__ = ["JIT", "SIZE", "Team", "floats", "integers", "task_kernel"]
+__all__ = ["JIT", "SIZE", "Team", "bytes_", "floats", "integers", "task_kernel", "words"]
 
 JIT: dict[str, Any] = {"nogil": True, "cache": _KEEP, "error_model": "numpy"}
 """What kernels are compiled with."""
@@ -59,20 +59,21 @@ def _next_task(_typing: Any, _arguments: Any) -> Any:
     return types.int64(types.CPointer(types.int64)), code
 
 
-@intrinsic
-def _float_pointer(_typing: Any, _address: Any) -> Any:
-    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], ir.FloatType().as_pointer())
+def _pointer_to(kind: Any) -> Any:
+    """From an address to a pointer to numbers of this kind."""
 
-    return types.CPointer(types.float32)(types.int64), code
+    @intrinsic
+    def pointer(_typing: Any, _address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), code
+
+    return pointer
 
 
-@intrinsic
-def _integer_pointer(_typing: Any, _address: Any) -> Any:
-    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), code
+_float_pointer, _integer_pointer = _pointer_to(types.float32), _pointer_to(types.int64)
+_word_pointer, _byte_pointer = _pointer_to(types.int32), _pointer_to(types.int8)
 
 
 @njit(**JIT)
@@ -83,8 +84,20 @@ def floats(address: int, shape: Any) -> Any:
 
 @njit(**JIT)
 def integers(address: int, shape: Any) -> Any:
-    """The int64 array of this shape (a tuple), C-contiguous, at an address; for use in kernels."""
+    """`floats` of int64."""
     return carray(_integer_pointer(address), shape)
+
+
+@njit(**JIT)
+def words(address: int, shape: Any) -> Any:
+    """`floats` of int32."""
+    return carray(_word_pointer(address), shape)
+
+
+@njit(**JIT)
+def bytes_(address: int, shape: Any) -> Any:
+    """`floats` of int8."""
+    return carray(_byte_pointer(address), shape)
 
 
 def task_kernel(task: Callable[..., None]) -> Any:

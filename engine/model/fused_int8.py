@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend
+from engine.cpu_team import SIZE, Team
 from engine.model import int8_kernels as kernels
 from engine.model.quantize import Int8Weight
 
 __all__ = ["FusedInt8Layer", "FusedInt8Layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What all layers share."""
+
+    eps: float
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
 class FusedInt8Layer:
@@ -27,36 +39,75 @@ class FusedInt8Layer:
         qkv, o, gate_up, down = weights
         self.qkv, self.o, self.gate_up, self.down = (weight.transposed for weight in weights)
         width = self.down.shape[0]
-        self.input_norm = (norms[0] * qkv.signs()).numpy()
-        self.mlp_norm = (norms[1] * gate_up.signs()).numpy()
-        self.qkv_scale, self.o_scale, self.down_scale = (w.mixed_scale().numpy() for w in (qkv, o, down))
-        scale = gate_up.mixed_scale()
-        scale[width:] *= down.signs()
-        self.gate_up_scale = scale.numpy()
+        self.input_norm, self.mlp_norm = norms[0] * qkv.signs(), norms[1] * gate_up.signs()
+        self.qkv_scale, self.o_scale, self.down_scale = (w.mixed_scale() for w in (qkv, o, down))
+        self.gate_up_scale = gate_up.mixed_scale()
+        self.gate_up_scale[width:] *= down.signs()
         self.hidden_block, self.width_block = qkv.block, down.block
 
 
-class _Scratch:
-    """Memory of one pass over T rows, seen by torch and by numba."""
+class _Pass:
+    """Memory of one pass over T rows, and for each layer the kernels' arguments, which point into it."""
 
-    def __init__(self, rows: int, layer: FusedInt8Layer, heads: int, head_dim: int) -> None:
-        hidden, width = layer.o.shape[1], layer.down.shape[0]
+    def __init__(self, rows: int, layers: Sequence[FusedInt8Layer], shape: _Shape) -> None:
+        first = layers[0]
+        hidden, width, heads = first.o.shape[1], first.down.shape[0], shape.heads + 2 * shape.kv_heads
+        self.x = torch.empty(rows, hidden)
+        self.cos, self.sin = torch.empty(rows, shape.head_dim), torch.empty(rows, shape.head_dim)
+        self.hidden8 = torch.empty(rows, hidden, dtype=torch.int8)
+        self.mixed8 = torch.empty(rows, first.o.shape[0], dtype=torch.int8)
+        self.width8 = torch.empty(rows, width, dtype=torch.int8)
+        self.qkv = torch.empty(rows, first.qkv.shape[1], dtype=torch.int32)
+        self.out = torch.empty(rows, hidden, dtype=torch.int32)
+        self.gate_up = torch.empty(rows, 2 * width, dtype=torch.int32)
+        self.heads = torch.empty(rows, heads, shape.head_dim)
+        self._scale, self._eps = torch.empty(rows), torch.full((1,), shape.eps)
+        self.tasks = min(rows, kernels.MOST_TASKS)
+        self.enter = self._arguments(
+            X=self.x, OUT=self.hidden8, NORM=first.input_norm, block=first.hidden_block
+        )
+        # One for all layers: the attention's output is another tensor every time.
+        self.mixed = self._arguments(OUT=self.mixed8)
+        self.layers = [
+            self._layer(layer, following, shape)
+            for layer, following in zip(layers, (*layers[1:], None), strict=True)
+        ]
 
-        def pair(dtype: torch.dtype, *shape: int) -> tuple[Tensor, np.ndarray]:
-            tensor = torch.empty(shape, dtype=dtype)
-            return tensor, tensor.numpy()
+    def _layer(
+        self, layer: FusedInt8Layer, following: FusedInt8Layer | None, shape: _Shape
+    ) -> tuple[np.ndarray, ...]:
+        """Arguments of the four kernels of a layer: before attention, after it, amid the MLP, after it."""
+        before = self._arguments(
+            ACC=self.qkv, OUT=self.heads, WEIGHT_SCALE=layer.qkv_scale, COS=self.cos, SIN=self.sin
+        )
+        before[kernels.WIDTH] = self.qkv.shape[1]
+        before[kernels.HEADS], before[kernels.HEAD_DIM] = shape.heads + shape.kv_heads, shape.head_dim
+        after = self._arguments(
+            X=self.x,
+            ACC=self.out,
+            OUT=self.hidden8,
+            WEIGHT_SCALE=layer.o_scale,
+            NORM=layer.mlp_norm,
+            block=layer.hidden_block,
+        )
+        amid = self._arguments(
+            ACC=self.gate_up, OUT=self.width8, WEIGHT_SCALE=layer.gate_up_scale, block=layer.width_block
+        )
+        leave = self._arguments(X=self.x, ACC=self.out, OUT=self.hidden8, WEIGHT_SCALE=layer.down_scale)
+        if following is not None:
+            leave[kernels.NORM] = following.input_norm.data_ptr()
+            leave[kernels.BLOCK] = following.hidden_block
+        return before, after, amid, leave
 
-        self.hidden8, self.hidden8_np = pair(torch.int8, rows, hidden)
-        self.mixed8, self.mixed8_np = pair(torch.int8, rows, layer.o.shape[0])
-        self.width8, self.width8_np = pair(torch.int8, rows, width)
-        self.qkv, self.qkv_np = pair(torch.int32, rows, layer.qkv.shape[1])
-        self.out, self.out_np = pair(torch.int32, rows, hidden)
-        self.gate_up, self.gate_up_np = pair(torch.int32, rows, 2 * width)
-        self.heads, self.heads_np = pair(torch.float32, rows, heads, head_dim)
-        self.scale = np.empty(rows, dtype=np.float32)
-        self.row, self.wide = np.empty(hidden, dtype=np.float32), np.empty(width, dtype=np.float32)
-        self.row_bits, self.wide_bits = self.row.view(np.int32), self.wide.view(np.int32)
-        self.power = np.empty(width, dtype=np.float32)
+    def _arguments(self, block: int = 1, **tensors: Tensor) -> np.ndarray:
+        """With the addresses of these tensors at the places of their names."""
+        found = np.zeros(SIZE, dtype=np.int64)
+        found[kernels.ROWS], found[kernels.BLOCK] = len(self._scale), block
+        found[kernels.WIDTH] = tensors["OUT"].shape[1]
+        found[kernels.SCALE], found[kernels.EPS] = self._scale.data_ptr(), self._eps.data_ptr()
+        for name, tensor in tensors.items():
+            found[getattr(kernels, name)] = tensor.data_ptr()
+        return found
 
 
 class FusedInt8Layers:
@@ -71,81 +122,49 @@ class FusedInt8Layers:
     def __init__(
         self, layers: list[FusedInt8Layer], *, eps: float, heads: int, kv_heads: int, head_dim: int
     ) -> None:
-        self._layers, self._eps = layers, np.float32(eps)
-        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
-        self._scratch: dict[int, _Scratch] = {}
+        self._layers, self._shape = layers, _Shape(eps, heads, kv_heads, head_dim)
+        self._team = Team()
+        self._passes: dict[int, _Pass] = {}
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
-        """x [T, hidden] float32, through all layers; x is overwritten.
+        """x [T, hidden] float32, through all layers.
 
         Args:
             cos, sin: [T, 1, head_dim], see `RotaryTable`.
-        """
-        heads, rotated = self._heads, self._heads + self._kv_heads
-        s, eps = self._scratch_for(len(x)), self._eps
-        x_np = x.numpy()
-        cos_np, sin_np = cos.squeeze(1).numpy(), sin.squeeze(1).numpy()
-        first, last = self._layers[0], self._layers[-1]
-        kernels.norm_quantize(
-            x_np, first.input_norm, eps, first.hidden_block, s.row, s.row_bits, s.hidden8_np, s.scale
-        )
-        q, k, v = s.heads[:, :heads], s.heads[:, heads:rotated], s.heads[:, rotated:]
-        for index, layer in enumerate(self._layers):
-            torch._int_mm(s.hidden8, layer.qkv, out=s.qkv)
-            kernels.rotary(s.qkv_np, layer.qkv_scale, s.scale, cos_np, sin_np, rotated, s.heads_np)
-            mixed = attention.attend(index, q, k, v).numpy()
-            kernels.quantize(mixed, mixed.view(np.int32), s.mixed8_np, s.scale)
-            torch._int_mm(s.mixed8, layer.o, out=s.out)
-            kernels.residual_norm_quantize(
-                s.out_np,
-                layer.o_scale,
-                x_np,
-                layer.mlp_norm,
-                eps,
-                layer.hidden_block,
-                s.row,
-                s.row_bits,
-                s.hidden8_np,
-                s.scale,
-            )
-            torch._int_mm(s.hidden8, layer.gate_up, out=s.gate_up)
-            kernels.silu_mul_quantize(
-                s.gate_up_np,
-                layer.gate_up_scale,
-                layer.width_block,
-                s.wide,
-                s.wide_bits,
-                s.power,
-                s.width8_np,
-                s.scale,
-            )
-            torch._int_mm(s.width8, layer.down, out=s.out)
-            if layer is last:
-                kernels.residual(s.out_np, layer.down_scale, s.scale, x_np)
-                return x
-            following = self._layers[index + 1]
-            kernels.residual_norm_quantize(
-                s.out_np,
-                layer.down_scale,
-                x_np,
-                following.input_norm,
-                eps,
-                following.hidden_block,
-                s.row,
-                s.row_bits,
-                s.hidden8_np,
-                s.scale,
-            )
-        return x
 
-    def _scratch_for(self, rows: int) -> _Scratch:
-        if rows not in self._scratch:
-            if len(self._scratch) >= _KEPT_SIZES:
-                self._scratch.pop(next(iter(self._scratch)))
-            all_heads = self._heads + 2 * self._kv_heads
-            self._scratch[rows] = _Scratch(rows, self._layers[0], all_heads, self._head_dim)
-        return self._scratch[rows]
+        Returns:
+            [T, hidden], overwritten by the next call with as many rows.
+        """
+        run, p = self._team.run, self._pass(len(x))
+        heads, rotated, tasks = self._shape.heads, self._shape.heads + self._shape.kv_heads, p.tasks
+        p.x.copy_(x)
+        p.cos.copy_(cos.squeeze(1))
+        p.sin.copy_(sin.squeeze(1))
+        q, k, v = p.heads[:, :heads], p.heads[:, heads:rotated], p.heads[:, rotated:]
+        run(kernels.norm_quantize, p.enter, tasks)
+        for index, layer in enumerate(self._layers):
+            before, after, amid, leave = p.layers[index]
+            torch._int_mm(p.hidden8, layer.qkv, out=p.qkv)
+            run(kernels.rotary, before, tasks)
+            mixed = attention.attend(index, q, k, v)
+            p.mixed[kernels.X] = mixed.data_ptr()
+            run(kernels.quantize, p.mixed, tasks)
+            torch._int_mm(p.mixed8, layer.o, out=p.out)
+            run(kernels.residual_norm_quantize, after, tasks)
+            torch._int_mm(p.hidden8, layer.gate_up, out=p.gate_up)
+            run(kernels.silu_mul_quantize, amid, tasks)
+            torch._int_mm(p.width8, layer.down, out=p.out)
+            last = index == len(self._layers) - 1
+            run(kernels.residual if last else kernels.residual_norm_quantize, leave, tasks)
+        return p.x
+
+    def _pass(self, rows: int) -> _Pass:
+        if rows not in self._passes:
+            if len(self._passes) >= _KEPT_SIZES:
+                self._passes.pop(next(iter(self._passes)))
+            self._passes[rows] = _Pass(rows, self._layers, self._shape)
+        return self._passes[rows]
 
 
 _KEPT_SIZES = 16
-"""Numbers of rows whose scratch memory is kept."""
+"""Numbers of rows whose memory is kept."""

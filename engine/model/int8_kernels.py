@@ -1,10 +1,11 @@
-"""What lies between two int8 matrix products, one pass over each row (numba; one thread, no allocation).
+"""What lies between two int8 matrix products, one pass over each row (numba, on torch's own threads).
 
 With torch's operators this takes about fifty calls a layer and as many passes over memory. Each row is
 computed by itself and in one order, so its neighbours change no bit of it. All arrays are C-contiguous;
 `acc` is a product's int32 sums [T, out] and `weight_scale` [out] float32 what its channels are multiplied
 by. A row's `scale` is its largest magnitude, so that 127 levels stand for it; a row that is not finite has
-a scale that is not, and stays so.
+a scale that is not, and stays so. Kernels take their arguments as `engine.cpu_team.Team.run` does, ROWS rows
+in at most MOST_TASKS tasks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,20 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from engine.cpu_team import JIT
+from engine.cpu_team import JIT, bytes_, floats, task_kernel, words
 
 __all__ = ["norm_quantize", "quantize", "residual", "residual_norm_quantize", "rotary", "silu_mul_quantize"]
+
+# Places in a kernel's arguments; addresses unless said otherwise. The two before are the team's.
+ROWS, WIDTH, BLOCK, HEADS, HEAD_DIM = range(2, 7)
+"""Numbers: T, a row of the result, channels mixed together, heads that are rotated and their size."""
+X, ACC, OUT = range(7, 10)
+"""float32 [T, WIDTH]; a product's int32 [T, WIDTH or twice that]; int8 or float32 [T, WIDTH]."""
+WEIGHT_SCALE, SCALE, NORM, EPS, COS, SIN = range(10, 16)
+"""float32: [WIDTH], [T], [WIDTH] the norm's weight times the signs of the mixing, [1], [T, head_dim] twice,
+the sign of rotate_half folded into sin."""
+
+MOST_TASKS = 64
 
 # Sums may be taken in another order and products fused, the same for every row; NaN stays NaN.
 _JIT: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
@@ -75,106 +87,141 @@ def _norm_row(x: Any, weight: Any, eps: Any, block: int, row: Any, bits: Any, ou
     return _round_row(row, bits, out)
 
 
-@njit(**_JIT)
-def norm_quantize(
-    x: Any, weight: Any, eps: Any, block: int, row: Any, bits: Any, out: Any, scale: Any
-) -> None:
-    """RMSNorm, mixing and rounding of x [T, hidden] to `out` int8 and `scale` [T].
-
-    Args:
-        weight: [hidden], the norm's, times the signs of the mixing.
-        row, bits: scratch [hidden] as float32, and the same memory as int32.
-    """
-    for t in range(x.shape[0]):
-        scale[t] = _norm_row(x[t], weight, eps, block, row, bits, out[t])
+@njit(**JIT)
+def _range(arguments: Any, number: int) -> tuple[int, int]:
+    """The rows of a task."""
+    rows, tasks = arguments[ROWS], min(arguments[ROWS], MOST_TASKS)
+    return number * rows // tasks, (number + 1) * rows // tasks
 
 
-@njit(**_JIT)
-def residual(acc: Any, weight_scale: Any, scale: Any, x: Any) -> None:
-    """x [T, hidden] += the product; x in place."""
-    for t in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            x[t, i] += _F(acc[t, i]) * weight_scale[i] * scale[t]
+@njit(**JIT)
+def _row_scratch(size: int) -> Any:
+    """[size] float32, and the same memory as int32."""
+    row = np.empty(size, dtype=np.float32)
+    return row, row.view(np.int32)
 
 
 @njit(**_JIT)
-def residual_norm_quantize(
-    acc: Any,
-    weight_scale: Any,
-    x: Any,
-    weight: Any,
-    eps: Any,
-    block: int,
-    row: Any,
-    bits: Any,
-    out: Any,
-    scale: Any,
-) -> None:
-    """`residual`, then `norm_quantize`; `scale` is the product's on entry and that of `out` on return."""
-    for t in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            x[t, i] += _F(acc[t, i]) * weight_scale[i] * scale[t]
-        scale[t] = _norm_row(x[t], weight, eps, block, row, bits, out[t])
+def _norm_quantize(arguments: Any, number: int) -> None:
+    rows, size = arguments[ROWS], arguments[WIDTH]
+    x = floats(arguments[X], (rows, size))
+    weight, eps = floats(arguments[NORM], (size,)), floats(arguments[EPS], (1,))[0]
+    out, scale = bytes_(arguments[OUT], (rows, size)), floats(arguments[SCALE], (rows,))
+    row, bits = _row_scratch(size)
+    first, last = _range(arguments, number)
+    for t in range(first, last):
+        scale[t] = _norm_row(x[t], weight, eps, arguments[BLOCK], row, bits, out[t])
 
 
 @njit(**_JIT)
-def rotary(acc: Any, weight_scale: Any, scale: Any, cos: Any, sin: Any, heads: int, out: Any) -> None:
-    """The product to `out` [T, all heads, head_dim], its first `heads` rotated.
-
-    Args:
-        cos, sin: [T, head_dim], the sign of rotate_half folded into sin.
-    """
-    dim = out.shape[2]
-    half = dim // 2
-    for t in range(out.shape[0]):
-        for h in range(heads):
-            base = h * dim
-            for i in range(half):
-                a = _F(acc[t, base + i]) * weight_scale[base + i] * scale[t]
-                b = _F(acc[t, base + half + i]) * weight_scale[base + half + i] * scale[t]
-                out[t, h, i] = a * cos[t, i] + b * sin[t, i]
-                out[t, h, half + i] = b * cos[t, half + i] + a * sin[t, half + i]
-        for h in range(heads, out.shape[1]):
-            base = h * dim
-            for i in range(dim):
-                out[t, h, i] = _F(acc[t, base + i]) * weight_scale[base + i] * scale[t]
+def _add_product(acc: Any, weight_scale: Any, scale: Any, x: Any) -> None:
+    for i in range(x.size):
+        x[i] += _F(acc[i]) * weight_scale[i] * scale
 
 
 @njit(**_JIT)
-def quantize(x: Any, bits: Any, out: Any, scale: Any) -> None:
-    """x [T, n], whose memory as int32 is `bits`, to `out` int8 and `scale` [T]."""
-    for t in range(x.shape[0]):
+def _residual(arguments: Any, number: int) -> None:
+    rows, size = arguments[ROWS], arguments[WIDTH]
+    x, acc = floats(arguments[X], (rows, size)), words(arguments[ACC], (rows, size))
+    weight_scale, scale = floats(arguments[WEIGHT_SCALE], (size,)), floats(arguments[SCALE], (rows,))
+    first, last = _range(arguments, number)
+    for t in range(first, last):
+        _add_product(acc[t], weight_scale, scale[t], x[t])
+
+
+@njit(**_JIT)
+def _residual_norm_quantize(arguments: Any, number: int) -> None:
+    rows, size = arguments[ROWS], arguments[WIDTH]
+    x, acc = floats(arguments[X], (rows, size)), words(arguments[ACC], (rows, size))
+    weight_scale, scale = floats(arguments[WEIGHT_SCALE], (size,)), floats(arguments[SCALE], (rows,))
+    weight, eps = floats(arguments[NORM], (size,)), floats(arguments[EPS], (1,))[0]
+    out = bytes_(arguments[OUT], (rows, size))
+    row, bits = _row_scratch(size)
+    first, last = _range(arguments, number)
+    for t in range(first, last):
+        _add_product(acc[t], weight_scale, scale[t], x[t])
+        scale[t] = _norm_row(x[t], weight, eps, arguments[BLOCK], row, bits, out[t])
+
+
+@njit(**_JIT)
+def _rotate_head(acc: Any, weight_scale: Any, scale: Any, cos: Any, sin: Any, base: int, out: Any) -> None:
+    half = out.size // 2
+    for i in range(half):
+        a = _F(acc[base + i]) * weight_scale[base + i] * scale
+        b = _F(acc[base + half + i]) * weight_scale[base + half + i] * scale
+        out[i] = a * cos[i] + b * sin[i]
+        out[half + i] = b * cos[half + i] + a * sin[half + i]
+
+
+@njit(**_JIT)
+def _rotary(arguments: Any, number: int) -> None:
+    rows, heads, dim, width = arguments[ROWS], arguments[HEADS], arguments[HEAD_DIM], arguments[WIDTH]
+    acc, weight_scale = words(arguments[ACC], (rows, width)), floats(arguments[WEIGHT_SCALE], (width,))
+    scale, out = floats(arguments[SCALE], (rows,)), floats(arguments[OUT], (rows, width))
+    cos, sin = floats(arguments[COS], (rows, dim)), floats(arguments[SIN], (rows, dim))
+    first, last = _range(arguments, number)
+    for t in range(first, last):
+        for head in range(heads):
+            base = head * dim
+            _rotate_head(acc[t], weight_scale, scale[t], cos[t], sin[t], base, out[t, base : base + dim])
+        for i in range(heads * dim, width):
+            out[t, i] = _F(acc[t, i]) * weight_scale[i] * scale[t]
+
+
+@njit(**_JIT)
+def _quantize(arguments: Any, number: int) -> None:
+    rows, size = arguments[ROWS], arguments[WIDTH]
+    x, bits = floats(arguments[X], (rows, size)), words(arguments[X], (rows, size))
+    out, scale = bytes_(arguments[OUT], (rows, size)), floats(arguments[SCALE], (rows,))
+    first, last = _range(arguments, number)
+    for t in range(first, last):
         scale[t] = _round_row(x[t], bits[t], out[t])
 
 
 @njit(**_JIT)
-def silu_mul_quantize(
-    acc: Any, weight_scale: Any, block: int, row: Any, bits: Any, power: Any, out: Any, scale: Any
-) -> None:
-    """silu(gate) * up of the product [T, 2 * width], mixed and rounded to `out` [T, width] and `scale`.
-
-    `scale` is the product's on entry and that of `out` on return.
-
-    Args:
-        weight_scale: [2 * width], those of `up` times the signs of the mixing.
-        row, bits: scratch [width] as float32, and the same memory as int32.
-        power: scratch [width] float32.
-    """
+def _silu_mul_row(
+    acc: Any, weight_scale: Any, own: Any, block: int, row: Any, bits: Any, power: Any, out: Any
+) -> Any:
     width = row.size
     c6, c5, c4, c3, c2, c1, c0 = _EXP2
-    for t in range(out.shape[0]):
-        own = scale[t]
-        # exp(-gate) = 2^f 2^n: 2^f into `power`, 2^n by its bits into `row`.
-        for i in range(width):
-            y = _F(acc[t, i]) * weight_scale[i] * own * -_LOG2_E
-            y = min(max(y, _F(-126.0)), _F(126.0))
-            n = np.rint(y)
-            f = y - n
-            power[i] = (((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0
-            bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        for i in range(width):
-            gate = _F(acc[t, i]) * weight_scale[i] * own
-            up = _F(acc[t, width + i]) * weight_scale[width + i] * own
-            row[i] = gate * up / (_F(1.0) + power[i] * row[i])
-        _mix(row, block)
-        scale[t] = _round_row(row, bits, out[t])
+    # exp(-gate) = 2^f 2^n: 2^f into `power`, 2^n by its bits into `row`.
+    for i in range(width):
+        y = _F(acc[i]) * weight_scale[i] * own * -_LOG2_E
+        y = min(max(y, _F(-126.0)), _F(126.0))
+        n = np.rint(y)
+        f = y - n
+        power[i] = (((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0
+        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    for i in range(width):
+        gate = _F(acc[i]) * weight_scale[i] * own
+        up = _F(acc[width + i]) * weight_scale[width + i] * own
+        row[i] = gate * up / (_F(1.0) + power[i] * row[i])
+    _mix(row, block)
+    return _round_row(row, bits, out)
+
+
+@njit(**_JIT)
+def _silu_mul_quantize(arguments: Any, number: int) -> None:
+    rows, size = arguments[ROWS], arguments[WIDTH]
+    acc = words(arguments[ACC], (rows, 2 * size))
+    weight_scale, scale = floats(arguments[WEIGHT_SCALE], (2 * size,)), floats(arguments[SCALE], (rows,))
+    out = bytes_(arguments[OUT], (rows, size))
+    row, bits = _row_scratch(size)
+    power = np.empty(size, dtype=np.float32)
+    first, last = _range(arguments, number)
+    for t in range(first, last):
+        scale[t] = _silu_mul_row(acc[t], weight_scale, scale[t], arguments[BLOCK], row, bits, power, out[t])
+
+
+norm_quantize = task_kernel(_norm_quantize)
+"""RMSNorm, mixing and rounding of X to OUT and SCALE."""
+residual = task_kernel(_residual)
+"""X += the product, in place."""
+residual_norm_quantize = task_kernel(_residual_norm_quantize)
+"""`residual`, then `norm_quantize`; SCALE is the product's before and that of OUT after."""
+rotary = task_kernel(_rotary)
+"""The product to OUT float32 [T, heads * head_dim], its first HEADS heads rotated."""
+quantize = task_kernel(_quantize)
+"""X rounded to OUT and SCALE."""
+silu_mul_quantize = task_kernel(_silu_mul_quantize)
+"""silu(gate) * up of the product [T, 2 * WIDTH], mixed and rounded to OUT; SCALE as above."""
