@@ -176,6 +176,10 @@ class Engine:
         self._count()
         return deltas
 
+    def promised(self, batch: int, context: int) -> dict[int, float]:
+        """See `AdaptiveTree.promised`; empty where the tree is not chosen."""
+        return self._chooser.promised(batch, context) if isinstance(self._chooser, AdaptiveTree) else {}
+
     def check(self) -> None:
         """Raise RuntimeError if K/V blocks are lost, or owned while nothing runs."""
         self._scheduler.check()

@@ -183,6 +183,10 @@ class LLM:
     def info(self) -> EngineInfo:
         return self._engine.info
 
+    def promised(self, batch: int, context: int) -> dict[int, float]:
+        """Tokens per second that each size of the heads' tree promises; see `AdaptiveTree.promised`."""
+        return self._engine.promised(batch, context)
+
     @property
     def stats(self) -> EngineStats:
         """Totals since loading; differences of two readings describe what ran between them."""

@@ -212,6 +212,20 @@ class AdaptiveTree:
             beyond=float(gains[choice, chains].sum()),
         )
 
+    def promised(self, batch: int, context: int) -> dict[int, float]:
+        """Tokens per second that each size of the heads' tree, root counted, promises now, without lookup.
+
+        Args:
+            batch: sequences.
+            context: tokens of the longest.
+        """
+        reach = self._heads.reach() if self._heads is not None else np.zeros((1, 1))
+        rows, seconds = self._seconds(
+            batch, context, self._sizes, self._times.draft(batch), np.zeros(1), np.zeros(1)
+        )
+        rates = self._rate(batch, rows, batch * (1.0 + reach.sum(1)), seconds)
+        return dict(zip((1 + self._sizes).tolist(), rates.tolist(), strict=True))
+
     def observe(
         self,
         shapes: list[TreeShape],

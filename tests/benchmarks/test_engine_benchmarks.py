@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import acceptance, adaptive, http_cost, peers, soak
+from benchmarks import acceptance, adaptive, http_cost, peers, soak, tree_http
 from benchmarks.common import Item, engine_config, read_items, word_prompt
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -257,3 +257,19 @@ def test_repeated_requests_are_the_same_and_decide_their_text() -> None:
 
 def test_word_prompt_is_as_long_as_asked() -> None:
     assert len(word_prompt(40, random.Random(0)).split()) == 40
+
+
+# -- tree over HTTP --------------------------------------------------------------------------------
+
+
+def test_each_size_is_held_to_the_tree_off_and_auto_to_the_best_of_them() -> None:
+    seconds = {"on": [1.0, 2.0, 1.0], "2": [1.0, 1.9, 1.1], "8": [4.0, 4.0, 4.0], "off": [2.0, 4.0, 2.0]}
+    found = tree_http.summary(seconds, 80)
+    assert found["best_fixed"] == "2"
+    assert found["sides"]["off"] == {"tokens_per_s": 10.0, "ratio_of_totals": 1.0}
+    assert found["sides"]["on"]["ratio_interval_95"] == [2.0, 2.0]
+    assert found["sides"]["8"]["ratio_of_totals"] == 0.667
+    low, high = found["on_to_best_fixed"]["ratio_interval_95"]
+    assert low == 0.95
+    assert high == 1.1
+    assert "best_fixed" not in tree_http.summary({side: seconds[side] for side in ("on", "off")}, 80)

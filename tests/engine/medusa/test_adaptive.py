@@ -128,6 +128,20 @@ def test_it_is_as_fast_as_the_best_fixed_size_under_shifting_load(rank_hit: floa
         assert rate * 1.025 > 0.96 * world.best_size(batch), batch
 
 
+def test_what_each_size_promises_is_what_it_brings() -> None:
+    """In a world that has settled, at the sizes that were verified."""
+    world = World(adaptive(), 0.5)
+    world.run(1, 3000)
+    promised = world.chooser.promised(1, 100)
+    assert list(promised) == [1 + nodes for nodes in considered_sizes(HEADS)]
+    used = max(set(world.sizes), key=world.sizes.count)
+    for nodes in (0, used):
+        mean = np.mean([world.accepted(nodes)[1] for _ in range(3000)])
+        seconds = cpu_like(1, 1 + nodes) + (world.drafting if nodes else 0)
+        assert promised[1 + nodes] == pytest.approx(float(mean) / seconds, rel=0.1), nodes
+    assert max(promised, key=lambda size: promised[size]) == 1 + used
+
+
 def test_useless_heads_cost_at_most_one_percent_of_steps_and_time() -> None:
     world = World(adaptive(), 0.0)
     world.run(8, 300)
