@@ -27,7 +27,9 @@ from engine.cache.blocks import BlockManager
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.engine import Engine
 from engine.errors import MedusaError
+from engine.graphs import RecordedGraph, cuda_graphs
 from engine.loader import Loaded, load
+from engine.medusa.buckets import Buckets
 from engine.medusa.heads import HeadDrafter
 from engine.model.layers import Linear
 from engine.model.quantize_cuda import RowwiseWeight
@@ -77,6 +79,7 @@ def load_shape(
         "max_num_seqs": 64,
         "max_model_len": 128 if run.tiny else 4096 + 512,
         "prefix_caching": False,
+        "attention": "auto" if run.cuda else "sdpa",  # the CPU's own cannot be captured
         **settings,
     }
     if tokens is not None:
@@ -126,7 +129,11 @@ def made_up_engine(loaded: Loaded, *, batch: int, context: int, nodes: int, draf
         max_num_seqs=batch,
     )
     most = max(512, batch * nodes)
-    engine = Engine(replace(loaded, info=info, heads=heads, blocks=blocks, max_step_tokens=most))
+    made = replace(loaded, info=info, heads=heads, blocks=blocks, max_step_tokens=most)
+    # Only the graphs that these steps take, each made when it is first needed.
+    graph = cuda_graphs(loaded.pool.device) if loaded.captured else None
+    graph = RecordedGraph if loaded.pool.device.type == "cpu" else graph
+    engine = Engine(made, ahead=True, graph=graph, buckets=Buckets((batch,), (nodes,), batch * nodes))
     _skip_prefill(engine, batch * context)
     sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
     generator = torch.Generator().manual_seed(0)
