@@ -49,16 +49,14 @@ def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
         channels: head_dim rounded up to a power of two.
         itemsize: bytes of an element of K and V.
     """
-    if itemsize > 2:  # float32, with exact products: not on tensor cores
-        return [Tile(min(kind.rows, 32), keys, 4, 2) for keys in (32, 16)]
+    if itemsize > 2:  # float32, with exact products: not on tensor cores, and registers are few
+        return [Tile(16, 32 if channels <= 128 else 16, 8, 2), Tile(16, 16, 4, 2)]
     # A stage holds K and V of a tile's keys: 64 keys of 128 channels in 16 bits take 32 KiB.
-    wide, narrow = (64, 32) if channels <= 128 else (32, 16)
+    wide, narrow, warps = (64, 32, 4) if channels <= 128 else (32, 16, 8)
     if kind.rows <= 32:
-        shapes = [(wide, 4, 3), (wide, 4, 4), (narrow, 2, 4)]
+        shapes = [(wide, warps, 3), (wide, warps, 4), (narrow, warps // 2, 4)]
         return [Tile(kind.rows, *shape) for shape in shapes]
-    shapes = [(wide, 4, 3), (wide, 4, 4), (narrow, 4, 4)]
-    tiles = [Tile(64, *shape) for shape in shapes]
+    tiles = [Tile(64, wide, warps, 3), Tile(64, wide, warps, 4), Tile(64, narrow, warps, 4)]
     if kind.rows == MOST_ROWS:
-        large = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3)]
-        tiles = large + tiles[:2]
+        tiles = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3), *tiles[:2]]
     return tiles
