@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +23,35 @@ __all__ = ["between_products", "ceilings", "tests"]
 
 
 def tests(run: Run) -> dict[str, Any]:
-    """The tests that are marked `cuda`, in a process of their own."""
+    """The tests that are marked `cuda`, in processes of their own: kernels, then what takes the whole device.
+
+    Kernels wait for the compiler most of the time, so many are tested at once.
+    """
+    kernels = ["tests/engine/attention", "tests/engine/model"]
+    at_once = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
+    if run.tiny:
+        return {"kernels": _pytest(run, ["--collect-only", "tests/engine/model/test_triton_kernels.py"])}
+    found = {"kernels": _pytest(run, [*at_once, *kernels])}
+    run.record("tests", found)
+    found["engine"] = _pytest(run, ["tests/engine", *(f"--ignore={folder}" for folder in kernels)])
+    return found
+
+
+def _pytest(run: Run, arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider"]
-    command += ["--continue-on-collection-errors"]
-    command += (
-        ["--collect-only", "tests/engine/model/test_triton_kernels.py"] if run.tiny else ["tests/engine"]
-    )
-    limit = max(30.0, min(240.0, run.left() - 30))
-    try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
-        code, output = found.returncode, found.stdout + found.stderr
-    except subprocess.TimeoutExpired as error:
-        code, output = -1, (error.stdout or b"").decode(errors="replace") + f"\nstopped after {limit:.0f} s"
-    lines = output.strip().splitlines()
+    command += ["--continue-on-collection-errors", *arguments]
+    limit = max(30.0, min(130.0, run.left() / 2))
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
+            )
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+            log.write(f"\nstopped after {limit:.0f} s\n")
+        log.seek(0)
+        lines = log.read().strip().splitlines()
     print("\n".join(lines[-25:]), flush=True)
     return {"passed": code == 0, "exit_code": code, "tail": lines[-60:]}
 
