@@ -230,6 +230,11 @@ def test_a_node_whose_nucleus_is_wider_than_the_candidates_ends_the_path(step: S
     for b in range(len(step.sequences)):
         length = int(found.length[b])
         assert length <= reached.length[b]
+        path, other = found.path[b, : length + 1], reached.path[b, : length + 1]
+        if not torch.equal(path, other):
+            # Siblings of one token, of which only the first is left out: here their logits are drawn apart.
+            assert step.tokens[b, path].tolist() == step.tokens[b, other].tolist()
+            continue
         assert found.tokens[b, : length + 1].tolist() == reached.tokens[b, : length + 1].tolist()
     assert (found.tokens >= 0).all()
 
