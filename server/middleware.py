@@ -18,7 +18,7 @@ from server.metrics import Metrics
 from server.routes.health import QUIET_PATHS
 from server.settings import Settings
 
-__all__ = ["ReadinessMiddleware", "RequestMiddleware"]
+__all__ = ["REQUEST_ID_HEADER", "ReadinessMiddleware", "RequestMiddleware"]
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID = 128

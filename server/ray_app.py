@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import cluster_resources, is_initialized, serve
+from starlette.datastructures import MutableHeaders
 
 from engine.errors import ConfigError
 from server.lifecycle import HANDSHAKE_S
+from server.middleware import REQUEST_ID_HEADER
 from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["Scaling", "app"]
 
@@ -47,7 +50,6 @@ class Scaling(BaseModel):
         600.0, ge=0, description="How long there are too few before one goes; a start takes minutes."
     )
     look_back_period_s: float = Field(30.0, gt=0, description="Span over which requests are averaged.")
-    metrics_interval_s: float = Field(5.0, gt=0, description="How often they are counted.")
     gpus: float | None = Field(
         None, ge=0, description="GPUs a replica; if unset 1 where the cluster has any and device is not cpu."
     )
@@ -106,7 +108,6 @@ def _application(settings: Settings, scaling: Scaling) -> serve.Application:
             "upscale_delay_s": scaling.upscale_delay_s,
             "downscale_delay_s": scaling.downscale_delay_s,
             "look_back_period_s": scaling.look_back_period_s,
-            "metrics_interval_s": scaling.metrics_interval_s,
         },
         ray_actor_options={"num_cpus": scaling.cpus, "num_gpus": gpus},
         health_check_period_s=HEALTH_PERIOD_S,
@@ -139,4 +140,21 @@ def _load(settings: Settings, threads: int | None) -> FastAPI:
     if threads is not None:
         torch.set_num_threads(threads)
     engine = EngineLoop.load(settings.engine_config)
-    return create_app(engine, engine.text, settings, engine.generation_defaults)
+    app = create_app(engine, engine.text, settings, engine.generation_defaults)
+    app.add_middleware(_WithoutRequestId)
+    return app
+
+
+class _WithoutRequestId:
+    """Takes X-Request-Id from answers: Ray's proxy adds the same one, which it has handed to us."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID_HEADER]
+            await send(message)
+
+        await self._app(scope, receive, send_without)

@@ -246,7 +246,8 @@ SERVING = [
     Panel(
         "Memory",
         "Resident, of each server process.",
-        {"{{instance}}": f"process_resident_memory_bytes{CHOSEN}"},
+        # Prometheus has this one of itself, too.
+        {"{{instance}}": f"process_resident_memory_bytes{CHOSEN} and on (instance) medusa_ready"},
         unit="bytes",
     ),
 ]

@@ -6,8 +6,12 @@ python docker/grafana/pictures.py http://127.0.0.1:9090 docs/images --minutes 2
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import json
+import re
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,17 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from PIL import Image
 
 DASHBOARDS = Path(__file__).parent / "dashboards"
 UNITS = {"percentunit": "%", "s": "s", "bytes": "MiB", "reqps": "1/s", "ops": "1/s"}
 FACTORS = {"percentunit": 100.0, "bytes": 1 / 2**20}
 
 Series = tuple[str, list[float], list[float]]
+"""Legend, seconds since the start, values."""
+Query = Callable[[dict[str, Any]], list[Series]]
 
 
 def query_range(url: str, expression: str, start: float, end: float, window: str) -> list[dict[str, Any]]:
@@ -36,47 +44,77 @@ def query_range(url: str, expression: str, start: float, end: float, window: str
     return found
 
 
-def series_of(url: str, panel: dict[str, Any], start: float, end: float, window: str) -> list[Series]:
-    """(legend, seconds since the start, values) of every series of a panel."""
+def series_of(
+    panel: dict[str, Any], *, url: str, start: float, end: float, window: str, names: dict[str, str]
+) -> list[Series]:
+    """Every series of a panel; `names` says what instances are called in it."""
     unit = panel["fieldConfig"]["defaults"]["unit"]
     found: list[Series] = []
     for target in panel["targets"]:
         for result in query_range(url, target["expr"], start, end, window):
-            name = target["legendFormat"]
+            legend = target["legendFormat"]
             for label, value in result["metric"].items():
-                name = name.replace(f"{{{{{label}}}}}", value)
+                legend = legend.replace(f"{{{{{label}}}}}", names.get(value, value))
             times = [point[0] - start for point in result["values"]]
-            found.append(
-                (name, times, [float(point[1]) * FACTORS.get(unit, 1.0) for point in result["values"]])
-            )
-    return found
+            values = [float(point[1]) * FACTORS.get(unit, 1.0) for point in result["values"]]
+            found.append((legend, times, values))
+    return sorted(found)
 
 
 def draw(axes: Axes, panel: dict[str, Any], found: list[Series]) -> None:
-    unit = UNITS.get(panel["fieldConfig"]["defaults"]["unit"], "")
-    axes.set_title(panel["title"], fontsize=9, loc="left")
+    defaults = panel["fieldConfig"]["defaults"]
+    unit = UNITS.get(defaults["unit"], "")
+    axes.set_title(f"{panel['title']}{f', {unit}' if unit else ''}", fontsize=9, loc="left")
+    axes.tick_params(labelsize=7)
     if panel["type"] == "stat":
         value = found[0][2][-1] if found else float("nan")
-        axes.text(
-            0.5, 0.4, f"{value:.3g} {unit}", fontsize=18, ha="center", va="center", transform=axes.transAxes
-        )
+        axes.text(0.5, 0.4, f"{value:.3g}", fontsize=18, ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
-        return
-    if panel["type"] == "heatmap":
+    elif panel["type"] == "heatmap":
         heat(axes, found)
-        return
-    if panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal" and found:
+    else:
+        lines(axes, panel, found)
+        if "max" in defaults:
+            axes.set_ylim(0, FACTORS.get(defaults["unit"], 1.0) * defaults["max"])
+        else:
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+
+
+def lines(axes: Axes, panel: dict[str, Any], found: list[Series]) -> None:
+    """Time series, stacked or not, some on an axis of their own to the right; a legend below."""
+    stacked = panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
+    right = [re.compile(o["matcher"]["options"].strip("/")) for o in panel["fieldConfig"]["overrides"]]
+    other = axes.twinx() if right else axes
+    drawn: dict[str, Artist] = {}
+    if stacked and found:
         times = max((times for _, times, _ in found), key=len)
         rows = [[dict(zip(t, v, strict=True)).get(x, 0.0) for x in times] for _, t, v in found]
-        axes.stackplot(times, rows, labels=[name for name, _, _ in found], alpha=0.7)
-    else:
-        for name, times, values in found:
-            axes.plot(times, values, label=name, linewidth=1.2)
-        axes.set_ylim(bottom=0)
-    axes.set_ylabel(unit, fontsize=7)
-    axes.tick_params(labelsize=7)
-    if 0 < len(found) <= 14:
-        axes.legend(fontsize=5.5, loc="upper left", ncols=2, framealpha=0.6)
+        areas = axes.stackplot(times, rows, alpha=0.7)
+        drawn = {name: area for (name, _, _), area in zip(found, areas, strict=True)}
+    for number, (name, times, values) in enumerate([] if stacked else found):
+        on_right = any(pattern.search(name) for pattern in right)
+        where, style = (other, "--") if on_right else (axes, "-")
+        (drawn[name],) = where.plot(
+            times, values, style, color=f"C{number % 10}", linewidth=1.2, clip_on=False
+        )
+    if right:
+        other.set_ylim(bottom=0)
+        other.set_ylabel(f"{right[0].pattern} (dashed)", fontsize=7)
+        other.tick_params(labelsize=7)
+    # Grafana lists all; here those that are ever anything but zero, where there are many.
+    some = {name for name, _, values in found if len(found) <= 6 or any(value > 0 for value in values)}
+    shown = {name: artist for name, artist in drawn.items() if name in some}
+    axes.legend(
+        shown.values(),
+        shown.keys(),
+        fontsize=6.5,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.08),
+        ncols=4,
+        frameon=False,
+        columnspacing=1.0,
+        handlelength=1.2,
+    )
 
 
 def heat(axes: Axes, found: list[Series]) -> None:
@@ -92,25 +130,29 @@ def heat(axes: Axes, found: list[Series]) -> None:
     times = buckets[0][1][-length:]
     axes.pcolormesh([*times, times[-1] + 1], range(len(rows) + 1), rows, cmap="Blues")
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [name for name, _, _ in buckets], fontsize=6)
-    axes.tick_params(axis="x", labelsize=7)
 
 
-def picture(url: str, name: str, file: Path, start: float, end: float, window: str) -> None:
+def picture(name: str, file: Path, query: Query) -> None:
     """One dashboard, its panels where Grafana puts them."""
     dashboard = json.loads((DASHBOARDS / f"{name}.json").read_text(encoding="utf-8"))
     panels = dashboard["panels"]
-    height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
-    figure = plt.figure(figsize=(16, height * 0.38))
-    grid = figure.add_gridspec(
-        height, 24, hspace=2.5, wspace=4.0, left=0.04, right=0.99, top=0.96, bottom=0.03
-    )
+    height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels) + 1
+    figure = plt.figure(figsize=(16, height * 0.36))
     for panel in panels:
         at = panel["gridPos"]
-        axes = figure.add_subplot(grid[at["y"] : at["y"] + at["h"], at["x"] : at["x"] + at["w"]])
-        draw(axes, panel, series_of(url, panel, start, end, window))
-    figure.suptitle(f"{dashboard['title']} (x: seconds)", fontsize=12)
-    figure.savefig(file, dpi=80)
+        left, right = (
+            (at["x"] + 0.9) / 24,
+            (at["x"] + at["w"] - (0.9 if panel["fieldConfig"]["overrides"] else 0.2)) / 24,
+        )
+        top, bottom = 1 - (at["y"] + 1.9) / height, 1 - (at["y"] + at["h"] - 0.6) / height
+        draw(figure.add_axes((left, bottom, right - left, top - bottom)), panel, query(panel))
+    figure.suptitle(f"{dashboard['title']} (x: seconds)", fontsize=12, y=1 - 0.3 / height, va="top")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80)
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        file, optimize=True
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,14 +161,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("url", help="Prometheus")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=5.0, help="up to now")
+    parser.add_argument("--minutes", type=float, default=5.0, help="up to the end")
     parser.add_argument("--window", default="30s", help="for rates")
+    parser.add_argument("--name", action="append", default=[], metavar="INSTANCE=NAME", help="in the legends")
+    parser.add_argument("--end", type=float, default=time.time(), help="Unix time, now if not said")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    end = time.time()
+    query = functools.partial(
+        series_of,
+        url=args.url,
+        start=args.end - 60 * args.minutes,
+        end=args.end,
+        window=args.window,
+        names=dict(name.split("=", 1) for name in args.name),
+    )
     for name in ("serving", "medusa"):
-        file = args.folder / f"dashboard-{name}.png"
-        picture(args.url, name, file, end - 60 * args.minutes, end, args.window)
+        picture(name, args.folder / f"dashboard-{name}.png", query)
 
 
 if __name__ == "__main__":

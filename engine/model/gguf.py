@@ -6,10 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +19,17 @@ from engine.model.embedded import cache_root, shortest, undo_rope_interleaving, 
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 
 if TYPE_CHECKING:
-    from gguf import ReaderTensor
+    from gguf import GGUFReader
 
-__all__ = ["GGUF_INDEX", "GgufFile", "gguf_folder", "gguf_parts"]
+__all__ = ["GGUF_INDEX", "GgufFile", "gguf_folder"]
 
 log = logging.getLogger(__name__)
 
 GGUF_INDEX = "gguf.json"
-"""In a model folder made from a GGUF: its files and the place, type and shape of each tensor."""
+"""In a model folder made from a GGUF: the file's path and the place, type and shape of each tensor."""
 
-_VERSION = 2
+_VERSION = 1
 """Raised with every change to what is written: older folders are then left alone."""
-
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-"""How llama-gguf-split names the parts of a model."""
 
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),  # Mistral too
@@ -74,43 +70,18 @@ _CONTROL = 3
 _GEMMA3_27B_LAYERS = 62  # whose queries alone are scaled by hidden / heads; the metadata does not say so
 
 
-def gguf_parts(name: str) -> list[str]:
-    """Names of all files of a model, given its first: itself, or with -00002-of-00003.gguf and so on.
-
-    Raises:
-        ModelError: it is a part, but not the first.
-    """
-    found = _PART.fullmatch(name)
-    if found is None:
-        return [name]
-    stem, number, count = found.groups()
-    if int(number) != 1:
-        raise ModelError(f"{name} is a part of a model; name the first, {stem}-00001-of-{count}.gguf")
-    return [f"{stem}-{part:05d}-of-{count}.gguf" for part in range(1, int(count) + 1)]
-
-
 def gguf_folder(source: Path) -> Path:
     """A folder with config, tokenizer and an index into `source`, made if it is not in the cache.
 
-    The weights stay in the file, or in all of its parts: they must stay where they are.
-
-    Args:
-        source: the file; of a model in parts, the first.
+    The weights stay in the file: it must stay where it is.
 
     Raises:
-        ModelError: it is no GGUF, damaged, or cannot be written about; a part is not there.
+        ModelError: it is no GGUF, damaged, or cannot be written about.
         UnsupportedModelError: its architecture or tokenizer is not covered.
     """
-    # Parts stand beside the path that was named: in the hub's cache that is a link to another folder.
-    sources = [source.with_name(name) for name in gguf_parts(source.name)]
-    if absent := [part.name for part in sources if not part.is_file()]:
-        raise ModelError(f"{source.parent} lacks {', '.join(absent)}, of the same model as {source.name}")
-    sources = [part.resolve() for part in sources]
-    statuses = [part.stat() for part in sources]
-    identity = f"{_VERSION} " + " ".join(
-        f"{part} {status.st_size} {status.st_mtime_ns}"
-        for part, status in zip(sources, statuses, strict=True)
-    )
+    source = source.resolve()
+    status = source.stat()
+    identity = f"{_VERSION} {source} {status.st_size} {status.st_mtime_ns}"
     folder = cache_root() / f"gguf-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
@@ -122,7 +93,7 @@ def gguf_folder(source: Path) -> Path:
             f"cannot write to {cache_root()}: {error.strerror or error}; name another folder in MEDUSA_CACHE"
         ) from error
     try:
-        _describe(sources, partial)
+        _describe(source, partial)
         try:
             partial.rename(folder)  # whole or not at all
         except OSError:
@@ -149,14 +120,10 @@ class GgufFile:
         import numpy as np
 
         stated = json.loads(index.read_text(encoding="utf-8"))
-        self._data = []
-        for file in stated["files"]:
-            source = Path(file["path"])
-            if not source.is_file() or source.stat().st_size != file["bytes"]:
-                raise WeightsError(
-                    f"{source} is not the file that {index.parent} was made from; name it anew"
-                )
-            self._data.append(np.memmap(source, mode="r"))
+        source = Path(stated["path"])
+        if not source.is_file() or source.stat().st_size != stated["bytes"]:
+            raise WeightsError(f"{source} is not the file that {index.parent} was made from; name it anew")
+        self._data = np.memmap(source, mode="r")
         self._tensors: dict[str, dict[str, Any]] = stated["tensors"]
         self._heads: dict[str, int] = stated["permuted_heads"]
         self._norm_offset: float = stated["norm_offset"]
@@ -164,7 +131,7 @@ class GgufFile:
         if kinds:
             log.warning(
                 "%s is dequantised at load (%s): it takes the memory of full-precision weights",
-                Path(stated["files"][0]["path"]).name,
+                source.name,
                 ", ".join(kinds),
             )
 
@@ -178,7 +145,7 @@ class GgufFile:
 
         tensor = self._tensors[name]
         kind, shape = GGMLQuantizationType[tensor["type"]], tuple(tensor["shape"])
-        raw = self._data[tensor["file"]][tensor["offset"] : tensor["offset"] + tensor["bytes"]]
+        raw = self._data[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
         plain = {"F32": np.float32, "F16": np.float16}.get(tensor["type"])
         if plain is not None:
             values = raw.view(plain).reshape(shape)
@@ -196,20 +163,17 @@ class GgufFile:
         return tuple(self._tensors[name]["shape"])
 
 
-def _describe(sources: list[Path], folder: Path) -> None:
-    """Write everything about the files but their tensors."""
+def _describe(source: Path, folder: Path) -> None:
+    """Write everything about `source` but its tensors."""
     from gguf import GGUFReader
 
-    source = sources[0]
     log.info("reading %s; its description is kept, so the next start is faster", source.name)
     try:
-        readers = [GGUFReader(part) for part in sources]
-        fields = {name: field.contents() for name, field in readers[0].fields.items()}
-        if fields.get("split.count", 1) > len(sources):
-            raise ValueError("it is a part of a model and does not have the name llama-gguf-split gave it")
-        config = _config(fields, [tensor for reader in readers for tensor in reader.tensors])
+        reader = GGUFReader(source)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        config = _config(fields, reader)
         tokenizer = build_tokenizer(fields)
-        index = _index(sources, [reader.tensors for reader in readers], config)
+        index = _index(source, reader, config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"{source} cannot be read as a GGUF model: {reason}") from error
@@ -221,19 +185,23 @@ def _describe(sources: list[Path], folder: Path) -> None:
     os.chmod(folder, 0o755)  # mkdtemp's is readable to its owner only
 
 
-def _config(fields: Mapping[str, Any], tensors: Sequence[ReaderTensor]) -> dict[str, Any]:
+def _config(fields: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
     """The transformers config that says the same."""
     arch = fields["general.architecture"]
     if arch not in _ARCHITECTURES:
         raise UnsupportedModelError(
             f"GGUF architecture {arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
+    if fields.get("split.count", 1) > 1:
+        raise UnsupportedModelError(
+            "a GGUF in several files is not supported; join them: llama-gguf-split --merge"
+        )
     architecture, model_type = _ARCHITECTURES[arch]
 
     def value(key: str, default: Any = None) -> Any:
         return fields[f"{arch}.{key}"] if default is None else fields.get(f"{arch}.{key}", default)
 
-    names = {tensor.name for tensor in tensors}
+    names = {tensor.name for tensor in reader.tensors}
     heads, hidden = value("attention.head_count"), value("embedding_length")
     head_dim = value("attention.key_length", hidden // heads)
     config: dict[str, Any] = {
@@ -254,9 +222,9 @@ def _config(fields: Mapping[str, Any], tensors: Sequence[ReaderTensor]) -> dict[
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "rms_norm_eps": shortest(value("attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in names,
-        "vocab_size": _vocab_size(tensors),
+        "vocab_size": _vocab_size(reader),
     }
-    rope = _rope(fields, arch, tensors, head_dim)
+    rope = _rope(fields, arch, reader, head_dim)
     if arch != "gemma3":
         return config | {"hidden_act": "silu", "rope_parameters": rope}
     scalar = hidden // heads if config["num_hidden_layers"] == _GEMMA3_27B_LAYERS else head_dim
@@ -270,19 +238,17 @@ def _config(fields: Mapping[str, Any], tensors: Sequence[ReaderTensor]) -> dict[
     }
 
 
-def _vocab_size(tensors: Sequence[ReaderTensor]) -> int:
+def _vocab_size(reader: GGUFReader) -> int:
     # Rows of the embedding: some models have more than tokens.
-    return next(int(tensor.shape[1]) for tensor in tensors if tensor.name == "token_embd.weight")
+    return next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight")
 
 
-def _rope(
-    fields: Mapping[str, Any], arch: str, tensors: Sequence[ReaderTensor], head_dim: int
-) -> dict[str, Any]:
+def _rope(fields: Mapping[str, Any], arch: str, reader: GGUFReader, head_dim: int) -> dict[str, Any]:
     default_theta = 1e6 if arch == "gemma3" else 1e4
     theta = shortest(fields.get(f"{arch}.rope.freq_base", default_theta))
     if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModelError("a GGUF in which only a part of each head is rotated is not supported")
-    factors = next((tensor.data for tensor in tensors if tensor.name == _ROPE_FACTORS), None)
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS), None)
     if factors is not None:
         return _llama3_rope(theta, torch.tensor(factors.tolist()))
     kind = fields.get(f"{arch}.rope.scaling.type", "none")
@@ -317,24 +283,21 @@ def _llama3_rope(theta: float, factors: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _index(
-    sources: list[Path], parts: Sequence[Sequence[ReaderTensor]], config: Mapping[str, Any]
-) -> dict[str, Any]:
+def _index(source: Path, reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, Any]:
     """Where each tensor lies; one of no known use keeps its own name, and is reported at load."""
     gemma = config["model_type"] == "gemma3_text"
     layer_names = _GEMMA_NAMES if gemma else _LAYER_NAMES
     tensors = {}
-    for file, tensor in ((file, tensor) for file, part in enumerate(parts) for tensor in part):
+    for tensor in reader.tensors:
         if tensor.name == _ROPE_FACTORS:
             continue
         module, _, kind = tensor.name.rpartition(".")
         if module.startswith("blk."):
-            _, layer, name = module.split(".", 2)
-            module = f"model.layers.{layer}.{layer_names[name]}" if name in layer_names else module
+            _, layer, part = module.split(".", 2)
+            module = f"model.layers.{layer}.{layer_names[part]}" if part in layer_names else module
         else:
             module = _TOP_NAMES.get(module, module)
         tensors[f"{module}.{kind}"] = {
-            "file": file,
             "offset": int(tensor.data_offset),
             "bytes": int(tensor.n_bytes),
             "type": tensor.tensor_type.name,
@@ -342,7 +305,8 @@ def _index(
         }
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     return {
-        "files": [{"path": str(source), "bytes": source.stat().st_size} for source in sources],
+        "path": str(source),
+        "bytes": source.stat().st_size,
         # llama.cpp rotates neighbouring channels in this architecture, halves in the others.
         "permuted_heads": heads if config["model_type"] == "llama" else {},
         "norm_offset": 1.0 if gemma else 0.0,  # it stores 1 + weight

@@ -14,7 +14,7 @@ import torch
 from engine.errors import ModelError, RequestError, WeightsError
 from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
-from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder, gguf_parts
+from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
 from engine.model.prequantized import DequantizedFile, stated_quantization
 from engine.model.text_part import TextPartFile, has_vision_part
 from engine.types import SamplingParams
@@ -77,7 +77,7 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
 
     Args:
         name: "smollm2-135m" (embedded), a local folder or .gguf file, a Hugging Face hub id, or a hub id
-            with the name of a .gguf file in it (owner/name/file.gguf); of one in parts, the first.
+            with the name of a .gguf file in it (owner/name/file.gguf).
         revision: branch, tag or commit; for a hub id only.
         config_only: of a hub id nothing but what `ModelConfig` reads is downloaded.
 
@@ -97,9 +97,7 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     if folder.exists():
         raise ModelError(f"model {name} is a file; name a .gguf, or the folder with config.json and weights")
     if name.endswith(".gguf") and name.count("/") == 2 and not name.startswith((".", "~", "/")):
-        repository, _, file = name.rpartition("/")
-        parts = [_download(repository, revision, file=part) for part in gguf_parts(file)]
-        return gguf_folder(parts[0])
+        return gguf_folder(_download(name.rpartition("/")[0], revision, file=name.rpartition("/")[2]))
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist")
     return _download(name, revision, config_only=config_only)

@@ -205,6 +205,22 @@ def test_docker_waits_for_the_drain() -> None:
     assert seconds(services["nginx"]["environment"]["NGINX_SHUTDOWN_TIMEOUT"]) >= drain
 
 
+def test_the_documentation_has_the_times_of_the_files() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = page.split("| | drain | before it | killed after |\n")[1].splitlines()
+    stated = {
+        row.split("|")[1].strip(" `"): [int(n) for n in re.findall(r"(\d+) s", row)] for row in rows[1:4]
+    }
+    pod = yaml.safe_load((DOCKER / "kubernetes" / "cpu" / "deployment.yaml").read_text())["spec"]["template"]
+    pre_stop = pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1]
+    ray = yaml.safe_load((DOCKER / "ray" / "serve.yaml").read_text())["applications"][0]["args"]
+    replica = compose()["services"]["cpu-1"]
+    drain = int(replica["environment"]["MEDUSA_DRAIN_TIMEOUT"])
+    assert stated["docker compose"] == [drain, seconds(replica["stop_grace_period"])]
+    assert stated["Kubernetes"] == [drain, int(pre_stop), pod["spec"]["terminationGracePeriodSeconds"]]
+    assert stated["Ray Serve"] == [ray["drain_timeout"], ray["drain_timeout"] + HANDSHAKE_S]
+
+
 def test_nginx_closes_idle_connections_before_the_server_does() -> None:
     template = (DOCKER / "nginx" / "nginx.conf.template").read_text(encoding="utf-8")
     kept = re.search(r"keepalive_timeout (\d+)s", template)

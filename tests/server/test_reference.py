@@ -35,7 +35,7 @@ def test_the_metrics_that_the_text_and_its_queries_name_exist() -> None:
 
 def test_the_options_that_the_text_names_exist() -> None:
     """Those of other programs are named, too."""
-    others = {"--build-arg", "--read-only", "--tmpfs", "--wait", "--no-deps", "--stop-timeout"}
+    others = {"--build-arg", "--read-only", "--tmpfs", "--wait", "--no-deps", "--stop-timeout", "--pictures"}
     options = {option_name(name) for name in Settings.model_fields} | {"--config"} | others
     assert set(re.findall(r"--[a-z][a-z-]+[a-z]", PAGE)) <= options
 
@@ -51,6 +51,11 @@ def test_each_fault_names_tests_that_exist() -> None:
             assert file is not None
             assert file.exists(), cell
             assert not test or f"def {test}(" in file.read_text(encoding="utf-8"), cell
+
+
+def test_its_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
 
 
 def test_a_page_without_a_place_for_a_table_is_refused() -> None:

@@ -178,6 +178,10 @@ class Nginx(Process):
     def log_lines(self) -> list[dict[str, str]]:
         return [json.loads(line) for line in self.access_log.read_text().splitlines()]
 
+    def times(self) -> dict[str, float]:
+        """Seconds from each request's first byte to its answer's last, by id; the later one's of two."""
+        return {line["request_id"]: float(line["e2e_s"]) for line in self.log_lines()}
+
     def line_of(self, request_id: str) -> dict[str, str]:
         """A request's one line, which may be written a moment after the client has its last byte."""
 

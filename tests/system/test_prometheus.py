@@ -95,19 +95,21 @@ def loaded(
         Nginx(tmp_path_factory.mktemp("nginx"), replicas) as nginx,
     ):
 
-        async def scenario() -> None:
+        async def scenario() -> float:
             for clients in (2, 8):
                 async with running(Load(nginx.url, clients)):
                     await asyncio.sleep(max(seconds / 2, 8.0))
+                    busy_until = time.time()
+            return busy_until
 
-        started = time.monotonic()
-        asyncio.run(scenario())
+        started = time.time()
+        ended = asyncio.run(scenario())
         if pictures := request.config.getoption("--pictures"):
-            minutes = str((time.monotonic() - started) / 60)
-            script = DOCKER / "grafana" / "pictures.py"
-            subprocess.run(
-                [sys.executable, script, prometheus.url, pictures, "--minutes", minutes], check=True
-            )
+            command = [sys.executable, str(DOCKER / "grafana" / "pictures.py"), prometheus.url, pictures]
+            command += ["--end", str(ended), "--minutes", str((ended - started) / 60)]
+            for replica in replicas:
+                command += ["--name", f"{replica.address}={replica.name}"]
+            subprocess.run(command, check=True)
         yield prometheus
 
 

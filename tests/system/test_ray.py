@@ -19,7 +19,11 @@ from engine.errors import ConfigError
 from server.lifecycle import HANDSHAKE_S
 from tests.system.support import ROOT, START_S, STREAM, Load, Process, pieces, running, until, wait_until
 
-pytestmark = pytest.mark.minutes
+pytestmark = [
+    pytest.mark.minutes,
+    # Ray's own use of pydantic, told when it is imported.
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+]
 
 CLIENTS = 8
 SCALE_S = 300.0
@@ -42,15 +46,22 @@ class Ray(Process):
             "upscale_delay_s": 1,
             "downscale_delay_s": 5,
             "look_back_period_s": 5,
-            "metrics_interval_s": 1,
             "max_num_seqs": 8,
             "max_model_len": 2048,
             "kv_cache_tokens": 8192,
             "device": "cpu",
         }
         command = [sys.executable, "-m", "tests.system.ray_driver", str(self.port), json.dumps(arguments)]
+        # Requests are counted every second, not every ten.
+        often = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1" for who in ("REPLICA", "HANDLE")}
         super().__init__(
-            "ray", command, folder, PYTHONPATH=str(ROOT), RAY_AUTH_MODE="disabled", **thread_environment(1)
+            "ray",
+            command,
+            folder,
+            PYTHONPATH=str(ROOT),
+            RAY_AUTH_MODE="disabled",
+            **often,
+            **thread_environment(1),
         )
 
     def states(self) -> list[dict[str, int]]:

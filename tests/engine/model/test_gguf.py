@@ -127,7 +127,7 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
     arch = changes.get("arch", {"gemma3_text": "gemma3"}.get(family, family))
     model = tiny_model(family, **(SHAPE | overrides))
     config = model.config
-    writer = gguf.GGUFWriter(path, arch, split_max_tensors=changes.get("split", 0))
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -207,37 +207,6 @@ def test_a_gguf_computes_what_its_numbers_stand_for(
     prompt = [3, 141, 59, 26, 53, 58, 97]
     outputs = run_all(make_engine(path), [greedy("r", prompt, 10, ignore_eos=True)])
     assert outputs["r", 0] == greedy_reference(model, prompt, 10)
-
-
-def test_a_model_in_parts_is_one(tmp_path: Path) -> None:
-    """As llama-gguf-split and the gguf package cut and name it."""
-    path = tmp_path / "tiny.gguf"
-    model = write(path, "llama", {}, split=8)
-    parts = sorted(tmp_path.glob("tiny-*.gguf"))
-    assert [part.name for part in parts] == [f"tiny-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
-    checkpoint = Checkpoint(resolve_model(str(parts[0])))
-    for name, wanted in model.state_dict().items():
-        torch.testing.assert_close(checkpoint.get(name), wanted, atol=1e-6, rtol=1e-6)
-    prompt = [3, 141, 59, 26, 53, 58, 97]
-    outputs = run_all(make_engine(parts[0]), [greedy("r", prompt, 10, ignore_eos=True)])
-    assert outputs["r", 0] == greedy_reference(model, prompt, 10)
-    snapshot = tmp_path / "snapshot"  # as the hub's cache has them: links to files of other names
-    snapshot.mkdir()
-    for part in parts:
-        (snapshot / part.name).symlink_to(part.rename(tmp_path / f"blob-{part.name[5:10]}"))
-    linked = Checkpoint(resolve_model(str(snapshot / parts[0].name)))
-    assert torch.equal(linked.get("lm_head.weight"), checkpoint.get("lm_head.weight"))
-    for part in parts:
-        (snapshot / part.name).resolve().rename(part)
-    with pytest.raises(ModelError, match=r"is a part of a model; name the first, tiny-00001-of-00003\.gguf"):
-        resolve_model(str(parts[1]))
-    parts[0].rename(tmp_path / "renamed.gguf")
-    with pytest.raises(ModelError, match="name llama-gguf-split gave it"):
-        resolve_model(str(tmp_path / "renamed.gguf"))
-    (tmp_path / "renamed.gguf").rename(parts[0])
-    parts[2].unlink()
-    with pytest.raises(ModelError, match=r"lacks tiny-00003-of-00003\.gguf"):
-        resolve_model(str(parts[0]))
 
 
 def test_the_description_is_made_once_and_noticed_when_stale(tmp_path: Path) -> None:
