@@ -122,6 +122,9 @@ def test_a_batch_that_does_not_fill_its_bucket_touches_nobody(narrow: TinyModel)
         assert all(torch.equal(tensor[free], old) for tensor, old in zip(state, before, strict=True))
         assert runner._lengths[-1] == 0
         assert not runner._tables[-1].any()
+        # Of block 0 the first row alone: nodes that are not valid write what their root writes.
+        assert runner._pool.data[:, :, 0, 0].any()
+        assert not runner._pool.data[:, :, 0, 1:].any()
     assert {bucket.batch for bucket, _ in runner._first} == {4}
 
 
