@@ -9,7 +9,11 @@ from __future__ import annotations
 import pytest
 
 from tests import support
+from tests.engine.conftest import TinyModel
 from tests.engine.test_engine import (
+    LOOKUP,
+    SETTINGS,
+    check_greedy,
     test_a_failed_step_fails_its_own_requests_only,
     test_a_request_without_a_seed_gets_its_own,
     test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched,
@@ -18,8 +22,6 @@ from tests.engine.test_engine import (
     test_choices_differ_and_repeat,
     test_eos_stops_unless_ignored,
     test_few_tokens_are_few,
-    test_greedy_is_transformers_greedy,
-    test_greedy_with_lookup_alone_is_transformers_greedy,
     test_one_choice_can_be_aborted,
     test_output_ends_exactly_at_the_context_limit,
     test_prompt_tokens_are_counted_once_a_request,
@@ -27,6 +29,7 @@ from tests.engine.test_engine import (
     test_stats_add_up,
     test_stop_ids_end_the_output_inside_an_accepted_run,
     test_values_that_are_not_finite_end_their_own_request_only,
+    with_heads,
 )
 from tests.engine.test_features import (
     test_a_prediction_is_followed_and_changes_nothing,
@@ -46,3 +49,20 @@ from tests.engine.test_features import (
 def _mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(support.MODE, "captured", True)
     monkeypatch.setitem(support.MODE, "ahead", True)
+
+
+# With one model and one order of arrival: repeating operators one by one takes its time.
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_greedy_is_transformers_greedy(narrow: TinyModel, settings: dict) -> None:
+    engine = support.make_engine(narrow.folder, **with_heads(narrow, settings))
+    check_greedy(narrow, engine, 2)
+    assert settings["tree"] in ("off", "auto") or engine.stats.accepted_tokens > 0
+
+
+@pytest.mark.parametrize("settings", LOOKUP)
+def test_greedy_with_lookup_alone_is_transformers_greedy(certain: TinyModel, settings: dict) -> None:
+    engine = support.make_engine(certain.folder, **settings)
+    check_greedy(certain, engine, 2)
+    assert engine.stats.accepted_by_source["head"] == 0
