@@ -2,6 +2,7 @@
 
     python -m benchmarks.acceptance --prompts mt_bench.jsonl -- --tree 9 --lookup 8
     python -m benchmarks.acceptance --prompts benchmarks/data/code_editing.jsonl --prediction
+    python -m benchmarks.acceptance --prompts mt_bench.jsonl --typical --temperature 0.7 -- --tree 64
 
 The first line of use is lookup alone, a chain of 8; any option of `serve` may follow. Two engines in this
 process, one with these options and one with the tree off, answer every prompt in turn, A B B A, at
@@ -29,10 +30,11 @@ from benchmarks.common import (
     ratio_interval,
     read_items,
 )
-from engine.types import FinishReason, Request, SamplingParams
+from engine.types import Acceptance, FinishReason, MedusaParams, Request, SamplingParams
 from server.bench import settings_given
 
 if TYPE_CHECKING:
+    from engine.config import EngineConfig
     from engine.llm import LLM
 
 
@@ -51,8 +53,17 @@ class Turn:
         return sum(len(answer) for answer in self.answers)
 
 
-def run_turn(llm: LLM, items: Sequence[Item], max_tokens: int, *, prediction: bool, salt: str) -> Turn:
-    """Answer these items together.
+def run_turn(
+    llm: LLM,
+    items: Sequence[Item],
+    max_tokens: int,
+    *,
+    prediction: bool,
+    salt: str,
+    temperature: float = 0.0,
+    rule: Acceptance = Acceptance.EXACT,
+) -> Turn:
+    """Answer these items together; the seed of an item is its number.
 
     Raises:
         RuntimeError: one of them failed.
@@ -61,12 +72,13 @@ def run_turn(llm: LLM, items: Sequence[Item], max_tokens: int, *, prediction: bo
         Request(
             f"{salt}-{number}",
             tuple(llm.text.encode_chat([{"role": "user", "content": item.prompt}])),
-            SamplingParams(temperature=0.0, max_tokens=max_tokens),
+            SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=number),
             prediction_token_ids=tuple(
                 llm.text.encode(item.prediction, add_special_tokens=False)
                 if prediction and item.prediction
                 else ()
             ),
+            medusa=MedusaParams(acceptance=rule),
             cache_salt=salt,  # no round finds its prompts in the prefix cache
         )
         for number, item in enumerate(items)
@@ -156,6 +168,34 @@ def measure(args: argparse.Namespace, on: LLM, off: LLM | None) -> list[dict[str
     return rows
 
 
+def measure_typical(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
+    """Tokens a step under both rules of acceptance, the same trees, prompts, seeds and temperature."""
+    work = batches(read_items(args.prompts, args.limit), args.streams) * args.rounds
+    turns: dict[Acceptance, list[Turn]] = {Acceptance.TYPICAL: [], Acceptance.EXACT: []}
+    for number, batch in enumerate(work):
+        for rule, done in turns.items():
+            salt = f"{number}-{rule.value}"
+            done.append(
+                run_turn(
+                    llm,
+                    batch,
+                    args.max_tokens,
+                    prediction=args.prediction,
+                    salt=salt,
+                    temperature=args.temperature,
+                    rule=rule,
+                )
+            )
+    row: dict[str, Any] = {}
+    lengths = {}
+    for rule, done in turns.items():
+        found = summary(rule.value, done, [])
+        lengths[rule] = [turn.decoded / turn.sequence_steps for turn in done]
+        row[rule.value] = {name: found[name] for name in ("tokens", "acceptance_length", "tokens_per_s")}
+        print(f"{rule.value:8} {found['acceptance_length']:5.2f} tokens/step", flush=True)
+    return row | {"typical_to_exact": ratio_interval(lengths[Acceptance.TYPICAL], lengths[Acceptance.EXACT])}
+
+
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -168,9 +208,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--rounds", type=int, default=1, help="how often every prompt is asked")
     parser.add_argument("--prediction", action="store_true", help="send each item's `prediction`")
     parser.add_argument("--no-off", action="store_true", help="acceptance only: leave the tree-off side out")
+    parser.add_argument(
+        "--typical", action="store_true", help="the rule `typical` against `exact` instead of the tree off"
+    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="of --typical")
     args, options = parse_with_engine_options(parser, argv)
     if args.rounds < 1 or args.streams < 1:
         parser.error("--rounds and --streams must be at least 1")
+    if args.typical and args.temperature <= 0.0:
+        parser.error("--typical: at temperature 0 both rules are the same; give --temperature")
     if args.prediction and not any(item.prediction for item in read_items(args.prompts)):
         parser.error(f"--prediction: no item of {args.prompts} has one")
     return args, options
@@ -183,25 +229,30 @@ def main() -> int:
     values: dict[str, Any] = {"model": args.model}
     config = engine_config(options, **values)
     on = LLM(config)
+    if args.typical:
+        return _report(args, on, config, {"temperature": args.temperature, **measure_typical(args, on)})
     off = None if args.no_off else LLM(engine_config(options, **values, **TREE_OFF))
     rows = measure(args, on, off)
+    _report(args, on, config, {"temperature": 0, "order": "ABBA", "rows": rows})
+    return 1 if on.info.dtype == "float32" and rows[-1].get("answers_differ") else 0
+
+
+def _report(args: argparse.Namespace, llm: LLM, config: EngineConfig, found: dict[str, Any]) -> int:
     print_result(
         {
             "benchmark": "acceptance",
             "prompts": args.prompts.name,
             "prediction": args.prediction,
             "max_tokens": args.max_tokens,
-            "temperature": 0,
             "streams": args.streams,
-            "order": "ABBA",
-            "rows": rows,
+            **found,
             "settings": settings_given(config),
-            "dtype": on.info.dtype,
-            "device": on.info.device,
+            "dtype": llm.info.dtype,
+            "device": llm.info.device,
             "hardware": hardware(),
         }
     )
-    return 1 if on.info.dtype == "float32" and rows[-1].get("answers_differ") else 0
+    return 0
 
 
 TREE_OFF = {"tree": "off", "lookup": "off", "heads": "none", "tree_file": None}

@@ -21,7 +21,7 @@ class TrainConfig(BaseModel):
     )
     output: Path = Field(description="Folder for heads, checkpoint, log and curves.")
     heads: int = Field(4, ge=1, le=16, description="Number of heads.")
-    layers: int = Field(1, ge=1, le=8, description="Residual layers per head.")
+    layers: int = Field(2, ge=1, le=8, description="Residual layers per head.")
     vocabulary: int | Literal["full"] = Field(
         8192, description="Tokens that heads choose from, the most frequent of the data; or 'full'."
     )
@@ -35,7 +35,7 @@ class TrainConfig(BaseModel):
     lr: float = Field(1e-3, gt=0.0, description="AdamW's peak learning rate; a cosine brings it to zero.")
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's.")
     warmup_steps: int = Field(40, ge=0, description="Steps over which the rate rises.")
-    epochs: float = Field(4.0, gt=0.0, description="Passes over the data.")
+    epochs: float = Field(2.0, gt=0.0, description="Passes over the data.")
     batch_tokens: int = Field(
         512, ge=1, description="Tokens of an optimizer step; prompts count where nothing is cached."
     )
@@ -49,10 +49,10 @@ class TrainConfig(BaseModel):
     held_out: float = Field(
         0.05, gt=0.0, lt=1.0, description="Share of prompts never trained on; chosen by the prompt's hash."
     )
-    eval_every: int = Field(100, ge=1, description="Steps between looks at held-out answers.")
+    eval_every: int = Field(400, ge=1, description="Steps between looks at held-out answers.")
     eval_tokens: int = Field(16384, ge=64, description="Held-out tokens that are looked at.")
     patience: int = Field(6, ge=1, description="Looks without a better one after which training ends.")
-    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
+    checkpoint_every: int = Field(400, ge=1, description="Steps between checkpoints.")
     resume: bool = Field(False, description="Go on from the output folder's checkpoint, exactly.")
     seed: int = Field(0, ge=0, description="Of the order of the data.")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")

@@ -70,6 +70,21 @@ def test_acceptance_counts_tokens_per_step_and_finds_the_same_text(
     assert only_off["acceptance_length"] == 1.0
 
 
+def test_typical_acceptance_is_compared_with_exact_at_the_same_temperature(
+    lookup: LLM, tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"category": "x", "turns": [f"t1 t2 t{i}"]}) for i in range(4)))
+    argv = ["--prompts", str(file), "--typical", "--streams", "2", "--max-tokens", "24", "--temperature", "1"]
+    args, _ = acceptance.parse(argv)
+    row = acceptance.measure_typical(args, lookup)
+    assert row["typical"]["tokens"] == row["exact"]["tokens"] == 4 * 24
+    assert row["typical_to_exact"]["rounds"] == 2
+    assert 1.0 <= row["exact"]["acceptance_length"] < row["typical"]["acceptance_length"]
+    with pytest.raises(SystemExit):
+        acceptance.parse(["--prompts", str(file), "--typical", "--temperature", "0"])
+
+
 def test_a_prediction_that_comes_true_shortens_the_way(off: LLM, lookup: LLM) -> None:
     plain = acceptance.run_turn(off, [Item("x", "t3 t1")], 24, prediction=False, salt="a")
     item = Item("x", "t3 t1", prediction=lookup.text.decode(plain.answers[0]))
