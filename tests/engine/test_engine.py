@@ -89,7 +89,7 @@ def test_greedy_with_lookup_alone_is_transformers_greedy(
         engine = make_engine(model.folder, **settings)
         check_greedy(model, engine, arrive_every)
         # Where the machine is busy, auto may well find little to gain.
-        assert engine.stats.accepted_by_source["lookup"] > (10 if settings["tree"] == "auto" else 50)
+        assert engine.stats.accepted_by_source["lookup"] > (0 if settings["tree"] == "auto" else 50)
         assert engine.stats.accepted_by_source["head"] == 0
 
 
