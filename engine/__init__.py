@@ -7,6 +7,7 @@ print(answer.text)
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.llm import LLM, Output
     from engine.types import FinishReason, MedusaParams, SamplingParams
+
+# torch reads it at its first allocation: weights in huge pages, where the kernel gives them on request. A step
+# reads all of them, and with small pages it is slower, by how much is another matter in every process.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["LLM", "EngineConfig", "FinishReason", "MedusaParams", "Output", "SamplingParams"]
 

@@ -351,14 +351,16 @@ class AdaptiveTree:
         self._beyond = 0.98 * self._beyond + (beyond, predicted)
 
     def _explore(self, choice: int, rate: Array, seconds: Array) -> int:
-        """The choice, or now and then a larger one that the budget affords."""
+        """The choice, or now and then another one that the budget affords."""
         fits = np.flatnonzero(rate[:, 0] > 0)
-        larger = fits[fits > choice]
-        if not len(larger):
+        larger, smaller = fits[fits > choice], fits[fits < choice]
+        # In turn the next size, the largest and the size before: whether to grow, all nodes, and whether a
+        # smaller tree is as cheap or dear as it was thought to be.
+        targets = [*larger[:1], *larger[-1:], *smaller[-1:]]
+        if not targets:
             return choice
-        # In turn the next size and the largest: one shows whether to grow, the other all nodes.
-        target = int(larger[0] if self._explored.turn % 2 == 0 else larger[-1])
-        extra = float(seconds[target, 0] - seconds[choice, 0])
+        target = int(targets[self._explored.turn % len(targets)])
+        extra = abs(float(seconds[target, 0] - seconds[choice, 0]))
         if not self._explored.affords(extra):
             return choice
         self._explored.steps += 1
