@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from engine.llm import LLM, Output
     from engine.types import FinishReason, MedusaParams, SamplingParams
 
-# torch reads it at its first allocation: weights in huge pages, where the kernel gives them on request. A step
-# reads all of them, and with small pages it is slower, by how much is another matter in every process.
+# torch reads it at its first allocation: weights in huge pages, where the kernel gives them on request. A
+# step reads all of them, and with small pages it is slower, in every process by another share.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["LLM", "EngineConfig", "FinishReason", "MedusaParams", "Output", "SamplingParams"]
