@@ -62,6 +62,13 @@ def tree(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
 
 
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[Server]:
+    """The heads that come with the model, as nobody asked for others, and the lookup branch."""
+    with Server([MODEL, "--dtype", "float32", "--tree", "24", "--max-num-seqs", "8"]) as server:
+        yield server
+
+
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
@@ -99,7 +106,7 @@ def test_paris_through_the_official_client_streamed_and_not(plain: Server) -> No
 
 
 @pytest.mark.parametrize("concurrency", [1, 8], ids=["alone", "together"])
-@pytest.mark.parametrize("kind", ["plain", "tree"])
+@pytest.mark.parametrize("kind", ["plain", "tree", "shipped"])
 def test_greedy_text_is_transformers_greedy_text(
     kind: str, concurrency: int, reference: Reference, request: pytest.FixtureRequest
 ) -> None:
@@ -108,9 +115,15 @@ def test_greedy_text_is_transformers_greedy_text(
     assert [verdict.kind for verdict in verdicts] == ["exact"] * len(PROMPTS), verdicts
     if kind == "tree":
         assert acceptance_length(server) > 1.5, "long acceptances are to happen"
+    if kind == "shipped":
+        accepted = 'medusa_spec_decode_num_accepted_tokens_total{source="head"}'
+        assert asyncio.run(page(server.url))[accepted] > 0
+        assert acceptance_length(server) > 1.2
 
 
-def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(plain: Server, tree: Server) -> None:
+def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(
+    plain: Server, tree: Server, shipped: Server
+) -> None:
     async def seeded(server: Server, neighbours: int) -> str:
         async with new_client(server.url) as http:
             others = [
@@ -126,7 +139,7 @@ def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(plain: Serve
             await asyncio.gather(*others)
             return mine.text
 
-    texts = [asyncio.run(seeded(server, n)) for server in (plain, tree) for n in (0, 7)]
+    texts = [asyncio.run(seeded(server, n)) for server in (plain, tree, shipped) for n in (0, 7)]
     assert len(set(texts)) == 1
     assert len(texts[0]) > 40
 
