@@ -142,6 +142,17 @@ def test_what_each_size_promises_is_what_it_brings() -> None:
     assert max(promised, key=lambda size: promised[size]) == 1 + used
 
 
+def test_a_smaller_size_is_tried_now_and_then() -> None:
+    """Its time may have been measured while the machine was busy; nobody else would find out."""
+    world = World(adaptive(), 0.5)
+    world.run(1, 1500)
+    world.sizes.clear()
+    world.run(1, 3000)
+    used = max(set(world.sizes), key=world.sizes.count)
+    before = max(size for size in considered_sizes(HEADS) if size < used)
+    assert 0 < world.sizes.count(before) <= 0.01 * len(world.sizes)
+
+
 def test_useless_heads_cost_at_most_one_percent_of_steps_and_time() -> None:
     world = World(adaptive(), 0.0)
     world.run(8, 300)
