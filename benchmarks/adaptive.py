@@ -3,12 +3,14 @@
     python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads none,random,handmade --rounds 10
     python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads handmade --sweep
 
-All engines live in this process and take turns, so that none runs while another is measured. The first form
-gives, per kind of heads and number of streams, the ratio of tokens/s of each A B B A pair of rounds with its
-interval: passed where no interval lies wholly below --least. The second runs a load of 1, 16 and 1 streams
-on `auto` and on each fixed number of nodes and asks whether the size that `auto` settled on in each phase is
-the sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1. Where drafts
-come from lookup, trees are ragged and change with every step, so `auto` passes as well by its own tokens/s.
+All engines live in this process and take turns, so that none runs while another is measured. A load of S
+streams is S clients that ask again as soon as they are answered, until one of them has nothing more to ask:
+there the clock stops, since a batch that runs empty says nothing about S streams. The first form gives, per
+kind of heads and number of streams, the ratio of tokens/s of each A B B A pair of rounds with its interval:
+passed where no interval lies wholly below --least. The second runs a load of 1, 16 and 1 streams on `auto`
+and on each fixed number of nodes and asks whether the size that `auto` settled on in each phase is the
+sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1. Where drafts come
+from lookup, trees are ragged and change with every step, so `auto` passes as well by its own tokens/s.
 
 Heads: `none`, `random` (nearly always wrong: the worst case), `handmade` (fitted to transformers' answers to
 these very prompts, often right), or a file. Options of `serve` may follow (`-- --lookup off`).
@@ -65,29 +67,44 @@ class Phase:
         return list(self.sizes[len(self.sizes) // 2 :])
 
 
-def run_phase(llm: LLM, prompts: Sequence[tuple[int, ...]], new_tokens: int, salt: str) -> Phase:
-    """Answer these prompts together at temperature 0.
+def run_phase(
+    llm: LLM, prompts: Sequence[tuple[int, ...]], streams: int, new_tokens: int, salt: str
+) -> Phase:
+    """So many streams at a time at temperature 0, until one of them is left without a prompt.
 
     Raises:
         RuntimeError: a request failed.
     """
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens)
-    requests = [Request(f"{salt}-{i}", ids, sampling, cache_salt=salt) for i, ids in enumerate(prompts)]
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    requests = iter([Request(f"{salt}-{i}", ids, sampling, cache_salt=salt) for i, ids in enumerate(prompts)])
+    tokens: dict[str, list[int]] = {}
+    live: set[str] = set()
+
+    def take() -> Request | None:
+        request = next(requests, None) if len(live) < streams else None
+        if request is not None:
+            live.add(request.request_id)
+            tokens[request.request_id] = []
+        return request
+
     sizes: list[int] = []
     decoded = sequence_steps = 0
     start = time.perf_counter()
-    for deltas in llm.steps(requests):
+    for deltas in llm.stream(take):
         steps = 0
         for delta in deltas:
             if delta.finish_reason is FinishReason.ERROR:
                 raise RuntimeError(f"a request failed: {delta.error}")
+            if delta.finish_reason is not None:
+                live.discard(delta.request_id)
             tokens[delta.request_id] += delta.token_ids
             steps += delta.num_steps
             decoded += len(delta.token_ids) if delta.num_steps else 0
         if steps:
             sizes.append(llm.stats.tree_size)
             sequence_steps += steps
+        if len(live) < streams and len(tokens) == len(prompts):
+            break
     seconds = time.perf_counter() - start
     return Phase(
         tokens_per_s=sum(map(len, tokens.values())) / seconds,
@@ -118,10 +135,12 @@ def against_off(args: argparse.Namespace, heads: str, auto: LLM, off: LLM) -> li
     for streams in args.streams:
         done: dict[str, list[Phase]] = {"auto": [], "off": []}
         for number in range(-args.warm_rounds, args.rounds):
-            chosen = prompts.take(streams)
+            chosen = prompts.take(streams * args.turns)
             for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
                 # The rounds before 0 warm both up, and let the choice follow the load.
-                found = run_phase(auto if side == "auto" else off, chosen, args.new_tokens, f"{number}")
+                found = run_phase(
+                    auto if side == "auto" else off, chosen, streams, args.new_tokens, f"{number}"
+                )
                 if number >= 0:
                     done[side].append(found)
         rates = {side: [phase.tokens_per_s for phase in phases] for side, phases in done.items()}
@@ -134,7 +153,7 @@ def against_off(args: argparse.Namespace, heads: str, auto: LLM, off: LLM) -> li
             "acceptance_length": round(statistics.fmean(p.acceptance_length for p in done["auto"]), 3),
             "tree_sizes": shares([size for phase in done["auto"] for size in phase.sizes]),
             "answers_differ": sum(
-                x != y
+                parted(x, y)
                 for a, b in zip(done["auto"], done["off"], strict=True)
                 for x, y in zip(a.tokens, b.tokens, strict=True)
             ),
@@ -147,6 +166,12 @@ def against_off(args: argparse.Namespace, heads: str, auto: LLM, off: LLM) -> li
             flush=True,
         )
     return rows
+
+
+def parted(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two answers differ as far as both go: the clock may have stopped within either."""
+    both = min(len(a), len(b))
+    return a[:both] != b[:both]
 
 
 def shares(sizes: Sequence[int]) -> dict[str, float]:
@@ -162,12 +187,12 @@ def sweep(args: argparse.Namespace, heads: str, engines: dict[str, LLM]) -> list
     prompts = Prompts(args.texts, engines["auto"], args.max_prompt)
     done: dict[str, list[list[Phase]]] = {name: [] for name in engines}
     for number in range(-args.warm_rounds, args.rounds):
-        chosen = [prompts.take(streams) for streams in args.phases]
+        chosen = [prompts.take(streams * args.turns) for streams in args.phases]
         names = list(engines) if number % 2 == 0 else list(reversed(engines))
         for name in names:
             found = [
-                run_phase(engines[name], batch, args.new_tokens, f"{number}-{i}")
-                for i, batch in enumerate(chosen)
+                run_phase(engines[name], batch, streams, args.new_tokens, f"{number}-{i}")
+                for i, (batch, streams) in enumerate(zip(chosen, args.phases, strict=True))
             ]
             if number >= 0:
                 done[name].append(found)
@@ -295,6 +320,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-rounds", type=int, default=2, help="before them, not counted")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=3, help="prompts for each stream in a round")
     parser.add_argument("--least", type=float, default=0.98, help="no interval may lie wholly below this")
     parser.add_argument("--sweep", action="store_true", help="auto against fixed sizes under a shifting load")
     parser.add_argument("--sizes", type=numbers, default=list(SIZES), help="fixed sizes of the sweep")
@@ -302,8 +328,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     args, options = parse_with_engine_options(parser, argv)
     args.heads = args.heads.split(",")
     args.texts = first_turns(args.prompts)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if args.rounds < 1 or args.turns < 1:
+        parser.error("--rounds and --turns must be at least 1")
     if taken := {"--tree", "--heads"} & {option.partition("=")[0] for option in options}:
         parser.error(f"{', '.join(sorted(taken))} is what this command varies")
     return args, options
@@ -331,6 +357,7 @@ def main() -> int:
             "model": args.model,
             "prompts": args.prompts.name,
             "new_tokens": args.new_tokens,
+            "turns": args.turns,
             "warm_rounds": args.warm_rounds,
             "temperature": 0,
             "least": None if args.sweep else args.least,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
+from engine.medusa.choice_kernels import choose, promise
 from engine.medusa.records import HeadRecord, LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape
@@ -37,11 +38,16 @@ _EXPLORE = 0.01
 _HYSTERESIS = 1.03
 """Another size of the heads' branch has to promise this much more to be taken."""
 
-_CHAIN_DEPTHS = (1, 2, 4, 8)
+_ANY_DEPTH = np.array([MAX_TREE_NODES])
+_CHAIN_DEPTHS = np.array([1, 2, 4, 8, MAX_TREE_NODES])
 """Bounds on the depth of lookup chains that are tried where padding costs."""
 
 _MARGIN = 1.02
 """Speculation has to promise this much more than plain decoding: the best of many estimates is too good."""
+
+
+_NO_REACH = np.zeros((1, 1))
+"""Of no heads."""
 
 
 class TreeCaps:
@@ -118,11 +124,12 @@ class _Explored:
     all_seconds: float = 0.0
     turn: int = field(default=0)
 
+    @property
+    def due(self) -> bool:
+        return self.steps + 1 <= _EXPLORE * self.all_steps
+
     def affords(self, extra_s: float) -> bool:
-        return (
-            self.steps + 1 <= _EXPLORE * self.all_steps
-            and self.seconds + extra_s <= _EXPLORE * self.all_seconds
-        )
+        return self.seconds + extra_s <= _EXPLORE * self.all_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +156,9 @@ class AdaptiveTree:
         lookup: the chains' record, its size 0 without lookup.
         max_step_tokens: bound on the rows of a step.
         accepted: see `HeadRecord`.
+
+    Raises:
+        ValueError: the step times have other sizes of the heads' branch.
     """
 
     def __init__(
@@ -164,6 +174,7 @@ class AdaptiveTree:
         self._heads = HeadRecord(heads, accepted) if heads is not None and heads.size > 1 else None
         self._caps = TreeCaps([len(path) for path in heads.paths] if heads is not None else [])
         self._sizes = self._heads.sizes if self._heads is not None else np.zeros(1, dtype=np.int64)
+        times.check_sizes(len(self._sizes))
         self._current = 0
         self._explored = _Explored()
         # Lookup nodes accepted deeper than the heads', and how many that should have been: where the heads
@@ -172,6 +183,7 @@ class AdaptiveTree:
         self._batch, self._outside = 0, 0.0
         self.expected = Expected()
         """Of the step chosen last."""
+        self._search(1, 1, np.zeros((1, 4)))  # compile it now, not under the first request
 
     @property
     def explored_steps(self) -> int:
@@ -182,35 +194,32 @@ class AdaptiveTree:
         batch = len(sequences)
         self._batch, self._outside = batch, 0.0
         context = max(sequence.num_cached for sequence in sequences)
-        reach = self._heads.reach() if self._heads is not None else np.zeros((1, 1))
-        gains, owner, depth = self._gains(sequences, reach)
-        from_heads = batch * (1.0 + reach.sum(1))
-        tokens = from_heads[:, None] + _from_none(gains.cumsum(1))
-        sizes, drafts = self._sizes[:, None], self._times.draft(batch)[:, None]
-        count = np.arange(gains.shape[1] + 1)
-        deepest = _from_none(np.maximum.accumulate(depth, axis=1))
-        rows, seconds = self._seconds(batch, context, sizes, drafts, count, deepest)
-        rate = self._rate(batch, rows, tokens, seconds)
-        rate[0, 0] *= _MARGIN
+        states = self._lookup.states([sequence.lookup for sequence in sequences])
+        choice, counts = self._search(batch, context, states)
+        head_nodes = int(self._sizes[choice])
+        for sequence, count in zip(sequences, counts.tolist(), strict=True):
+            self._caps.apply(sequence, head_nodes, count)
 
-        best = rate.max(1)
-        choice = int(best.argmax())
-        if best[choice] < _HYSTERESIS * best[self._current]:
-            choice = self._current
+    def _search(self, batch: int, context: int, states: Array) -> tuple[int, Counts]:
+        """The index of the size to take, and [B] the lookup nodes beside it.
+
+        Args:
+            states: see `choice_kernels.survival`.
+        """
+        costs = self._times.costs(batch, context, self._max_step_tokens)
+        reach = self._heads.reach() if self._heads is not None else _NO_REACH
+        beyond = float(self._beyond[0] / self._beyond[1])
+        bounds = _CHAIN_DEPTHS if batch > 1 and self._times.widens(batch, context) else _ANY_DEPTH
+        lookup = self._lookup.odds, states
+        heads = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
+        choice, plain, seconds, counts, gained = choose(costs, *lookup, *heads, -1, bounds)
         self._current = choice
-        choice = self._explore(choice, rate, seconds)
-        if batch > 1 and self._times.widens(batch, context):
-            chains = self._bounded(batch, context, choice, from_heads[choice], gains[choice], depth[choice])
-        else:
-            chains = count[:-1] < int(rate[choice].argmax())
-        counts = np.bincount(owner[choice, chains], minlength=batch)
-        for sequence, count in zip(sequences, counts, strict=True):
-            self._caps.apply(sequence, int(self._sizes[choice]), int(count))
+        if (tried := self._explore(choice, plain, seconds)) != choice:
+            choice, _, _, counts, gained = choose(costs, *lookup, *heads, tried, bounds)
         self.expected = Expected(
-            plain_s=float(seconds[0, 0]),
-            draft_s=float(self._times.draft(batch)[choice]),
-            beyond=float(gains[choice, chains].sum()),
+            plain_s=float(seconds[0]), draft_s=float(costs.drafts[choice]), beyond=float(gained)
         )
+        return choice, counts
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
         """Tokens per second that each size of the heads' tree, root counted, promises now, without lookup.
@@ -219,11 +228,9 @@ class AdaptiveTree:
             batch: sequences.
             context: tokens of the longest.
         """
-        reach = self._heads.reach() if self._heads is not None else np.zeros((1, 1))
-        rows, seconds = self._seconds(
-            batch, context, self._sizes, self._times.draft(batch), np.zeros(1), np.zeros(1)
-        )
-        rates = self._rate(batch, rows, batch * (1.0 + reach.sum(1)), seconds)
+        costs = self._times.costs(batch, context, self._max_step_tokens)
+        reach = self._heads.reach() if self._heads is not None else _NO_REACH
+        rates = promise(costs, batch, self._sizes, reach)
         return dict(zip((1 + self._sizes).tolist(), rates.tolist(), strict=True))
 
     def observe(
@@ -247,8 +254,8 @@ class AdaptiveTree:
         batch = len(shapes)
         rows, largest = sum(s.num_nodes for s in shapes), max(s.num_nodes for s in shapes)
         other_s = expected.draft_s + (batch * largest - rows) * self._times.padding(batch, context)
-        computed = self._times.rows(batch, np.array([float(rows)]), np.array([float(largest)]))
-        self._times.observe(batch, context, int(computed[0]), seconds, other_s)
+        computed = self._times.rows(batch, rows, largest)
+        self._times.observe(batch, context, computed, seconds, other_s)
         self._explored.all_steps += 1
         self._explored.all_seconds += seconds
         nodes = max(shape.head_nodes for shape in shapes)
@@ -264,95 +271,25 @@ class AdaptiveTree:
         if last:
             self._times.observe_outside(self._batch, self._outside)
 
-    def _seconds(
-        self,
-        batch: int,
-        context: int,
-        heads: Array | Counts,
-        drafts: Array | float,
-        chains: Array | Counts,
-        deepest: Array | Counts,
-    ) -> tuple[Array, Array]:
-        """Computed rows and seconds of steps, up to the accepted tokens; arguments are broadcast.
-
-        Args:
-            heads: nodes of the heads' branch, of each sequence.
-            drafts: seconds they take.
-            chains: lookup nodes of all sequences together.
-            deepest: of these, those of the longest chain.
-        """
-        rows: Array = np.asarray(batch * (1.0 + heads) + chains, dtype=np.float64)
-        largest: Array = np.asarray(1.0 + heads + deepest, dtype=np.float64)
-        padding = self._times.padding(batch, context) * (batch * largest - rows)
-        computed = self._times.rows(batch, rows, largest)
-        return computed, self._times.predict(batch, context, computed) + drafts + padding
-
-    def _rate(self, batch: int, rows: Array, tokens: Array, seconds: Array) -> Array:
-        """Tokens per second; 0 where a step has more rows than it may."""
-        whole = seconds + self._times.outside(batch)
-        found: Array = np.where(rows <= self._max_step_tokens, tokens / whole, 0.0)
-        return found
-
-    def _bounded(
-        self,
-        batch: int,
-        context: int,
-        choice: int,
-        from_heads: float,
-        gains: Array,
-        depth: Counts,
-    ) -> NDArray[np.bool_]:
-        """[K] bool: which of the lookup nodes to take, which come best first.
-
-        One long chain widens the grid for every sequence, though each of its nodes is a good one. So a few
-        bounds on the depth are tried, and within each of them every number of nodes.
-        """
-        bounds = np.array([*(bound for bound in _CHAIN_DEPTHS if bound < depth.max()), depth.max()])
-        within = depth <= bounds[:, None]
-        tokens = from_heads + _from_none((gains * within).cumsum(1))
-        deepest = _from_none(np.maximum.accumulate(depth * within, axis=1))
-        heads, draft = self._sizes[choice : choice + 1], float(self._times.draft(batch)[choice])
-        rows, seconds = self._seconds(batch, context, heads, draft, _from_none(within.cumsum(1)), deepest)
-        rate = self._rate(batch, rows, tokens, seconds)
-        if heads[0] == 0:
-            rate[:, 0] *= _MARGIN
-        bound, count = np.unravel_index(rate.argmax(), rate.shape)
-        found: NDArray[np.bool_] = within[bound] & (np.arange(len(depth)) < count)
-        return found
-
-    def _gains(self, sequences: list[Sequence], reach: Array) -> tuple[Array, Counts, Counts]:
-        """Tokens that each further lookup node adds to each size of the heads' branch, best first.
-
-        Returns:
-            [C, K] gains, falling along K; [C, K] the sequence and [C, K] the depth of each.
-        """
-        survival = self._lookup.survival(sequence.lookup for sequence in sequences)  # [B, D]
-        missed = np.ones((len(reach), survival.shape[1]))
-        both = min(reach.shape[1], survival.shape[1])
-        missed[:, :both] -= reach[:, :both]
-        missed[1:] *= self._beyond[0] / self._beyond[1]
-        gains = np.minimum.accumulate(missed[:, None, :] * survival[None], axis=2).reshape(len(reach), -1)
-        order = np.argsort(-gains, axis=1, kind="stable")[:, : self._max_step_tokens]
-        owner, depth = order // survival.shape[1], order % survival.shape[1] + 1
-        return np.take_along_axis(gains, order, axis=1), owner, depth
-
     def _count_beyond(self, shapes: list[TreeShape], accepted: list[int], predicted: float) -> None:
         """How much deeper the chains went than the heads, against what was expected of them."""
         assert self._heads is not None
         beyond = 0
         for shape, mask in zip(shapes, accepted, strict=True):
             bits = mask & 0xFFFF_FFFF_FFFF_FFFF
-            first_chain = 1 + shape.head_nodes
-            chain = (bits >> first_chain).bit_count()
-            by_heads = max(
-                (self._heads.depths[i - 1] for i in range(1, first_chain) if bits >> i & 1), default=0
-            )
+            chain, by_heads = (bits >> 1 + shape.head_nodes).bit_count(), 0
+            heads = (bits & (1 << 1 + shape.head_nodes) - 1) >> 1
+            while heads and chain:
+                by_heads = max(by_heads, self._heads.depths[(heads & -heads).bit_length() - 1])
+                heads &= heads - 1
             beyond += max(0, chain - by_heads)
         self._beyond = 0.98 * self._beyond + (beyond, predicted)
 
-    def _explore(self, choice: int, rate: Array, seconds: Array) -> int:
+    def _explore(self, choice: int, plain: Array, seconds: Array) -> int:
         """The choice, or now and then another one that the budget affords."""
-        fits = np.flatnonzero(rate[:, 0] > 0)
+        if not self._explored.due:
+            return choice
+        fits = np.flatnonzero(plain > 0)
         larger, smaller = fits[fits > choice], fits[fits < choice]
         # In turn the next size, the largest and the size before: whether to grow, all nodes, and whether a
         # smaller tree is as cheap or dear as it was thought to be.
@@ -360,16 +297,10 @@ class AdaptiveTree:
         if not targets:
             return choice
         target = int(targets[self._explored.turn % len(targets)])
-        extra = abs(float(seconds[target, 0] - seconds[choice, 0]))
+        extra = abs(float(seconds[target] - seconds[choice]))
         if not self._explored.affords(extra):
             return choice
         self._explored.steps += 1
         self._explored.seconds += extra
         self._explored.turn += 1
         return target
-
-
-def _from_none(sums: Array) -> Array:
-    """Running sums or maxima along the last axis, preceded by the 0 of nothing taken."""
-    found: Array = np.pad(sums, ((0, 0), (1, 0)))
-    return found

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 __all__ = ["Buckets"]
 
 
@@ -54,9 +51,7 @@ class Buckets:
         bound = self.max_rows // (self.batch(batch) or self.max_rows)
         return max((n for n in self.nodes if n <= bound), default=1)
 
-    def rows(self, batch: int, largest: NDArray[np.float64]) -> NDArray[np.float64]:
+    def rows(self, batch: int, largest: int) -> float:
         """B * N of the bucket for trees of up to `largest` nodes; beyond any bound where there is none."""
-        place = np.searchsorted(self.nodes, largest)
-        nodes = np.append(np.array(self.nodes, dtype=np.float64), 1e9)[place]
-        found: NDArray[np.float64] = (self.batch(batch) or 1e9) * nodes
-        return found
+        nodes = next((n for n in self.nodes if n >= largest), 0)
+        return float(self.batch(batch) * nodes) or 1e9

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.medusa.choice_kernels import survival
 from engine.medusa.lookup import NUM_KINDS
 from engine.medusa.tree import Tree
 from engine.types import LookupState
@@ -49,18 +50,19 @@ class LookupRecord:
         share = np.clip(first[:, None] + 0.15 * (np.arange(max(1, size)) > 0), 0.02, 0.9)
         self._hits, self._odds = self._trials * share, np.log(share / (1.0 - share))
 
-    def survival(self, states: Iterable[LookupState]) -> Array:
-        """[B, D]: the chance that each sequence's chain is right down to each of its tokens."""
-        rows = list(states)
-        kinds = np.array([state.kind for state in rows])
-        lengths = np.array([len(state.chain) for state in rows])
+    @property
+    def odds(self) -> Array:
+        """[kinds, D], see `choice_kernels.survival`."""
+        return self._odds
+
+    def states(self, states: Sequence[LookupState]) -> Array:
+        """[B, 4], see `choice_kernels.survival`."""
         # A sequence that copies does better than the average, one that invents does worse.
-        odds = self._odds[kinds]
-        odds[:, 0] += [state.first for state in rows]
-        odds[:, 1:] += np.array([state.deeper for state in rows])[:, None]
-        hazard = np.minimum(1.0 / (1.0 + np.exp(-odds)), 0.99)
-        hazard[np.arange(hazard.shape[1]) >= lengths[:, None]] = 0.0
-        found: Array = np.cumprod(hazard, axis=1)
+        return np.array([(s.kind, len(s.chain), s.first, s.deeper) for s in states], dtype=np.float64)
+
+    def survival(self, states: Sequence[LookupState]) -> Array:
+        """[B, D]: the chance that each sequence's chain is right down to each of its tokens."""
+        found: Array = survival(self._odds, self.states(states))
         return found
 
     def observe(self, state: LookupState, emitted: Iterable[int]) -> None:
@@ -120,11 +122,13 @@ class HeadRecord:
         inside = np.arange(len(depths)) < self.sizes[:, None]
         at_depth = depths[None, :] == np.arange(1, depths.max() + 1)[:, None]
         self._prefix = (inside[:, None, :] & at_depth[None]).astype(float)
+        self._reach: Array | None = None
 
     def reach(self) -> Array:
         """[C, depth]: for each considered size, the chance that some node of each depth is accepted."""
-        found: Array = np.minimum(self._prefix @ (self._hits / self._trials), 0.99)
-        return found
+        if self._reach is None:
+            self._reach = np.minimum(self._prefix @ (self._hits / self._trials), 0.99)
+        return self._reach
 
     def observe(self, nodes: int, accepted: Sequence[int]) -> None:
         """Count one step's trees, each of the first `nodes` nodes: bit masks of accepted ones, root bit 0."""
@@ -132,5 +136,6 @@ class HeadRecord:
         columns = np.arange(1, nodes + 1, dtype=np.uint64)
         hits = ((bits[:, None] >> columns) & np.uint64(1)).astype(float).sum(0)
         decay = self._DECAY ** len(accepted)
+        self._reach = None
         self._hits[:nodes] = decay * self._hits[:nodes] + hits
         self._trials[:nodes] = decay * self._trials[:nodes] + len(accepted)

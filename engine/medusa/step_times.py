@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.medusa.buckets import Buckets
+from engine.medusa.choice_kernels import Costs, learn, predict
 
 __all__ = ["StepTimes"]
 
 Array = NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class _Correction:
+    """What serving has taught of steps of one bucket of batches and one of contexts.
+
+    Args:
+        shift: of all log seconds.
+        local: [K], of those at each knot.
+        seconds: [K], at each knot, corrected.
+    """
+
+    shift: float
+    local: Array
+    seconds: Array
+
+    def copy(self) -> Self:
+        return replace(self, local=self.local.copy(), seconds=self.seconds.copy())
 
 
 class StepTimes:
@@ -41,32 +61,49 @@ class StepTimes:
         buckets: Buckets | None = None,
     ) -> None:
         self._grid = buckets
+        self._grid_nodes = np.array(buckets.nodes if buckets is not None else (), dtype=float)
         self._padding, self._context = padding or {}, context
         self._buckets = sorted(measured)
         measured = {b: _with_a_slope(b, measured) for b in self._buckets}
         self._rows = {b: np.array([row for row, _ in measured[b]], dtype=float) for b in self._buckets}
         self._base = {b: np.log(np.maximum.accumulate([t for _, t in measured[b]])) for b in self._buckets}
         self._draft = {b: np.asarray(draft.get(b, [0.0])) for b in self._buckets}
-        self._corrections: dict[tuple[int, int], tuple[float, Array]] = {}
+        self._corrections: dict[tuple[int, int], _Correction] = {}
         self._outside: dict[int, float] = {}
+        rows, base = self._rows[self._buckets[0]], self._base[self._buckets[0]]
+        learn(rows, base, np.exp(base), 0.0, np.zeros_like(base), 1.0, 1.0, 0.0)  # compiled now, not later
+
+    def check_sizes(self, count: int) -> None:
+        """Raise ValueError if drafting was not measured for so many sizes."""
+        if {len(drafts) for drafts in self._draft.values()} != {count}:
+            raise ValueError(f"drafting must be measured for each of the {count} sizes of the heads' branch")
+
+    def costs(self, batch: int, context: int, most_rows: int) -> Costs:
+        """What steps of so many sequences cost, the longest with so many tokens.
+
+        Args:
+            most_rows: bound on the rows of a step.
+        """
+        bucket = self._bucket(batch)
+        return Costs(
+            rows=self._rows[bucket],
+            seconds=self._correction(bucket, context).seconds,
+            drafts=self._draft[bucket],
+            padding=self.padding(batch, context),
+            outside=self.outside(batch),
+            grid_batch=float(self._grid.batch(batch)) if self._grid is not None else 0.0,
+            grid_nodes=self._grid_nodes,
+            most_rows=float(most_rows),
+        )
 
     def predict(self, batch: int, context: int, rows: Array) -> Array:
         """Seconds of the forward pass and all that follows, for each number of rows; without drafting."""
-        bucket = self._bucket(batch)
-        shift, local = self._correction(bucket, context)
-        knots, values = self._rows[bucket], np.exp(self._base[bucket] + shift + local)
-        values = np.maximum.accumulate(values)
-        found: Array = np.interp(rows, knots, values)
-        # Beyond the points as steep as beside them; below them lies a batch smaller than its bucket.
-        first = (values[1] - values[0]) / (knots[1] - knots[0])
-        last = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
-        found += np.maximum(0.0, rows - knots[-1]) * last - np.maximum(0.0, knots[0] - rows) * first
-        np.maximum(found, 0.1 * values[0], out=found)
-        return found
+        costs = self.costs(batch, context, 0)
+        return np.array([predict(costs.rows, costs.seconds, float(count)) for count in rows])
 
-    def rows(self, batch: int, rows: Array, largest: Array) -> Array:
+    def rows(self, batch: int, rows: int, largest: int) -> float:
         """Rows that are computed for so many nodes in all, and so many of the largest tree."""
-        return rows if self._grid is None else self._grid.rows(batch, largest)
+        return float(rows) if self._grid is None else self._grid.rows(batch, largest)
 
     def padding(self, batch: int, context: int) -> float:
         """Seconds for each cell of the grid that holds no node."""
@@ -80,22 +117,20 @@ class StepTimes:
         """Seconds of a step besides what is timed: drafting, forward pass, and all to the accepted tokens."""
         return self._outside.get(self._bucket(batch), 0.0)
 
-    def draft(self, batch: int) -> Array:
-        """[C] seconds of drafting for each considered size of the heads' branch."""
-        return self._draft[self._bucket(batch)]
-
-    def observe(self, batch: int, context: int, rows: int, seconds: float, other_s: float) -> None:
+    def observe(self, batch: int, context: int, rows: float, seconds: float, other_s: float) -> None:
         """Learn from a step of `seconds`, of which drafting and padding are thought to be `other_s`."""
         bucket = self._bucket(batch)
-        shift, local = self._correction(bucket, context)
-        predicted = float(self.predict(batch, context, np.array([rows], dtype=float))[0])
-        error = math.log(max(seconds - other_s, 0.1 * seconds) / predicted)
-        error = min(max(error, -0.3), 0.3)  # a hiccup of the machine is not the step's time
-        knots = self._rows[bucket]
-        position = float(np.interp(rows, knots, np.arange(len(knots))))
-        weight = np.maximum(0.0, 1.0 - np.abs(np.arange(len(knots)) - position))
-        local = 0.999 * local + self._RATE * error * weight
-        self._corrections[bucket, _context_bucket(context)] = (shift + self._RATE * error, local)
+        known = self._correction(bucket, context)
+        known.shift = learn(
+            self._rows[bucket],
+            self._base[bucket],
+            known.seconds,
+            known.shift,
+            known.local,
+            rows,
+            max(seconds - other_s, 0.1 * seconds),
+            self._RATE,
+        )
 
     def observe_outside(self, batch: int, seconds: float) -> None:
         """Learn what a step of so many sequences took besides."""
@@ -106,16 +141,16 @@ class StepTimes:
     def _bucket(self, batch: int) -> int:
         return next((b for b in self._buckets if b >= batch), self._buckets[-1])
 
-    def _correction(self, bucket: int, context: int) -> tuple[float, Array]:
-        found = self._corrections.get((bucket, _context_bucket(context)))
-        if found is None:  # a new context starts from what the nearest shorter one has learned
-            shorter = [c for b, c in self._corrections if b == bucket and c < _context_bucket(context)]
-            found = (
-                self._corrections[bucket, max(shorter)]
+    def _correction(self, bucket: int, context: int) -> _Correction:
+        key = bucket, _context_bucket(context)
+        if key not in self._corrections:  # a new context starts from what the nearest shorter one has learned
+            shorter = [c for b, c in self._corrections if b == bucket and c < key[1]]
+            self._corrections[key] = (
+                self._corrections[bucket, max(shorter)].copy()
                 if shorter
-                else (0.0, np.zeros(len(self._rows[bucket])))
+                else _Correction(0.0, np.zeros(len(self._rows[bucket])), np.exp(self._base[bucket]))
             )
-        return found
+        return self._corrections[key]
 
 
 def _with_a_slope(bucket: int, measured: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:

@@ -148,21 +148,37 @@ def test_a_bad_engine_option_ends_the_command() -> None:
 
 
 def test_a_phase_knows_the_trees_it_ran(off: LLM, lookup: LLM) -> None:
-    prompts = [(1, 2, 3), (3, 2)]
-    plain = adaptive.run_phase(off, prompts, 12, "a")
-    tree = adaptive.run_phase(lookup, prompts, 12, "b")
-    assert plain.sizes == (1,) * 11
-    assert plain.settled == [1] * 6
+    prompts = [(1, 2, 3), (3, 2), (2, 1), (2, 3)]
+    plain = adaptive.run_phase(off, prompts, 2, 12, "a")
+    tree = adaptive.run_phase(lookup, prompts, 2, 12, "b")
+    assert set(plain.sizes) == {1}
+    assert 22 <= len(plain.sizes) <= 24  # two answers after each other, and not four
+    assert plain.settled == [1] * (len(plain.sizes) - len(plain.sizes) // 2)
     assert plain.acceptance_length == 1.0
     assert max(tree.sizes) <= 9
     assert tree.acceptance_length > 1.0
-    assert plain.tokens == tree.tokens
+    assert max(map(len, plain.tokens)) == max(map(len, tree.tokens)) == 12
+    assert not any(map(adaptive.parted, plain.tokens, tree.tokens))
+    assert adaptive.parted((1, 2, 3), (1, 3))
+    assert not adaptive.parted((1, 2, 3), (1, 2))
+
+
+def test_a_phase_ends_where_a_stream_has_nothing_left_to_ask(off: LLM) -> None:
+    """Of three prompts on two streams, the third is still being answered by one when the other is done."""
+    found = adaptive.run_phase(off, [(1, 2, 3), (3, 2), (2, 1)], 2, 12, "c")
+    assert sorted(map(len, found.tokens))[0] < 12
 
 
 def test_auto_against_off_end_to_end(folder: Path, off: LLM) -> None:
     auto = make_llm(folder, tree="auto", heads=str(folder / "heads.safetensors"))
     args = Namespace(
-        texts=["t1 t2", "t3 t1 t2"], max_prompt=8, streams=[1, 2], rounds=3, new_tokens=12, warm_rounds=1
+        texts=["t1 t2", "t3 t1 t2"],
+        max_prompt=8,
+        streams=[1, 2],
+        rounds=3,
+        new_tokens=12,
+        warm_rounds=1,
+        turns=2,
     )
     rows = adaptive.against_off(args, "random", auto, off)
     assert [row["streams"] for row in rows] == [1, 2]
@@ -175,7 +191,13 @@ def test_auto_against_off_end_to_end(folder: Path, off: LLM) -> None:
 def test_the_sweep_end_to_end(folder: Path, off: LLM, lookup: LLM) -> None:
     auto = make_llm(folder, tree="auto", heads=str(folder / "heads.safetensors"))
     args = Namespace(
-        texts=["t1 t2", "t3 t1"], max_prompt=8, phases=[1, 2, 1], rounds=2, new_tokens=12, warm_rounds=1
+        texts=["t1 t2", "t3 t1"],
+        max_prompt=8,
+        phases=[1, 2, 1],
+        rounds=2,
+        new_tokens=12,
+        warm_rounds=1,
+        turns=2,
     )
     rows = adaptive.sweep(args, "random", {"auto": auto, "1": off, "9": lookup})
     assert [(row["phase"], row["streams"]) for row in rows] == [(0, 1), (1, 2), (2, 1)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from engine.medusa import choice_kernels
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
+from engine.medusa.buckets import Buckets
 from engine.medusa.records import LookupRecord, considered_sizes
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape, default_tree
@@ -259,7 +262,7 @@ def test_a_long_chain_does_not_take_the_others_nodes(cost: float) -> None:
             record.observe(made.lookup, [1] * 17 if made.slot == 0 else [1] * (turn % 5 > 0) + [0])
     for made in sequences:
         record.propose(made.lookup, [1] * 16, 8 if made.slot == 0 else 2)
-    survival = record.survival(made.lookup for made in sequences)
+    survival = record.survival([made.lookup for made in sequences])
 
     def rate(nodes: list[int]) -> float:
         rows = 8 + sum(nodes)
@@ -269,6 +272,63 @@ def test_a_long_chain_does_not_take_the_others_nodes(cost: float) -> None:
     best = max(rate([copier, *[others] * 7]) for copier in range(17) for others in range(5))
     chooser.choose(sequences)
     assert rate([made.lookup_nodes for made in sequences]) > 0.98 * best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_choice_is_the_best_of_all_there_are(seed: int, captured: bool) -> None:
+    """Every size with every combination of chains, by hand; also where a step costs what its bucket does."""
+    rng = np.random.default_rng(seed)
+    B, D = 3, 4
+    grid = Buckets((1, 2, 4), (1, 2, 4, 8), 16) if captured else None
+    batch = grid.batch(B) if grid is not None else B
+    knots = [(batch * n, 0.02 + 0.001 * batch * n * rng.uniform(0.5, 1.5)) for n in (1, 2, 4, 8)]
+    drafts = [0.0, 0.002, 0.003]
+    costs = StepTimes({batch: knots}, {batch: drafts}, context=50, buckets=grid).costs(B, 50, 16)
+    sizes, reach = np.array([0, 1, 3]), np.array([[0.0, 0.0], [0.6, 0.0], [0.7, 0.3]])
+    states = np.array([[kind, D - kind, rng.normal(), rng.normal()] for kind in range(B)])
+    odds, beyond = rng.normal(size=(B, D)), 0.7
+    chains = choice_kernels.survival(odds, states)
+
+    def rate(choice: int, lengths: tuple[int, ...]) -> float:
+        rows, tokens = B * (1 + sizes[choice]) + sum(lengths), B * (1 + reach[choice].sum())
+        if grid is not None:
+            found = grid.find(B, 1 + sizes[choice] + max(lengths))
+            rows = np.prod(found) if found is not None else 99
+        if rows > 16:
+            return 0.0
+        for chain, length in zip(chains, lengths, strict=True):
+            least = 1.0
+            for d in range(length):
+                missed = 1.0 - (reach[choice][d] if d < 2 else 0.0)
+                least = min(least, chain[d] * missed * (beyond if choice else 1.0))
+                tokens += least
+        plain = 1.02 if choice == 0 and sum(lengths) == 0 else 1.0
+        rows_at, seconds = np.maximum.accumulate(np.array(knots)).T
+        slope = (seconds[1] - seconds[0]) / (rows_at[1] - rows_at[0])
+        seconds = np.interp(rows, rows_at, seconds) - max(0.0, rows_at[0] - rows) * slope
+        return float(plain * tokens / (seconds + drafts[choice]))
+
+    combinations = list(itertools.product(range(D + 1), repeat=B))
+    best = {choice: max(rate(choice, lengths) for lengths in combinations) for choice in range(len(sizes))}
+    bounds = np.array([1, 2, 4, 8])
+    arguments = costs, odds, states, sizes, reach, beyond, 1.02, 1.0, 0
+    for forced in range(len(sizes)):
+        choice, *_, taken, _ = choice_kernels.choose(*arguments, forced, bounds)
+        assert choice == forced
+        assert rate(choice, tuple(taken)) == pytest.approx(best[choice])
+    choice, plain, _, taken, tokens = choice_kernels.choose(*arguments, -1, bounds)
+    assert choice == max(best, key=lambda size: best[size])
+    assert plain == pytest.approx([rate(size, (0, 0, 0)) for size in range(len(sizes))])
+    assert rate(choice, tuple(taken)) == pytest.approx(best[choice])
+    least = np.minimum.accumulate(chains * (1.0 - np.append(reach[choice], [0.0, 0.0])), axis=1)
+    gained = sum(float(row[:count].sum()) for row, count in zip(least, taken, strict=True))
+    assert tokens == pytest.approx(gained * (beyond if choice else 1.0))
+
+
+def test_step_times_are_measured_for_the_sizes_there_are() -> None:
+    with pytest.raises(ValueError, match="each of the 1 sizes"):
+        AdaptiveTree(step_times(cpu_like), None, LookupRecord(0), 512)
 
 
 def test_caps_and_the_end_of_the_output_shrink_a_sequences_own_tree() -> None:

@@ -1,0 +1,292 @@
+"""The arithmetic behind the choice of the tree, compiled.
+
+It runs before every step, when a step has just streamed the weights through the caches: as sixty operators
+on small arrays it takes five times as long as when measured by itself, and plain decoding pays for it.
+Everything is float64 unless said otherwise. B sequences, chains of up to D nodes, C sizes of the heads'
+branch, of which the first is none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from engine.cpu_team import JIT
+
+__all__ = ["Costs", "choose", "corrected", "learn", "predict", "promise", "survival"]
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+class Costs(NamedTuple):
+    """What a step of a given number of sequences costs.
+
+    Args:
+        rows: [K] knots, rising.
+        seconds: [K] of the forward pass and all that follows, at the knots.
+        drafts: [C] seconds of drafting.
+        padding: seconds of a cell of the grid that holds no node.
+        outside: seconds of a step besides all that.
+        grid_batch: B of the captured steps' bucket; 0 without.
+        grid_nodes: [G] N of these buckets, rising.
+        most_rows: bound on the rows of a step.
+    """
+
+    rows: Array
+    seconds: Array
+    drafts: Array
+    padding: float
+    outside: float
+    grid_batch: float
+    grid_nodes: Array
+    most_rows: float
+
+
+@njit(**JIT)
+def corrected(base: Array, shift: float, local: Array) -> Array:
+    """[K] seconds at the knots, never falling: exp(base + shift + local)."""
+    found = np.exp(base + shift + local)
+    for i in range(1, found.size):
+        found[i] = max(found[i], found[i - 1])
+    return found
+
+
+@njit(**JIT)
+def predict(knots: Array, values: Array, rows: float) -> float:
+    """Seconds at so many rows: linear between the knots, and beyond them as steep as beside them."""
+    last = knots.size - 1
+    if rows >= knots[last]:
+        slope = (values[last] - values[last - 1]) / (knots[last] - knots[last - 1])
+        return values[last] + (rows - knots[last]) * slope
+    if rows <= knots[0]:  # a batch smaller than its bucket
+        slope = (values[1] - values[0]) / (knots[1] - knots[0])
+        return max(values[0] - (knots[0] - rows) * slope, 0.1 * values[0])
+    i = 0
+    while knots[i + 1] < rows:
+        i += 1
+    return values[i] + (rows - knots[i]) / (knots[i + 1] - knots[i]) * (values[i + 1] - values[i])
+
+
+@njit(**JIT)
+def learn(
+    knots: Array,
+    base: Array,
+    values: Array,
+    shift: float,
+    local: Array,
+    rows: float,
+    seconds: float,
+    rate: float,
+) -> float:
+    """Move the correction of the knots beside `rows` towards what a step took.
+
+    Args:
+        values: [K] `corrected`, which is made anew in place; so is `local` [K].
+
+    Returns:
+        The new shift.
+    """
+    error = np.log(seconds / predict(knots, values, rows))
+    error = min(max(error, -0.3), 0.3)  # a hiccup of the machine is not the step's time
+    i = 0
+    while i < knots.size - 2 and knots[i + 1] < rows:
+        i += 1
+    place = min(max((rows - knots[i]) / (knots[i + 1] - knots[i]), 0.0), 1.0)
+    local *= 0.999
+    local[i] += rate * error * (1.0 - place)
+    local[i + 1] += rate * error * place
+    shift += rate * error
+    values[:] = corrected(base, shift, local)
+    return shift
+
+
+@njit(**JIT)
+def survival(odds: Array, states: Array) -> Array:
+    """[B, D]: the chance that each sequence's chain is right down to each of its tokens.
+
+    Args:
+        odds: [kinds, D] log-odds of each token, given those before it.
+        states: [B, 4]: kind, length of the chain, and what the sequence adds to the first token's odds and
+            to the others'.
+    """
+    found = np.zeros((len(states), odds.shape[1]))
+    for b in range(len(states)):
+        kind, length, chance = int(states[b, 0]), int(states[b, 1]), 1.0
+        for d in range(min(length, odds.shape[1])):
+            own = states[b, 3] if d else states[b, 2]
+            chance *= min(1.0 / (1.0 + np.exp(-odds[kind, d] - own)), 0.99)
+            found[b, d] = chance
+    return found
+
+
+@njit(**JIT)
+def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Array, Counts]:
+    """Tokens that each further lookup node adds to a size of the heads' branch, the best first.
+
+    Args:
+        chains: `survival`.
+        reach: [depth], the chance that some node of the heads' is accepted at each depth.
+        beyond: what is left of what the chances, multiplied, say.
+        limit: most nodes.
+
+    Returns:
+        [K] gains, falling; [K] the node's sequence * D + its depth - 1. Nodes that add nothing are left out.
+    """
+    B, D = chains.shape
+    gains, nodes, count = np.empty(B * D), np.empty(B * D, dtype=np.int64), 0
+    for b in range(B):
+        least = np.inf
+        for d in range(D):
+            missed = (1.0 - reach[d] if d < reach.size else 1.0) * beyond
+            least = min(least, missed * chains[b, d])
+            if least <= 0.0:
+                break
+            gains[count], nodes[count] = least, b * D + d
+            count += 1
+    order = np.argsort(-gains[:count], kind="mergesort")[:limit]  # stable: no node before its parent
+    return gains[order], nodes[order]
+
+
+@njit(**JIT)
+def _computed(costs: Costs, rows: float, largest: float) -> float:
+    """Rows that are computed for so many nodes in all, and so many of the largest tree."""
+    if costs.grid_nodes.size == 0:
+        return rows
+    if costs.grid_batch == 0:
+        return 1e9
+    for nodes in costs.grid_nodes:
+        if nodes >= largest:
+            return costs.grid_batch * nodes
+    return 1e9
+
+
+@njit(**JIT)
+def _seconds(costs: Costs, batch: int, choice: int, rows: float, largest: float) -> float:
+    """Of a step, up to the accepted tokens."""
+    computed = _computed(costs, rows, largest)
+    seconds = predict(costs.rows, costs.seconds, computed) + costs.drafts[choice]
+    return seconds + costs.padding * (batch * largest - rows)
+
+
+@njit(**JIT)
+def _rate(costs: Costs, batch: int, choice: int, tokens: float, rows: float, largest: float) -> float:
+    """Tokens per second; 0 where a step has more rows than it may."""
+    if _computed(costs, rows, largest) > costs.most_rows:
+        return 0.0
+    return tokens / (_seconds(costs, batch, choice, rows, largest) + costs.outside)
+
+
+@njit(**JIT)
+def _best(
+    costs: Costs,
+    chains: Array,
+    heads: int,
+    choice: int,
+    reach: Array,
+    beyond: float,
+    margin: float,
+    bounds: Counts,
+) -> tuple[float, int, int, Array, Counts]:
+    """The best rate; how many of the `_gains` are gone through, and to what depth, to have it; the gains.
+
+    One long chain widens the grid for every sequence, though each of its nodes is a good one. So a few
+    bounds on the depth are tried, and within each of them every number of nodes.
+    """
+    B, D = chains.shape
+    gains, nodes = _gains(chains, reach, beyond if heads else 1.0, int(costs.most_rows))
+    first_tokens, first_rows = B * (1.0 + reach.sum()), float(B * (1 + heads))
+    best, count, within = _rate(costs, B, choice, first_tokens, first_rows, 1.0 + heads), 0, 0
+    if heads == 0:
+        best *= margin
+    for bound in bounds:
+        tokens, rows, deepest = first_tokens, first_rows, 0
+        for k in range(gains.size):
+            depth = nodes[k] % D + 1
+            if depth > bound:
+                continue
+            tokens, rows, deepest = tokens + gains[k], rows + 1.0, max(deepest, depth)
+            rate = _rate(costs, B, choice, tokens, rows, 1.0 + heads + deepest)
+            if rate > best:
+                best, count, within = rate, k + 1, bound
+        if bound >= D:
+            break
+    return best, count, within, gains, nodes
+
+
+@njit(**JIT)
+def _promise(costs: Costs, batch: int, sizes: Counts, reach: Array, margin: float) -> tuple[Array, Array]:
+    """[C] tokens per second of each size of the heads' branch without lookup; [C] seconds of its step."""
+    plain, seconds = np.empty(sizes.size), np.empty(sizes.size)
+    for c in range(sizes.size):
+        rows, largest = float(batch * (1 + sizes[c])), 1.0 + sizes[c]
+        seconds[c] = _seconds(costs, batch, c, rows, largest)
+        plain[c] = _rate(costs, batch, c, batch * (1.0 + reach[c].sum()), rows, largest)
+        if sizes[c] == 0:
+            plain[c] *= margin
+    return plain, seconds
+
+
+@njit(**JIT)
+def promise(costs: Costs, batch: int, sizes: Counts, reach: Array) -> Array:
+    """[C] tokens per second of each size of the heads' branch, see `choose`, without lookup."""
+    return _promise(costs, batch, sizes, reach, 1.0)[0]
+
+
+@njit(**JIT)
+def choose(
+    costs: Costs,
+    odds: Array,
+    states: Array,
+    sizes: Counts,
+    reach: Array,
+    beyond: float,
+    margin: float,
+    hysteresis: float,
+    current: int,
+    forced: int,
+    bounds: Counts,
+) -> tuple[int, Array, Array, Counts, float]:
+    """The size of the heads' branch, and the lookup nodes beside it, of the most tokens per second.
+
+    Args:
+        costs: of this batch.
+        odds, states: see `survival`.
+        sizes: [C] int64, nodes.
+        reach: [C, depth], the chance that some node of each depth is accepted.
+        beyond: the share of the gain of chains beyond the heads that is real.
+        margin: what speculation has to promise more than plain decoding.
+        hysteresis: what another size than the current one has to promise more.
+        current: index of the size that was chosen last.
+        forced: index of the size to take, whatever it promises; -1 for the best.
+        bounds: [n] int64, rising, on the depth of chains.
+
+    Returns:
+        The index of the size; [C] tokens per second and [C] seconds of each without lookup; and of the size
+        that was taken, [B] int64 the lookup nodes of each sequence, and the tokens expected of them.
+    """
+    chains = survival(odds, states)
+    plain, seconds = _promise(costs, len(states), sizes, reach, margin)
+    best, choice = np.zeros(sizes.size), 0
+    for c in range(sizes.size):
+        if plain[c] > 0.0:
+            best[c] = _best(costs, chains, sizes[c], c, reach[c], beyond, margin, bounds)[0]
+        if best[c] > best[choice]:
+            choice = c
+    if best[choice] < hysteresis * best[current]:
+        choice = current
+    if forced >= 0:
+        choice = forced
+    _, count, within, gains, nodes = _best(
+        costs, chains, sizes[choice], choice, reach[choice], beyond, margin, bounds
+    )
+    B, D = chains.shape
+    taken, tokens = np.zeros(B, dtype=np.int64), 0.0
+    for k in range(count):
+        if nodes[k] % D + 1 <= within:
+            taken[nodes[k] // D] += 1
+            tokens += gains[k]
+    return choice, plain, seconds, taken, tokens
