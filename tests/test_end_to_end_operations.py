@@ -31,6 +31,9 @@ SLOW = ",".join(f"decode=hang:0.02@{step}" for step in range(1, 3000))
 SOON_S = 30.0
 """Enough for what takes a second or two, on a crowded machine; less than the drains and hangs here."""
 
+AT_ONCE_S = 6.0
+"""From a second signal to the end; two seconds on an idle machine, one for the step, one for connections."""
+
 LONG = 3000
 """Tokens that take the better part of a minute then."""
 
@@ -137,7 +140,7 @@ def test_a_second_signal_ends_it_now(model: Path) -> None:
         with pytest.raises(openai.APIError, match="shutting down"):
             list(pieces)
         assert server.wait(SOON_S) == 1
-        assert time.monotonic() - started < SOON_S
+        assert time.monotonic() - started < AT_ONCE_S
 
 
 def test_a_stuck_step_is_told_and_goes_on(model: Path) -> None:
@@ -170,4 +173,4 @@ def test_signals_end_a_server_whose_step_is_stuck(model: Path) -> None:
         with pytest.raises((openai.APIError, httpx.TransportError)):
             list(pieces)
         assert server.wait(SOON_S) == 1
-        assert time.monotonic() - started < SOON_S
+        assert time.monotonic() - started < AT_ONCE_S
