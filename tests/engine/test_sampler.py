@@ -10,7 +10,7 @@ from torch import Tensor
 from engine import sampler
 from engine.medusa.accept import accept
 from engine.medusa.tree import Tree
-from engine.sampler import SamplingRows, draw, uniform, verify, verify_all
+from engine.sampler import SamplingRows, best_tokens, draw, uniform, verify, verify_all
 from engine.types import Acceptance, MedusaParams, SamplingParams
 from tests.engine.naive_sampling import CPU, TYPICAL, Step, kept, sequence, slot_ids, slots_for, steps
 
@@ -33,6 +33,20 @@ def rows(count: int, **values: float) -> SamplingRows:
         all_greedy=get["temperature"] == 0,
         truncates=get["top_p"] < 1 or get["top_k"] > 0 or get["min_p"] > 0,
     )
+
+
+@pytest.mark.parametrize("vocab", [1024 * 48, 64 * 501, 1024, 64, 61, 97 * 32])
+def test_the_best_tokens_are_argmax(vocab: int) -> None:
+    """The first of equals, wherever they are; infinities and NaN as argmax has them."""
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[1] = 0.0
+    logits[2, [3, vocab // 2, vocab - 1]] = 100.0
+    logits[3, -1] = float("inf")
+    logits[4] = float("-inf")
+    logits[5, vocab // 2] = float("nan")
+    logits[6, 0] = 100.0
+    for rows in (logits, logits[:3]):
+        assert best_tokens(rows).tolist() == rows.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("vocab", [40, 1000])
