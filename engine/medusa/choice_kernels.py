@@ -8,7 +8,7 @@ branch, of which the first is none.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from engine.cpu_team import JIT
 
 __all__ = ["Costs", "choose", "corrected", "learn", "predict", "promise", "survival"]
+
+# They take microseconds; to get the interpreter's lock back may take as long as another thread likes.
+_JIT: dict[str, Any] = {**JIT, "nogil": False}
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -46,7 +49,7 @@ class Costs(NamedTuple):
     most_rows: float
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def corrected(base: Array, shift: float, local: Array) -> Array:
     """[K] seconds at the knots, never falling: exp(base + shift + local)."""
     found = np.exp(base + shift + local)
@@ -55,7 +58,7 @@ def corrected(base: Array, shift: float, local: Array) -> Array:
     return found
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def predict(knots: Array, values: Array, rows: float) -> float:
     """Seconds at so many rows: linear between the knots, and beyond them as steep as beside them."""
     last = knots.size - 1
@@ -71,7 +74,7 @@ def predict(knots: Array, values: Array, rows: float) -> float:
     return values[i] + (rows - knots[i]) / (knots[i + 1] - knots[i]) * (values[i + 1] - values[i])
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def learn(
     knots: Array,
     base: Array,
@@ -104,7 +107,7 @@ def learn(
     return shift
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def survival(odds: Array, states: Array) -> Array:
     """[B, D]: the chance that each sequence's chain is right down to each of its tokens.
 
@@ -123,7 +126,7 @@ def survival(odds: Array, states: Array) -> Array:
     return found
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Array, Counts]:
     """Tokens that each further lookup node adds to a size of the heads' branch, the best first.
 
@@ -151,7 +154,7 @@ def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Arra
     return gains[order], nodes[order]
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def _computed(costs: Costs, rows: float, largest: float) -> float:
     """Rows that are computed for so many nodes in all, and so many of the largest tree."""
     if costs.grid_nodes.size == 0:
@@ -164,7 +167,7 @@ def _computed(costs: Costs, rows: float, largest: float) -> float:
     return 1e9
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def _seconds(costs: Costs, batch: int, choice: int, rows: float, largest: float) -> float:
     """Of a step, up to the accepted tokens."""
     computed = _computed(costs, rows, largest)
@@ -172,7 +175,7 @@ def _seconds(costs: Costs, batch: int, choice: int, rows: float, largest: float)
     return seconds + costs.padding * (batch * largest - rows)
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def _rate(costs: Costs, batch: int, choice: int, tokens: float, rows: float, largest: float) -> float:
     """Tokens per second; 0 where a step has more rows than it may."""
     if _computed(costs, rows, largest) > costs.most_rows:
@@ -180,7 +183,7 @@ def _rate(costs: Costs, batch: int, choice: int, tokens: float, rows: float, lar
     return tokens / (_seconds(costs, batch, choice, rows, largest) + costs.outside)
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def _best(
     costs: Costs,
     chains: Array,
@@ -217,7 +220,7 @@ def _best(
     return best, count, within, gains, nodes
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def _promise(costs: Costs, batch: int, sizes: Counts, reach: Array, margin: float) -> tuple[Array, Array]:
     """[C] tokens per second of each size of the heads' branch without lookup; [C] seconds of its step."""
     plain, seconds = np.empty(sizes.size), np.empty(sizes.size)
@@ -230,13 +233,13 @@ def _promise(costs: Costs, batch: int, sizes: Counts, reach: Array, margin: floa
     return plain, seconds
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def promise(costs: Costs, batch: int, sizes: Counts, reach: Array) -> Array:
     """[C] tokens per second of each size of the heads' branch, see `choose`, without lookup."""
     return _promise(costs, batch, sizes, reach, 1.0)[0]
 
 
-@njit(**JIT)
+@njit(**_JIT)
 def choose(
     costs: Costs,
     odds: Array,
