@@ -247,7 +247,7 @@ class CapturedRunner(Runner):
     """
 
     def __init__(self, *args: Any, graph: Callable[[], Graph], buckets: Buckets, **arguments: Any) -> None:
-        super().__init__(*args, **arguments, spare_slots=1)
+        super().__init__(*args, **arguments, spare_slots=1, captured=True)
         self.buckets = buckets
         self._graph = graph
         self._spare = len(self._root) - 1

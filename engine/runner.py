@@ -166,6 +166,12 @@ def device_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+def _compiled_lookup() -> type[Lookup]:
+    from engine.medusa.lookup_cpu import CpuLookup  # nothing but a CPU needs its compiler
+
+    return CpuLookup
+
+
 class Runner:
     """Holds every per-request device tensor, each allocated once with a row per slot.
 
@@ -183,6 +189,7 @@ class Runner:
         max_num_seqs: slots.
         max_model_len: longest sequence.
         spare_slots: further slots, which no sequence gets.
+        captured: graphs hold the steps, so that all of them is torch's operators.
     """
 
     def __init__(
@@ -197,6 +204,7 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         spare_slots: int = 0,
+        captured: bool = False,
     ) -> None:
         num_slots = max_num_seqs + spare_slots
         self._decoder, self._attention, self._pool = decoder, attention, pool
@@ -218,16 +226,15 @@ class Runner:
             eos_token_ids=eos_token_ids,
             device=self._device,
         )
-        self._lookup = (
-            Lookup(
+        self._lookup: Lookup | None = None
+        if lookup_size:
+            make = _compiled_lookup() if self._device.type == "cpu" and not captured else Lookup
+            self._lookup = make(
                 size=lookup_size,
                 max_num_seqs=num_slots,
                 max_tokens=max_model_len + MAX_TREE_NODES + 1,
                 device=self._device,
             )
-            if lookup_size
-            else None
-        )
 
     @torch.inference_mode()
     def prefill(self, chunk: Chunk) -> Prefilled | None:
@@ -376,18 +383,18 @@ class Runner:
         self._hidden[batch.slots] = verified.hidden[last_row]
         self._lengths[batch.slots] = batch.lengths + advance
         self._sampling.advance(batch.slots, accepted.tokens, advance, adjusted=batch.adjusted)
-        if self._lookup is not None:
-            self._lookup.append(batch.slots, batch.lengths + 1, accepted.tokens, advance)
 
     @torch.inference_mode()
     def report(self, batch: Batch, accepted: Accepted) -> Tensor:
-        """What the host reads of the step, and the lookup's chain for the next one; see `Results`."""
+        """What the host reads of the step, and the lookup's share of the next one; see `Results`."""
         finite = self._hidden[batch.slots].isfinite().all(1)
         columns = [finite.long(), accepted.length, accepted.last, accepted.nodes, accepted.tokens]
         if self._lookup is not None:
-            proposal = self._lookup.propose(
+            proposal = self._lookup.advance(
                 batch.slots,
-                batch.lengths + accepted.length + 1,
+                batch.lengths,
+                accepted.tokens,
+                accepted.length + 1,
                 max_length=batch.max_length + accepted.path.shape[1],
                 predicted=batch.predicted,
             )

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from engine.types import Sequence
 
-__all__ = ["NUM_KINDS", "Lookup", "Proposal"]
+__all__ = ["CONTEXT", "MOST_MATCHED", "NOBODY", "NUM_KINDS", "Lookup", "Proposal"]
 
-_MOST = 8
+MOST_MATCHED = 8
 """Tokens of context compared; a longer match is a better guess, and past eight it no longer tells more."""
 
-_CONTEXT = 2
+CONTEXT = 2
 """Prompt tokens put before a prediction, so that its own first tokens have something to match."""
 
-NUM_KINDS = 2 * _MOST + 1
+NUM_KINDS = 2 * MOST_MATCHED + 1
 """Kinds of match: 0 is none, 1 to 8 tokens matched in the history, 9 to 16 in the prediction."""
 
-_NOBODY: Mapping[int, int] = {}
+NOBODY: Mapping[int, int] = {}
+"""No row has a prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Lookup:
         tokens = torch.tensor(sequence.token_ids, dtype=torch.int32, device=self._device)
         self._history[slot, : len(tokens)] = tokens
         self._num_prompt[slot] = sequence.num_prompt
-        context = sequence.request.prompt_token_ids[-_CONTEXT:]
+        context = sequence.request.prompt_token_ids[-CONTEXT:]
         expected = sequence.request.prediction_token_ids[: self._history.shape[1] - len(context)]
         self._prediction_length[slot] = len(expected) + len(context) if expected else 0
         if expected:
@@ -82,7 +83,7 @@ class Lookup:
     @property
     def longest_prediction(self) -> int:
         """Tokens that a prediction is cut to."""
-        return self._history.shape[1] - _CONTEXT
+        return self._history.shape[1] - CONTEXT
 
     def append(self, slots: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Write the first counts [B] of tokens [B, K] to index lengths [B] and on of their histories."""
@@ -90,8 +91,28 @@ class Lookup:
         offset = torch.minimum(offset, counts.unsqueeze(1) - 1)  # past the end: the last token once more
         self._history[slots.unsqueeze(1), lengths.unsqueeze(1) + offset] = tokens.gather(1, offset).int()
 
+    def advance(
+        self,
+        slots: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        max_length: int,
+        predicted: Mapping[int, int] = NOBODY,
+    ) -> Proposal:
+        """`append` behind the roots at `lengths` [B], and `propose` from the last of these tokens.
+
+        Args:
+            slots, tokens, counts: as for `append`.
+            max_length: host upper bound of lengths + counts.
+            predicted: as for `propose`.
+        """
+        self.append(slots, lengths + 1, tokens, counts)
+        return self.propose(slots, lengths + counts, max_length=max_length, predicted=predicted)
+
     def propose(
-        self, slots: Tensor, lengths: Tensor, *, max_length: int, predicted: Mapping[int, int] = _NOBODY
+        self, slots: Tensor, lengths: Tensor, *, max_length: int, predicted: Mapping[int, int] = NOBODY
     ) -> Proposal:
         """Search what followed the tokens up to the root the last time, and keep it for the next step.
 
@@ -117,12 +138,12 @@ class Lookup:
         tokens = history.gather(1, index.clamp(max=max_length)).long()
         count = torch.where(kind > 0, self.size, 0)
         if len(predicted) == len(slots) and self._prediction is not None:
-            expected = self._prediction[slots, : max(predicted.values()) + _CONTEXT]
+            expected = self._prediction[slots, : max(predicted.values()) + CONTEXT]
             found = (tokens, count, kind)
             tokens, count, kind = self._prefer_prediction(slots, lengths, expected, suffix, *found)
         elif predicted and self._prediction is not None:
             rows = torch.tensor(list(predicted), device=self._device)
-            expected = self._prediction[slots[rows], : max(predicted.values()) + _CONTEXT]
+            expected = self._prediction[slots[rows], : max(predicted.values()) + CONTEXT]
             found = (tokens[rows], count[rows], kind[rows])
             preferred = self._prefer_prediction(slots[rows], lengths[rows], expected, suffix[rows], *found)
             tokens[rows], count[rows], kind[rows] = preferred
@@ -145,7 +166,7 @@ class Lookup:
         place = torch.arange(expected.shape[1], device=self._device)
         order = torch.where(place < length - 1, order, 0)
         # Of equally long matches the one nearest to where the output stands: an edit moves text little.
-        here = lengths.unsqueeze(1) - self._num_prompt[slots].unsqueeze(1) + _CONTEXT
+        here = lengths.unsqueeze(1) - self._num_prompt[slots].unsqueeze(1) + CONTEXT
         best = (order * 2 * expected.shape[1] - (place - here).abs()).argmax(1, keepdim=True)
         found = order.gather(1, best)
         index = best + 1 + torch.arange(self.size, device=self._device)
@@ -154,12 +175,12 @@ class Lookup:
         return (
             torch.where(take, follows, tokens),
             torch.where(take, (length - 1 - best).clamp(0, self.size), count),
-            torch.where(take, found + _MOST, kind),
+            torch.where(take, found + MOST_MATCHED, kind),
         )
 
     def _suffix(self, history: Tensor, lengths: Tensor) -> Tensor:
         """[B, 8] int32, the tokens up to the root, root first; -1 before the history begins."""
-        back = lengths.unsqueeze(1) - torch.arange(_MOST, device=self._device)
+        back = lengths.unsqueeze(1) - torch.arange(MOST_MATCHED, device=self._device)
         return torch.where(back >= 0, history.gather(1, back.clamp(min=0)), -1)
 
 
@@ -167,7 +188,7 @@ def _match_order(text: Tensor, suffix: Tensor) -> Tensor:
     """[B, W] int64: how many tokens of `suffix` [B, 8] match backwards from each place of `text` [B, W]."""
     running = text == suffix[:, :1]
     order = running.long()
-    for back in range(1, _MOST):
+    for back in range(1, MOST_MATCHED):
         shifted = torch.zeros_like(running)
         shifted[:, back:] = text[:, :-back] == suffix[:, back : back + 1]
         running = running & shifted

@@ -132,8 +132,7 @@ def test_appended_tokens_are_history(counts: list[int]) -> None:
     proposed(step, first)
     slots = torch.tensor([2, 0])
     lengths = torch.tensor([made.num_cached for made in first])
-    step.append(slots, lengths + 1, torch.tensor(tokens), torch.tensor(counts))
-    found = step.propose(slots, lengths + torch.tensor(counts), max_length=9)
+    found = step.advance(slots, lengths, torch.tensor(tokens), torch.tensor(counts), max_length=9)
     for i, (made, count) in enumerate(zip(first, counts, strict=True)):
         made.token_ids += tokens[i][:count]
         made.num_cached += count
