@@ -109,11 +109,17 @@ def load_shape(
             run.free()
 
 
-def made_up_engine(loaded: Loaded, *, batch: int, context: int, nodes: int, drafting: bool) -> Engine:
+@contextmanager
+def made_up_engine(
+    loaded: Loaded, *, batch: int, context: int, nodes: int, drafting: bool
+) -> Iterator[Engine]:
     """An engine in which `batch` sequences of `context` tokens decode, with trees of `nodes` each.
+
+    Its buffers and graphs take gigabytes: afterwards they are gone, before the next one is made.
 
     Raises:
         ValueError: the pool does not hold them.
+        RuntimeError: a step failed; the text says how.
     """
     heads = loaded.heads if nodes > 1 else None
     if heads is not None and not drafting:
@@ -135,18 +141,32 @@ def made_up_engine(loaded: Loaded, *, batch: int, context: int, nodes: int, draf
     graph = RecordedGraph if loaded.pool.device.type == "cpu" else graph
     engine = Engine(made, ahead=True, graph=graph, buckets=Buckets((batch,), (nodes,), batch * nodes))
     _skip_prefill(engine, batch * context)
+    try:
+        _start(engine, batch, context)
+        engine._scheduler._max_step_tokens = most
+        yield engine
+    finally:
+        for sequence in list(engine._scheduler):
+            engine.abort(sequence.request.request_id)
+        engine.check()
+        # The stand-in for prefill refers to the runner, which would so wait for the garbage collector.
+        del engine._runner.prefill
+        del engine._runner
+
+
+def _start(engine: Engine, batch: int, context: int) -> None:
+    """Add the sequences, and step until all of them decode."""
     sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
     generator = torch.Generator().manual_seed(0)
-    vocab = loaded.info.vocab_size
     for number in range(batch):
-        prompt = torch.randint(vocab, (context,), generator=generator).tolist()
-        engine.add(Request(f"{batch}-{context}-{nodes}-{number}", tuple(prompt), sampling))
+        prompt = torch.randint(engine.info.vocab_size, (context,), generator=generator).tolist()
+        engine.add(Request(str(number), tuple(prompt), sampling))
     for _ in range(2 + batch):
         deltas = engine.step()
+        if errors := [delta.error for delta in deltas if delta.error is not None]:
+            raise RuntimeError(errors[0])
         if len(deltas) == batch and all(delta.num_steps for delta in deltas):
             break
-    engine._scheduler._max_step_tokens = most
-    return engine
 
 
 _STEPS = 96
@@ -164,13 +184,6 @@ def _skip_prefill(engine: Engine, tokens: int) -> None:
 
     runner.prefill = prefill  # type: ignore[method-assign]
     engine._scheduler._max_step_tokens = max(tokens, engine._scheduler._max_step_tokens)
-
-
-def stop(engine: Engine) -> None:
-    """End what runs, and see that nothing is lost."""
-    for sequence in list(engine._scheduler):
-        engine.abort(sequence.request.request_id)
-    engine.check()
 
 
 def step_times(run: Run, engine: Engine, batch: int, *, count: int, budget: float = 1.5) -> list[float]:
@@ -233,15 +246,18 @@ def _case(
     base: float | None = None
     for nodes in (1, 4) if run.tiny else NODES:
         for drafting in _drafting(run, nodes):
-            row: dict[str, Any] = {"batch": batch, "context": context, "nodes": nodes, "drafting": drafting}
+            case: dict[str, Any] = {"batch": batch, "context": context, "nodes": nodes, "drafting": drafting}
+            row = dict(case)
             rows.append(row)
             try:
-                engine = made_up_engine(loaded, batch=batch, context=context, nodes=nodes, drafting=drafting)
-            except (ValueError, torch.OutOfMemoryError) as error:
+                with made_up_engine(loaded, **case) as engine:
+                    times = step_times(run, engine, batch, count=30)
+            except torch.AcceleratorError:
+                raise  # the device is lost
+            except (ValueError, RuntimeError) as error:  # no room for it
                 row["skipped"] = str(error)[:200]
+                print(row, flush=True)
                 continue
-            times = step_times(run, engine, batch, count=30)
-            stop(engine)
             seconds = statistics.median(times)
             base = seconds if nodes == 1 else base
             num_bytes = size.step(batch, context, drafting=drafting)
@@ -297,9 +313,9 @@ def quantized_steps(run: Run) -> dict[str, Any]:
             with load_shape(run, SHAPES["llama-2-7b"], tokens=30_000, quantization=name) as (loaded, _):
                 for batch in (1, 16):
                     for nodes in (1, 64):
-                        engine = made_up_engine(loaded, batch=batch, context=512, nodes=nodes, drafting=True)
-                        times = step_times(run, engine, batch, count=20)
-                        stop(engine)
+                        case: dict[str, Any] = {"batch": batch, "context": 512, "nodes": nodes}
+                        with made_up_engine(loaded, **case, drafting=True) as engine:
+                            times = step_times(run, engine, batch, count=20)
                         rows.append({"batch": batch, "nodes": nodes, "ms": ms(statistics.median(times))})
                         print(name, rows[-1], flush=True)
             found["steps"][name] = rows
@@ -351,10 +367,10 @@ def idle(run: Run) -> dict[str, Any]:
     with load_shape(run, shape, tokens=2048 if run.tiny else 8192 + 4096) as (loaded, _):
         for nodes in (1, 4) if run.tiny else (1, 64):
             context = 24 if run.tiny else 512
-            engine = made_up_engine(loaded, batch=batch, context=context, nodes=nodes, drafting=True)
-            wall = statistics.fmean(step_times(run, engine, batch, count=20))
-            busy, span = _profile(run, engine, count=2 if run.tiny else 15)
-            stop(engine)
+            case: dict[str, Any] = {"batch": batch, "context": context, "nodes": nodes}
+            with made_up_engine(loaded, **case, drafting=True) as engine:
+                wall = statistics.fmean(step_times(run, engine, batch, count=20))
+                busy, span = _profile(run, engine, count=2 if run.tiny else 15)
             found[f"nodes {nodes}"] = {
                 "batch": batch,
                 "step_ms": ms(wall),
@@ -386,6 +402,8 @@ def _profile(run: Run, engine: Engine, count: int) -> tuple[float, float]:
         for event in events
         if event.device_type() == kind and event.duration_ns() > 0
     )
+    if not spans:
+        raise RuntimeError("the profiler saw nothing run on the device")
     return covered(spans) / 1e9 / count, (max(end for _, end in spans) - spans[0][0]) / 1e9 / count
 
 

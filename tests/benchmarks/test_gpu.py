@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_steps
 from benchmarks.gpu_picture import draw, series
-from benchmarks.gpu_run import combine
+from benchmarks.gpu_run import Run, combine
+from benchmarks.gpu_shapes import TINY
 from benchmarks.gpu_simulated import acceptance_lengths, published
-from benchmarks.gpu_steps import covered
+from benchmarks.gpu_steps import covered, load_shape, made_up_engine
 from benchmarks.gpu_targets import targets
 from tests.support import save_model, save_random_heads, tiny_llama
 
@@ -70,6 +74,44 @@ def test_steps_count_their_bytes(results: dict[str, Any]) -> None:
         assert row["over_reading"] > 0
         assert row["over_one_node"] > 0
         assert ("products_ms" in row) != row["drafting"]
+
+
+def tiny_run(output: Path) -> Run:
+    return Run(gpu.parse(["--device", "cpu", "--tiny"]), torch.device("cpu"), output, math.inf)
+
+
+def test_an_engine_that_was_measured_leaves_no_memory_to_the_garbage_collector(tmp_path: Path) -> None:
+    """Its buffers and graphs take gigabytes on a GPU, and the next engine is made right after it."""
+    with load_shape(tiny_run(tmp_path / "o.json"), TINY) as (loaded, _):
+        gc.collect()
+        gc.disable()
+        try:
+            with made_up_engine(loaded, batch=1, context=24, nodes=4, drafting=True) as engine:
+                held = weakref.ref(engine._runner)
+                logits = weakref.ref(engine._runner._logits)
+                assert engine.step()[0].num_steps == 1
+            assert (held(), logits()) == (None, None)
+        finally:
+            gc.enable()
+
+
+def test_a_case_without_room_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be short only when the step is captured, which ends its sequences with an error."""
+    make = gpu_steps.RecordedGraph.capture
+
+    def capture(graph: object, run: object) -> None:
+        if len(made) == 1:
+            made.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+        made.append(True)
+        make(graph, run)
+
+    made: list[bool] = []
+    monkeypatch.setattr(gpu_steps.RecordedGraph, "capture", capture)
+    rows = gpu_steps.steps(tiny_run(tmp_path / "o.json"))["tiny"]["rows"]
+    assert "out of memory" in rows[0]["skipped"]
+    assert len(rows) == 6
+    assert all(row["ms"] > 0 for row in rows[1:])
 
 
 @pytest.mark.slow
