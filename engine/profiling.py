@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,11 +20,12 @@ __all__ = ["WorstCase"]
 
 
 class WorstCase:
-    """The largest prefill chunk and the largest decode step of these settings, on a pool of their own.
+    """The largest prefill chunk and the largest decode steps of these settings, on a pool of their own.
 
-    The decode step drafts, runs the model over all nodes of all sequences, and draws at each with everything
-    on that a request may ask for. The K/V behind the new rows are short: a backend that copies the whole
-    prefix (the reference one) takes more with longer ones.
+    A decode step drafts, runs the model over all nodes of all sequences, and draws at each with everything
+    on that a request may ask for. Roots are drawn by sorting their rows and the other nodes are not, so the
+    largest trees and the most sequences are tried. The K/V behind the new rows are short: a backend that
+    copies the whole prefix (the reference one) takes more with longer ones.
 
     Args:
         decoder: ready to run.
@@ -53,10 +55,12 @@ class WorstCase:
         self._decoder, self._attention, self._heads = decoder, attention, heads
         self._device, self._max_num_seqs = device, max_num_seqs
         self.prefill_rows = max_step_tokens
-        self.nodes = tree_size
-        self.sequences = max(1, min(max_num_seqs, max_step_tokens // tree_size))
+        wide = max(1, min(max_num_seqs, max_step_tokens // tree_size))
+        self.steps = tuple(dict.fromkeys([(wide, tree_size), (max_num_seqs, 1)]))
+        """Sequences and nodes of each of the decode steps."""
         config = decoder.config
-        blocks = max(-(-max_step_tokens // block_size), self.sequences * -(-MAX_TREE_NODES // block_size))
+        tables = (batch * -(-nodes // block_size) for batch, nodes in self.steps)
+        blocks = max(-(-max_step_tokens // block_size), *tables)
         self._pool = KVPool(
             num_layers=config.num_layers,
             num_blocks=blocks + 1,
@@ -68,12 +72,13 @@ class WorstCase:
         )
 
     def measure(self) -> int:
-        """Bytes on CUDA: a prefill's transients and a decode step's.
+        """Bytes on CUDA: a prefill's transients and those of the larger decode step.
 
         The two are added, since a captured step keeps its transients while prompts are prefilled.
         """
         slots = self._slots()  # not counted here: see `engine.adjust.table_bytes`
-        return _peak(self.prefill, self._device) + _peak(lambda: self.decode(slots), self._device)
+        decode = [_peak(partial(self.decode, *step, slots), self._device) for step in self.steps]
+        return _peak(self.prefill, self._device) + max(decode)
 
     def _slots(self) -> SamplingSlots:
         slots = SamplingSlots(
@@ -103,15 +108,14 @@ class WorstCase:
         self._decoder.logits(hidden[-MAX_TREE_NODES:])  # as many as prompt_logprobs takes at once
 
     @torch.inference_mode()
-    def decode(self, slots: SamplingSlots | None = None) -> None:
-        """Draft, forward and draws over as many sequences and nodes as a pass may have."""
-        batch, nodes, device = self.sequences, self.nodes, self._device
-        block_size = self._pool.block_size
-        per_sequence = -(-MAX_TREE_NODES // block_size)
+    def decode(self, batch: int, nodes: int, slots: SamplingSlots | None = None) -> None:
+        """Draft, forward and draws over so many sequences and nodes of each."""
+        block_size, device = self._pool.block_size, self._device
+        per_sequence = -(-nodes // block_size)
         tables = torch.arange(1, batch * per_sequence + 1, device=device).view(batch, per_sequence)
         row = torch.arange(nodes, device=device)
         hidden = torch.zeros(batch, self._decoder.config.hidden_size, dtype=self._pool.dtype, device=device)
-        if self._heads is not None and self._heads.tree.size > 1:
+        if self._heads is not None and self._heads.tree.size > 1 and nodes > 1:
             self._heads.guess(hidden, self._heads.tree.size - 1)
         # A chain has the depth that no tree exceeds.
         topology = Tree(()).topology(device, nodes - 1).expand(batch)

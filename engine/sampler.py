@@ -6,6 +6,7 @@ node's is that of its path's, so what is drawn does not depend on what was draft
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -332,28 +333,26 @@ def verify_all(logits: Tensor, tokens: Tensor, topology: Topology, rows: Samplin
     batch, size = tokens.shape
     place = torch.arange(batch * size, device=tokens.device).view(batch, size)
     path = _paths(tokens, topology)
-    others = place[:, 1:].flatten()
-    parts = [_draw_nodes(logits, place[:, 0], tokens, path, topology, rows, whole=True)]
-    parts += [
-        _draw_nodes(logits, part, tokens, path, topology, rows, whole=False)
-        for part in (torch.split(others, _ROWS) if size > 1 else ())
+    drawing = [(place[:, 0], True), (place[:, 1:].flatten(), False)][: 1 if size == 1 else 2]
+    parts = [
+        _draw_nodes(logits, part, tokens, path, topology, rows, whole=whole)
+        for nodes, whole in drawing
+        for part in torch.split(nodes, _ROWS)
     ]
 
-    def grid(values: list[Tensor]) -> Tensor:
-        first, *rest = values
-        first = first.unsqueeze(1)
-        if not rest:
-            return first
-        return torch.cat((first, torch.cat(rest).view(batch, size - 1, *first.shape[2:])), dim=1)
+    def grid(value: Callable[[_Drawn], Tensor]) -> Tensor:
+        flat = torch.cat([value(part) for part in parts])  # all roots, then the others
+        others = flat[batch:].view(batch, size - 1, *flat.shape[1:])
+        return torch.cat((flat[:batch].unsqueeze(1), others), dim=1)
 
-    short = grid([part.short for part in parts])
-    drawn = torch.where(topology.valid & ~short, grid([part.drawn for part in parts]), -1)
+    short = grid(lambda part: part.short)
+    drawn = torch.where(topology.valid & ~short, grid(lambda part: part.drawn), -1)
     follows = tokens == drawn.gather(1, topology.parents)
     log_p = None
     if rows.typical is not None:
-        shares = grid([part.shares for part in parts])  # [B, N, N]
+        shares = grid(lambda part: part.shares)  # [B, N, N]
         child_p = shares.gather(1, topology.parents.unsqueeze(1)).squeeze(1)
-        threshold = grid([part.threshold for part in parts]).gather(1, topology.parents)
+        threshold = grid(lambda part: part.threshold).gather(1, topology.parents)
         typical = (rows.typical.asked & (rows.temperature > 0)).unsqueeze(1)
         follows = torch.where(typical, child_p > threshold, follows)
         log_p = torch.where(topology.valid & follows & typical, child_p.log(), 0.0)

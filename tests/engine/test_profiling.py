@@ -59,8 +59,9 @@ def test_they_are_as_large_as_the_settings_allow(
     attention = Counting(2)
     worst = worst_case(made, attention, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens)
     worst.prefill()
-    worst.decode()
-    assert attention.rows_seen == [max_step_tokens, rows]
+    for step in worst.steps:
+        worst.decode(*step)
+    assert attention.rows_seen == [max_step_tokens, rows, max_num_seqs], "trees, and many roots"
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

@@ -227,6 +227,30 @@ def test_all_nodes_at_once_are_accepted_as_those_that_are_reached(step: Step) ->
     assert torch.equal(first.nodes, second.nodes)
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_no_draw_copies_more_rows_than_what_was_measured(nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a dozen copies of 512 roots over 128k tokens would take 260 MB."""
+    drawn: list[int] = []
+    draw_nodes = sampler._draw_nodes
+
+    def noted(logits: Tensor, part: Tensor, *args: object, **kwargs: object) -> object:
+        drawn.append(len(part))
+        return draw_nodes(logits, part, *args, **kwargs)
+
+    monkeypatch.setattr(sampler, "_draw_nodes", noted)
+    batch = 300
+    topology = Tree.from_paths([[0]] * (nodes - 1)).topology(CPU).expand(batch)
+    logits = torch.randn(batch * nodes, 7, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(batch * nodes).view(batch, nodes) % 7
+    row_of = torch.arange(batch * nodes).view(batch, nodes)
+    sampling = replace(rows(batch, top_p=0.9), truncates=True)
+    found = verify_all(logits, tokens, topology, sampling)
+    assert drawn == [128, 128, 44] * nodes
+    wanted = verify(logits, row_of, tokens, topology, sampling)
+    assert torch.equal(found.matched, wanted.matched)
+    assert torch.equal(found.tokens[:, 0], wanted.tokens[:, 0])
+
+
 @settings(max_examples=300, deadline=None)
 @given(steps(temperatures=(0.8, 1.3)))
 def test_a_node_whose_nucleus_is_wider_than_the_candidates_ends_the_path(step: Step) -> None:
