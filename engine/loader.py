@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,10 +117,12 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES)
     if checkpoint is None:
         log.warning("the weights are random (load_format dummy): answers mean nothing")
-        decoder.randomize(device)
-        decoder.to(device)
+        with _room_for_weights(device):
+            decoder.randomize(device)
+            decoder.to(device)
     else:
-        decoder.to(device)
+        with _room_for_weights(device):
+            decoder.to(device)
         load_weights(
             checkpoint,
             dict(decoder.named_parameters()),
@@ -153,15 +157,23 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
         transient = _transient(config, decoder, attention, drafter, tree_size, device)
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len, transient)
-    pool = KVPool(
-        num_layers=model_config.num_layers,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        dtype=dtype,
-        device=device,
-    )
+    try:
+        pool = KVPool(
+            num_layers=model_config.num_layers,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+    except torch.AcceleratorError:
+        raise
+    except RuntimeError as error:  # no memory; on a CPU torch has no error of its own for it
+        raise ConfigError(
+            f"a K/V pool of {(num_blocks - 1) * config.block_size} tokens does not fit the memory here; "
+            "lower kv_cache_tokens (or kv_cache_bytes, or gpu_memory_utilization)"
+        ) from error
     blocks = BlockManager(num_blocks, config.block_size)
     info = EngineInfo(
         model=config.model,
@@ -191,6 +203,16 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         prefix_caching=config.prefix_caching,
         captured=device.type == "cuda" and not config.enforce_eager,
     )
+
+
+@contextmanager
+def _room_for_weights(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights do not fit the memory of {device}; take a smaller model, or a dtype of 16 bits"
+        ) from error
 
 
 def _device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
 from engine.loader import _device, _why_not_triton, load
+from engine.model.decoder import Decoder
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
 
 
@@ -67,6 +68,20 @@ def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None
     assert isinstance(attention(attention="sdpa"), SdpaAttention)
     with pytest.raises(ConfigError, match=r"attention triton needs an NVIDIA GPU.*cpu"):
         attention(attention="triton")
+
+
+def test_memory_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tiny_model("llama"), tmp_path)
+    with pytest.raises(ConfigError, match=r"pool of 1000000000000000 tokens .* lower kv_cache_tokens"):
+        load(EngineConfig(model=str(folder), device="cpu", kv_cache_tokens=10**15), progress=False)
+
+    def full(decoder: Decoder, device: torch.device) -> Decoder:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, "to", full)
+    for kind in ("auto", "dummy"):
+        with pytest.raises(ConfigError, match="smaller model"):
+            load(EngineConfig(model=str(folder), device="cpu", load_format=kind), progress=False)
 
 
 @pytest.mark.parametrize(
