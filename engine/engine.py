@@ -130,11 +130,11 @@ class Engine:
                 verified = self._runner.draft_forward(batch)
                 results = self._runner.targets_accept_compact(batch, verified)
                 launched = self._launch(batch, verified, results)
+        deltas += self._land()  # a prefill waits for the step just launched: what is ready goes out before
         for chunk in plan.prefill:
             with self._failing([chunk.sequence], deltas):
                 faults.visit("prefill")
                 deltas += self._prefill(chunk)
-        deltas += self._land()
         self._flight = launched
         if not self._ahead or not self._scheduler.has_work:
             deltas += self._land()

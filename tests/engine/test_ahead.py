@@ -9,6 +9,7 @@ import pytest
 
 from engine import faults
 from engine.engine import Engine
+from engine.scheduler import Chunk
 from engine.types import FinishReason, Request, SamplingParams, SequenceState
 from tests import support
 from tests.engine.conftest import TinyModel
@@ -45,6 +46,28 @@ def test_the_next_step_is_launched_before_the_last_ones_tokens_are_read(narrow: 
         engine.step()
     assert made.token_ids[3:] == greedy_reference(narrow.reference, [1, 2, 3], 30)
     assert sum(engine.stats.acceptance_counts) == 29, "length is known beforehand: no step in vain"
+
+
+def test_tokens_do_not_wait_for_a_prefill_launched_behind_them(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a prefill's result waits for the device, and so for the step launched just before it."""
+    engine = make_engine(narrow.folder, tree="off")
+    engine.add(greedy("r", [1, 2, 3], 30))
+    engine.step()
+    engine.step()
+    [made] = engine._scheduler.running
+    prefill = engine._runner.prefill
+    seen: list[tuple[int, int]] = []
+
+    def noted(chunk: Chunk) -> object:
+        seen.append((made.num_output, made.in_flight))
+        return prefill(chunk)
+
+    monkeypatch.setattr(engine._runner, "prefill", noted)
+    engine.add(greedy("other", [4, 5], 30))
+    engine.step()
+    assert seen == [(2, 1)], "the step before has been read, the next one is under way"
 
 
 def test_who_ended_is_dropped_a_step_late_and_holds_its_own_till_then(narrow: TinyModel) -> None:
