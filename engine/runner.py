@@ -305,8 +305,13 @@ class Runner:
         """A decode batch of sequences that were never prefilled, for measuring: their K/V mean nothing."""
         for sequence in sequences:
             self._admit(sequence)
-            self._root[sequence.slot] = sequence.token_ids[-1]
-            self._lengths[sequence.slot] = sequence.num_cached
+        return self.place_again(sequences)
+
+    def place_again(self, sequences: list[Sequence]) -> Batch:
+        """The same batch after a step: its sequences stand where they stood."""
+        slots = self._ids([sequence.slot for sequence in sequences])
+        self._root[slots] = self._ids([sequence.token_ids[-1] for sequence in sequences])
+        self._lengths[slots] = self._ids([sequence.num_cached for sequence in sequences])
         return self.batch(sequences)
 
     def most_tokens(self, batch: Batch) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,9 @@ from engine.graphs import CapturedRunner, RecordedGraph
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
 from engine.medusa.buckets import Buckets
+from engine.runner import Batch, Verified
 from engine.types import Request, SamplingParams
+from engine.warmup import _replay, _sequences
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.support import greedy, greedy_reference, make_engine, run_all
@@ -192,6 +195,27 @@ def test_auto_times_captured_steps(narrow: TinyModel) -> None:
     outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 20) for i in range(6)])
     for i in range(6):
         assert outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 20)
+
+
+def test_what_the_host_does_before_the_first_step_is_not_measured(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each step would otherwise seem to take what getting it ready takes."""
+    engine = make_engine(narrow.folder, heads=str(narrow.heads), tree=8, max_num_seqs=1)
+    runner = runner_of(engine)
+    sequences = _sequences(engine._blocks, 1, 20)
+    assert sequences is not None
+    runner.capture()
+    replay, seen = runner.replay, []
+
+    def slow_at_first(batch: Batch, size: tuple[int, int], *, heads: bool) -> Verified:
+        seen.append((size, int(runner._lengths[0])))
+        time.sleep(0.0 if len(seen) > 1 else 1.0)
+        return replay(batch, size, heads=heads)
+
+    monkeypatch.setattr(runner, "replay", slow_at_first)
+    assert _replay(runner, sequences, 8, heads=True) < 1.0
+    assert seen == [((1, 8), 20), ((1, 8), 20)]
 
 
 def test_a_fixed_tree_does_not_outgrow_its_bucket(certain: TinyModel) -> None:
