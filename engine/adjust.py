@@ -168,11 +168,9 @@ class Penalties(Adjustment):
 
     def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
         emitted = torch.arange(tokens.shape[1], device=self._device) < counts.unsqueeze(1)
-        rows = slots.unsqueeze(1).expand_as(tokens)
         # What was not emitted adds 0 to some entry, and may be any number.
-        self._in_output.index_put_(
-            (rows, torch.where(emitted, tokens, 0)), emitted.to(torch.int32), accumulate=True
-        )
+        entry = slots.unsqueeze(1) * self._vocab_size + torch.where(emitted, tokens, 0)
+        self._in_output.view(-1).scatter_add_(0, entry.flatten(), emitted.flatten().to(torch.int32))
 
     def _adjust(self, logits: Tensor, place: Place) -> Tensor:
         in_output = self._in_output[place.slots]
