@@ -193,7 +193,11 @@ def _write(
     tl.store(v_pool_ptr + at, v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "rows_stride", "ancestors_stride", "depths_stride"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_rows", "rows_stride", "ancestors_stride", "depths_stride"],
+    # Those of a captured step lie at places that depend on its bucket; each would be another compilation.
+    do_not_specialize_on_alignment=["ancestors_ptr", "depths_ptr"],
+)
 def attend_kernel(
     q_ptr,
     k_ptr,

@@ -9,48 +9,16 @@ A line of JSON: how many were compiled for each compute capability (times ten), 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from engine.model import triton_kernels as kernels
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+from tests.engine.triton_compile import compile_only, resources, use
 
 KERNELS = ("_add_norm_kernel", "_rotate_kernel", "_gated_kernel", "_quantize_kernel", "_scale_kernel")
-
-
-def use(capability: int) -> None:
-    """Let Triton compile for a GPU of compute capability `capability` / 10, and launch nothing."""
-    fake: Any = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: capability,
-        get_current_stream=lambda _: 0,
-    )
-    driver.set_active(fake)
-
-
-def spilled(kernel: Any) -> int:
-    """Bytes of registers that each thread keeps in memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found[1])
 
 
 def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
@@ -81,14 +49,7 @@ def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
 
 
 def main() -> int:
-    compiled: list[tuple[str, Any]] = []
-
-    def note(name: str, run: Any, *args: object, **options: object) -> None:
-        compiled.append((name, run(*args, **{**options, "warmup": True})))
-
-    for name in KERNELS:
-        kernel = getattr(kernels, name)
-        kernel.run = partial(note, name, kernel.run)
+    compiled = compile_only(*(getattr(kernels, name) for name in KERNELS))
     found: dict[str, Any] = {"compiled": {}, "spilled": {}}
     for capability in [int(word) for word in sys.argv[1:]] or [90]:
         use(capability)
@@ -97,9 +58,9 @@ def main() -> int:
             for hidden in (576, 4096):
                 call_all(dtype, hidden, fp8=capability >= 89)
         found["compiled"][capability] = len(compiled)
-        for name, kernel in compiled:
-            if num_bytes := spilled(kernel):
-                found["spilled"][f"{name} {capability}"] = num_bytes
+        for kernel in compiled:
+            if num_bytes := resources(kernel)["spilled"]:
+                found["spilled"][f"{kernel.name} {capability}"] = num_bytes
     print(json.dumps(found))
     return 1 if found["spilled"] else 0
 
