@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -96,17 +97,9 @@ class SamplingSlots:
 
     def all_rows(self, slots: Tensor) -> SamplingRows:
         """`rows` for any requests: whatever one may ask for is on, for a captured step."""
-        return SamplingRows(
-            temperature=self._temperature[slots],
-            top_p=self._top_p[slots],
-            top_k=self._top_k[slots],
-            min_p=self._min_p[slots],
-            seed=self._seed[slots],
-            choice=self._choice[slots],
-            position=self._position[slots],
-            all_greedy=False,
-            truncates=True,
-            typical=TypicalRows(self._typical[slots], self._epsilon[slots], self._delta[slots]),
+        return replace(
+            self._parameters(slots),
+            typical=self._typical_rows(slots),
             adjusting=Adjusting(slots, self._adjustments),
         )
 
@@ -118,13 +111,21 @@ class SamplingSlots:
             sequences: the B sequences; their parameters say what the draw may skip.
         """
         sampling = [sequence.request.sampling for sequence in sequences]
-        typical = None
-        if any(sequence.request.typical for sequence in sequences):
-            typical = TypicalRows(self._typical[slots], self._epsilon[slots], self._delta[slots])
+        typical = any(sequence.request.typical for sequence in sequences)
         adjusting = None
         if any(s.adjusts for s in sampling):
             wanted = tuple(a for a in self._adjustments if any(a.wanted(s) for s in sampling))
             adjusting = Adjusting(slots, wanted)
+        return replace(
+            self._parameters(slots),
+            all_greedy=all(s.greedy for s in sampling),
+            truncates=any(s.truncates for s in sampling),
+            typical=self._typical_rows(slots) if typical else None,
+            adjusting=adjusting,
+        )
+
+    def _parameters(self, slots: Tensor) -> SamplingRows:
+        """The parameters alone, to be drawn with as if some row truncated and none were greedy."""
         return SamplingRows(
             temperature=self._temperature[slots],
             top_p=self._top_p[slots],
@@ -133,8 +134,9 @@ class SamplingSlots:
             seed=self._seed[slots],
             choice=self._choice[slots],
             position=self._position[slots],
-            all_greedy=all(s.greedy for s in sampling),
-            truncates=any(s.truncates for s in sampling),
-            typical=typical,
-            adjusting=adjusting,
+            all_greedy=False,
+            truncates=True,
         )
+
+    def _typical_rows(self, slots: Tensor) -> TypicalRows:
+        return TypicalRows(self._typical[slots], self._epsilon[slots], self._delta[slots])

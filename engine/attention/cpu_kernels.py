@@ -190,6 +190,12 @@ def _mix(out: Any, values: Any, row: int, head: int, count: int, weights: Any, p
 
 
 @njit(**JIT)
+def _run(table: Any, block: int, place: int, end: int) -> Any:
+    """The pool's row of cached row `place`, and how many rows before `end` its block holds from there on."""
+    return table[place // block] * block + place % block, min(block - place % block, end - place)
+
+
+@njit(**JIT)
 def _store_rows(
     arguments: Any, begin: int, end: int, head: int, k: Any, v: Any, keys: Any, values: Any
 ) -> None:
@@ -256,8 +262,7 @@ def _attend(arguments: Any, number: int) -> None:
             count = min(_LANES, cached - at if old else new - (at - first_new))
             for i in range(count):
                 if old:
-                    place = low + at + i
-                    row = table[place // block] * block + place % block
+                    row, _ = _run(table, block, low + at + i, length)
                     for d in range(dim):
                         tile[d, i] = keys[row, head, d]
                 else:
@@ -277,8 +282,7 @@ def _attend(arguments: Any, number: int) -> None:
         for x in range(padded):
             place = low
             while place < length:
-                count = min(block - place % block, length - place)
-                row = table[place // block] * block + place % block
+                row, count = _run(table, block, place, length)
                 _score(queries[x], keys, row, head, count, scores[x], place - low)
                 place += count
             _score(queries[x], k, begin, head, new, scores[x], first_new)
@@ -300,8 +304,8 @@ def _attend(arguments: Any, number: int) -> None:
     if tiled:
         places = np.empty(width, dtype=np.int64)
         for i in range(cached):
-            place = low + i
-            places[i] = ((table[place // block] * block + place % block) * kv_heads + head) * dim * 4
+            row, _ = _run(table, block, low + i, length)
+            places[i] = (row * kv_heads + head) * dim * 4
         for u in range(new):
             places[first_new + u] = ((begin + u) * arguments[V_STEP] + head * dim) * 4
         for x in range(0, padded, 4):
@@ -329,8 +333,7 @@ def _attend(arguments: Any, number: int) -> None:
         for x in range(padded):
             place = low
             while place < length:
-                count = min(block - place % block, length - place)
-                row = table[place // block] * block + place % block
+                row, count = _run(table, block, place, length)
                 _mix(mixed[x], values, row, head, count, scores[x], place - low)
                 place += count
             _mix(mixed[x], v, begin, head, new, scores[x], first_new)

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that need not be there.. Not with the interpreter."""
+"""Triton kernels compiled for GPUs that need not be there, by processes where Triton does not interpret."""
 
 from __future__ import annotations
 
