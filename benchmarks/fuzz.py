@@ -38,8 +38,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from engine.client import EngineClient
 from engine.fake import FakeEngine
-from engine.types import EngineClient, Request
+from engine.types import Request
 
 __all__ = ["Result", "fake_server", "fuzz", "real_server"]
 

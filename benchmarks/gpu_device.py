@@ -91,7 +91,7 @@ class _NoAttention:
     """Stands for attention where only what lies around it is measured."""
 
     def plan(self, batch: object, pool: object) -> None:
-        raise NotImplementedError
+        """Nothing is shared by its layers."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         return q.reshape(len(q), -1)

@@ -12,13 +12,14 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Self, TypeVar
 
+from engine.client import TokenStream
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.loader import Loaded, load
 from engine.stats import EngineStats
 from engine.stream import DeltaStream
-from engine.types import EngineInfo, FinishReason, Request, TokenDelta, TokenStream
+from engine.types import EngineInfo, FinishReason, Request, TokenDelta
 
 __all__ = ["EngineLoop"]
 

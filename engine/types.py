@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
 
 from engine.config import MAX_TREE_NODES
 from engine.errors import ContextLengthError, RequestError
 
-if TYPE_CHECKING:
-    from engine.stats import EngineStats
-
 __all__ = [
     "Acceptance",
     "DraftSource",
-    "EngineClient",
     "EngineInfo",
     "FinishReason",
     "LookupState",
@@ -28,7 +22,6 @@ __all__ = [
     "StepTrace",
     "TokenDelta",
     "TokenLogprobs",
-    "TokenStream",
 ]
 
 MAX_SEED = 2**63 - 1
@@ -463,65 +456,3 @@ class EngineInfo:
                 f"the context holds {self.max_model_len} tokens; the request asks for {asked}",
                 param="min_tokens",
             )
-
-
-class TokenStream(Protocol):
-    """The deltas of one request, all choices interleaved. Ends after each choice's last delta."""
-
-    @property
-    def merged_steps(self) -> int:
-        """Steps that joined a delta which was still waiting to be taken."""
-
-    def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
-
-    async def aclose(self) -> None:
-        """Stop caring: aborts whatever of the request still runs. Safe to call twice."""
-
-
-class EngineClient(Protocol):
-    """What the server needs of an engine. `EngineLoop` is the real one, `FakeEngine` the test one.
-
-    All methods are called from the asyncio event loop.
-    """
-
-    @property
-    def info(self) -> EngineInfo: ...
-
-    @property
-    def stats(self) -> EngineStats: ...
-
-    @property
-    def ready(self) -> bool:
-        """True while new requests are taken."""
-
-    @property
-    def healthy(self) -> bool:
-        """False once the engine thread has died."""
-
-    async def start(self) -> None:
-        """Start the engine thread; returns when it takes requests."""
-
-    def submit(self, request: Request) -> TokenStream:
-        """Queue a request.
-
-        Raises:
-            RequestError: the request can never run (its field is named).
-            QueueFullError: the waiting queue is at its bound.
-            EngineStoppedError: the engine drains or has stopped.
-        """
-
-    def abort(self, request_ids: SequenceOf[str]) -> None:
-        """Drop requests; unknown or finished ones are ignored. Slots free at the next step boundary."""
-
-    def abort_choice(self, request_id: str, index: int) -> None:
-        """End one choice of a request, its text being complete; the others go on.
-
-        Unknown or finished choices are ignored. The slot frees at the next step boundary; whether a
-        last delta of the choice still arrives is not specified.
-        """
-
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest.
-
-        May be called again, also while an earlier call waits.
-        """

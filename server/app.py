@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 from starlette.middleware.cors import CORSMiddleware
 
-from engine.types import EngineClient
+from engine.client import EngineClient
 from server import __version__
 from server.auth import ApiKeys, KeyMiddleware
 from server.context import ServerContext

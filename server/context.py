@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
+from engine.client import EngineClient
 from engine.errors import EngineStoppedError
-from engine.types import EngineClient
 from server import __version__
 from server.errors import ModelNotFoundError
 from server.metrics import Metrics

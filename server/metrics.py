@@ -24,8 +24,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from engine.client import EngineClient
 from engine.stats import DRAFT_SOURCES, PHASES, EngineStats, Tally
-from engine.types import EngineClient, EngineInfo
+from engine.types import EngineInfo
 from server import __version__
 
 __all__ = ["METRICS", "PREFIX", "FinishedReason", "Metric", "Metrics"]

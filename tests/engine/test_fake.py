@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from engine.client import EngineClient
 from engine.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
 from engine.fake import FakeEngine, FakeStep
 from engine.types import (
     DraftSource,
-    EngineClient,
     FinishReason,
     Request,
     SamplingParams,

@@ -198,6 +198,7 @@ def test_a_whole_model_decodes_as_with_torchs_attention(
     folder = save_model(model, tmp_path)
     heads = save_random_heads(tmp_path / "heads.safetensors", hidden=32, vocab=61, own_lm_head=False)
     settings = {"heads": str(heads), "tree": 8, "lookup": 2, "device": DEVICE.type, "max_step_tokens": 64}
+    settings["kv_cache_tokens"] = 4096  # other tests run on the same GPU beside it
     requests = [greedy("short", [5, 9, 33], 9), greedy("long", [i % 50 for i in range(70)], 9)]
     wanted = run_all(make_engine(folder, attention="sdpa", **settings), requests)
 
