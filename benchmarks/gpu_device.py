@@ -23,24 +23,19 @@ __all__ = ["between_products", "ceilings", "tests"]
 
 
 def tests(run: Run) -> dict[str, Any]:
-    """The tests that are marked `cuda`, in processes of their own: kernels, then what takes the whole device.
+    """The tests that are marked `cuda`, in processes of their own.
 
-    Kernels wait for the compiler most of the time, so many are tested at once.
+    They wait for compilers and captures most of the time and take little of the device, so many run at once.
     """
-    kernels = ["tests/engine/attention", "tests/engine/model"]
-    at_once = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-    if run.tiny:
-        return {"kernels": _pytest(run, ["--collect-only", "tests/engine/model/test_triton_kernels.py"])}
-    found = {"kernels": _pytest(run, [*at_once, *kernels])}
-    run.record("tests", found)
-    found["engine"] = _pytest(run, ["tests/engine", *(f"--ignore={folder}" for folder in kernels)])
-    return found
+    at_once = ["-n", "12"] if importlib.util.find_spec("xdist") is not None else []
+    some = ["--collect-only", "tests/engine/model/test_triton_kernels.py"]
+    return {"cuda": _pytest(run, some if run.tiny else [*at_once, "tests/engine"])}
 
 
 def _pytest(run: Run, arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", *arguments]
-    limit = max(30.0, min(130.0, run.left() / 2))
+    limit = max(30.0, min(200.0, run.left() / 2))
     with tempfile.TemporaryFile("w+") as log:
         try:
             done = subprocess.run(

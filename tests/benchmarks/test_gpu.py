@@ -51,7 +51,7 @@ def test_every_part_has_a_result(results: dict[str, Any]) -> None:
     assert not [name for name, part in parts.items() if "skipped" in part]
     assert results["device"] == "CPU"
     assert set(results["seconds"]) == set(gpu.PARTS) - {"http"}
-    assert "test_triton_kernels.py" in "\n".join(parts["tests"]["kernels"]["tail"])
+    assert "test_triton_kernels.py" in "\n".join(parts["tests"]["cuda"]["tail"])
 
 
 def test_steps_count_their_bytes(results: dict[str, Any]) -> None:

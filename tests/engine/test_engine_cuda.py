@@ -46,8 +46,8 @@ def _mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_default_buckets_are_captured_and_timed(narrow: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    config = EngineConfig(model=str(narrow.folder), heads=str(narrow.heads), device="cuda", dtype="float32")
-    engine = Engine(load(config, progress=False))
+    settings = {"heads": str(narrow.heads), "device": "cuda", "dtype": "float32", "kv_cache_tokens": 16384}
+    engine = Engine(load(EngineConfig(model=str(narrow.folder), **settings), progress=False))
     assert isinstance(engine._runner, CapturedRunner)
     assert engine._ahead
     sizes = list(engine._runner.buckets)
