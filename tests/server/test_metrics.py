@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,10 @@ def test_each_request_is_told_by_its_times_lengths_and_end(serve: Serve) -> None
         eos_token_ids=(EOS_ID,),
     )
     server = serve(engine)
+    started = time.monotonic()
     server.chat(n=2)
     server.chat(max_tokens=4)
+    most = 3 * (time.monotonic() - started)  # three choices, on a machine as busy as it is
     metrics = {name.removeprefix("medusa_"): value for name, value in server.metrics().items()}
     assert metrics["request_success_total[('finished_reason', 'stop')]"] == 2
     assert metrics["request_success_total[('finished_reason', 'length')]"] == 1
@@ -117,9 +120,9 @@ def test_each_request_is_told_by_its_times_lengths_and_end(serve: Serve) -> None
     assert metrics["request_generation_tokens_count"] == 3
     assert metrics["request_generation_tokens_sum"] == 14 + 14 + 4
     assert metrics["request_queue_time_seconds_count"] == 3
-    assert 6 * 0.02 <= metrics["request_queue_time_seconds_sum"] < 0.6
+    assert 6 * 0.02 <= metrics["request_queue_time_seconds_sum"] < most
     assert metrics["request_prefill_time_seconds_count"] == metrics["request_decode_time_seconds_count"] == 3
-    assert (5 + 5 + 1) * 0.02 <= metrics["request_decode_time_seconds_sum"] < 0.8
+    assert (5 + 5 + 1) * 0.02 <= metrics["request_decode_time_seconds_sum"] < most
     assert metrics["e2e_request_latency_seconds_sum"] >= (6 + 12 + 2) * 0.02
     assert metrics["inter_token_latency_seconds_count"] == 5 + 5 + 1
     times = [f"request_{part}_time_seconds_sum" for part in ("queue", "prefill", "decode")]
