@@ -242,7 +242,7 @@ def http(run: Run) -> dict[str, Any]:
             args = argparse.Namespace(
                 streams=streams,
                 rounds=2 if run.tiny else 4,
-                prompt_tokens=20 if run.tiny else 60,
+                prompt_tokens=60,
                 new_tokens=6 if run.tiny else 96,
                 seed=0,
             )
