@@ -6,8 +6,7 @@ A server with few slots and a K/V pool too small for them (so that sequences are
 requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,
 penalties, biases, stop strings, predictions, both acceptances; a third of them hang up. Some requests are
 asked again and again: their text must be the same every time. The server's resident memory is sampled all
-along; its slope after the warm-up (half of the time: memory grows until every shape and size of batch has
-been met) is a least-squares line. So are its threads and open files, the most of
+along; its slope after the warm-up is a least-squares line. So are its threads and open files, the most of
 which may not be more in the second half after the warm-up than in the first. Exit code 1 on an error, a text
 that changed, a block lost, no preemption, a slope above --most-slope, or more threads or open files.
 """
@@ -18,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import os
 import random
 import statistics
 import sys
@@ -53,13 +51,6 @@ SERVE = [
     "128",
 ]
 """A pool of hardly more than one context for eight slots, and chunks that cut prompts in two."""
-
-MMAP_THRESHOLD = "1048576"
-"""For glibc's malloc in the server, in bytes: larger buffers come from the kernel and go back at once.
-
-By default it keeps freed ones of up to 32 MiB and splits them for smaller ones. Resident memory then climbs
-in stairs of 20 to 30 MiB, the size of a batch's logits, and a leak of less would not be seen.
-"""
 
 FILES_SLACK = 3
 """Connections that open and close within a sample move the most by a few."""
@@ -318,7 +309,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between looks at the memory")
-    parser.add_argument("--warm-share", type=float, default=0.5, help="share of the time before the slope")
+    parser.add_argument("--warm-share", type=float, default=0.3, help="share of the time before the slope")
     parser.add_argument("--most-slope", type=float, default=2.0, help="MiB per minute that pass as flat")
     parser.add_argument("--seed", type=int, default=0)
     return parse_with_engine_options(parser, argv)
@@ -326,7 +317,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 def main() -> int:
     args, options = parse()
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD)
     serve = [args.model, "--dtype", "float32", *SERVE, *options]
     with Server(serve) as server:
         result = asyncio.run(drive(args, server))
@@ -334,10 +324,7 @@ def main() -> int:
             print(server.log_tail(), flush=True)
     for text, count in result["errors"].items():
         print(f"{count} × {text}", flush=True)
-    environment = {"MALLOC_MMAP_THRESHOLD_": os.environ["MALLOC_MMAP_THRESHOLD_"]}
-    print_result(
-        {"benchmark": "soak", **result, "serve": serve, "environment": environment, "hardware": hardware()}
-    )
+    print_result({"benchmark": "soak", **result, "serve": serve, "hardware": hardware()})
     return 0 if result["passed"] else 1
 
 
