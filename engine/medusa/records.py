@@ -97,7 +97,10 @@ class LookupRecord:
 
 
 class HeadRecord:
-    """How often each node of the heads' tree was accepted where it was verified.
+    """How often each node of the heads' tree was accepted where its parent was and it was verified itself.
+
+    So nodes that nobody verifies gain from what is learned of those above them: heads that turn out to be
+    right get a deeper tree at once.
 
     Args:
         tree: the heads' tree.
@@ -109,33 +112,38 @@ class HeadRecord:
     """What a calibration counts as: it saw thousands of positions, but of other text than is served."""
 
     def __init__(self, tree: Tree, accepted: Sequence[float] | None = None) -> None:
-        depths = np.array([len(path) for path in tree.paths])
         self.depths = [len(path) for path in tree.paths]
+        self._parents = np.array(tree.parents[1:])  # the root is 0, node i is at i - 1 of all the rest
         # Before anything is known: 0.5 for the first head's best guess, as `default_tree` has it.
-        ranks = [math.prod((rank + 1) ** -1.4 for rank in path) for path in tree.paths]
-        prior = np.array(ranks) * 0.5**depths * 0.85 ** (depths * (depths - 1) / 2)
+        depths, last = np.array(self.depths), np.array([path[-1] + 1.0 for path in tree.paths])
+        share = 0.5 * 0.85 ** (depths - 1) * last**-1.4
         if accepted is not None:
-            prior = np.array(accepted)
+            found = np.array([1.0, *accepted])
+            share = np.minimum(found[1:] / np.maximum(found[self._parents], 1e-3), 1.0)
         self._trials = np.full(len(depths), 8.0 if accepted is None else self._CALIBRATED_TRIALS)
-        self._hits = self._trials * prior
+        self._hits = self._trials * share
         self.sizes = np.array(considered_sizes(tree))
         inside = np.arange(len(depths)) < self.sizes[:, None]
-        at_depth = depths[None, :] == np.arange(1, depths.max() + 1)[:, None]
+        self._levels = [np.flatnonzero(depths == depth) for depth in range(1, depths.max() + 1)]
+        at_depth = np.stack([depths == depth for depth in range(1, depths.max() + 1)])
         self._prefix = (inside[:, None, :] & at_depth[None]).astype(float)
         self._reach: Array | None = None
 
     def reach(self) -> Array:
         """[C, depth]: for each considered size, the chance that some node of each depth is accepted."""
         if self._reach is None:
-            self._reach = np.minimum(self._prefix @ (self._hits / self._trials), 0.99)
+            share = np.append(1.0, self._hits / self._trials)
+            for level in self._levels[1:]:
+                share[1 + level] *= share[self._parents[level]]
+            self._reach = np.minimum(self._prefix @ share[1:], 0.99)
         return self._reach
 
     def observe(self, nodes: int, accepted: Sequence[int]) -> None:
         """Count one step's trees, each of the first `nodes` nodes: bit masks of accepted ones, root bit 0."""
         bits = np.array([mask & 0xFFFF_FFFF_FFFF_FFFF for mask in accepted], dtype=np.uint64)
-        columns = np.arange(1, nodes + 1, dtype=np.uint64)
-        hits = ((bits[:, None] >> columns) & np.uint64(1)).astype(float).sum(0)
-        decay = self._DECAY ** len(accepted)
+        found = ((bits[:, None] >> np.arange(nodes + 1, dtype=np.uint64)) & np.uint64(1)).astype(float).sum(0)
+        trials = found[self._parents[:nodes]]
+        decay = self._DECAY**trials
+        self._hits[:nodes] = decay * self._hits[:nodes] + found[1:]
+        self._trials[:nodes] = decay * self._trials[:nodes] + trials
         self._reach = None
-        self._hits[:nodes] = decay * self._hits[:nodes] + hits
-        self._trials[:nodes] = decay * self._trials[:nodes] + len(accepted)

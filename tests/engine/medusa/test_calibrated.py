@@ -86,3 +86,25 @@ def test_what_is_served_corrects_the_table() -> None:
         record.observe(4, [0b11])
     assert record.reach()[-1, 0] == pytest.approx(0.99, abs=0.01)
     assert record.reach()[-1, 1] == pytest.approx(0.0, abs=0.01)
+
+
+def test_what_is_learned_of_a_node_holds_for_those_below_it() -> None:
+    """Heads that are always right where they are verified: the third node of the chain never was."""
+    record = HeadRecord(Tree.from_paths(PATHS))
+    before = record.reach()[-1].copy()
+    for _ in range(200):
+        record.observe(2, [0b111])
+    after = record.reach()[-1]
+    assert after[0] == pytest.approx(0.98, abs=0.02)
+    assert after[1] == pytest.approx(0.97, abs=0.02)
+    # Given the second, it comes true as often as was thought: 0.5 * 0.85 ** 2.
+    assert before[2] == pytest.approx(0.5 * 0.425 * 0.36125)
+    assert after[2] == pytest.approx(0.36125 * after[1], rel=0.01)
+    for _ in range(300):
+        record.observe(4, [0b1, 0b1])  # always wrong from here on; of the lower ones nothing is seen
+    assert record.reach()[-1] == pytest.approx([0.0, 0.0, 0.0], abs=0.1)
+
+
+def test_a_calibration_is_read_as_shares_of_the_parents() -> None:
+    record = HeadRecord(Tree.from_paths(PATHS), ACCEPTED)
+    np.testing.assert_allclose(record.reach()[-1], [0.7, 0.25, 0.1])
