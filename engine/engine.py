@@ -130,7 +130,7 @@ class Engine:
                 verified = self._runner.draft_forward(batch)
                 results = self._runner.targets_accept_compact(batch, verified)
                 launched = self._launch(batch, verified, results)
-        deltas += self._land()  # a prefill waits for the step just launched: what is ready goes out before
+        deltas += self._land()  # while the step just launched runs; a prefill waits for that one
         for chunk in plan.prefill:
             with self._failing([chunk.sequence], deltas):
                 faults.visit("prefill")

@@ -99,28 +99,32 @@ class LookupRecord:
 class HeadRecord:
     """How often each node of the heads' tree was accepted where its parent was and it was verified itself.
 
-    So nodes that nobody verifies gain from what is learned of those above them: heads that turn out to be
-    right get a deeper tree at once.
+    So nodes that nobody verifies gain from what is learned of those above them. And heads of which nothing
+    is known are thought to be better than most: what is not true of that shows in a few steps, since what is
+    promising is verified; that a node is better than thought would show only where it is tried.
 
     Args:
         tree: the heads' tree.
-        accepted: how often each of its nodes came true when the heads were calibrated; None: a guess.
+        accepted: how often each of its nodes came true when the heads were calibrated; None: nobody knows.
     """
 
     _DECAY = 0.997
     _CALIBRATED_TRIALS = 64.0
     """What a calibration counts as: it saw thousands of positions, but of other text than is served."""
+    _HOPED_TRIALS = 2.0
+    """What hope counts as."""
 
     def __init__(self, tree: Tree, accepted: Sequence[float] | None = None) -> None:
         self.depths = [len(path) for path in tree.paths]
         self._parents = np.array(tree.parents[1:])  # the root is 0, node i is at i - 1 of all the rest
-        # Before anything is known: 0.5 for the first head's best guess, as `default_tree` has it.
         depths, last = np.array(self.depths), np.array([path[-1] + 1.0 for path in tree.paths])
-        share = 0.5 * 0.85 ** (depths - 1) * last**-1.4
+        share = 0.8 * 0.95 ** (depths - 1) / last**2
         if accepted is not None:
             found = np.array([1.0, *accepted])
             share = np.minimum(found[1:] / np.maximum(found[self._parents], 1e-3), 1.0)
-        self._trials = np.full(len(depths), 8.0 if accepted is None else self._CALIBRATED_TRIALS)
+        self._trials = np.full(
+            len(depths), self._HOPED_TRIALS if accepted is None else self._CALIBRATED_TRIALS
+        )
         self._hits = self._trials * share
         self.sizes = np.array(considered_sizes(tree))
         inside = np.arange(len(depths)) < self.sizes[:, None]

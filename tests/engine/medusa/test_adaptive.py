@@ -131,6 +131,26 @@ def test_it_is_as_fast_as_the_best_fixed_size_under_shifting_load(rank_hit: floa
         assert rate * 1.025 > 0.96 * world.best_size(batch), batch
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_good_heads_get_their_tree_within_seconds(batch: int) -> None:
+    """Of heads that are always right, all four levels are wanted, and found before anything is explored."""
+    world = World(adaptive(), 1.0)
+    world.run(batch, 99)
+    assert world.chooser.explored_steps == 0
+    before = world.tokens, world.seconds
+    world.run(batch, 100)
+    rate = (world.tokens - before[0]) / (world.seconds - before[1])
+    assert rate * 1.025 > 0.95 * world.best_size(batch)
+
+
+def test_bad_heads_are_found_out_within_seconds() -> None:
+    world = World(adaptive(), 0.0)
+    world.run(4, 30)
+    world.sizes.clear()
+    world.run(4, 60)
+    assert max(world.sizes) == 0
+
+
 def test_what_each_size_promises_is_what_it_brings() -> None:
     """In a world that has settled, at the sizes that were verified."""
     world = World(adaptive(), 0.5)

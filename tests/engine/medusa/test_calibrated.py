@@ -96,10 +96,11 @@ def test_what_is_learned_of_a_node_holds_for_those_below_it() -> None:
         record.observe(2, [0b111])
     after = record.reach()[-1]
     assert after[0] == pytest.approx(0.98, abs=0.02)
-    assert after[1] == pytest.approx(0.97, abs=0.02)
-    # Given the second, it comes true as often as was thought: 0.5 * 0.85 ** 2.
-    assert before[2] == pytest.approx(0.5 * 0.425 * 0.36125)
-    assert after[2] == pytest.approx(0.36125 * after[1], rel=0.01)
+    assert after[1] == pytest.approx(0.98, abs=0.02)
+    # Given the second, it comes true as often as was hoped.
+    hoped = 0.8 * 0.95**2
+    assert before[2] == pytest.approx(0.8 * 0.8 * 0.95 * hoped)
+    assert after[2] == pytest.approx(hoped * after[1], rel=0.01)
     for _ in range(300):
         record.observe(4, [0b1, 0b1])  # always wrong from here on; of the lower ones nothing is seen
     assert record.reach()[-1] == pytest.approx([0.0, 0.0, 0.0], abs=0.1)
