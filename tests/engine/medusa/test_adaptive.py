@@ -64,7 +64,9 @@ class World:
         seed: int = 0,
         drafting: float = 0.004,
         outside: float = 0.0,
+        step: Callable[[int, int], float] = cpu_like,
     ) -> None:
+        self.step = step
         self.chooser, self.rank_hit, self.drafting, self.outside = chooser, rank_hit, drafting, outside
         self.rng = random.Random(seed)
         self.steps, self.seconds, self.tokens = 0, 0.0, 0
@@ -92,7 +94,7 @@ class World:
             rows = sum(made.num_nodes for made in sequences)
             nodes = max(made.head_nodes for made in sequences)
             results = [self.accepted(made.head_nodes) for made in sequences]
-            seconds = (cpu_like(batch, rows) + (self.drafting if nodes else 0)) * self.rng.uniform(0.85, 1.2)
+            seconds = (self.step(batch, rows) + (self.drafting if nodes else 0)) * self.rng.uniform(0.85, 1.2)
             observe(self.chooser, sequences, [mask for mask, _ in results], seconds)
             outside = self.outside * self.rng.uniform(0.85, 1.2)
             self.chooser.observe_outside(0.3 * outside, last=False)
@@ -107,13 +109,15 @@ class World:
         found = 0.0
         for nodes in considered_sizes(HEADS):
             mean = np.mean([self.accepted(nodes)[1] for _ in range(3000)])
-            seconds = cpu_like(batch, batch * (1 + nodes)) + (self.drafting if nodes else 0) + self.outside
+            seconds = self.step(batch, batch * (1 + nodes)) + (self.drafting if nodes else 0) + self.outside
             found = max(found, batch * float(mean) / seconds)
         return found
 
 
-def adaptive(lookup: int = 0, heads: Tree | None = HEADS) -> AdaptiveTree:
-    return AdaptiveTree(step_times(cpu_like, heads), heads, LookupRecord(lookup), 512)
+def adaptive(
+    lookup: int = 0, heads: Tree | None = HEADS, step: Callable[[int, int], float] = cpu_like
+) -> AdaptiveTree:
+    return AdaptiveTree(step_times(step, heads), heads, LookupRecord(lookup), 512)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,11 @@ def test_it_is_as_fast_as_the_best_fixed_size_under_shifting_load(rank_hit: floa
 @pytest.mark.parametrize("batch", [1, 8])
 def test_good_heads_get_their_tree_within_seconds(batch: int) -> None:
     """Of heads that are always right, all four levels are wanted, and found before anything is explored."""
-    world = World(adaptive(), 1.0)
+
+    def sloped(batch: int, rows: int) -> float:
+        return 0.018 + 0.0005 * rows
+
+    world = World(adaptive(step=sloped), 1.0, step=sloped, drafting=0.0)
     world.run(batch, 99)
     assert world.chooser.explored_steps == 0
     before = world.tokens, world.seconds
