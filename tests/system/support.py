@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -237,6 +239,9 @@ class Outcome:
         return self.error is None and self.finish_reason is not None and self.tokens > 0
 
 
+_TICK_S = 0.005
+
+
 @dataclass
 class Load:
     """Clients that stream one request after the other through the official client, which never retries.
@@ -245,12 +250,14 @@ class Load:
         url: the server's, without `/v1`.
         clients: how many stream at a time.
         max_tokens: of each answer; EOS is ignored, so that each has exactly so many.
+        pauses: when the clients' own event loop was late for a callback, from when it was due until it came.
     """
 
     url: str
     clients: int
     max_tokens: int = 32
     outcomes: list[Outcome] = field(default_factory=list)
+    pauses: list[tuple[float, float]] = field(default_factory=list)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set and each client's last answer has ended."""
@@ -263,8 +270,24 @@ class Load:
             ) as client,
             asyncio.TaskGroup() as group,
         ):
-            for number in range(self.clients):
-                group.create_task(self._client(client, number, stop))
+            watch = asyncio.create_task(self._watch())
+            clients = [group.create_task(self._client(client, n, stop)) for n in range(self.clients)]
+            try:
+                await asyncio.wait(clients)
+            finally:
+                watch.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            due = time.monotonic() + _TICK_S
+            await asyncio.sleep(_TICK_S)
+            self.pauses.append((due, time.monotonic()))
+
+    def waited_for_itself(self, outcome: Outcome) -> float:
+        """Seconds of a request in which its client's event loop was busy with others."""
+        first = bisect_left(self.pauses, outcome.started, key=itemgetter(1))
+        last = bisect_left(self.pauses, outcome.ended, key=itemgetter(0))
+        return sum(min(b, outcome.ended) - max(a, outcome.started) for a, b in self.pauses[first:last])
 
     async def _client(self, client: openai.AsyncOpenAI, number: int, stop: asyncio.Event) -> None:
         turn = 0

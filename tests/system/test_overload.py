@@ -46,7 +46,7 @@ def test_overload(
 
     with Nginx(tmp_path_factory.mktemp("nginx"), small) as nginx:
         load = asyncio.run(scenario(nginx.url))
-        # By nginx's clock: 120 clients in one process take seconds by themselves when all begin at once.
+        # By nginx's clock: 120 clients in one process wait for one another when all begin at once.
         requests = {outcome.request_id for outcome in load.outcomes}
         wait_until(lambda: requests <= nginx.times().keys(), 10, "nginx has logged every request")
         took = nginx.times()
@@ -60,8 +60,9 @@ def test_overload(
         assert outcome.retry_after is not None
         assert int(outcome.retry_after) >= 1
         assert took[outcome.request_id] < REFUSED_WITHIN_S
-    seen = sorted(outcome.ended - outcome.started for outcome in refused)
-    assert seen[len(seen) * 95 // 100] < REFUSED_WITHIN_S
+    # And by the clients', less what they waited for one another.
+    seen = sorted(o.ended - o.started - load.waited_for_itself(o) for o in refused)
+    assert seen[-1] < REFUSED_WITHIN_S
 
     # Whoever is accepted has at most WAITING before him, SLOTS at a time, each for as long as the slowest.
     decoding = max(o.ended - o.first_token for o in answered if o.first_token is not None)
@@ -71,7 +72,8 @@ def test_overload(
     assert max(memory[-5:]) < MEMORY_RISE * max(memory[:5])
     slowest = max(took[outcome.request_id] for outcome in refused)
     print(
-        f"{len(answered)} answered, {len(refused)} refused within {slowest:.2f} s, 95 % of them within "
-        f"{seen[len(seen) * 95 // 100]:.2f} s by the clients' clocks; first token within {first_token:.1f} "
-        f"s, slowest decode {decoding:.1f} s; memory {memory[0] / 2**20:.0f} to {memory[-1] / 2**20:.0f} MiB"
+        f"{len(answered)} answered, {len(refused)} refused within {slowest:.2f} s, by the clients' clocks "
+        f"{max(o.ended - o.started for o in refused):.2f} s, less what they waited for one another "
+        f"{seen[-1]:.2f} s; first token within {first_token:.1f} s, slowest decode {decoding:.1f} s; memory "
+        f"{memory[0] / 2**20:.0f} to {memory[-1] / 2**20:.0f} MiB"
     )
