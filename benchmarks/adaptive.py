@@ -5,12 +5,14 @@
 
 All engines live in this process and take turns, so that none runs while another is measured. A load of S
 streams is S clients that ask again as soon as they are answered, until one of them has nothing more to ask:
-there the clock stops, since a batch that runs empty says nothing about S streams. The first form gives, per
-kind of heads and number of streams, the ratio of tokens/s of each A B B A pair of rounds with its interval:
-passed where no interval lies wholly below --least. The second runs a load of 1, 16 and 1 streams on `auto`
-and on each fixed number of nodes and asks whether the size that `auto` settled on in each phase is the
-sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1. Where drafts come
-from lookup, trees are ragged and change with every step, so `auto` passes as well by its own tokens/s.
+there the clock stops, since a batch that runs empty says nothing about S streams. Prefill is not counted:
+both have the same, but at that moment streams that are out of step have more of theirs unanswered. The first
+form gives, per kind of heads and number of streams, the ratio of decoded tokens/s of each A B B A pair of
+rounds with its interval: passed where no interval lies wholly below --least. The second runs a load of 1, 16
+and 1 streams on `auto` and on each fixed number of nodes and asks whether the size that `auto` settled on in
+each phase is the sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1.
+Where drafts come from lookup, trees are ragged and change with every step, so `auto` passes as well by its
+own tokens/s.
 
 Heads: `none`, `random` (nearly always wrong: the worst case), `handmade` (fitted to transformers' answers to
 these very prompts, often right), or a file. Options of `serve` may follow (`-- --lookup off`).
@@ -54,7 +56,7 @@ PHASES = (1, 16, 1)
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one engine did under one load: its rate, and the nodes of each decode step's largest tree."""
+    """What one engine did under one load: its rate of decoding, and the nodes of each step's largest tree."""
 
     tokens_per_s: float
     sizes: tuple[int, ...]
@@ -89,7 +91,8 @@ def run_phase(
 
     sizes: list[int] = []
     decoded = sequence_steps = 0
-    start = time.perf_counter()
+    prefill = llm.stats.step_seconds["prefill"]
+    start, prefilled_s = time.perf_counter(), prefill.total
     for deltas in llm.stream(take):
         steps = 0
         for delta in deltas:
@@ -105,9 +108,9 @@ def run_phase(
             sequence_steps += steps
         if len(live) < streams and len(tokens) == len(prompts):
             break
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - (prefill.total - prefilled_s)
     return Phase(
-        tokens_per_s=sum(map(len, tokens.values())) / seconds,
+        tokens_per_s=decoded / seconds,
         sizes=tuple(sizes),
         tokens=tuple(tuple(found) for found in tokens.values()),
         acceptance_length=decoded / sequence_steps if sequence_steps else 1.0,

@@ -166,12 +166,6 @@ def device_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _compiled_lookup() -> type[Lookup]:
-    from engine.medusa.lookup_cpu import CpuLookup  # nothing but a CPU needs its compiler
-
-    return CpuLookup
-
-
 class Runner:
     """Holds every per-request device tensor, each allocated once with a row per slot.
 
@@ -228,8 +222,12 @@ class Runner:
         )
         self._lookup: Lookup | None = None
         if lookup_size:
-            make = _compiled_lookup() if self._device.type == "cpu" and not captured else Lookup
-            self._lookup = make(
+            made = Lookup
+            if self._device.type == "cpu" and not captured:
+                from engine.medusa.lookup_cpu import CpuLookup  # compiled when it is imported
+
+                made = CpuLookup
+            self._lookup = made(
                 size=lookup_size,
                 max_num_seqs=num_slots,
                 max_tokens=max_model_len + MAX_TREE_NODES + 1,
