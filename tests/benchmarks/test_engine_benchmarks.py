@@ -6,7 +6,8 @@ import json
 import math
 import os
 import random
-import threading
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -270,17 +271,30 @@ def test_slope_of_memory() -> None:
     assert 10 < soak.rss_mib(os.getpid()) < 100_000
 
 
+_GROWS_BY_ONE = """
+import sys, threading
+print("ready", flush=True)
+sys.stdin.readline()
+file = open(sys.argv[1], "w")
+threading.Thread(target=sys.stdin.readline).start()
+print("grown", flush=True)
+"""
+
+
 def test_soak_counts_threads_and_files_and_sees_them_grow(tmp_path: Path) -> None:
-    files, threads = soak.open_files(os.getpid()), soak.threads(os.getpid())
-    assert threads >= threading.active_count()
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
-    with (tmp_path / "file").open("w"):
-        thread.start()
-        assert soak.open_files(os.getpid()) == files + 1
-        assert soak.threads(os.getpid()) == threads + 1
-        stop.set()
-        thread.join()
+    # In a process of its own: here, threads that earlier tests have left may end at any time.
+    command = [sys.executable, "-c", _GROWS_BY_ONE, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        files, threads = soak.open_files(process.pid), soak.threads(process.pid)
+        assert threads == 1
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "grown\n"
+        assert soak.open_files(process.pid) == files + 1
+        assert soak.threads(process.pid) == threads + 1
+        print(file=process.stdin, flush=True)
     assert soak.growth([5, 9, 5, 9, 5, 9]) == 0
     assert soak.growth([5, 9, 5, 9, 7, 12]) == 3
     assert soak.growth([5]) is None
