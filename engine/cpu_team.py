@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,11 @@ def _compiled_are_kept() -> bool:
 
 _KEEP = _compiled_are_kept()
 
-from llvmlite import ir  # noqa: E402  (after its folder is named)
-from numba import carray, cfunc, njit, types  # noqa: E402
+from llvmlite import binding, ir  # noqa: E402  (after its folder is named)
+from numba import carray, cfunc, config, njit, types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
-__all__ = ["JIT", "SIZE", "Team", "bytes_", "floats", "integers", "task_kernel", "words"]
+__all__ = ["JIT", "SIZE", "Team", "bytes_", "compiles_for", "floats", "integers", "task_kernel", "words"]
 
 JIT: dict[str, Any] = {"nogil": True, "cache": _KEEP, "error_model": "numpy"}
 """What kernels are compiled with."""
@@ -100,21 +101,38 @@ def bytes_(address: int, shape: Any) -> Any:
     return carray(_byte_pointer(address), shape)
 
 
+def _all_tasks(pointer: Any) -> None:
+    """The body of a kernel; `_task` is a global that `task_kernel` gives it."""
+    arguments = carray(pointer, (SIZE,))
+    number = _next_task(pointer)
+    while number < arguments[_TASKS]:
+        _task(arguments, number)  # type: ignore[name-defined]  # noqa: F821
+        number = _next_task(pointer)
+
+
 def task_kernel(task: Callable[..., None]) -> Any:
     """A kernel for `Team.run` from a compiled function of (arguments [SIZE] int64, number of the task).
 
     Tasks run in any order and at the same time; memory that two of them write to is a mistake.
     """
+    python: Any = task.py_func  # type: ignore[attr-defined]
+    # numba finds a compiled function again by its file, name, line and closure. A compiled function in a
+    # closure counts as new in every process, so it is a global, and the rest is the task's own.
+    code = _all_tasks.__code__.replace(
+        co_filename=python.__code__.co_filename, co_firstlineno=python.__code__.co_firstlineno
+    )
+    body = FunctionType(code, {**globals(), "_task": task}, f"{python.__name__}_all")
+    body.__module__ = python.__module__
+    signature = types.void(types.CPointer(types.int64))
+    return cfunc(signature, cache=_KEEP, error_model="numpy")(body)
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=_KEEP, error_model="numpy")
-    def body(pointer: Any) -> None:
-        arguments = carray(pointer, (SIZE,))
-        number = _next_task(pointer)
-        while number < arguments[_TASKS]:
-            task(arguments, number)
-            number = _next_task(pointer)
 
-    return body
+def compiles_for(feature: str) -> bool:
+    """Whether kernels may use these instructions, by LLVM's name: this CPU has them, and numba was not told
+    to compile for another one."""
+    if config.CPU_NAME is not None or config.CPU_FEATURES is not None or not config.ENABLE_AVX:
+        return False
+    return bool(binding.get_host_cpu_features().get(feature, False))
 
 
 def _openmp() -> ctypes.CDLL | None:

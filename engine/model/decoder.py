@@ -212,7 +212,7 @@ class Decoder(nn.Module):
             assert layer.mlp_norm is not None
             linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
             weights = [weight for linear in linears if isinstance(weight := linear.quantized, Int8Weight)]
-            if any(weight.packed or weight.biased for weight in weights):
+            if any(weight.large or weight.biased for weight in weights):
                 return None
             norms = (layer.input_norm.weight, layer.mlp_norm.weight)
             layers.append(FusedInt8Layer(norms, weights))

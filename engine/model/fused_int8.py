@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +32,13 @@ class FusedInt8Layer:
 
     Args:
         norms: [hidden] float32, before attention and before the MLP.
-        weights: qkv, o, gate-up and down, each on torch's plain kernel and without bias.
+        weights: qkv, o, gate-up and down, without bias and not large.
     """
 
     def __init__(self, norms: tuple[Tensor, Tensor], weights: Sequence[Int8Weight]) -> None:
         qkv, o, gate_up, down = weights
-        self.qkv, self.o, self.gate_up, self.down = (weight.transposed for weight in weights)
-        width = self.down.shape[0]
+        self.qkv, self.o, self.gate_up, self.down = weights
+        width = down.in_features
         self.input_norm, self.mlp_norm = norms[0] * qkv.signs(), norms[1] * gate_up.signs()
         self.qkv_scale, self.o_scale, self.down_scale = (w.mixed_scale() for w in (qkv, o, down))
         self.gate_up_scale = gate_up.mixed_scale()
@@ -51,13 +51,13 @@ class _Pass:
 
     def __init__(self, rows: int, layers: Sequence[FusedInt8Layer], shape: _Shape) -> None:
         first = layers[0]
-        hidden, width, heads = first.o.shape[1], first.down.shape[0], shape.heads + 2 * shape.kv_heads
+        hidden, width, heads = len(first.mlp_norm), first.down.in_features, shape.heads + 2 * shape.kv_heads
         self.x = torch.empty(rows, hidden)
         self.cos, self.sin = torch.empty(rows, shape.head_dim), torch.empty(rows, shape.head_dim)
         self.hidden8 = torch.empty(rows, hidden, dtype=torch.int8)
-        self.mixed8 = torch.empty(rows, first.o.shape[0], dtype=torch.int8)
+        self.mixed8 = torch.empty(rows, first.o.in_features, dtype=torch.int8)
         self.width8 = torch.empty(rows, width, dtype=torch.int8)
-        self.qkv = torch.empty(rows, first.qkv.shape[1], dtype=torch.int32)
+        self.qkv = torch.empty(rows, heads * shape.head_dim, dtype=torch.int32)
         self.out = torch.empty(rows, hidden, dtype=torch.int32)
         self.gate_up = torch.empty(rows, 2 * width, dtype=torch.int32)
         self.heads = torch.empty(rows, heads, shape.head_dim)
@@ -72,6 +72,16 @@ class _Pass:
             self._layer(layer, following, shape)
             for layer, following in zip(layers, (*layers[1:], None), strict=True)
         ]
+        self.products = [self._products(layer) for layer in layers]
+
+    def _products(self, layer: FusedInt8Layer) -> tuple[Callable[[], object], ...]:
+        """Those of a layer: qkv, o, gate-up and down."""
+        return (
+            layer.qkv.sums(self.hidden8, self.qkv),
+            layer.o.sums(self.mixed8, self.out),
+            layer.gate_up.sums(self.hidden8, self.gate_up),
+            layer.down.sums(self.width8, self.out),
+        )
 
     def _layer(
         self, layer: FusedInt8Layer, following: FusedInt8Layer | None, shape: _Shape
@@ -142,18 +152,19 @@ class FusedInt8Layers:
         p.sin.copy_(sin.squeeze(1))
         q, k, v = p.heads[:, :heads], p.heads[:, heads:rotated], p.heads[:, rotated:]
         run(kernels.norm_quantize, p.enter, tasks)
-        for index, layer in enumerate(self._layers):
-            before, after, amid, leave = p.layers[index]
-            torch._int_mm(p.hidden8, layer.qkv, out=p.qkv)
+        for index, (products, arguments) in enumerate(zip(p.products, p.layers, strict=True)):
+            qkv, o, gate_up, down = products
+            before, after, amid, leave = arguments
+            qkv()
             run(kernels.rotary, before, tasks)
             mixed = attention.attend(index, q, k, v)
             p.mixed[kernels.X] = mixed.data_ptr()
             run(kernels.quantize, p.mixed, tasks)
-            torch._int_mm(p.mixed8, layer.o, out=p.out)
+            o()
             run(kernels.residual_norm_quantize, after, tasks)
-            torch._int_mm(p.hidden8, layer.gate_up, out=p.gate_up)
+            gate_up()
             run(kernels.silu_mul_quantize, amid, tasks)
-            torch._int_mm(p.width8, layer.down, out=p.out)
+            down()
             last = index == len(self._layers) - 1
             run(kernels.residual if last else kernels.residual_norm_quantize, leave, tasks)
         return p.x

@@ -14,20 +14,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
 
-__all__ = ["Int8Weight", "check_int8"]
+if TYPE_CHECKING:
+    from engine.model.int8_products import BlockedWeight
+
+__all__ = ["Int8Weight", "blocked_runs_here", "check_int8"]
 
 _LEVELS = 127.0
 
-_PACKED_WEIGHTS = 1 << 22
-"""From so many weights on oneDNN's packed kernel pays. It takes 30 µs to call, `_int_mm` 2: SmolLM2's
-120 matrices at one row take 12 ms against 20, its lm_head at eight rows 4.3 against 2.4 (two cores,
-epilogues included, in a run in which float32 took 32 and 8)."""
+_LARGE = 1 << 22
+"""From so many weights on a matrix is large: of torch's kernels the packed one pays there. It takes 30 µs to
+call, `_int_mm` 2: SmolLM2's 120 matrices at one row take 12 ms against 20, its lm_head at eight rows 4.3
+against 2.4 (two cores, epilogues included, in a run in which float32 took 32 and 8)."""
 
 _LARGEST_BLOCK = 128
 """Channels mixed together at most."""
@@ -40,6 +45,17 @@ def check_int8(device: torch.device) -> None:
     if not torch._C._has_mkldnn or not torch.cpu._is_vnni_supported():
         # Without VNNI the byte products are added in 16 bits, where they saturate.
         raise ConfigError("quantization int8 needs a CPU with AVX-512 VNNI; leave it out")
+
+
+@cache
+def blocked_runs_here() -> bool:
+    """Whether products are our own kernel's (`BlockedWeight`): with AVX-512 VNNI, and without AMX, whose
+    instructions only torch's kernels use."""
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    from engine.cpu_team import compiles_for  # only int8 needs the compiler
+
+    return compiles_for("avx512vnni")
 
 
 class Int8Weight:
@@ -70,13 +86,18 @@ class Int8Weight:
         self._levels = torch.tensor(_LEVELS)
         self._bias = None if bias is None else bias.detach().float()
         self._scale = scale
-        self.transposed = quantized.t()  # the view that torch's kernel reads best
-        self.packed = weight.numel() >= _PACKED_WEIGHTS
-        if self.packed:
-            self._product = _packed_product(quantized, scale)
-            self.transposed = quantized.new_empty(0, 0)
+        self.large = weight.numel() >= _LARGE
+        self._blocked: BlockedWeight | None = None
+        self._packed: Callable[[Tensor], Tensor] | None = None
+        self._transposed = quantized.new_empty(0, 0)
+        if blocked_runs_here() and self.in_features % 4 == 0:
+            from engine.model.int8_products import BlockedWeight  # compiled when it is imported
+
+            self._blocked = BlockedWeight(quantized)
+        elif self.large:
+            self._packed = _packed_product(quantized, scale)
         else:
-            self._product = _plain_product(self.transposed, scale)
+            self._transposed = quantized.t()  # the view that torch's kernel reads best
 
     @property
     def num_bytes(self) -> int:
@@ -102,11 +123,32 @@ class Int8Weight:
         # A row of zeros divides by zero; what that gives is multiplied by its scale, zero, in the end.
         # A row that is not finite stays so: its scale is.
         quantized = (rows * (self._levels / largest)).round_().to(torch.int8)
-        y = self._product(quantized).mul_(largest)
+        y = self._product(quantized, largest)
         if self._bias is not None:
             y += self._bias
         y = y.view(*x.shape[:-1], -1)
         return y if residual is None else y.add_(residual)
+
+    def sums(self, a: Tensor, out: Tensor) -> Callable[[], object]:
+        """A call that sets `out` to the exact sums a W^T as often as it is made, from what `a` then holds.
+
+        Not to be had of a large matrix without `blocked_runs_here()`.
+
+        Args:
+            a: int8 [rows, in_features], contiguous, each row mixed and rounded.
+            out: int32 [rows, out_features], contiguous.
+        """
+        if self._blocked is not None:
+            return self._blocked.sums(a, out)
+        return partial(torch._int_mm, a, self._transposed, out=out)
+
+    def _product(self, quantized: Tensor, largest: Tensor) -> Tensor:
+        """int8 [rows, in] and float32 [rows, 1] to the scaled product in float32, whatever computes it."""
+        if self._blocked is not None:
+            return self._blocked.scaled(quantized, self._scale, largest)
+        if self._packed is not None:
+            return self._packed(quantized).mul_(largest)
+        return torch.mul(torch._int_mm(quantized, self._transposed), self._scale).mul_(largest)
 
 
 def _block_size(channels: int) -> int:
@@ -133,18 +175,11 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.matmul(rotation, x.view(len(x), len(rotation), -1)).view(x.shape)
 
 
-def _plain_product(transposed: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    """int8 [rows, in] to (q W^T) * scale in float32, from W^T."""
-
-    def product(quantized: Tensor) -> Tensor:
-        y: Tensor = torch.mul(torch._int_mm(quantized, transposed), scale)
-        return y
-
-    return product
-
-
 def _packed_product(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same from a weight in oneDNN's blocked layout. Its fast kernel takes unsigned activations."""
+    """int8 [rows, in] to (q W^T) * scale in float32, from a weight in oneDNN's blocked layout.
+
+    Its fast kernel takes unsigned activations.
+    """
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     zero_points = torch.zeros(len(scale), dtype=torch.int64)
     offset = 128

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +63,23 @@ def test_one_thread_without_the_library() -> None:
     arguments[OUT], arguments[SEEN], arguments[COUNT] = out.ctypes.data, seen.ctypes.data, 9
     Team(library=None).run(KERNEL, arguments, 9)
     assert seen.tolist() == [1] * 9
+
+
+SCRIPT = """
+from engine.attention import cpu_kernels
+print(cpu_kernels.attend._cache_hits)
+"""
+
+
+def test_a_later_process_compiles_nothing(tmp_path: Path) -> None:
+    """A kernel is found in the folder of compiled ones by the second process that wants it."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    hits = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    files = {path.name for path in tmp_path.rglob("*.nbc")}
+    assert hits == ["0", "1"]
+    assert len([name for name in files if "_all_tasks" in name]) == 1

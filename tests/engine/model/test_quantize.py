@@ -16,7 +16,7 @@ from engine.model import quantize
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.layers import Linear
-from engine.model.quantize import Int8Weight, check_int8
+from engine.model.quantize import Int8Weight, blocked_runs_here, check_int8
 from tests.support import greedy, make_engine, run_all, save_model, tiny_llama
 
 
@@ -31,10 +31,17 @@ def int8_runs_here() -> bool:
 needs_int8 = pytest.mark.skipif(not int8_runs_here(), reason="this CPU has no AVX-512 VNNI")
 
 
-@pytest.fixture(params=["plain", "packed"])
+def choose_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """One kernel for weights of any size (but for blocked an odd number of input channels)."""
+    monkeypatch.setattr(quantize, "_LARGE", 0 if kernel == "packed" else 1 << 60)
+    monkeypatch.setattr(quantize, "blocked_runs_here", lambda: kernel == "blocked")
+
+
+@pytest.fixture(params=["plain", "packed", "blocked"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the two kernels for weights of any size."""
-    monkeypatch.setattr(quantize, "_PACKED_WEIGHTS", 0 if request.param == "packed" else 1 << 60)
+    if request.param == "blocked" and not blocked_runs_here():
+        pytest.skip("this CPU's products are torch's")
+    choose_kernel(monkeypatch, request.param)
     return str(request.param)
 
 
