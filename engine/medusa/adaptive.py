@@ -9,7 +9,7 @@ steps, and of time, a larger tree is tried.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,10 @@ Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 _EXPLORE = 0.01
-"""Share of steps, and of decode time, that may go to trees larger than the best known one."""
+"""Share of steps, and of decode time, that may go to other trees than the best known one."""
+
+_SAVED = 50.0
+"""Steps whose time may be spent at once on trying another tree: what 5000 steps have earned."""
 
 _HYSTERESIS = 1.03
 """Another size of the heads' branch has to promise this much more to be taken."""
@@ -45,6 +48,11 @@ _CHAIN_DEPTHS = np.array([1, 2, 4, 8, MAX_TREE_NODES])
 _MARGIN = 1.02
 """Speculation has to promise this much more than plain decoding: the best of many estimates is too good."""
 
+_UNKNOWN_BEYOND = np.array([8.0, 8.0])
+"""Of chains beside heads where nothing was seen: tokens that came true, and tokens expected."""
+
+_FORGET = 0.0001
+"""Share of what is known of these that a step without them forgets."""
 
 _NO_REACH = np.zeros((1, 1))
 """Of no heads."""
@@ -116,20 +124,36 @@ class FixedTree:
 
 @dataclass(slots=True)
 class _Explored:
-    """The budget of steps that try a larger tree."""
+    """The budget of steps that try another tree.
+
+    It is not saved up without bound: a load that could not use it must not leave the next one hundreds of
+    such steps in a row.
+
+    Args:
+        steps: how many there were.
+        due: steps that may be taken now, at most one.
+        seconds: that they may cost, at most what `_SAVED` steps take.
+        turn: whose it is.
+    """
 
     steps: int = 0
+    due: float = 0.0
     seconds: float = 0.0
-    all_steps: int = 0
-    all_seconds: float = 0.0
-    turn: int = field(default=0)
+    turn: int = 0
 
-    @property
-    def due(self) -> bool:
-        return self.steps + 1 <= _EXPLORE * self.all_steps
+    def earn(self, seconds: float) -> None:
+        """Of a step that took so long."""
+        self.due = min(self.due + _EXPLORE, 1.0)
+        self.seconds = min(self.seconds + _EXPLORE * seconds, _SAVED * seconds)
 
     def affords(self, extra_s: float) -> bool:
-        return self.seconds + extra_s <= _EXPLORE * self.all_seconds
+        return extra_s <= self.seconds
+
+    def spend(self, extra_s: float) -> None:
+        self.steps += 1
+        self.turn += 1
+        self.due -= 1.0
+        self.seconds -= extra_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +163,7 @@ class Expected:
     Args:
         plain_s: seconds that plain decoding would take.
         draft_s: seconds of drafting.
-        beyond: tokens that the lookup adds to the heads'.
+        beyond: tokens that the lookup adds to the heads' where their chances are multiplied.
     """
 
     plain_s: float = 0.0
@@ -179,7 +203,7 @@ class AdaptiveTree:
         self._explored = _Explored()
         # Lookup nodes accepted deeper than the heads', and how many that should have been: where the heads
         # are right the chain often is too, which multiplying their chances overlooks.
-        self._beyond = np.array([8.0, 8.0])
+        self._beyond = _UNKNOWN_BEYOND.copy()
         self._batch, self._outside = 0, 0.0
         self.expected = Expected()
         """Of the step chosen last."""
@@ -195,13 +219,17 @@ class AdaptiveTree:
         self._batch, self._outside = batch, 0.0
         context = max(sequence.num_cached for sequence in sequences)
         states = self._lookup.states([sequence.lookup for sequence in sequences])
-        choice, counts = self._search(batch, context, states)
+        choice, counts, added = self._search(batch, context, states)
         head_nodes = int(self._sizes[choice])
         for sequence, count in zip(sequences, counts.tolist(), strict=True):
             self._caps.apply(sequence, head_nodes, count)
+        if head_nodes and counts.any():
+            left = zip(added, sequences, strict=True)  # by the caps
+            beyond = sum(float(row[: sequence.lookup_nodes].sum()) for row, sequence in left)
+            self.expected = replace(self.expected, beyond=beyond)
 
-    def _search(self, batch: int, context: int, states: Array) -> tuple[int, Counts]:
-        """The index of the size to take, and [B] the lookup nodes beside it.
+    def _search(self, batch: int, context: int, states: Array) -> tuple[int, Counts, Array]:
+        """The index of the size to take, [B] the lookup nodes beside it, and [B, D] see `beside`.
 
         Args:
             states: see `choice_kernels.survival`.
@@ -212,14 +240,12 @@ class AdaptiveTree:
         bounds = _CHAIN_DEPTHS if batch > 1 and self._times.widens(batch, context) else _ANY_DEPTH
         lookup = self._lookup.odds, states
         heads = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
-        choice, plain, seconds, counts, gained = choose(costs, *lookup, *heads, -1, bounds)
+        choice, plain, seconds, counts, added = choose(costs, *lookup, *heads, -1, bounds)
         self._current = choice
         if (tried := self._explore(choice, plain, seconds)) != choice:
-            choice, _, _, counts, gained = choose(costs, *lookup, *heads, tried, bounds)
-        self.expected = Expected(
-            plain_s=float(seconds[0]), draft_s=float(costs.drafts[choice]), beyond=float(gained)
-        )
-        return choice, counts
+            choice, _, _, counts, added = choose(costs, *lookup, *heads, tried, bounds)
+        self.expected = Expected(plain_s=float(seconds[0]), draft_s=float(costs.drafts[choice]))
+        return choice, counts, added
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
         """Tokens per second that each size of the heads' tree, root counted, promises now, without lookup.
@@ -256,12 +282,16 @@ class AdaptiveTree:
         other_s = expected.draft_s + (batch * largest - rows) * self._times.padding(batch, context)
         computed = self._times.rows(batch, rows, largest)
         self._times.observe(batch, context, computed, seconds, other_s)
-        self._explored.all_steps += 1
-        self._explored.all_seconds += seconds
-        nodes = max(shape.head_nodes for shape in shapes)
-        if self._heads is None or nodes == 0:
+        self._explored.earn(seconds)
+        if self._heads is None:
             return
-        self._count_beyond(shapes, accepted, expected.beyond)
+        nodes = max(shape.head_nodes for shape in shapes)
+        if expected.beyond == 0.0:  # nothing is learned: forget, or no chain beside heads is ever tried again
+            self._beyond += _FORGET * (_UNKNOWN_BEYOND - self._beyond)
+        else:
+            self._count_beyond(shapes, accepted, expected.beyond)
+        if nodes == 0:
+            return
         whole = [mask for shape, mask in zip(shapes, accepted, strict=True) if shape.head_nodes == nodes]
         self._heads.observe(nodes, whole)
 
@@ -287,7 +317,7 @@ class AdaptiveTree:
 
     def _explore(self, choice: int, plain: Array, seconds: Array) -> int:
         """The choice, or now and then another one that the budget affords."""
-        if not self._explored.due:
+        if self._explored.due < 1.0 - 1e-9:
             return choice
         fits = np.flatnonzero(plain > 0)
         larger, smaller = fits[fits > choice], fits[fits < choice]
@@ -300,7 +330,5 @@ class AdaptiveTree:
         extra = abs(float(seconds[target] - seconds[choice]))
         if not self._explored.affords(extra):
             return choice
-        self._explored.steps += 1
-        self._explored.seconds += extra
-        self._explored.turn += 1
+        self._explored.spend(extra)
         return target

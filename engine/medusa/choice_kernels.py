@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.cpu_team import JIT
 
-__all__ = ["Costs", "choose", "corrected", "learn", "predict", "promise", "survival"]
+__all__ = ["Costs", "beside", "choose", "corrected", "learn", "predict", "promise", "survival"]
 
 # They take microseconds; to get the interpreter's lock back may take as long as another thread likes.
 _JIT: dict[str, Any] = {**JIT, "nogil": False}
@@ -127,12 +127,29 @@ def survival(odds: Array, states: Array) -> Array:
 
 
 @njit(**_JIT)
+def beside(chains: Array, reach: Array) -> Array:
+    """[B, D]: tokens that each node of a chain adds to the heads', chances multiplied, never rising.
+
+    Args:
+        chains: `survival`.
+        reach: [depth], the chance that some node of the heads' is accepted at each depth.
+    """
+    added = np.empty_like(chains)
+    for b in range(len(chains)):
+        least = 1.0
+        for d in range(chains.shape[1]):
+            least = min(least, chains[b, d] * (1.0 - reach[d] if d < reach.size else 1.0))
+            added[b, d] = least
+    return added
+
+
+@njit(**_JIT)
 def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Array, Counts]:
     """Tokens that each further lookup node adds to a size of the heads' branch, the best first.
 
     Args:
         chains: `survival`.
-        reach: [depth], the chance that some node of the heads' is accepted at each depth.
+        reach: see `beside`.
         beyond: what is left of what the chances, multiplied, say.
         limit: most nodes.
 
@@ -140,15 +157,14 @@ def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Arra
         [K] gains, falling; [K] the node's sequence * D + its depth - 1. Nodes that add nothing are left out.
     """
     B, D = chains.shape
+    added = beside(chains, reach)
     gains, nodes, count = np.empty(B * D), np.empty(B * D, dtype=np.int64), 0
     for b in range(B):
-        least = np.inf
         for d in range(D):
-            missed = (1.0 - reach[d] if d < reach.size else 1.0) * beyond
-            least = min(least, missed * chains[b, d])
-            if least <= 0.0:
+            gain = beyond * added[b, d]
+            if gain <= 0.0:
                 break
-            gains[count], nodes[count] = least, b * D + d
+            gains[count], nodes[count] = gain, b * D + d
             count += 1
     order = np.argsort(-gains[:count], kind="mergesort")[:limit]  # stable: no node before its parent
     return gains[order], nodes[order]
@@ -252,7 +268,7 @@ def choose(
     current: int,
     forced: int,
     bounds: Counts,
-) -> tuple[int, Array, Array, Counts, float]:
+) -> tuple[int, Array, Array, Counts, Array]:
     """The size of the heads' branch, and the lookup nodes beside it, of the most tokens per second.
 
     Args:
@@ -269,27 +285,28 @@ def choose(
 
     Returns:
         The index of the size; [C] tokens per second and [C] seconds of each without lookup; and of the size
-        that was taken, [B] int64 the lookup nodes of each sequence, and the tokens expected of them.
+        that was taken, [B] int64 the lookup nodes of each sequence, and [B, D] what those are worth
+        beside its heads, see `beside`.
     """
     chains = survival(odds, states)
     plain, seconds = _promise(costs, len(states), sizes, reach, margin)
-    best, choice = np.zeros(sizes.size), 0
-    for c in range(sizes.size):
-        if plain[c] > 0.0:
-            best[c] = _best(costs, chains, sizes[c], c, reach[c], beyond, margin, bounds)[0]
-        if best[c] > best[choice]:
-            choice = c
-    if best[choice] < hysteresis * best[current]:
-        choice = current
-    if forced >= 0:
-        choice = forced
-    _, count, within, gains, nodes = _best(
-        costs, chains, sizes[choice], choice, reach[choice], beyond, margin, bounds
-    )
+    choice = max(forced, 0)
+    found = _best(costs, chains, sizes[choice], choice, reach[choice], beyond, margin, bounds)
+    if forced < 0:
+        kept, kept_rate = found, found[0] if current == 0 else 0.0
+        for c in range(1, sizes.size):
+            if plain[c] > 0.0:
+                scored = _best(costs, chains, sizes[c], c, reach[c], beyond, margin, bounds)
+                if c == current:
+                    kept, kept_rate = scored, scored[0]
+                if scored[0] > found[0]:
+                    found, choice = scored, c
+        if kept_rate > 0.0 and found[0] < hysteresis * kept_rate:
+            found, choice = kept, current
+    _, count, within, _, nodes = found
     B, D = chains.shape
-    taken, tokens = np.zeros(B, dtype=np.int64), 0.0
+    taken = np.zeros(B, dtype=np.int64)
     for k in range(count):
         if nodes[k] % D + 1 <= within:
             taken[nodes[k] // D] += 1
-            tokens += gains[k]
-    return choice, plain, seconds, taken, tokens
+    return choice, plain, seconds, taken, beside(chains, reach[choice])
