@@ -17,7 +17,7 @@ from server.auth import ApiKeys, KeyMiddleware
 from server.context import ServerContext
 from server.errors import add_error_handlers
 from server.metrics import Metrics
-from server.middleware import ReadinessMiddleware, RequestMiddleware
+from server.middleware import HeadMiddleware, ReadinessMiddleware, RequestMiddleware
 from server.routes import chat, completions, health, models, tokenize
 from server.schemas.base import SamplingDefaults
 from server.settings import Settings
@@ -71,6 +71,7 @@ def create_app(
         app.include_router(routes.router)
     add_error_handlers(app)
     # Each wraps the ones before: a refusal has its log line, and browsers may read it.
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(ReadinessMiddleware, context=context)
     if keys is not None:
         app.add_middleware(KeyMiddleware, keys=keys)

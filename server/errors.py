@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -37,6 +38,16 @@ __all__ = [
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for logs and metrics, where nobody is left to answer."""
+
+_JSON_WORDS = {
+    "Value error, ": "",
+    " after validation": "",
+    "a valid dictionary or object to extract fields from": "an object",
+    "a valid dictionary": "an object",
+    "a valid list": "a list",
+    "True": "true",
+    "False": "false",
+}
 
 SERVER_ERROR_MESSAGE = "The server had an error while processing your request. Its log has the details."
 
@@ -137,14 +148,39 @@ async def _on_invalid_body(request: Request, error: Exception) -> ErrorResponse:
         reason = first.get("ctx", {}).get("error", "")
         message = f"The request body is not valid JSON: {reason} at character {location[-1]}."
         return ErrorResponse(error_body(400, message, code="invalid_json"), 400)
-    param = field_path(location)
-    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    param, message = field_path(location), _in_json_words(first["msg"])
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ErrorResponse(error_body(400, f"{param}: {message}", param=param, code=code), 400)
 
 
+def _in_json_words(message: str) -> str:
+    """What pydantic says of a value, in the words of who sent it."""
+    message = re.sub(r"^(Input|Value|List|String|Dictionary) should ", "must ", message)
+    for python, json_word in _JSON_WORDS.items():
+        message = message.replace(python, json_word)
+    return message
+
+
+def _not_json(request: Request, cause: BaseException) -> tuple[int, str, str]:
+    """Status, message and code for a body that could not be read."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        return 415, f"Content-Encoding must be identity, got '{encoding}'.", "unsupported_media_type"
+    match cause:
+        case UnicodeDecodeError():
+            reason = "not UTF-8"
+        case RecursionError():
+            reason = "nested too deeply"
+        case _:
+            reason = "a number is too long"
+    return 400, f"The request body is not valid JSON: {reason}.", "invalid_json"
+
+
 async def _on_http_error(request: Request, error: Exception) -> ErrorResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400 and error.__cause__ is not None:  # FastAPI's, who has tried to parse it
+        status, message, code = _not_json(request, error.__cause__)
+        return ErrorResponse(error_body(status, message, code=code), status, error.headers)
     match error.status_code:
         case 404:
             message, code = f"Unknown path: {request.method} {request.url.path}", "unknown_url"

@@ -18,7 +18,7 @@ from server.metrics import Metrics
 from server.routes.health import QUIET_PATHS
 from server.settings import Settings
 
-__all__ = ["REQUEST_ID_HEADER", "ReadinessMiddleware", "RequestMiddleware"]
+__all__ = ["REQUEST_ID_HEADER", "HeadMiddleware", "ReadinessMiddleware", "RequestMiddleware"]
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID = 128
@@ -100,6 +100,27 @@ class RequestMiddleware:
             return message
 
         return bounded
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET without the body, which every server shall: monitors ask so whether it is there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self._app(scope, receive, send)
+
+        async def send_head(message: Message) -> None:
+            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+
+        inner = scope | {"method": "GET"}
+        try:
+            await self._app(inner, receive, send_head)
+        finally:
+            scope["route"] = inner.get("route")  # for the metrics
+        return None
 
 
 class ReadinessMiddleware:

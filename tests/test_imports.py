@@ -1,10 +1,16 @@
-"""The direction of imports, as pyproject.toml's contracts have it, holds under `make test` too."""
+"""The direction of imports, as pyproject.toml's contracts have it, and what is imported only where used."""
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import pytest
+
+from tests.support import save_model, tiny_llama
+
 ROOT = Path(__file__).parent.parent
+SLOW = {"numba", "scipy", "torch", "torchao", "transformers", "triton"}
 
 
 def test_imports_run_one_way() -> None:
@@ -13,3 +19,44 @@ def test_imports_run_one_way() -> None:
         [*lint, "--no-logo", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """Which of the slow or talkative packages a process has imported that ran this code."""
+    told = f"import sys\n{code}\nprint('imported', *{SLOW!r} & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", told, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("import server.app, server.cli", set()),
+        ("import engine.loader, server.lifecycle", {"torch"}),
+        ("from server.cli import app\napp(['--help'], standalone_mode=False)", set()),
+        ("from server.cli import app\napp(['--version'], standalone_mode=False)", set()),
+        ("from server.cli import app\napp(['serve', '--help'], standalone_mode=False)", set()),
+        ("from server.cli import app\napp(['train', '--help'], standalone_mode=False)", set()),
+    ],
+)
+def test_a_command_waits_for_nothing_that_it_does_not_use(code: str, allowed: set[str]) -> None:
+    assert imported(code) <= allowed
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_server_on_the_cpu_does_without_torchao(tmp_path: Path, quantization: str) -> None:
+    """Where it is installed, it warns when it is imported."""
+    folder = save_model(tiny_llama(), tmp_path)
+    code = """
+        from engine.engine import Engine
+        from engine.loader import load
+        from engine.config import EngineConfig
+        from engine.types import Request, SamplingParams
+        engine = Engine(load(EngineConfig(model=sys.argv[1], device="cpu", quantization=sys.argv[2])))
+        engine.add(Request("r", (1, 2), SamplingParams(max_tokens=4)))
+        while engine.has_work:
+            engine.step()
+    """
+    assert "torchao" not in imported(textwrap.dedent(code), str(folder), quantization)

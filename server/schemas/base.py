@@ -113,7 +113,11 @@ class TextPart(BaseModel):
 
 def parts(value: object) -> object:
     """Content as parts: a string is one."""
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise ValueError("must be text or a list of parts")
+    return value
 
 
 def first(*values: Any) -> Any:
@@ -122,7 +126,11 @@ def first(*values: Any) -> Any:
 
 
 def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of strings")
+    return value
 
 
 def _biases(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import Any
 
 import openai
@@ -78,12 +79,65 @@ def test_context_length(serve: Serve) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b'{"model": NaN', b"\xff"])
-def test_invalid_json(hello: RunningServer, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        (b"{", "invalid_json", "at character 1"),
+        (b"", "invalid_type", "object"),
+        (b'{"model": NaN', "invalid_json", "at character"),
+        (b'{"model": "\xff"}', "invalid_json", "UTF-8"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "invalid_json", "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "invalid_json", "a number is too long"),
+    ],
+    ids=["cut", "empty", "cut-nan", "latin-1", "deep", "long-number"],
+)
+def test_invalid_json(hello: RunningServer, body: bytes, code: str, says: str) -> None:
     response = hello.http.post(
         "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
     )
-    error_of(response, 400)
+    error = error_of(response, 400)
+    assert error["code"] == code
+    assert says in error["message"]
+
+
+def test_a_compressed_body_is_refused_by_its_encoding(hello: RunningServer) -> None:
+    response = hello.http.post(
+        "/v1/chat/completions",
+        content=gzip.compress(b"{}"),
+        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    )
+    error = error_of(response, 415)
+    assert "gzip" in error["message"]
+    assert error["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content: must be text or a list of parts",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0].content: must be text or a list of parts",
+        ),
+        (
+            {"messages": [{"role": "user", "content": []}]},
+            "messages[0].content: must have at least 1 item, not 0",
+        ),
+        ({"messages": []}, "messages: must have at least 1 item, not 0"),
+        ({"stop": 1}, "stop: must be a string or a list of strings"),
+        ({"stop": ["a"] * 17}, "stop: must have at most 16 items, not 17"),
+        ({"stop": [""]}, "stop[0]: must have at least 1 character"),
+        ({"logit_bias": [1]}, "logit_bias: must be an object"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is not a token id"),
+        ({"medusa": "on"}, "medusa: must be an object"),
+        ({"store": True}, "store: must be false"),
+    ],
+)
+def test_messages_speak_of_json(hello: RunningServer, fields: dict[str, Any], message: str) -> None:
+    assert error_of(hello.chat(**fields), 400)["message"] == message
 
 
 @pytest.mark.parametrize("body", ["[]", "5", '"x"', "null"])

@@ -102,3 +102,13 @@ def test_refusals_and_plain_requests_are_logged_but_polls_are_not(serve: Serve, 
         ("/v1/chat/completions", 400),
         ("/v1/models", 200),
     ]
+
+
+def test_head_is_get_without_its_body(hello: RunningServer) -> None:
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/nothing", 404)):
+        found, full = hello.http.head(path), hello.http.get(path)
+        assert (found.status_code, found.content) == (status, b"")
+        assert found.headers["content-length"] == full.headers["content-length"]
+    assert hello.http.head("/v1/completions").headers["allow"] == "POST"
+    counted = 'medusa_http_requests_total{method="HEAD",path="/health",status="200"} 1.0'
+    assert counted in hello.http.get("/metrics").text
