@@ -113,9 +113,9 @@ class HeadMiddleware:
             return await self._app(scope, receive, send)
 
         async def send_head(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        inner = scope | {"method": "GET"}
+        inner = {**scope, "method": "GET"}
         try:
             await self._app(inner, receive, send_head)
         finally:
