@@ -16,14 +16,24 @@ from torch import Tensor
 
 from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams, Sequence
 
-__all__ = ["Adjustment", "BadWords", "LogitBias", "MinTokens", "Penalties", "Place", "table_bytes"]
+__all__ = [
+    "ANY_TOKEN",
+    "NO_TOKEN",
+    "Adjustment",
+    "BadWords",
+    "LogitBias",
+    "MinTokens",
+    "Penalties",
+    "Place",
+    "table_bytes",
+]
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
-_NO_TOKEN = -1
+NO_TOKEN = -1
 """In the output's tail before its first token, and in the last column of an unused bad word."""
 
-_ANY_TOKEN = -2
+ANY_TOKEN = -2
 """Where a bad word is shorter than the longest there may be: whatever stands before it matches."""
 
 
@@ -56,12 +66,14 @@ class Adjustment(ABC):
     Its tensors are allocated at the first such request and kept: a server that never sees one does not
     pay for it, but room for all of them is kept free (`table_bytes`). A slot's row is written whole at
     admission and read for nobody who did not ask, so what an earlier owner left needs no clearing.
+
+    `uses` [slots] bool says who asked. What else is public are the tables, which the kernels read too.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._max_num_seqs, self._vocab_size, self._device = max_num_seqs, vocab_size, device
         self._users: set[int] = set()
-        self._uses = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)
+        self.uses = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)
         self._allocated = False
 
     @staticmethod
@@ -80,7 +92,7 @@ class Adjustment(ABC):
         if wanted:
             self.allocate()
         if wanted != (sequence.slot in self._users):
-            self._uses[sequence.slot] = wanted
+            self.uses[sequence.slot] = wanted
             (self._users.add if wanted else self._users.discard)(sequence.slot)
         if wanted:
             self._write(sequence)
@@ -103,14 +115,14 @@ class Adjustment(ABC):
 
     def apply_(self, logits: Tensor, place: Place) -> None:
         """Change logits [R, vocab] float32 in place; rows of slots that do not use it stay as they are."""
-        rows = self._uses[place.slots].nonzero().squeeze(1)
+        rows = self.uses[place.slots].nonzero().squeeze(1)
         if len(rows):
             logits[rows] = self._adjust(logits[rows], place.select(rows))
 
     def apply_all_(self, logits: Tensor, place: Place) -> None:
         """`apply_` without a look at the device: every row is computed, those that use it are changed."""
         adjusted = self._adjust(logits.clone(), place)
-        torch.where(self._uses[place.slots].unsqueeze(1), adjusted, logits, out=logits)
+        torch.where(self.uses[place.slots].unsqueeze(1), adjusted, logits, out=logits)
 
     def _slots(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self._max_num_seqs, *shape, dtype=dtype, device=self._device)
@@ -150,42 +162,42 @@ class Penalties(Adjustment):
         return sampling.penalizes
 
     def _allocate(self) -> None:
-        self._in_output = self._slots(torch.int32, self._vocab_size)
-        self._in_prompt = self._slots(torch.bool, self._vocab_size)
-        self._presence = self._slots(torch.float32)
-        self._frequency = self._slots(torch.float32)
-        self._repetition = self._slots(torch.float32)
+        self.in_output = self._slots(torch.int32, self._vocab_size)
+        self.in_prompt = self._slots(torch.bool, self._vocab_size)
+        self.presence = self._slots(torch.float32)
+        self.frequency = self._slots(torch.float32)
+        self.repetition = self._slots(torch.float32)
 
     def _write(self, sequence: Sequence) -> None:
         slot, sampling = sequence.slot, sequence.request.sampling
-        self._presence[slot] = sampling.presence_penalty
-        self._frequency[slot] = sampling.frequency_penalty
-        self._repetition[slot] = sampling.repetition_penalty
+        self.presence[slot] = sampling.presence_penalty
+        self.frequency[slot] = sampling.frequency_penalty
+        self.repetition[slot] = sampling.repetition_penalty
         tokens = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self._device)
-        self._in_prompt[slot] = False
-        self._in_prompt[slot, tokens[: sequence.num_prompt]] = True
-        self._in_output[slot] = tokens[sequence.num_prompt :].bincount(minlength=self._vocab_size)
+        self.in_prompt[slot] = False
+        self.in_prompt[slot, tokens[: sequence.num_prompt]] = True
+        self.in_output[slot] = tokens[sequence.num_prompt :].bincount(minlength=self._vocab_size)
 
     def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
         emitted = torch.arange(tokens.shape[1], device=self._device) < counts.unsqueeze(1)
         # What was not emitted adds 0 to some entry, and may be any number.
         entry = slots.unsqueeze(1) * self._vocab_size + torch.where(emitted, tokens, 0)
-        self._in_output.view(-1).scatter_add_(0, entry.flatten(), emitted.flatten().to(torch.int32))
+        self.in_output.view(-1).scatter_add_(0, entry.flatten(), emitted.flatten().to(torch.int32))
 
     def _adjust(self, logits: Tensor, place: Place) -> Tensor:
-        in_output = self._in_output[place.slots]
+        in_output = self.in_output[place.slots]
         counted = torch.ones_like(place.path, dtype=torch.int32)
         if place.drafted is not None:
             column = torch.arange(place.path.shape[1], device=self._device)
             counted = (column < place.drafted.unsqueeze(1)).int()
         in_output.scatter_add_(1, place.path, counted)
-        seen = self._in_prompt[place.slots] | (in_output > 0)
-        repetition = self._repetition[place.slots].unsqueeze(1)
+        seen = self.in_prompt[place.slots] | (in_output > 0)
+        repetition = self.repetition[place.slots].unsqueeze(1)
         penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
         # A penalty far from 1 must not make an infinity, of which softmax makes NaN.
         logits = torch.where(seen, penalized.clamp_(-_FLOAT_MAX, _FLOAT_MAX), logits)
-        logits -= self._frequency[place.slots].unsqueeze(1) * in_output
-        logits -= self._presence[place.slots].unsqueeze(1) * (in_output > 0)
+        logits -= self.frequency[place.slots].unsqueeze(1) * in_output
+        logits -= self.presence[place.slots].unsqueeze(1) * (in_output > 0)
         return logits
 
 
@@ -201,11 +213,11 @@ class LogitBias(Adjustment):
         return bool(sampling.logit_bias)
 
     def _allocate(self) -> None:
-        self._bias = self._slots(torch.float32, self._vocab_size)
+        self.bias = self._slots(torch.float32, self._vocab_size)
 
     def _write(self, sequence: Sequence) -> None:
         tokens, biases = zip(*sequence.request.sampling.logit_bias, strict=True)
-        row = self._bias[sequence.slot].zero_()
+        row = self.bias[sequence.slot].zero_()
         row.index_add_(
             0,
             torch.tensor(tokens, dtype=torch.int64, device=self._device),
@@ -213,7 +225,7 @@ class LogitBias(Adjustment):
         )
 
     def _adjust(self, logits: Tensor, place: Place) -> Tensor:
-        return logits.add_(self._bias[place.slots])
+        return logits.add_(self.bias[place.slots])
 
 
 class MinTokens(Adjustment):
@@ -235,18 +247,18 @@ class MinTokens(Adjustment):
         return sampling.min_tokens > 0
 
     def _allocate(self) -> None:
-        self._ends = self._slots(torch.bool, self._vocab_size)
-        self._min_tokens = self._slots(torch.int64)
+        self.ends = self._slots(torch.bool, self._vocab_size)
+        self.min_tokens = self._slots(torch.int64)
 
     def _write(self, sequence: Sequence) -> None:
         slot, sampling = sequence.slot, sequence.request.sampling
-        self._min_tokens[slot] = sampling.min_tokens
-        self._ends[slot] = False
-        self._ends[slot, self._ids((*self._eos_token_ids, *sampling.stop_token_ids))] = True
+        self.min_tokens[slot] = sampling.min_tokens
+        self.ends[slot] = False
+        self.ends[slot, self._ids((*self._eos_token_ids, *sampling.stop_token_ids))] = True
 
     def _adjust(self, logits: Tensor, place: Place) -> Tensor:
-        early = (place.position < self._min_tokens[place.slots]).unsqueeze(1)
-        return logits.masked_fill_(early & self._ends[place.slots], float("-inf"))
+        early = (place.position < self.min_tokens[place.slots]).unsqueeze(1)
+        return logits.masked_fill_(early & self.ends[place.slots], float("-inf"))
 
 
 class BadWords(Adjustment):
@@ -262,36 +274,36 @@ class BadWords(Adjustment):
         return bool(sampling.bad_words)
 
     def _allocate(self) -> None:
-        self._words = self._slots(torch.int64, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
-        self._tail = self._slots(torch.int64, MAX_BAD_WORD_TOKENS - 1)
+        self.words = self._slots(torch.int64, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
+        self.tail = self._slots(torch.int64, MAX_BAD_WORD_TOKENS - 1)
 
     def _write(self, sequence: Sequence) -> None:
         slot, words = sequence.slot, sequence.request.sampling.bad_words
-        rows = [[_ANY_TOKEN] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word) for word in words]
-        unused = [_NO_TOKEN] * MAX_BAD_WORD_TOKENS
+        rows = [[ANY_TOKEN] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word) for word in words]
+        unused = [NO_TOKEN] * MAX_BAD_WORD_TOKENS
         rows += [unused] * (MAX_BAD_WORDS - len(rows))
-        self._words[slot] = torch.tensor(rows, device=self._device)
-        width = self._tail.shape[1]
-        tail = ([_NO_TOKEN] * width + sequence.token_ids[sequence.num_prompt :])[-width:]
-        self._tail[slot] = torch.tensor(tail, device=self._device)
+        self.words[slot] = torch.tensor(rows, device=self._device)
+        width = self.tail.shape[1]
+        tail = ([NO_TOKEN] * width + sequence.token_ids[sequence.num_prompt :])[-width:]
+        self.tail[slot] = torch.tensor(tail, device=self._device)
 
     def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        width = self._tail.shape[1]
+        width = self.tail.shape[1]
         columns = counts.unsqueeze(1) + torch.arange(width, device=self._device)
-        self._tail[slots] = torch.cat([self._tail[slots], tokens], dim=1).gather(1, columns)
+        self.tail[slots] = torch.cat([self.tail[slots], tokens], dim=1).gather(1, columns)
 
     def _adjust(self, logits: Tensor, place: Place) -> Tensor:
-        width = self._tail.shape[1]
-        before = torch.cat([self._tail[place.slots], place.path], dim=1)
+        width = self.tail.shape[1]
+        before = torch.cat([self.tail[place.slots], place.path], dim=1)
         if place.drafted is None:
             before = before[:, -width:]
         else:
             before = before.gather(1, place.drafted.unsqueeze(1) + torch.arange(width, device=self._device))
         before = before.unsqueeze(1)
-        words = self._words[place.slots]
-        begun = ((words[..., :-1] == before) | (words[..., :-1] == _ANY_TOKEN)).all(-1)
+        words = self.words[place.slots]
+        begun = ((words[..., :-1] == before) | (words[..., :-1] == ANY_TOKEN)).all(-1)
         last = words[..., -1]
-        forbidden = begun & (last != _NO_TOKEN)
+        forbidden = begun & (last != NO_TOKEN)
         # amin, because several words may end in one token: forbidden by one is forbidden.
         ceiling = torch.where(forbidden, float("-inf"), float("inf"))
         return logits.scatter_reduce_(1, last.clamp(min=0), ceiling, "amin")

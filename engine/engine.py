@@ -436,7 +436,12 @@ def _make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buc
             buckets = Buckets.default(
                 max_num_seqs=info.max_num_seqs, tree_size=info.tree_size, max_rows=loaded.max_step_tokens
             )
-        made = partial(CapturedRunner, graph=graph or cuda_graphs(loaded.pool.device), buckets=buckets)
+        captured = CapturedRunner
+        if loaded.kernels:
+            from engine.graphs_triton import TritonRunner  # Triton comes with CUDA builds of torch
+
+            captured = TritonRunner
+        made = partial(captured, graph=graph or cuda_graphs(loaded.pool.device), buckets=buckets)
     runner = made(
         loaded.decoder,
         loaded.attention,

@@ -31,7 +31,7 @@ from engine.medusa.tree import Topology, TreeShape
 from engine.runner import Batch, Results, Runner, Verified
 from engine.sampler import verify_all, verify_greedy
 
-__all__ = ["CapturedRunner", "CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
+__all__ = ["Bucket", "CapturedRunner", "CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
-class _Bucket:
+class Bucket:
     """Steps of `batch` sequences with `nodes` nodes each, in trees of at most `depth`."""
 
     batch: int
@@ -229,7 +229,7 @@ class _Captured(Verified):
         bucket: whose first half has run.
     """
 
-    bucket: _Bucket
+    bucket: Bucket
 
 
 class CapturedRunner(Runner):
@@ -255,8 +255,8 @@ class CapturedRunner(Runner):
         self._sampling.allocate()
         if self._lookup is not None:
             self._lookup.allocate_predictions()
-        self._first: dict[tuple[_Bucket, bool], Graph] = {}
-        self._second: dict[tuple[_Bucket, bool], Graph] = {}
+        self._first: dict[tuple[Bucket, bool], Graph] = {}
+        self._second: dict[tuple[Bucket, bool], Graph] = {}
 
         rows, config, width = buckets.max_rows, self._decoder.config, 4 + MAX_TREE_NODES
         width += 2 + self._lookup.size if self._lookup is not None else 0
@@ -327,9 +327,9 @@ class CapturedRunner(Runner):
             packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
         return Results(packed, verified.bucket.depth, batch)
 
-    def _bucket(self, batch: int, nodes: int) -> _Bucket:
+    def _bucket(self, batch: int, nodes: int) -> Bucket:
         most = self._most(nodes, heads=True)
-        return _Bucket(
+        return Bucket(
             batch, nodes, max(self._drafter.depth(TreeShape(most.head_nodes, 0)), most.lookup_nodes)
         )
 
@@ -340,19 +340,19 @@ class CapturedRunner(Runner):
             min(nodes - 1, self._lookup.size) if self._lookup is not None else 0,
         )
 
-    def _first_half(self, bucket: _Bucket, heads: bool) -> Graph:
+    def _first_half(self, bucket: Bucket, heads: bool) -> Graph:
         key = bucket, heads
         if key not in self._first:
             self._first[key] = self._make(bucket, lambda: self._draft_forward(bucket, heads))
         return self._first[key]
 
-    def _second_half(self, bucket: _Bucket, anything: bool) -> Graph:
+    def _second_half(self, bucket: Bucket, anything: bool) -> Graph:
         key = bucket, anything
         if key not in self._second:
             self._second[key] = self._make(bucket, lambda: self._targets_accept_compact(bucket, anything))
         return self._second[key]
 
-    def _make(self, bucket: _Bucket, run: Callable[[], None]) -> Graph:
+    def _make(self, bucket: Bucket, run: Callable[[], None]) -> Graph:
         """A graph of `run`, captured with nobody in it."""
         before = self._inputs.clone()
         self._fill(bucket, False, [], [])
@@ -368,7 +368,7 @@ class CapturedRunner(Runner):
         self._inputs.copy_(before)
         return graph
 
-    def _fill(self, bucket: _Bucket, heads: bool, slots: list[int], shapes: list[TreeShape]) -> None:
+    def _fill(self, bucket: Bucket, heads: bool, slots: list[int], shapes: list[TreeShape]) -> None:
         """What the graphs read: slots and shapes, and of those who fill the batch up."""
         missing = bucket.batch - len(slots)
         most = self._most(bucket.nodes, heads=heads)
@@ -379,12 +379,12 @@ class CapturedRunner(Runner):
             staged = staged.pin_memory()
         self._inputs[: len(staged)].copy_(staged, non_blocking=True)
 
-    def _slots_and_grid(self, bucket: _Bucket) -> tuple[Tensor, Tensor]:
+    def _slots_and_grid(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         slots = self._inputs[: bucket.batch]
         grid = self._inputs[bucket.batch : bucket.batch * (1 + 5 * bucket.nodes)]
         return slots, grid.view(5, bucket.batch, bucket.nodes)
 
-    def _verified(self, bucket: _Bucket) -> Verified:
+    def _verified(self, bucket: Bucket) -> Verified:
         """The first half's results."""
         _, grid = self._slots_and_grid(bucket)
         count, shape = bucket.batch * bucket.nodes, (bucket.batch, bucket.nodes)
@@ -395,7 +395,7 @@ class CapturedRunner(Runner):
         rows = self._node_rows[:count].view(shape)
         return Verified(draft, self._states[:count], self._logits[:count], rows)
 
-    def _packed_rows(self, bucket: _Bucket) -> Tensor:
+    def _packed_rows(self, bucket: Bucket) -> Tensor:
         width = 5 + bucket.depth + (2 + self._lookup.size if self._lookup is not None else 0)
         return self._packed[: bucket.batch * width].view(bucket.batch, width)
 
@@ -405,7 +405,7 @@ class CapturedRunner(Runner):
             predicted = dict.fromkeys(range(len(slots)), self._lookup.longest_prediction)
         return Batch([], [], slots, self._lengths[slots], self._max_length, predicted, adjusted=anything)
 
-    def _draft_forward(self, bucket: _Bucket, heads: bool) -> None:
+    def _draft_forward(self, bucket: Bucket, heads: bool) -> None:
         """What the graph of a first half holds."""
         slots, grid = self._slots_and_grid(bucket)
         draft = self._drafter.fixed(
@@ -423,7 +423,7 @@ class CapturedRunner(Runner):
         kept.hidden.copy_(found.hidden)
         kept.logits.copy_(found.logits)
 
-    def _targets_accept_compact(self, bucket: _Bucket, anything: bool) -> None:
+    def _targets_accept_compact(self, bucket: Bucket, anything: bool) -> None:
         """What the graph of a second half holds."""
         slots, _ = self._slots_and_grid(bucket)
         batch, verified = self._static_batch(slots, anything), self._verified(bucket)

@@ -56,7 +56,12 @@ _LOOKUP_SHARE = 3
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to run, with its memory allocated; `captured`: its decode steps shall be CUDA graphs."""
+    """A model ready to run, with its memory allocated.
+
+    Args:
+        captured: its decode steps shall be CUDA graphs.
+        kernels: Triton's kernels can run on its device.
+    """
 
     info: EngineInfo
     decoder: Decoder
@@ -69,6 +74,7 @@ class Loaded:
     max_step_tokens: int
     prefix_caching: bool
     captured: bool
+    kernels: bool
 
 
 def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
@@ -147,7 +153,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     if config.quantization != "none":
         decoder.quantize(config.quantization)
     decoder.pack()
-    if device.type == "cuda" and _why_not_triton(device) is None:
+    kernels = _why_not_triton(device) is None
+    if kernels:
         decoder.fuse_triton()
 
     tree_size = _tree_size(config, tree.tree if tree is not None else None)
@@ -155,7 +162,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     attention = _attention(config, model_config, dtype, device, windows, tree_size)
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
-        transient = _transient(config, decoder, attention, drafter, tree_size, device)
+        transient = _transient(config, decoder, attention, drafter, tree_size, device, kernels)
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len, transient)
     try:
         pool = KVPool(
@@ -202,6 +209,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         max_step_tokens=config.max_step_tokens,
         prefix_caching=config.prefix_caching,
         captured=device.type == "cuda" and not config.enforce_eager,
+        kernels=kernels,
     )
 
 
@@ -362,6 +370,7 @@ def _transient(
     heads: HeadDrafter | None,
     tree_size: int,
     device: torch.device,
+    kernels: bool,
 ) -> int:
     """Bytes that steps take on CUDA beside weights and K/V; see `WorstCase`."""
     try:
@@ -375,6 +384,7 @@ def _transient(
             block_size=config.block_size,
             dtype=decoder.embed.dtype,
             device=device,
+            kernels=kernels and not config.enforce_eager,
         )
         found = worst.measure()
         if not config.enforce_eager:  # captured steps keep logits from one half of a step to the other

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionInput
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.medusa.heads import HeadDrafter
-from engine.medusa.tree import Tree
+from engine.medusa.tree import Topology, Tree
 from engine.model.decoder import Decoder
 from engine.sampler import verify_all
 from engine.sampling_slots import SamplingSlots
@@ -25,7 +26,8 @@ class WorstCase:
     A decode step drafts, runs the model over all nodes of all sequences, and draws at each with everything
     on that a request may ask for. Roots are drawn by sorting their rows and the other nodes are not, so the
     largest trees and the most sequences are tried. The K/V behind the new rows are short: a backend that
-    copies the whole prefix (the reference one) takes more with longer ones.
+    copies the whole prefix (the reference one) takes more with longer ones. Where a kernel draws, it takes
+    a row of the vocabulary for each sequence, and little else.
 
     Args:
         decoder: ready to run.
@@ -37,6 +39,7 @@ class WorstCase:
         block_size: tokens per K/V block.
         dtype: of K/V.
         device: where everything is.
+        kernels: decode steps are captured, with Triton's kernels around the model.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class WorstCase:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: bool = False,
     ) -> None:
+        self._kernels = kernels
         self._decoder, self._attention, self._heads = decoder, attention, heads
         self._device, self._max_num_seqs = device, max_num_seqs
         self.prefill_rows = max_step_tokens
@@ -132,7 +137,22 @@ class WorstCase:
         states = self._decoder(tokens.flatten(), topology.depths.flatten(), self._attention)
         logits = self._decoder.logits(states)
         slots = self._slots() if slots is None else slots
-        verify_all(logits, tokens, topology, slots.all_rows(torch.arange(batch, device=device)))
+        ids = torch.arange(batch, device=device)
+        if self._kernels:
+            self._draw(ids, logits, tokens, topology, slots)
+        else:
+            verify_all(logits, tokens, topology, slots.all_rows(ids))
+
+    def _draw(
+        self, ids: Tensor, logits: Tensor, tokens: Tensor, topology: Topology, slots: SamplingSlots
+    ) -> None:
+        from engine.sampler_triton import TreeSampler  # Triton comes with CUDA builds of torch
+
+        batch, rows = len(ids), tokens.numel()
+        vocab = self._decoder.config.vocab_size
+        sampler = TreeSampler(slots, max_batch=batch, max_rows=rows, vocab_size=vocab, device=self._device)
+        planes = (tokens, topology.parents, topology.depths, topology.ancestors, topology.valid.long())
+        sampler.draw(ids, logits, tokens, torch.stack(planes), topology.valid.contiguous())
 
 
 def _peak(work: Callable[[], None], device: torch.device) -> int:

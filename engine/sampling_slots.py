@@ -31,28 +31,31 @@ class SamplingSlots:
     def __init__(
         self, *, max_num_seqs: int, vocab_size: int, eos_token_ids: Iterable[int], device: torch.device
     ) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
 
         def slots(dtype: torch.dtype) -> Tensor:
             return torch.zeros(max_num_seqs, dtype=dtype, device=device)
 
-        self._temperature = slots(torch.float32)
-        self._top_p = slots(torch.float32)
-        self._top_k = slots(torch.int64)
-        self._min_p = slots(torch.float32)
-        self._seed = slots(torch.int64)
-        self._choice = slots(torch.int64)
-        self._position = slots(torch.int64)
-        self._typical = slots(torch.bool)
-        self._epsilon = slots(torch.float32)
-        self._delta = slots(torch.float32)
+        self.temperature = slots(torch.float32)
+        self.top_p = slots(torch.float32)
+        self.top_k = slots(torch.int64)
+        self.min_p = slots(torch.float32)
+        self.seed = slots(torch.int64)
+        self.choice = slots(torch.int64)
+        self.position = slots(torch.int64)
+        self.typical = slots(torch.bool)
+        self.epsilon = slots(torch.float32)
+        self.delta = slots(torch.float32)
         shape = (max_num_seqs, vocab_size, device)
+        self.penalties, self.logit_bias = Penalties(*shape), LogitBias(*shape)
+        self.min_tokens = MinTokens(*shape, eos_token_ids=eos_token_ids)
+        self.bad_words = BadWords(*shape)
         # In the order in which SamplingParams promises to apply them.
         self._adjustments: tuple[Adjustment, ...] = (
-            Penalties(*shape),
-            LogitBias(*shape),
-            MinTokens(*shape, eos_token_ids=eos_token_ids),
-            BadWords(*shape),
+            self.penalties,
+            self.logit_bias,
+            self.min_tokens,
+            self.bad_words,
         )
 
     @torch.inference_mode()
@@ -63,16 +66,16 @@ class SamplingSlots:
         position `sequence.num_output`, and its output counts as emitted.
         """
         slot, sampling, medusa = sequence.slot, sequence.request.sampling, sequence.request.medusa
-        self._temperature[slot] = sampling.temperature
-        self._top_p[slot] = sampling.top_p
-        self._top_k[slot] = min(sampling.top_k, self._vocab_size)
-        self._min_p[slot] = sampling.min_p
-        self._seed[slot] = sequence.seed
-        self._choice[slot] = sequence.index
-        self._position[slot] = sequence.num_output
-        self._typical[slot] = sequence.request.typical
-        self._epsilon[slot] = medusa.epsilon
-        self._delta[slot] = medusa.delta
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.top_k[slot] = min(sampling.top_k, self.vocab_size)
+        self.min_p[slot] = sampling.min_p
+        self.seed[slot] = sequence.seed
+        self.choice[slot] = sequence.index
+        self.position[slot] = sequence.num_output
+        self.typical[slot] = sequence.request.typical
+        self.epsilon[slot] = medusa.epsilon
+        self.delta[slot] = medusa.delta
         for adjustment in self._adjustments:
             adjustment.admit(sequence)
 
@@ -86,7 +89,7 @@ class SamplingSlots:
             counts: [B] int64, 0 to K: the first counts[b] tokens of row b were emitted.
             adjusted: whether some of the slots use adjustments; None: as far as the host knows of any slot.
         """
-        self._position[slots] += counts
+        self.position[slots] += counts
         for adjustment in self._adjustments:
             adjustment.advance(slots, tokens, counts, followed=adjusted)
 
@@ -127,16 +130,16 @@ class SamplingSlots:
     def _parameters(self, slots: Tensor) -> SamplingRows:
         """The parameters alone, to be drawn with as if some row truncated and none were greedy."""
         return SamplingRows(
-            temperature=self._temperature[slots],
-            top_p=self._top_p[slots],
-            top_k=self._top_k[slots],
-            min_p=self._min_p[slots],
-            seed=self._seed[slots],
-            choice=self._choice[slots],
-            position=self._position[slots],
+            temperature=self.temperature[slots],
+            top_p=self.top_p[slots],
+            top_k=self.top_k[slots],
+            min_p=self.min_p[slots],
+            seed=self.seed[slots],
+            choice=self.choice[slots],
+            position=self.position[slots],
             all_greedy=False,
             truncates=True,
         )
 
     def _typical_rows(self, slots: Tensor) -> TypicalRows:
-        return TypicalRows(self._typical[slots], self._epsilon[slots], self._delta[slots])
+        return TypicalRows(self.typical[slots], self.epsilon[slots], self.delta[slots])

@@ -52,10 +52,10 @@ class Lookup:
     def __init__(self, *, size: int, max_num_seqs: int, max_tokens: int, device: torch.device) -> None:
         self.size = size
         self._device = device
-        self._history = torch.zeros(max_num_seqs, max_tokens, dtype=torch.int32, device=device)
-        self._prediction: Tensor | None = None
-        self._prediction_length = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._num_prompt = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.history = torch.zeros(max_num_seqs, max_tokens, dtype=torch.int32, device=device)
+        self.prediction: Tensor | None = None
+        self.prediction_length = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.num_prompt = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(max_num_seqs, size, dtype=torch.int64, device=device)
         """[slots, D]: the chain proposed for each slot's next step."""
 
@@ -63,33 +63,33 @@ class Lookup:
         """Write a sequence's tokens so far, and its prediction, to its slot."""
         slot = sequence.slot
         tokens = torch.tensor(sequence.token_ids, dtype=torch.int32, device=self._device)
-        self._history[slot, : len(tokens)] = tokens
-        self._num_prompt[slot] = sequence.num_prompt
+        self.history[slot, : len(tokens)] = tokens
+        self.num_prompt[slot] = sequence.num_prompt
         context = sequence.request.prompt_token_ids[-CONTEXT:]
-        expected = sequence.request.prediction_token_ids[: self._history.shape[1] - len(context)]
-        self._prediction_length[slot] = len(expected) + len(context) if expected else 0
+        expected = sequence.request.prediction_token_ids[: self.history.shape[1] - len(context)]
+        self.prediction_length[slot] = len(expected) + len(context) if expected else 0
         if expected:
             self.allocate_predictions()
-            assert self._prediction is not None
+            assert self.prediction is not None
             row = torch.tensor((*context, *expected), dtype=torch.int32, device=self._device)
-            self._prediction[slot, : len(row)] = row
-            self._prediction_length[slot] = len(row)
+            self.prediction[slot, : len(row)] = row
+            self.prediction_length[slot] = len(row)
 
     def allocate_predictions(self) -> None:
         """Make the table of predictions now, [slots, max_tokens] int32; it is made once."""
-        if self._prediction is None:
-            self._prediction = torch.zeros_like(self._history)
+        if self.prediction is None:
+            self.prediction = torch.zeros_like(self.history)
 
     @property
     def longest_prediction(self) -> int:
         """Tokens that a prediction is cut to."""
-        return self._history.shape[1] - CONTEXT
+        return self.history.shape[1] - CONTEXT
 
     def append(self, slots: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Write the first counts [B] of tokens [B, K] to index lengths [B] and on of their histories."""
         offset = torch.arange(tokens.shape[1], device=self._device)
         offset = torch.minimum(offset, counts.unsqueeze(1) - 1)  # past the end: the last token once more
-        self._history[slots.unsqueeze(1), lengths.unsqueeze(1) + offset] = tokens.gather(1, offset).int()
+        self.history[slots.unsqueeze(1), lengths.unsqueeze(1) + offset] = tokens.gather(1, offset).int()
 
     def advance(
         self,
@@ -125,7 +125,7 @@ class Lookup:
             max_length: host upper bound of `lengths`.
             predicted: for each row with a prediction, how many tokens that has; no other is searched.
         """
-        history = self._history[slots, : max_length + 1]
+        history = self.history[slots, : max_length + 1]
         suffix = self._suffix(history, lengths)
         order = _match_order(history, suffix)
         place = torch.arange(history.shape[1], device=self._device)
@@ -137,13 +137,13 @@ class Lookup:
         index = best + 1 + step % (lengths.unsqueeze(1) - best).clamp(min=1)
         tokens = history.gather(1, index.clamp(max=max_length)).long()
         count = torch.where(kind > 0, self.size, 0)
-        if len(predicted) == len(slots) and self._prediction is not None:
-            expected = self._prediction[slots, : max(predicted.values()) + CONTEXT]
+        if len(predicted) == len(slots) and self.prediction is not None:
+            expected = self.prediction[slots, : max(predicted.values()) + CONTEXT]
             found = (tokens, count, kind)
             tokens, count, kind = self._prefer_prediction(slots, lengths, expected, suffix, *found)
-        elif predicted and self._prediction is not None:
+        elif predicted and self.prediction is not None:
             rows = torch.tensor(list(predicted), device=self._device)
-            expected = self._prediction[slots[rows], : max(predicted.values()) + CONTEXT]
+            expected = self.prediction[slots[rows], : max(predicted.values()) + CONTEXT]
             found = (tokens[rows], count[rows], kind[rows])
             preferred = self._prefer_prediction(slots[rows], lengths[rows], expected, suffix[rows], *found)
             tokens[rows], count[rows], kind[rows] = preferred
@@ -161,12 +161,12 @@ class Lookup:
         kind: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take the chain from the prediction where its match is as good: it is there to be followed."""
-        length = self._prediction_length[slots].unsqueeze(1)
+        length = self.prediction_length[slots].unsqueeze(1)
         order = _match_order(expected, suffix)
         place = torch.arange(expected.shape[1], device=self._device)
         order = torch.where(place < length - 1, order, 0)
         # Of equally long matches the one nearest to where the output stands: an edit moves text little.
-        here = lengths.unsqueeze(1) - self._num_prompt[slots].unsqueeze(1) + CONTEXT
+        here = lengths.unsqueeze(1) - self.num_prompt[slots].unsqueeze(1) + CONTEXT
         best = (order * 2 * expected.shape[1] - (place - here).abs()).argmax(1, keepdim=True)
         found = order.gather(1, best)
         index = best + 1 + torch.arange(self.size, device=self._device)

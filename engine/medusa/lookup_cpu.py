@@ -139,9 +139,9 @@ class CpuLookup(Lookup):
 
     def __init__(self, *, size: int, max_num_seqs: int, max_tokens: int, device: torch.device) -> None:
         super().__init__(size=size, max_num_seqs=max_num_seqs, max_tokens=max_tokens, device=device)
-        self._histories = self._history.numpy()
+        self._histories = self.history.numpy()
         self._predictions = np.zeros((0, 0), dtype=np.int32)
-        self._tables = self._prediction_length.numpy(), self._num_prompt.numpy(), self.tokens.numpy()
+        self._tables = self.prediction_length.numpy(), self.num_prompt.numpy(), self.tokens.numpy()
         self._nobody = np.zeros(0, dtype=np.bool_)
         chains, count, kind = torch.zeros_like(self.tokens), *torch.zeros(2, max_num_seqs, dtype=torch.int64)
         self._results = chains.numpy(), count.numpy(), kind.numpy()
@@ -151,8 +151,8 @@ class CpuLookup(Lookup):
     def allocate_predictions(self) -> None:
         """See `Lookup.allocate_predictions`."""
         super().allocate_predictions()
-        assert self._prediction is not None
-        self._predictions = self._prediction.numpy()
+        assert self.prediction is not None
+        self._predictions = self.prediction.numpy()
 
     def advance(
         self,
@@ -170,7 +170,7 @@ class CpuLookup(Lookup):
             IndexError: a row's slot, length or tokens are outside of the history.
         """
         width, searched = 0, self._nobody
-        if predicted and self._prediction is not None:
+        if predicted and self.prediction is not None:
             width = min(max(predicted.values()) + CONTEXT, self._predictions.shape[1])
             searched = np.zeros(len(slots), dtype=np.bool_)
             searched[list(predicted)] = True

@@ -155,5 +155,5 @@ def test_the_tables_take_what_is_set_aside_for_them() -> None:
     taken = 0
     for adjustment in slots._adjustments:
         tensors = [value for value in vars(adjustment).values() if isinstance(value, torch.Tensor)]
-        taken += sum(one.nbytes for one in tensors if one is not adjustment._uses)
+        taken += sum(one.nbytes for one in tensors if one is not adjustment.uses)
     assert taken == table_bytes(5, 70)

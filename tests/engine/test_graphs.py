@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_fill_its_bucket_touches_nobody(narrow: TinyModel)
         owned = {block for sequence in engine._scheduler.running for block in sequence.blocks}
         others = [b for b in range(runner._pool.num_blocks) if b not in owned and b != 0]
         free = [s for s in range(8) if s not in {sequence.slot for sequence in engine._scheduler.running}]
-        state = (runner._root, runner._hidden, runner._lengths, runner._tables, runner._lookup._history)
+        state = (runner._root, runner._hidden, runner._lengths, runner._tables, runner._lookup.history)
         pool_before = runner._pool.data[:, :, others].clone()
         before = [tensor[free].clone() for tensor in state]
         engine.step()

@@ -48,16 +48,18 @@ def worst_case(made: Loaded, attention: SdpaAttention, **limits: int) -> WorstCa
     )
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(
     ("max_num_seqs", "max_step_tokens", "rows"), [(8, 64, 64), (32, 512, 8 * 64), (2, 512, 2 * 64)]
 )
 def test_they_are_as_large_as_the_settings_allow(
-    max_num_seqs: int, max_step_tokens: int, rows: int, tmp_path: Path
+    max_num_seqs: int, max_step_tokens: int, rows: int, kernels: bool, tmp_path: Path
 ) -> None:
     made = loaded(tmp_path, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens, kv_cache_tokens=1024)
     assert made.info.tree_size == 64
     attention = Counting(2)
-    worst = worst_case(made, attention, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens)
+    limits = {"max_num_seqs": max_num_seqs, "max_step_tokens": max_step_tokens}
+    worst = worst_case(made, attention, kernels=kernels, **limits)
     worst.prefill()
     for step in worst.steps:
         worst.decode(*step)

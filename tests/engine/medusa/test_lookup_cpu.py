@@ -97,7 +97,7 @@ def test_the_kernel_is_the_operators_to_the_bit(seed: int, predicted: str, size:
         assert found.count.tolist() == right.count.tolist()
         assert found.tokens.tolist() == right.tokens.tolist()
         assert torch.equal(compiled.tokens, plain.tokens)
-        assert torch.equal(compiled._history, plain._history)
+        assert torch.equal(compiled.history, plain.history)
         lengths = lengths + counts
 
 
@@ -133,7 +133,7 @@ def test_rows_need_not_lie_together() -> None:
     arguments = slots, lengths, torch.tensor([[2, 1], [1, 2], [0, 0]]).T, counts
     found, right = (search.advance(*arguments, max_length=11) for search in (compiled, plain))
     assert found.tokens.tolist() == right.tokens.tolist()
-    assert torch.equal(compiled._history, plain._history)
+    assert torch.equal(compiled.history, plain.history)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_what_is_outside_of_the_tables_is_refused_and_nothing_written(
     slots: list[int], lengths: list[int], counts: list[int], bound: int
 ) -> None:
     _, compiled = pair(4)
-    compiled._history.fill_(1)
-    before = compiled._history.clone()
+    compiled.history.fill_(1)
+    before = compiled.history.clone()
     tokens = torch.full((len(slots), 3), 7)
     with pytest.raises(IndexError):
         compiled.advance(*map(torch.tensor, (slots, lengths)), tokens, torch.tensor(counts), max_length=bound)
-    assert torch.equal(compiled._history, before)
+    assert torch.equal(compiled.history, before)
     assert not compiled.tokens.any()
 
 

@@ -1,0 +1,112 @@
+"""The kernel that draws along trees against the tensor code, on Triton's interpreter (or a GPU)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+pytest.importorskip("triton")
+
+from engine import sampler_triton
+from engine.medusa.accept import Targets, accept
+from engine.sampler import SamplingRows, draw, verify
+from engine.sampler_triton import TreeSampler
+from engine.sampling_slots import SamplingSlots
+from engine.types import MedusaParams
+from tests.engine.naive_sampling import TYPICAL, VOCAB, Step, slot_ids, steps
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+pytestmark = pytest.mark.cuda
+
+
+def move(slots: SamplingSlots) -> None:
+    """The sampling state to where kernels can read it."""
+    for owner in (slots, *slots._adjustments):
+        for name, value in vars(owner).items():
+            if isinstance(value, torch.Tensor):
+                setattr(owner, name, value.to(DEVICE))
+
+
+def grid_of(step: Step) -> torch.Tensor:
+    """[5, B, N], as `Drafter.grid` makes it; nobody reads the first plane here."""
+    topology = step.topology
+    planes = (topology.parents, topology.parents, topology.depths, topology.ancestors, topology.valid.long())
+    return torch.stack([plane.expand(step.tokens.shape) for plane in planes]).contiguous()
+
+
+def drawn(step: Step) -> Targets:
+    batch, nodes = shape = step.tokens.shape
+    step.slots.allocate()
+    move(step.slots)
+    logits = step.logits[step.row_of].flatten(0, 1).contiguous().to(DEVICE)
+    raw = logits.clone()
+    sampler = TreeSampler(
+        step.slots, max_batch=batch, max_rows=batch * nodes, vocab_size=VOCAB, device=DEVICE
+    )
+    inputs = (slot_ids(*step.sequences), step.tokens, grid_of(step), step.topology.valid.contiguous())
+    ids, tokens, grid, valid = (value.to(DEVICE) for value in inputs)
+    sampler.draw(ids, logits, tokens, grid, valid)
+    assert torch.equal(logits, raw)
+    matched = ((sampler.matched.cpu().unsqueeze(1) >> torch.arange(nodes)) & 1).bool()
+    return Targets(sampler.drawn.cpu().view(shape), matched, sampler.log_p.cpu().view(shape))
+
+
+# The vocabulary in one block or in two, and few tokens in question put together or not.
+@pytest.mark.parametrize(("block", "candidates"), [(8, 7), (4, 7), (4, 3), (4, 0)])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(step=steps(medusas=(MedusaParams(), *TYPICAL)))
+def test_it_reaches_and_draws_what_the_tensor_code_does(
+    block: int, candidates: int, step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler_triton, "_BLOCK", block)
+    monkeypatch.setattr(sampler_triton, "_CANDIDATES", candidates)
+    rows = step.slots.rows(slot_ids(*step.sequences), step.sequences)
+    wanted = verify(step.logits, step.row_of, step.tokens, step.topology, rows)
+    found = drawn(step)
+    first, second = (accept(step.tokens, each, step.topology) for each in (wanted, found))
+    assert torch.equal(first.length, second.length)
+    assert torch.equal(first.path, second.path)
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.nodes, second.nodes)
+    if not (rows.all_greedy and rows.adjusting is None):
+        assert torch.equal(wanted.tokens, found.tokens)
+        assert torch.equal(wanted.matched, found.matched)
+        if wanted.log_p is not None:
+            assert torch.allclose(wanted.log_p, found.log_p, atol=1e-4)
+
+
+@pytest.mark.parametrize("candidates", [2048, 64])
+@pytest.mark.parametrize("steepness", [1.0, 6.0])
+def test_roots_over_many_tokens(candidates: int, steepness: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat and steep rows under every filter: what `draw` draws, which sorts."""
+    monkeypatch.setattr(sampler_triton, "_CANDIDATES", candidates)
+    vocab, batch = 5003, 48
+    generator = torch.Generator().manual_seed(7)
+    slots = SamplingSlots(max_num_seqs=batch, vocab_size=vocab, eos_token_ids=(), device=DEVICE)
+    slots.allocate()
+
+    def pick(values: list[float], out: torch.Tensor) -> None:
+        out.copy_(torch.tensor(values)[torch.randint(len(values), (batch,), generator=generator)])
+
+    pick([0.3, 1.0, 2.0], slots.temperature)
+    pick([1.0, 1.0, 0.5, 0.95], slots.top_p)
+    pick([0, 0, 1, 40, 3000, vocab], slots.top_k)
+    pick([0.0, 0.0, 0.1, 1.0], slots.min_p)
+    slots.seed.copy_(torch.arange(batch))
+    logits = torch.randn(batch, vocab, generator=generator) * steepness
+    logits[:, 11] = logits[:, 4000]  # equals, also at a cut
+    logits[::7, 5] = float("-inf")
+    logits = logits.to(DEVICE)
+    ids = torch.arange(batch, device=DEVICE)
+    one = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
+    rows = SamplingRows(
+        slots.temperature, slots.top_p, slots.top_k, slots.min_p, slots.seed, slots.choice, slots.position,
+        all_greedy=False, truncates=True,
+    )  # fmt: skip
+    sampler = TreeSampler(slots, max_batch=batch, max_rows=batch, vocab_size=vocab, device=DEVICE)
+    planes = [one * 0, one * 0, one * 0, one, one]
+    sampler.draw(ids, logits, one, torch.stack(planes), one.bool())
+    assert torch.equal(sampler.drawn.cpu(), draw(logits, rows).cpu())
+    assert (sampler.matched == 1).all()
