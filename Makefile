@@ -55,7 +55,7 @@ heads: $(VENV)/.dev ## train and calibrate the default model's heads anew; ARGS=
 	$(BIN)/medusa-serve train --data $(DATA) --output build/heads $(ARGS)
 	$(BIN)/medusa-serve calibrate --heads build/heads --data $(DATA) --cache-dir build/heads/cache
 
-equality: $(VENV)/.dev ## long check against transformers; ARGS="--prompts mt_bench.jsonl"
+equality: $(VENV)/.dev ## long check against transformers; ARGS="--prompts benchmarks/data/questions.jsonl"
 	$(BIN)/python -m benchmarks.equality $(ARGS)
 
 bench: $(VENV)/.dev ## tokens/s next to transformers generate
@@ -67,10 +67,10 @@ disconnect: $(VENV)/.dev ## 100 requests, a third of them hanging up
 load: $(VENV)/.dev ## load over HTTP; ARGS="--url http://… --concurrency 1,16"
 	$(BIN)/python -m benchmarks.http_load $(ARGS)
 
-acceptance: $(VENV)/.dev ## tokens a step by category; ARGS="--prompts mt_bench.jsonl -- --tree 9"
+acceptance: $(VENV)/.dev ## tokens a step by category; ARGS="--prompts benchmarks/data/questions.jsonl -- --tree 9"
 	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
-adaptive: $(VENV)/.dev ## tree auto against off; ARGS="--prompts mt_bench.jsonl --sweep"
+adaptive: $(VENV)/.dev ## tree auto against off; ARGS="--prompts benchmarks/data/questions.jsonl --sweep"
 	$(BIN)/python -m benchmarks.adaptive $(ARGS)
 
 http-cost: $(VENV)/.dev ## what HTTP costs next to the engine alone

@@ -67,6 +67,7 @@ def measure(
         For each batch size and number of nodes the fastest of a few rounds.
     """
     started = time.monotonic()
+    log.info("measuring decode steps for --tree auto; on a CPU this takes tens of seconds")
     context = max(1, min(_CONTEXT, max_model_len // 2))
     buckets = runner.buckets if isinstance(runner, CapturedRunner) else None
     most_rows = min(_MOST_ROWS, max_step_tokens)

@@ -270,7 +270,7 @@ METRICS: tuple[Metric, ...] = (
     _counter(
         "explored_steps",
         "steps",
-        "Decode steps that tried a larger tree than the best known one.",
+        "Decode steps that tried another tree than the best known one.",
         lambda s: s.stats.explored_steps,
     ),
     _counter(

@@ -210,6 +210,7 @@ def _one_line(error: ValidationError, cli: Mapping[str, Any], config: Path | Non
     messages: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_input=False):
         text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        text = text.partition(", unable to parse")[0]
         messages.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(text)
     in_file = "" if config is None else f" in {config}"
     return "; ".join(

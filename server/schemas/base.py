@@ -7,7 +7,7 @@ name unless it has its default value (`UNSUPPORTED`), or unknown and refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,6 +24,7 @@ __all__ = [
     "SamplingDefaults",
     "StreamOptions",
     "TextPart",
+    "at_most",
     "first",
     "parts",
     "without_unsupported",
@@ -35,6 +36,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 2048
+MAX_METADATA = 16
 MAX_INT64 = 2**63 - 1
 
 UNSUPPORTED_EVERYWHERE: dict[str, tuple[object, ...]] = {
@@ -125,6 +127,17 @@ def first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def at_most(entries: int) -> Callable[[object], object]:
+    """A validator that refuses larger objects without looking into them."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"must have at most {entries} entries, not {len(value)}")
+        return value
+
+    return check
+
+
 def _listed(value: object) -> object:
     if isinstance(value, str):
         return [value]
@@ -145,15 +158,14 @@ def _biases(value: object) -> object:
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 StopString = Annotated[str, Field(min_length=1)]
-StopStrings = Annotated[
-    list[StopString],
-    BeforeValidator(_listed, json_schema_input_type=str | list[StopString]),
-    Field(max_length=MAX_STOP_STRINGS),
-]
+# Bounds come before a look at each element, and the first bad one ends it: a body has room for a million.
+_Stops = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+StopStrings = Annotated[_Stops, BeforeValidator(_listed, json_schema_input_type=StopString | _Stops)]
+_Biases = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)]
 LogitBias = Annotated[
     dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]],
-    BeforeValidator(_biases, json_schema_input_type=dict[str, float]),
-    Field(max_length=MAX_LOGIT_BIAS),
+    BeforeValidator(_biases, json_schema_input_type=_Biases),
+    BeforeValidator(at_most(MAX_LOGIT_BIAS), json_schema_input_type=_Biases),
 ]
 
 

@@ -12,11 +12,13 @@ from engine.types import MAX_LOGPROBS, SamplingParams
 from server.errors import UnsupportedFieldError, field_path
 from server.schemas.base import (
     MAX_MESSAGES,
+    MAX_METADATA,
     UNSUPPORTED_EVERYWHERE,
     Body,
     GenerationBody,
     SamplingDefaults,
     TextPart,
+    at_most,
     first,
     parts,
     without_unsupported,
@@ -24,9 +26,10 @@ from server.schemas.base import (
 
 __all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
 
-Content = Annotated[
-    list[TextPart], BeforeValidator(parts, json_schema_input_type=str | list[TextPart]), Field(min_length=1)
-]
+_Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+Content = Annotated[_Parts, BeforeValidator(parts, json_schema_input_type=str | _Parts)]
+_Pairs = Annotated[dict[str, str], Field(max_length=MAX_METADATA)]
+Metadata = Annotated[_Pairs, BeforeValidator(at_most(MAX_METADATA), json_schema_input_type=_Pairs)]
 
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
@@ -70,6 +73,8 @@ class Conversation(Body):
         """Messages without the fields that pass by being empty, each checked by its own path."""
         if not isinstance(data, dict) or not isinstance(data.get("messages"), list):
             return data
+        if len(data["messages"]) > MAX_MESSAGES:
+            return data
         messages = [
             without_unsupported(ChatMessage, message, _UNSUPPORTED_IN_MESSAGE, "messages", i)
             for i, message in enumerate(data["messages"])
@@ -108,7 +113,11 @@ class Prediction(Body):
     PATH = ("prediction",)
 
     type: Literal["content"]
-    content: Annotated[list[TextPart], BeforeValidator(parts, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[
+        list[TextPart],
+        Field(fail_fast=True),
+        BeforeValidator(parts, json_schema_input_type=str | list[TextPart]),
+    ]
 
     @property
     def text(self) -> str:
@@ -151,7 +160,7 @@ class ChatRequest(GenerationBody, Conversation):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = None
 
-    metadata: dict[str, str] | None = Field(None, description="No effect.")
+    metadata: Metadata | None = Field(None, description="No effect.")
     safety_identifier: str | None = Field(None, description="No effect.")
     prompt_cache_key: str | None = Field(None, description="No effect.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="No effect.")

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from engine.errors import RequestError
 from engine.types import Acceptance, MedusaParams
 from server.errors import UnsupportedFieldError
+from server.schemas.base import Body
 from server.schemas.chat import ChatRequest
-from server.schemas.tokenize import TokenizeRequest
+from server.schemas.completions import CompletionRequest
+from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import Defaults
 
 NO_EFFECT, UNSUPPORTED = ChatRequest.NO_EFFECT, ChatRequest.UNSUPPORTED
@@ -329,3 +331,32 @@ def test_tokenize_takes_a_prompt_or_messages() -> None:
         with pytest.raises(RequestError):
             TokenizeRequest.model_validate(body)
     assert TokenizeRequest.model_validate({"prompt": "", "messages": None}).prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (ChatRequest, {"messages": [5] * 3000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [5] * 3000}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}] * 3000}]}),
+        (ChatRequest, {"stop": [5] * 3000}),
+        (ChatRequest, {"stop_token_ids": ["x"] * 3000}),
+        (ChatRequest, {"bad_words": [5] * 3000}),
+        (ChatRequest, {"logit_bias": {str(token): "x" for token in range(3000)}}),
+        (ChatRequest, {"logit_bias": {str(token): 1 for token in range(3000)}}),
+        (ChatRequest, {"metadata": {str(number): 5 for number in range(3000)}}),
+        (ChatRequest, {"prediction": {"type": "content", "content": [5] * 3000}}),
+        (CompletionRequest, {"prompt": [["x"]] * 3000}),
+        (DetokenizeRequest, {"tokens": ["x"] * 3000}),
+        (TokenizeRequest, {"messages": [{"role": "user", "content": [5] * 3000}]}),
+    ],
+)
+def test_a_million_wrong_elements_are_one_error(body: type[Body], fields: dict[str, Any]) -> None:
+    """The event loop checks them; to note each would take seconds, in which nobody gets a token."""
+    required = {"model": "m", "messages": [{"role": "user", "content": "x"}], "prompt": "x"}
+    known = {name: value for name, value in required.items() if name in body.model_fields}
+    if body is TokenizeRequest:
+        known = {}
+    with pytest.raises(ValidationError) as caught:
+        body.model_validate(known | fields)
+    assert caught.value.error_count() == 1
