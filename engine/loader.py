@@ -144,7 +144,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         heads.prepare(decoder.lm_head.weight, quantize=config.quantization)
         drafter = HeadDrafter(
             heads,
-            decoder.logits,
+            decoder.lm_head,  # a divisor of logits changes no order
             tree.tree,
             vocab_size=model_config.vocab_size,
             device=device,
@@ -156,6 +156,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     kernels = _why_not_triton(device) is None
     if kernels:
         decoder.fuse_triton()
+        if drafter is not None:
+            drafter.fuse_triton()
 
     tree_size = _tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)

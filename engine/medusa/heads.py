@@ -138,6 +138,13 @@ class HeadDrafter:
         """For each node below the root, how often it came true on held-out text; None: nobody counted."""
         self._heads, self._lm_head, self._device = heads, lm_head, device
         self._prefixes: dict[int, tuple[Tree, Tensor]] = {}
+        self._best: Callable[[Tensor, int, Tensor, Tensor | None], Tensor] = _best_guesses
+
+    def fuse_triton(self) -> None:
+        """From here on Triton kernels find the best guesses, where they can run (on CUDA)."""
+        from engine.medusa.heads_triton import best_guesses  # only CUDA needs Triton
+
+        self._best = best_guesses
 
     def guess(self, hidden: Tensor, nodes: int) -> Tensor:
         """Tokens of the tree's first nodes.
@@ -156,18 +163,28 @@ class HeadDrafter:
         if tree.depth == 0:
             return torch.empty(len(hidden), 0, dtype=torch.int64, device=self._device)
         logits = self._heads(hidden, self._lm_head, tree.depth)
-        guesses = logits.topk(tree.width, dim=-1).indices  # [heads, B, width]
-        if self._heads.token_map is not None:
-            guesses = self._heads.token_map[guesses]
-        table: Tensor = guesses.transpose(0, 1).reshape(len(hidden), -1)
-        tokens: Tensor = table.index_select(1, choices)
-        return tokens
+        return self._best(logits, tree.width, choices, self._heads.token_map)
 
     def _prefix(self, nodes: int) -> tuple[Tree, Tensor]:
         if nodes not in self._prefixes:
             tree = self.tree.prefix(nodes + 1)
             self._prefixes[nodes] = (tree, tree.choices(self._device))
         return self._prefixes[nodes]
+
+
+def _best_guesses(logits: Tensor, width: int, choices: Tensor, token_map: Tensor | None) -> Tensor:
+    """[B, nodes] int64: of the `width` best of logits [heads, B, vocab], those that a tree takes.
+
+    Args:
+        choices: [nodes] int64, places in [heads, width] flattened.
+        token_map: see `MedusaHeads`.
+    """
+    guesses = logits.topk(width, dim=-1).indices  # [heads, B, width]
+    if token_map is not None:
+        guesses = token_map[guesses]
+    table: Tensor = guesses.transpose(0, 1).reshape(logits.shape[1], -1)
+    tokens: Tensor = table.index_select(1, choices)
+    return tokens
 
 
 def load_heads(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from engine import sampler_triton, step_triton
 from engine.cache.pool import KVPool
+from engine.medusa import heads_triton
+from engine.medusa.heads_triton import best_guesses
 from engine.medusa.lookup import Lookup
 from engine.sampler_triton import TreeSampler
 from engine.sampling_slots import SamplingSlots
@@ -50,6 +52,9 @@ def call_all(nodes: int, dtype: torch.dtype) -> None:
     lookup.allocate_predictions()
     prepare(inputs, carried, None, None, BLOCK_SIZE, of)
     prepare(inputs, carried, ids(BATCH, 9), lookup.tokens, BLOCK_SIZE, of)
+    if nodes > 1:
+        for token_map in (None, ids(VOCAB)):
+            best_guesses(torch.zeros(4, BATCH, VOCAB, dtype=dtype), 10, ids(nodes - 1), token_map)
     states, path = torch.zeros(rows, HIDDEN, dtype=dtype), ids(rows)
     for own in (lookup, None):
         packed = ids(BATCH, 5 + DEPTH + (12 if own is not None else 0))
@@ -64,7 +69,12 @@ def call_all(nodes: int, dtype: torch.dtype) -> None:
 
 
 def main() -> int:
-    kernels = (step_triton._prepare_kernel, step_triton._accept_kernel, step_triton._move_kernel)
+    kernels: tuple[Any, ...] = (
+        step_triton._prepare_kernel,
+        step_triton._accept_kernel,
+        step_triton._move_kernel,
+    )
+    kernels += (heads_triton._best_kernel, heads_triton._choose_kernel)
     compiled = compile_only(sampler_triton._draw_kernel, *kernels)
     found: dict[str, Any] = {}
     for capability in [int(word) for word in sys.argv[1:]] or [90]:

@@ -1,0 +1,108 @@
+"""The heads' best guesses at a tree's nodes as two Triton kernels. CUDA only.
+
+torch's top-k, with what picks the tree's tokens out of it, is a dozen kernels that look at each row several
+times. A tree takes few of a head's guesses, so here each part of the vocabulary gives its best few, one after
+the other, and they are compared once more.
+
+With TRITON_INTERPRET=1 in the environment before Triton is imported they run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.config import MAX_TREE_NODES
+
+__all__ = ["best_guesses"]
+
+_BLOCK = 512
+"""Tokens that a program compares; one warp holds them, so that it need not wait for others."""
+
+_LEAST: tl.constexpr = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def _order(value, token):
+    """int64 that order as float32 values, and among equals as falling tokens; NaN is anywhere."""
+    bits = value.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - token)
+
+
+# The sizes of a tree's prefixes are numbers like others: each would be another compilation.
+@triton.jit(do_not_specialize=["width"])
+def _best_kernel(logits_ptr, best_ptr, vocab, width, BLOCK: tl.constexpr):
+    """A program of the grid (rows, blocks) writes its block's `width` best, [rows, blocks, width] int64."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab
+    value = tl.load(logits_ptr + row * vocab + token, mask=inside, other=0.0).to(tl.float32)
+    key = tl.where(inside, _order(value, token), _LEAST)
+    best_ptr += (row * tl.num_programs(1) + block) * width
+    for rank in range(width):
+        best = tl.max(key, 0)
+        tl.store(best_ptr + rank, best)
+        key = tl.where(key == best, _LEAST, key)
+
+
+@triton.jit(do_not_specialize=["width", "nodes", "count"])
+def _choose_kernel(
+    best_ptr, choice_ptr, map_ptr, token_ptr, width, nodes, vocab, count,
+    MAPPED: tl.constexpr, BLOCK: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """A program of the grid (B, heads) writes the tokens of its head's nodes; `count` are the row's best."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    at = (head * tl.num_programs(0) + row) * count + lane
+    key = tl.load(best_ptr + at, mask=lane < count, other=_LEAST)
+    node = tl.arange(0, NODES)
+    choice = tl.load(choice_ptr + node, mask=node < nodes, other=-1)
+    for rank in range(width):
+        best = tl.max(key, 0)
+        key = tl.where(key == best, _LEAST, key)
+        token = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+        token = tl.minimum(tl.maximum(token, 0), vocab - 1)
+        if MAPPED:
+            token = tl.load(map_ptr + token)
+        here = choice == head * width + rank
+        tl.store(token_ptr + row * nodes + node, tl.zeros([NODES], tl.int64) + token, mask=here)
+
+
+def best_guesses(logits: Tensor, width: int, choices: Tensor, token_map: Tensor | None) -> Tensor:
+    """The tokens that a tree takes of the heads' best guesses.
+
+    Args:
+        logits: [heads, B, vocab], contiguous, of any floating type.
+        width: guesses of each head.
+        choices: [nodes] int64: which of the heads' guesses, [heads, width] flattened, each node takes.
+        token_map: [vocab] int64, the token that each column stands for; None: itself.
+
+    Returns:
+        [B, nodes] int64. Of equal logits the first comes first.
+    """
+    heads, batch, vocab = logits.shape
+    nodes = len(choices)
+    blocks = triton.cdiv(vocab, _BLOCK)
+    best = torch.empty(heads * batch, blocks, width, dtype=torch.int64, device=logits.device)
+    _best_kernel[(heads * batch, blocks)](logits, best, vocab, width, BLOCK=_BLOCK, num_warps=1)
+    tokens = torch.empty(batch, nodes, dtype=torch.int64, device=logits.device)
+    count = blocks * width
+    block = triton.next_power_of_2(count)
+    _choose_kernel[(batch, heads)](
+        best,
+        choices,
+        choices if token_map is None else token_map,
+        tokens,
+        width,
+        nodes,
+        vocab,
+        count,
+        MAPPED=token_map is not None,
+        BLOCK=block,
+        NODES=MAX_TREE_NODES,
+        num_warps=max(1, min(8, block // 1024)),
+    )
+    return tokens
