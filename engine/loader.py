@@ -426,7 +426,17 @@ def _attention(
     from engine.attention.triton import TritonAttention
     from engine.attention.triton_tuning import ModelShape, tuned_tiles
 
-    shape = ModelShape(model.group, model.num_kv_heads, model.head_dim, config.block_size, dtype)
+    frequencies = len(model.rope.inv_freq)
+    shape = ModelShape(
+        model.group,
+        model.num_kv_heads,
+        model.head_dim,
+        config.block_size,
+        dtype,
+        frequencies=frequencies,
+        head_norm=model.qk_norm == "head" and 2 * frequencies == model.head_dim,
+        norm_offset=model.norm_offset,
+    )
     tiles = tuned_tiles(shape, device, cache_root(), most_nodes=tree_size)
     return TritonAttention(model.group, scale=scale, windows=windows, tiles=tiles)
 

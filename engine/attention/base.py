@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from engine.cache.pool import KVPool
 
-__all__ = ["AttentionBackend", "AttentionInput"]
+__all__ = ["AttentionBackend", "AttentionInput", "Rotary", "RotatingAttention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +82,32 @@ class AttentionBackend(Protocol):
         Returns:
             [T, heads * head_dim].
         """
+
+
+class Rotary(NamedTuple):
+    """How a layer turns queries and keys.
+
+    Args:
+        cos, sin: [positions, 2 * frequencies], see `RotaryTable`; further channels of a head stay.
+        norm: [(heads + kv_heads) * head_dim], weight of an RMSNorm of each head before that; None without.
+        eps: added to its mean squares.
+        offset: it multiplies by 1 + weight.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    norm: Tensor | None = None
+    eps: float = 0.0
+    offset: bool = False
+
+
+@runtime_checkable
+class RotatingAttention(AttentionBackend, Protocol):
+    """A backend that can norm and rotate queries and keys while it loads them."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it does so in the step that was planned."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """See `AttentionBackend.attend`. With `rotary`, q and k come as the layer's product gives them."""

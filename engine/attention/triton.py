@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from engine.attention.base import AttentionInput
+from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton_kernels import attend_kernel, join_kernel
-from engine.attention.triton_tiles import Kind, Tile, candidates
+from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, candidates
 from engine.cache.pool import KVPool
 
 __all__ = ["TritonAttention"]
@@ -31,6 +31,10 @@ _LEAST_KEYS = 128
 """Fewer cached keys are not worth a part of their own."""
 
 
+_MOST_NODES = 32
+"""Nodes of a tree that are taken as keys at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What the layers of a step share.
@@ -40,6 +44,8 @@ class _Plan:
         batch: of the step.
         tokens: T.
         tile: for its query rows.
+        new_keys: of a tile of new rows.
+        rotates: the kernel takes q and k as the layer's product gives them.
         row_of: [B, N] int64, the token of each new row or -1; read only where the batch has an index.
         parts: how many parts the keys come in, for each window of a layer.
         mixed: [parts, T, heads, head_dim] float32, the parts' outputs; empty where no layer is split.
@@ -50,6 +56,8 @@ class _Plan:
     batch: AttentionInput
     tokens: int
     tile: Tile
+    new_keys: int
+    rotates: bool
     row_of: Tensor
     parts: dict[int | None, int]
     mixed: Tensor
@@ -94,7 +102,8 @@ class TritonAttention:
             row_of.view(-1)[batch.index] = torch.arange(tokens, device=pool.device)
         query_rows = num_rows * self._group
         kind = Kind.of(query_rows, tree=batch.ancestors is not None)
-        untuned = candidates(kind, triton.next_power_of_2(head_dim), pool.dtype.itemsize)[0]
+        channels = triton.next_power_of_2(head_dim)
+        untuned = candidates(kind, channels, pool.dtype.itemsize)[0]
         tile = self._tiles.get(kind, untuned)
         programs = triton.cdiv(query_rows, tile.rows) * kv_heads * sequences
         cached = batch.max_length - num_rows
@@ -109,13 +118,20 @@ class TritonAttention:
             batch=batch,
             tokens=tokens,
             tile=tile,
+            new_keys=tile.keys if batch.ancestors is None else self._new_keys(kind, tile),
+            # Not in a chunk, where the same key is loaded by many programs, nor where registers are few.
+            rotates=batch.ancestors is not None and (channels <= 128 or tile.rows <= 32),
             row_of=row_of,
             parts=parts,
             mixed=torch.empty(*shape, head_dim, dtype=torch.float32, device=pool.device),
             weight=torch.empty(shape, dtype=torch.float32, device=pool.device),
         )
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def rotates(self) -> bool:
+        return self._plan is not None and self._plan.rotates
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
         plan = self._plan
         if plan is None:
             raise RuntimeError("plan() must be called before attend()")
@@ -130,6 +146,10 @@ class TritonAttention:
         k_pool, v_pool = pool.layer_rows(layer)
         ancestors = batch.lengths if batch.ancestors is None else batch.ancestors
         depths = batch.lengths if batch.depths is None else batch.depths
+        norm, half = None, 0
+        cos = sin = q
+        if rotary is not None:
+            norm, cos, sin, half = rotary.norm, rotary.cos, rotary.sin, rotary.cos.shape[1] // 2
         out = q.new_empty(plan.tokens, heads * head_dim)
         attend_kernel[triton.cdiv(num_rows * self._group, tile.rows), parts * kv_heads, sequences](
             q,
@@ -146,6 +166,10 @@ class TritonAttention:
             plan.row_of,
             ancestors,
             depths,
+            q if norm is None else norm,
+            cos,
+            sin,
+            0.0 if rotary is None else rotary.eps,
             scale * math.log2(math.e),
             plan.tokens,
             num_rows,
@@ -164,10 +188,14 @@ class TritonAttention:
             GROUP=self._group,
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
+            HALF=half,
+            NORM=norm is not None,
+            OFFSET=rotary is not None and rotary.offset,
             BLOCK_SIZE=pool.block_size,
             LEAST_KEYS=_LEAST_KEYS,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.keys,
+            BLOCK_NEW=plan.new_keys,
             BLOCK_D=channels,
             BLOCK_W=triton.next_power_of_2(triton.cdiv(tile.rows, self._group)),
             PRECISION="ieee",
@@ -189,6 +217,11 @@ class TritonAttention:
                 num_warps=4 if block_parts * channels <= 8192 else 8,
             )
         return out
+
+    def _new_keys(self, kind: Kind, tile: Tile) -> int:
+        """Nodes in a tile of keys: few, since what is rotated passes through registers."""
+        most: int = min(triton.next_power_of_2(triton.cdiv(kind.rows, self._group)), _MOST_NODES)
+        return min(tile.keys, max(LEAST_ROWS, most))
 
     def _parts(self, programs: int, cached: int, device: torch.device) -> int:
         """In how many parts to take keys, `cached` of which are in the pool at most.

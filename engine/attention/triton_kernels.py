@@ -6,6 +6,9 @@ are read once for all of them. Keys are the cached rows, read through the block 
 ones, read from where the layer computed them; whoever attends to a new row need not wait for it to be
 written. Cached rows need no mask but in the last tile: every query sees all of them.
 
+Queries and keys may come as the layer's product gives them. Whoever loads one then norms and rotates it, in
+its registers only: what lies in memory stays as it was, so nobody finds it turned already.
+
 Where the tiles alone would leave processors idle, the cached rows are split into parts (Dao et al. 2023,
 Flash-Decoding): each part leaves its output and the logarithm of its weights' sum, and a second kernel
 joins them. How many parts there may be depends on shapes only; how many of them get keys depends on the
@@ -51,6 +54,58 @@ def _places(table_ptr, key, end, ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Where cached rows `key` [BLOCK_N] lie in the pool; those from `end` on, anywhere."""
     block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
     return (block * BLOCK_SIZE + key % BLOCK_SIZE) * ROW
+
+
+@triton.jit
+def _turned(
+    ptr,
+    at,
+    inside,
+    position,
+    norm_ptr,
+    norm_at,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    channel,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """Rows of queries or keys as they enter the products, [R, BLOCK_D]: normed, rotated and rounded.
+
+    A channel's partner in the rotation is loaded beside it. Without HALF rows are taken as they are.
+
+    Args:
+        at: [R], where a row lies; inside: [R], whether it is there at all; position: [R], of its token.
+        norm_at: [R], where the weight of its head lies.
+    """
+    there = inside[:, None] & (channel < HEAD_DIM)[None, :]
+    x = tl.load(ptr + at[:, None] + channel[None, :], mask=there, other=0.0)
+    if HALF:
+        kind = x.dtype
+        partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+        if HALF % 8 == 0:  # said to the compiler, so that it loads eight at a time
+            partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
+        turning = inside[:, None] & (channel < 2 * HALF)[None, :]
+        y = tl.load(ptr + at[:, None] + partner[None, :], mask=turning, other=0.0).to(tl.float32)
+        x = x.to(tl.float32)
+        if NORM:
+            shrink = (1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps))[:, None]
+            weight = tl.load(norm_ptr + norm_at[:, None] + channel[None, :], mask=there, other=0.0)
+            other = tl.load(norm_ptr + norm_at[:, None] + partner[None, :], mask=turning, other=0.0)
+            weight, other = weight.to(tl.float32), other.to(tl.float32)
+            if OFFSET:
+                weight += 1.0
+                other += 1.0
+            x = (x * shrink * weight).to(kind).to(tl.float32)
+            y = (y * shrink * other).to(kind).to(tl.float32)
+        angle = position[:, None] * (2 * HALF) + channel[None, :]
+        cos = tl.load(cos_ptr + angle, mask=turning, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=turning, other=0.0).to(tl.float32)
+        x = (x * cos + y * sin).to(kind)
+    return x
 
 
 @triton.jit
@@ -124,6 +179,11 @@ def _new(
     first_token,
     row_of_ptr,
     depth_ptr,
+    length,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
     channel,
     scale,
     MASKED: tl.constexpr,
@@ -132,15 +192,29 @@ def _new(
     INDEXED: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """New rows begin .. end - 1 of a sequence; without MASKED these are whole tiles that all rows see."""
+    """New rows begin .. end - 1 of a sequence; without MASKED these are whole tiles that all rows see.
+
+    Args:
+        norm_ptr: the weight of the keys' head.
+    """
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         token = tl.load(row_of_ptr + key, mask=key < end, other=-1) if INDEXED else first_token + key
-        inside = ((key < end) & (token >= 0))[:, None] & (channel < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + token[:, None] * k_stride + channel[None, :], mask=inside, other=0.0)
+        there = (key < end) & (token >= 0)
+        key_depth = key
+        if DEPTHS and (WINDOW or HALF):
+            key_depth = tl.load(depth_ptr + key, mask=key < end, other=0).to(tl.int32)
+        k = _turned(
+            k_ptr, token * k_stride, there, length + key_depth, norm_ptr, tl.zeros_like(key), cos_ptr,
+            sin_ptr, eps, channel, HEAD_DIM, HALF, NORM, OFFSET,
+        )  # fmt: skip
+        inside = there[:, None] & (channel < HEAD_DIM)[None, :]
         v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
         if TREE:
             # A tile may be longer than a mask.
@@ -149,7 +223,6 @@ def _new(
         else:
             seen = (key[None, :] <= node[:, None]) & (key < end)[None, :]
         if WINDOW:
-            key_depth = tl.load(depth_ptr + key, mask=key < end, other=0).to(tl.int32) if DEPTHS else key
             seen = seen & (key_depth[None, :] > depth[:, None] - WINDOW)
         best, total, mixed = _absorb(q, k, v, seen, best, total, mixed, scale, MASKED, PRECISION)
     return best, total, mixed
@@ -168,11 +241,21 @@ def _write(
     first_token,
     row_of_ptr,
     rows_ptr,
+    depth_ptr,
+    length,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
     channel,
+    DEPTHS: tl.constexpr,
     INDEXED: tl.constexpr,
     GROUP: tl.constexpr,
     ROW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -187,7 +270,13 @@ def _write(
     row = tl.load(rows_ptr + node, mask=keep, other=0).to(tl.int64)
     at = row[:, None] * ROW + channel[None, :]
     inside = keep[:, None] & (channel < HEAD_DIM)[None, :]
-    k = tl.load(k_ptr + token[:, None] * k_stride + channel[None, :], mask=inside, other=0.0)
+    depth = node
+    if DEPTHS and HALF:
+        depth = tl.load(depth_ptr + node, mask=keep, other=0).to(tl.int32)
+    k = _turned(
+        k_ptr, token * k_stride, keep, length + depth, norm_ptr, tl.zeros_like(node), cos_ptr, sin_ptr, eps,
+        channel, HEAD_DIM, HALF, NORM, OFFSET,
+    )  # fmt: skip
     v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
     tl.store(k_pool_ptr + at, k, mask=inside)
     tl.store(v_pool_ptr + at, v, mask=inside)
@@ -213,6 +302,10 @@ def attend_kernel(
     row_of_ptr,
     ancestors_ptr,
     depths_ptr,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
     scale,
     num_tokens,
     num_rows,
@@ -231,10 +324,14 @@ def attend_kernel(
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LEAST_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_NEW: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -252,10 +349,15 @@ def attend_kernel(
         k_pool_ptr, v_pool_ptr: [pool rows, KV_HEADS, HEAD_DIM] of this layer.
         table_ptr, length_ptr, rows_ptr, ancestors_ptr, depths_ptr: see `AttentionInput`.
         row_of_ptr: [B, N] int64, the token of each new row, -1 where it is not computed.
+        norm_ptr: [(KV_HEADS * GROUP + KV_HEADS) * HEAD_DIM], weights of the norm of each query and key head,
+            where there is one (NORM; OFFSET: they are less by 1); eps is added to its mean squares.
+        cos_ptr, sin_ptr: [positions, 2 * HALF], see `RotaryTable`.
         scale: factor on q k^T times log2(e).
         num_tokens: T. num_rows: N.
+        HALF: frequencies of the rotation; 0: q and k come as they enter the products.
         WINDOW: in positions; 0 without.
         LEAST_KEYS: a part gets at least so many keys, so that short contexts come in few parts.
+        BLOCK_M, BLOCK_N, BLOCK_NEW: query rows, cached keys and new keys of a tile.
         BLOCK_W: at least the nodes that begin in a tile of BLOCK_M rows.
     """
     tile = tl.program_id(0)
@@ -312,8 +414,12 @@ def attend_kernel(
 
     channel = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    q_at = token[:, None] * q_stride + query_head[:, None] * HEAD_DIM + channel[None, :]
-    q = tl.load(q_ptr + q_at, mask=inside, other=0.0)
+    norm_at = query_head * HEAD_DIM
+    q = _turned(
+        q_ptr, token * q_stride + norm_at, valid, position, norm_ptr, norm_at, cos_ptr, sin_ptr, eps, channel,
+        HEAD_DIM, HALF, NORM, OFFSET,
+    )  # fmt: skip
+    norm_ptr += (HEADS + head) * HEAD_DIM
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -340,22 +446,22 @@ def attend_kernel(
     if not TREE:
         first_node = tile * BLOCK_M // GROUP
         if WINDOW:
-            new_begin = tl.maximum(first_node - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            new_begin = tl.maximum(first_node - WINDOW + 1, 0) // BLOCK_NEW * BLOCK_NEW
         else:
             # Of the chunk itself, only the tiles that reach its diagonal need the mask.
-            new_begin = tl.minimum((first_node + 1) // BLOCK_N * BLOCK_N, new_end)
+            new_begin = tl.minimum((first_node + 1) // BLOCK_NEW * BLOCK_NEW, new_end)
             best, total, mixed = _new(
                 q, best, total, mixed, 0, new_begin, node, depth, 0, k_ptr, v_ptr, k_stride, v_stride,
-                first_token, row_of_ptr, depths_ptr, channel, scale,
-                False, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, BLOCK_N, PRECISION,
+                first_token, row_of_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel, scale,
+                False, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW, PRECISION,
             )  # fmt: skip
     ancestors = tl.zeros([BLOCK_M], tl.int64)
     if TREE:
         ancestors = tl.load(ancestors_ptr + node, mask=valid, other=0)
     best, total, mixed = _new(
         q, best, total, mixed, new_begin, new_end, node, depth, ancestors, k_ptr, v_ptr, k_stride, v_stride,
-        first_token, row_of_ptr, depths_ptr, channel, scale,
-        True, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, BLOCK_N, PRECISION,
+        first_token, row_of_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel, scale,
+        True, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW, PRECISION,
     )  # fmt: skip
 
     # A node that is not valid may have no key at all.
@@ -371,7 +477,8 @@ def attend_kernel(
     if new_end > 0:
         _write(
             tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token, row_of_ptr,
-            rows_ptr, channel, INDEXED, GROUP, ROW, HEAD_DIM, BLOCK_M, BLOCK_W,
+            rows_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel,
+            DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
         )  # fmt: skip
 
 

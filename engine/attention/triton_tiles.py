@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["MOST_ROWS", "Kind", "Tile", "candidates"]
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "Kind", "Tile", "candidates"]
 
 MOST_ROWS = 128
 """Query rows of a sequence and K/V head beyond which they come in several tiles."""
 
-_LEAST_ROWS = 16
+LEAST_ROWS = 16
 """Of a matrix product on tensor cores."""
 
 
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, rows: int, *, tree: bool) -> Kind:
         """That of `rows` query rows."""
-        size = _LEAST_ROWS
+        size = LEAST_ROWS
         while size < min(rows, MOST_ROWS):
             size *= 2
         return cls(size, chunk=not tree and rows > MOST_ROWS)

@@ -18,7 +18,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from engine.attention import triton_kernels
-from engine.attention.base import AttentionInput
+from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, candidates
 from engine.cache.pool import KVPool
@@ -38,13 +38,22 @@ _CHUNK = 512
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a model the best tiles depend on."""
+    """What of a model the best tiles depend on.
+
+    Args:
+        group: query heads per K/V head.
+        frequencies: of the rotation; 0: q and k come rotated.
+        head_norm: each head is normed before it; norm_offset: by 1 + weight.
+    """
 
     group: int
     kv_heads: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    frequencies: int = 0
+    head_norm: bool = False
+    norm_offset: bool = False
 
 
 def tuned_tiles(
@@ -120,7 +129,20 @@ class _Step:
         heads = shape.kv_heads * shape.group
         qkv = torch.randn(nodes, heads + 2 * shape.kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
         q, k, v = torch.split(qkv, [heads, shape.kv_heads, shape.kv_heads], dim=1)
-        return lambda: attention.attend(0, q, k, v)
+        rotary = self._rotary(_CACHED + nodes) if attention.rotates and shape.frequencies else None
+        return lambda: attention.attend(0, q, k, v, rotary)
+
+    def _rotary(self, positions: int) -> Rotary:
+        """No rotation at all, which takes as long as any."""
+        shape = self._shape
+
+        def filled(value: float, *size: int) -> torch.Tensor:
+            return torch.full(size, value, dtype=shape.dtype, device=self._device)
+
+        channels = (shape.kv_heads * shape.group + shape.kv_heads) * shape.head_dim
+        norm = filled(1.0, channels) if shape.head_norm else None
+        cos, sin = (filled(value, positions, 2 * shape.frequencies) for value in (1.0, 0.0))
+        return Rotary(cos, sin, norm, 1e-6, shape.norm_offset)
 
 
 def _fastest(

@@ -146,16 +146,16 @@ class Decoder(nn.Module):
         Returns:
             [T, hidden].
         """
-        table = self.rotary(positions)
-        local = table if self.local_rotary is None else self.local_rotary(positions)
         x = F.embedding(tokens, self.embed)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
+        if self.fused_cuda is not None:
+            return self.fused_cuda(x, positions, attention)
+        table = self.rotary(positions)
+        local = table if self.local_rotary is None else self.local_rotary(positions)
         if self.fused is not None:
             fused: Tensor = self.norm(self.fused(x, table[0], table[1], attention))
             return fused
-        if self.fused_cuda is not None:
-            return self.fused_cuda(x, table, local, attention)
         for layer in self.layers:
             cos, sin = local if layer.local else table
             x = layer(x, cos, sin, attention)
@@ -236,7 +236,12 @@ class Decoder(nn.Module):
 
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         self.fused_cuda = FusedLayers(
-            layers, self.norm, offset=self.config.norm_offset, activation=self.config.activation
+            layers,
+            self.norm,
+            table=self.rotary,
+            local=self.local_rotary,
+            offset=self.config.norm_offset,
+            activation=self.config.activation,
         )
 
     def weight_map(self) -> dict[str, tuple[str, ...]]:

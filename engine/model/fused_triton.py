@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend
+from engine.attention.base import AttentionBackend, Rotary, RotatingAttention
 from engine.model import triton_kernels as kernels
-from engine.model.layers import HeadNorm, RMSNorm
+from engine.model.layers import HeadNorm, RMSNorm, RotaryTable
 
 if TYPE_CHECKING:
     from engine.model.decoder import DecoderLayer
@@ -25,6 +25,7 @@ class FusedLayers:
     Args:
         layers: from the first to the last; they keep their weights.
         final_norm: after the last.
+        table: of the layers without a window; local: of those with one, None where it is the same.
         offset: norms multiply by 1 + weight.
         activation: of the MLP's gate.
     """
@@ -34,39 +35,50 @@ class FusedLayers:
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm,
         *,
+        table: RotaryTable,
+        local: RotaryTable | None,
         offset: bool,
         activation: Literal["silu", "gelu_tanh"],
     ) -> None:
         self._layers, self._offset, self._activation = list(layers), offset, activation
         self._eps = final_norm.eps
+        self._table, self._local = table, table if local is None else local
         self._opening = [_weight(layer.input_norm) for layer in self._layers]
         self._opening.append(final_norm.weight)
 
-    def __call__(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        local: tuple[Tensor, Tensor],
-        attention: AttentionBackend,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """Embeddings to final hidden states, [T, hidden] both; x is overwritten.
 
         Args:
-            table: cos and sin as `RotaryTable` gives them.
-            local: those of layers with a window.
+            positions: [T] int64.
         """
         opening = self._opening
         first = opening[0]
         y = x if first is None else kernels.rms_norm(x, first, self._eps, offset=self._offset)
         for index, layer in enumerate(self._layers):
-            heads, rotated = layer.num_heads, layer.num_heads + layer.num_kv_heads
             qkv = layer.qkv_proj(y).view(len(x), -1, layer.head_dim)
-            qk = self._rotated(layer, qkv[:, :rotated], *(local if layer.local else table))
-            mixed = attention.attend(layer.index, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
+            mixed = self._attended(layer, qkv, positions, attention)
             y = self._add(layer, x, layer.o_proj(mixed), layer.attention_output_norm, _weight(layer.mlp_norm))
             gated = kernels.gated_activation(layer.gate_up_proj(y), self._activation)
             y = self._add(layer, x, layer.down_proj(gated), layer.mlp_output_norm, opening[index + 1])
         return y
+
+    def _attended(
+        self, layer: DecoderLayer, qkv: Tensor, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor:
+        """Attention over qkv [T, heads + 2 * kv_heads, head_dim], which may be overwritten."""
+        heads, rotated = layer.num_heads, layer.num_heads + layer.num_kv_heads
+        table, norm = self._local if layer.local else self._table, layer.qk_norm
+        qk, v = qkv[:, :rotated], qkv[:, rotated:]
+        rotary = Rotary(table.cos, table.sin)
+        if isinstance(norm, HeadNorm) and table.cos.shape[1] == layer.head_dim:
+            rotary = Rotary(table.cos, table.sin, norm.weight, norm.eps, norm.offset)
+        elif norm is not None:
+            qk = norm(qk)
+        if isinstance(attention, RotatingAttention) and attention.rotates:
+            return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v, rotary)
+        kernels.rotate(qk, positions, rotary)
+        return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v)
 
     def _add(
         self, layer: DecoderLayer, x: Tensor, out: Tensor, norm: RMSNorm | None, following: Tensor | None
@@ -80,16 +92,6 @@ class FusedLayers:
             offset=self._offset,
             residual_scale=layer.residual_scale,
         )
-
-    def _rotated(self, layer: DecoderLayer, qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        norm = layer.qk_norm
-        if isinstance(norm, HeadNorm) and cos.shape[-1] == layer.head_dim:
-            kernels.rotate(qk, cos, sin, norm=norm.weight, eps=norm.eps, offset=norm.offset)
-            return qk
-        if norm is not None:
-            qk = norm(qk)
-        kernels.rotate(qk, cos, sin)
-        return qk
 
 
 def _weight(norm: RMSNorm | None) -> Tensor | None:

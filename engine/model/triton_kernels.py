@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.attention.base import Rotary
+
 __all__ = ["add_norm", "gated_activation", "quantize_rows", "rms_norm", "rotate", "scale_sums"]
 
 _HEADS_PER_PROGRAM = 4
@@ -131,11 +133,11 @@ def _launch_add_norm(
 @triton.jit
 def _rotate_kernel(
     qk_ptr,
+    position_ptr,
     cos_ptr,
     sin_ptr,
     weight_ptr,
     token_stride,
-    table_stride,
     heads,
     eps,
     HEAD_DIM: tl.constexpr,
@@ -151,7 +153,7 @@ def _rotate_kernel(
     rotated = channel < HALF
     inside = (head < heads) & rotated
     # The second half of the table: there cos is cos and sin is sin; in the first half sin has its sign.
-    table = token * table_stride + HALF + channel
+    table = tl.load(position_ptr + token) * (2 * HALF) + HALF + channel
     cos = tl.load(cos_ptr + table, mask=rotated, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + table, mask=rotated, other=0.0).to(tl.float32)
     at = token * token_stride + head * HEAD_DIM + channel
@@ -174,44 +176,36 @@ def _rotate_kernel(
     tl.store(qk_ptr + at + HALF, (second * cos + first * sin).to(kind), mask=inside)
 
 
-def rotate(
-    qk: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    offset: bool = False,
-) -> None:
-    """Rotary embedding of queries and keys in place, after an RMSNorm of each head where `norm` is given.
+def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
+    """Rotary embedding of queries and keys in place, after the norm of each head where there is one.
 
     Args:
         qk: [T, heads, head_dim]; the last two dimensions are contiguous.
-        cos, sin: [T, 1, 2 * frequencies] as `RotaryTable` gives them; further channels of a head stay.
-        norm: [heads * head_dim]. All channels must be rotated then.
+        positions: [T] int64.
+        rotary: its tables are contiguous. With a norm, all channels must be rotated.
 
     Raises:
         ValueError: a norm on heads that are rotated in part.
     """
     tokens, heads, head_dim = qk.shape
-    half = cos.shape[-1] // 2
+    half, norm = rotary.cos.shape[1] // 2, rotary.norm
     if norm is not None and 2 * half != head_dim:
         raise ValueError("heads that are normed must be rotated whole")
     if tokens == 0:
         return
     _rotate_kernel[(tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM))](
         qk,
-        cos,
-        sin,
+        positions,
+        rotary.cos,
+        rotary.sin,
         qk if norm is None else norm,
         qk.stride(0),
-        cos.stride(0),
         heads,
-        eps,
+        rotary.eps,
         HEAD_DIM=head_dim,
         HALF=half,
         NORM=norm is not None,
-        OFFSET=offset,
+        OFFSET=rotary.offset,
         BLOCK_HEADS=_HEADS_PER_PROGRAM,
         BLOCK_HALF=triton.next_power_of_2(half),
         num_warps=4,

@@ -27,18 +27,25 @@ from tests.engine.triton_compile import compile_only, resources, use
 def cases(every: bool) -> Iterator[tuple[Shape, Kind]]:
     """A tree of one sequence, which is split, and a chunk whose tiles are enough."""
     bf16 = {"dtype": torch.bfloat16}
-    yield Shape((3000,), 64, tree=True, group=4, kv_heads=8, head_dim=128, **bf16), Kind(128, False)
+    tree = Shape((3000,), 64, tree=True, group=4, kv_heads=8, head_dim=128, rotary="whole", **bf16)
+    yield tree, Kind(128, False)
     yield Shape((100,), 700, tree=False, group=1, kv_heads=32, head_dim=128, **bf16), Kind(128, True)
     if not every:
         return
     for head_dim in (64, 80, 96, 128, 256):
         for group, nodes in ((1, 1), (3, 9), (1, 64), (4, 64)):
             kind = Kind.of(nodes * group, tree=True)
-            yield Shape((3000,), nodes, tree=True, group=group, head_dim=head_dim, **bf16), kind
+            for rotary in ("whole", "norm"):
+                yield (
+                    replace(tree, size=nodes, group=group, kv_heads=2, head_dim=head_dim, rotary=rotary),
+                    kind,
+                )
         yield Shape((50,), 700, tree=False, group=4, kv_heads=8, head_dim=head_dim, **bf16), Kind(128, True)
     ragged = {"computed": (8, 3), "window": 64, "dtype": torch.float16}
-    yield Shape((300, 20), 8, tree=True, group=4, **ragged), Kind(32, False)
-    yield Shape((300,), 64, tree=True, group=4, head_dim=128, dtype=torch.float32), Kind(128, False)
+    for rotary in ("", "part", "offset"):
+        yield Shape((300, 20), 8, tree=True, group=4, rotary=rotary, **ragged), Kind(32, False)
+    exact = Shape((300,), 64, tree=True, group=4, head_dim=128, rotary="norm", dtype=torch.float32)
+    yield exact, Kind(128, False)
     yield Shape((300,), 200, tree=False, group=4, head_dim=256, dtype=torch.float32), Kind(128, True)
 
 
@@ -68,9 +75,11 @@ def main() -> int:
             for tile in tiles if every else tiles[:1]:
                 compiled.clear()
                 attention = TritonAttention(shape.group, tiles={kind: tile}, processors=132, **step.options())
-                step.attend(attention)
+                attention.plan(step.batch, step.pool)
+                planned = step if attention.rotates else replace(step, rotary=None)
+                planned.attend(attention)
                 if shape.tree:
-                    with_masks_off_a_boundary(step).attend(attention)
+                    with_masks_off_a_boundary(planned).attend(attention)
                 for kernel in dict.fromkeys(compiled):
                     used = resources(kernel)
                     worst = max(worst, used["spilled"])

@@ -75,6 +75,46 @@ def test_trees(shape: Shape, processors: int) -> None:
     check(step, backend(step, processors))
 
 
+ROTATED = [
+    Shape((140, 3), 1, tree=True, kv_heads=1, group=3, rotary="whole"),
+    Shape((130,), 33, tree=True, kv_heads=1, group=1, rotary="part"),
+    Shape((140, 20), 9, tree=True, computed=(9, 4), head_dim=80, rotary="norm"),
+    Shape((30, 160), 8, tree=True, computed=(0, 8), kv_heads=1, head_dim=96, rotary="part"),
+    Shape((300, 0), 20, tree=True, window=30, kv_heads=1, group=4, rotary="offset"),
+    Shape((140,), 6, tree=True, rotary="whole", dtype=torch.float16),
+    Shape((37,), 20, tree=False, kv_heads=1, rotary="norm"),
+]
+
+
+@pytest.mark.parametrize("processors", [FEW, MANY], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", ROTATED, ids=str)
+def test_queries_and_keys_are_rotated_as_they_are_loaded(shape: Shape, processors: int) -> None:
+    step = make_step(shape)
+    before = [x.clone() for x in (step.q, step.k, step.v)]
+    check(step, backend(step, processors))
+    for x, was in zip((step.q, step.k, step.v), before, strict=True):
+        assert torch.equal(x, was)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rotates"),
+    [
+        (Shape((3,), 4, tree=True), True),
+        (Shape((3,), 4, tree=False), False),
+        (Shape((3,), 64, tree=True, head_dim=128), True),
+        (Shape((3,), 16, tree=True, head_dim=256), True),
+        (Shape((3,), 64, tree=True, head_dim=256), False),
+    ],
+    ids=str,
+)
+def test_it_rotates_in_trees_where_registers_are_enough(shape: Shape, rotates: bool) -> None:
+    step = make_step(replace(shape, dtype=torch.float16))
+    attention = TritonAttention(shape.group, processors=FEW)
+    assert not attention.rotates
+    attention.plan(step.batch, step.pool)
+    assert attention.rotates == rotates
+
+
 @pytest.mark.parametrize("shape", CHUNKS, ids=str)
 def test_chunks_of_a_prompt(shape: Shape) -> None:
     step = make_step(shape)

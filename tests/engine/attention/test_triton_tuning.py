@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,7 +119,8 @@ def test_a_folder_that_cannot_be_written_is_only_logged(
 
 
 @pytest.mark.cuda
-def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_norm", [False, True])
+def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_norm: bool) -> None:
     monkeypatch.setattr(triton_tuning, "_CACHED", 100)
     monkeypatch.setattr(triton_tuning, "_CHUNK", 40)
     outputs: list[torch.Tensor] = []
@@ -133,5 +135,6 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             outputs.append(torch.empty(0))
         return 1.0
 
-    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=clock)
+    shape = replace(SHAPE, frequencies=32, head_norm=head_norm)
+    tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
     assert [len(found) for found in outputs if len(found)] == [1, 40]

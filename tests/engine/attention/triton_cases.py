@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInput
+from engine.attention.base import AttentionBackend, AttentionInput, Rotary, RotatingAttention
 from engine.cache.pool import KVPool
+from engine.model.config import RopeConfig
+from engine.model.layers import RotaryTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -30,6 +32,8 @@ class Shape:
         size: new rows N of each.
         tree: they are a random tree, not a chunk of a prompt.
         computed: of each sequence, how many of its N rows are computed; None for all, without an index.
+        rotary: what the backend does to queries and keys: nothing (they come rotated), rotates them "whole"
+            or in "part", or norms each head before that, by its weight ("norm") or 1 + weight ("offset").
     """
 
     lengths: tuple[int, ...]
@@ -42,6 +46,7 @@ class Shape:
     block_size: int = 16
     window: int | None = None
     scale: float | None = None
+    rotary: str = ""
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
@@ -53,6 +58,8 @@ class Shape:
             shown.append(f"block{self.block_size}")
         if self.window is not None:
             shown.append(f"window{self.window}")
+        if self.rotary:
+            shown.append(self.rotary)
         if self.dtype is not torch.float32:
             shown.append(str(self.dtype).removeprefix("torch."))
         return "-".join(shown)
@@ -68,9 +75,13 @@ class Step:
     q: Tensor
     k: Tensor
     v: Tensor
+    rotary: Rotary | None = None
 
     def attend(self, backend: AttentionBackend, layer: int = 1) -> Tensor:
         backend.plan(self.batch, self.pool)
+        if self.rotary is not None:
+            assert isinstance(backend, RotatingAttention)
+            return backend.attend(layer, self.q, self.k, self.v, self.rotary)
         return backend.attend(layer, self.q, self.k, self.v)
 
     def options(self) -> dict[str, Any]:
@@ -120,7 +131,43 @@ def make_step(shape: Shape, seed: int = 0) -> Step:
     heads = shape.kv_heads * shape.group
     qkv = torch.randn(len(index), heads + 2 * shape.kv_heads, shape.head_dim, generator=generator)
     q, k, v = qkv.to(DEVICE, shape.dtype).split([heads, shape.kv_heads, shape.kv_heads], dim=1)
-    return Step(shape, pool, batch, q, k, v)
+    return Step(shape, pool, batch, q, k, v, make_rotary(shape, generator))
+
+
+def make_rotary(shape: Shape, generator: torch.Generator) -> Rotary | None:
+    """Tables and weights that the shape asks for."""
+    if not shape.rotary:
+        return None
+    half = shape.head_dim // (4 if shape.rotary == "part" else 2)
+    positions = max(shape.lengths) + shape.size
+    table = RotaryTable(RopeConfig(torch.rand(half, generator=generator), 1.1), positions, shape.dtype)
+    cos, sin = table.cos.to(DEVICE), table.sin.to(DEVICE)
+    if shape.rotary not in ("norm", "offset"):
+        return Rotary(cos, sin)
+    channels = (shape.kv_heads * shape.group + shape.kv_heads) * shape.head_dim
+    weight = torch.randn(channels, generator=generator).to(DEVICE, shape.dtype)
+    return Rotary(cos, sin, weight, 1e-3, shape.rotary == "offset")
+
+
+def turned(step: Step) -> tuple[Tensor, Tensor]:
+    """q and k as they enter the products: norm and rotation in float64, each rounded to the dtype."""
+    if step.rotary is None:
+        return step.q, step.k
+    rotary, dtype = step.rotary, step.shape.dtype
+    qk = torch.cat((step.q, step.k), 1).double()
+    if rotary.norm is not None:
+        weight = rotary.norm.double().view(1, *qk.shape[1:]) + rotary.offset
+        qk = qk / (qk.square().mean(-1, keepdim=True) + rotary.eps).sqrt() * weight
+        qk = qk.to(dtype).double()
+    positions = step.batch.positions().flatten()
+    if step.batch.index is not None:
+        positions = positions[step.batch.index]
+    cos, sin = (table.double()[positions].unsqueeze(1) for table in (rotary.cos, rotary.sin))
+    size = cos.shape[-1]
+    whole = qk[..., :size]
+    qk = torch.cat((whole * cos + whole.roll(size // 2, -1) * sin, qk[..., size:]), -1).to(dtype)
+    q, k = qk.split([step.q.shape[1], step.k.shape[1]], 1)
+    return q, k
 
 
 def random_trees(sequences: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -139,7 +186,7 @@ def formula(step: Step) -> Tensor:
     """softmax(q k^T * scale) v in float64, [T, heads * head_dim]. To be called before the step is run."""
     shape, batch = step.shape, step.batch
     scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale
-    q, k, v = (x.double().cpu() for x in (step.q, step.k, step.v))
+    q, k, v = (x.double().cpu() for x in (*turned(step), step.v))
     pool = step.pool.data[1].double().cpu().flatten(1, 2)
     host = replace(
         batch,
@@ -180,8 +227,14 @@ def check(step: Step, backend: AttentionBackend) -> None:
     rows = step.batch.rows.flatten()
     if step.batch.index is not None:
         rows = rows[step.batch.index]
-    before.flatten(2, 3)[1, 0].index_copy_(0, rows, step.k.contiguous())
-    before.flatten(2, 3)[1, 1].index_copy_(0, rows, step.v.contiguous())
+    written = before.flatten(2, 3)[1]
+    k = turned(step)[1].contiguous()
+    if step.rotary is not None:  # rounded as float32 is, before it is rounded to the dtype
+        got = step.pool.data.flatten(2, 3)[1, 0][rows]
+        torch.testing.assert_close(got, k, rtol=torch.finfo(k.dtype).eps, atol=2e-6)
+        k = got
+    written[0].index_copy_(0, rows, k)
+    written[1].index_copy_(0, rows, step.v.contiguous())
     torch.testing.assert_close(step.pool.data, before, rtol=0.0, atol=0.0, equal_nan=True)
 
 

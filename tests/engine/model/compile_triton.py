@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.attention.base import Rotary
 from engine.model import triton_kernels as kernels
 from tests.engine.triton_compile import compile_only, resources, use
 
@@ -27,17 +28,16 @@ def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
     def some(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    x, weight = some(4, hidden), some(hidden)
+    x, weight, positions = some(4, hidden), some(hidden), torch.arange(4)
     kernels.rms_norm(x, weight, 1e-5)
     for after, before, offset in ((None, weight, False), (weight, None, False), (weight, weight, True)):
         kernels.add_norm(x, x, after=after, before=before, eps=1e-5, offset=offset, residual_scale=0.5)
     for head_dim, rotated in ((64, 64), (128, 128), (96, 48), (256, 256)):
         qk = some(4, 11, head_dim)
-        kernels.rotate(qk, some(4, 1, rotated), some(4, 1, rotated))
+        rotary = Rotary(some(16, rotated), some(16, rotated))
+        kernels.rotate(qk, positions, rotary)
         if rotated == head_dim:
-            kernels.rotate(
-                qk, some(4, 1, rotated), some(4, 1, rotated), norm=some(11 * head_dim), offset=True
-            )
+            kernels.rotate(qk, positions, rotary._replace(norm=some(11 * head_dim), offset=True))
     for activation in ("silu", "gelu_tanh"):
         kernels.gated_activation(some(4, 2 * 3 * hidden), activation)
     for kind in (torch.int8, torch.float8_e4m3fn) if fp8 else (torch.int8,):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from engine.attention.base import AttentionInput
+from engine.attention.base import AttentionBackend, AttentionInput
+from engine.attention.sdpa import SdpaAttention
 from engine.attention.triton import TritonAttention
 from engine.cache.pool import KVPool
 from engine.config import EngineConfig
@@ -71,6 +72,53 @@ def test_every_family_gives_the_same(family: str, overrides: dict[str, Any], tmp
     assert len(got.given) == len(wanted.given)
     for ours, theirs in zip(got.given, wanted.given, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"), [*(("llama", variant) for variant in VARIANTS), *FAMILIES], ids=str
+)
+@torch.inference_mode()
+def test_attention_that_rotates_gives_the_same(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    """A tree behind the chunk of a prompt: what the tree sees, and what it leaves in the pool."""
+    plain = decoder(family, overrides, tmp_path, torch.float32)
+    config = plain.config
+    options: dict[str, Any] = {"scale": config.attention_scale, "windows": config.windows_within(512)}
+    found = run_both(plain, SdpaAttention(config.group, **options))
+    plain.fuse_triton()
+    attention = TritonAttention(config.group, tiles=SMALL, processors=4, **options)
+    got = run_both(plain, attention)
+    assert attention.rotates
+    for ours, theirs in zip(got, found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=5e-5)
+
+
+def run_both(decoder: Decoder, attention: AttentionBackend) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of a prompt and of a tree of 5 behind it, and the pool."""
+    config, count, size = decoder.config, 37, 5
+    pool = KVPool(
+        num_layers=config.num_layers,
+        num_blocks=5,
+        block_size=16,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=DEVICE,
+    )
+    tables = torch.tensor([[3, 1, 4]], device=DEVICE)
+    depths = torch.tensor([[0, 1, 1, 2, 2]], device=DEVICE)
+    ancestors = torch.tensor([[0b1, 0b11, 0b101, 0b1011, 0b10101]], device=DEVICE)
+
+    def forward(start: int, size: int, **tree: Tensor) -> Tensor:
+        row = torch.arange(start, start + size, device=DEVICE)
+        rows = tables[:, row // 16] * 16 + row % 16
+        lengths = torch.tensor([start], device=DEVICE)
+        batch = AttentionInput(tables, lengths, rows, start + size, **tree)
+        attention.plan(batch, pool)
+        return decoder(row * 7 % 61, batch.positions().flatten(), attention)
+
+    return forward(0, count), forward(count, size, depths=depths, ancestors=ancestors), pool.data
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention.base import Rotary
 from engine.model.config import RopeConfig
 from engine.model.layers import HeadNorm, RotaryTable
 
@@ -93,7 +94,7 @@ def test_rotate_turns_queries_and_keys_in_place(
     wanted[:, :turned, :frequencies] = (first * cos - second * sin)[:, :turned]
     wanted[:, :turned, frequencies : 2 * frequencies] = (second * cos + first * sin)[:, :turned]
     values = qkv[:, turned:].clone()
-    kernels.rotate(qkv[:, :turned], *(part.to(dtype) for part in table(positions)))
+    kernels.rotate(qkv[:, :turned], positions, Rotary(table.cos.to(dtype), table.sin.to(dtype)))
     near(qkv[:, :turned], wanted[:, :turned], 2.0)
     assert torch.equal(qkv[:, turned:], values)
 
@@ -104,17 +105,19 @@ def test_rotate_norms_each_head_first(dtype: torch.dtype, offset: bool) -> None:
     norm = HeadNorm(6, 32, 1e-4, offset=offset, dtype=dtype).to(DEVICE)
     norm.weight.data.copy_(random(6 * 32, dtype=dtype, seed=4))
     table = RotaryTable(RopeConfig(torch.rand(16), 1.0), 64, dtype).to(DEVICE)
-    cos, sin = table(torch.arange(5, device=DEVICE))
+    positions = torch.tensor([0, 1, 2, 40, 63], device=DEVICE)
+    cos, sin = table(positions)
     qk = random(5, 6, 32, dtype=dtype)
     heads = normed(qk, norm.weight.view(6, 32), 1e-4, offset)
     wanted = heads * cos.double() + heads.roll(16, -1) * sin.double()
-    kernels.rotate(qk, cos, sin, norm=norm.weight, eps=norm.eps, offset=offset)
+    kernels.rotate(qk, positions, Rotary(table.cos, table.sin, norm.weight, norm.eps, offset))
     near(qk, wanted, 2.0)
 
 
 def test_a_norm_on_heads_rotated_in_part_is_refused() -> None:
+    rotary = Rotary(random(1, 16), random(1, 16), random(64))
     with pytest.raises(ValueError, match="whole"):
-        kernels.rotate(random(1, 2, 32), random(1, 1, 16), random(1, 1, 16), norm=random(64))
+        kernels.rotate(random(1, 2, 32), torch.zeros(1, dtype=torch.int64), rotary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,7 +173,7 @@ def test_no_rows_are_no_launch() -> None:
     none = random(0, 32)
     assert kernels.rms_norm(none, random(32), 1e-5).shape == (0, 32)
     assert kernels.gated_activation(none, "silu").shape == (0, 16)
-    kernels.rotate(none.view(0, 2, 16), random(0, 1, 16), random(0, 1, 16))
+    kernels.rotate(none.view(0, 2, 16), none, Rotary(random(1, 16), random(1, 16)))
     assert kernels.quantize_rows(none, torch.int8, rows=8)[0].shape == (8, 32)
 
 
