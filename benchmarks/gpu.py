@@ -28,7 +28,7 @@ from benchmarks.gpu_device import between_products, ceilings, tests
 from benchmarks.gpu_run import Run, combine, device_name, output_file
 from benchmarks.gpu_shapes import SHAPES
 from benchmarks.gpu_simulated import simulated
-from benchmarks.gpu_steps import idle, quantized_steps, steps
+from benchmarks.gpu_steps import idle, quantized_steps, sampled_steps, steps
 from benchmarks.gpu_targets import targets
 from benchmarks.gpu_text import divergences, end_to_end, http, quality_cost
 
@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {
     "end_to_end": end_to_end,
     "divergences": divergences,
     "http": http,
+    "sampled_steps": sampled_steps,
     "quantized_steps": quantized_steps,
     "quality": quality_cost,
     "between_products": between_products,

@@ -37,7 +37,7 @@ from engine.runner import Prefilled
 from engine.scheduler import Chunk
 from engine.types import Request, SamplingParams
 
-__all__ = ["idle", "load_shape", "quantized_steps", "step_times", "steps"]
+__all__ = ["idle", "load_shape", "quantized_steps", "sampled_steps", "step_times", "steps"]
 
 TREE_FILE = ROOT / "configs" / "trees" / "vicuna_7b_stage1.json"
 NODES = (1, 8, 16, 32, 64)
@@ -111,7 +111,13 @@ def load_shape(
 
 @contextmanager
 def made_up_engine(
-    loaded: Loaded, *, batch: int, context: int, nodes: int, drafting: bool
+    loaded: Loaded,
+    *,
+    batch: int,
+    context: int,
+    nodes: int,
+    drafting: bool,
+    sampling: dict[str, Any] | None = None,
 ) -> Iterator[Engine]:
     """An engine in which `batch` sequences of `context` tokens decode, with trees of `nodes` each.
 
@@ -142,7 +148,7 @@ def made_up_engine(
     engine = Engine(made, ahead=True, graph=graph, buckets=Buckets((batch,), (nodes,), batch * nodes))
     _skip_prefill(engine, batch * context)
     try:
-        _start(engine, batch, context)
+        _start(engine, batch, context, sampling or {"temperature": 0.0})
         engine._scheduler._max_step_tokens = most
         yield engine
     finally:
@@ -154,9 +160,9 @@ def made_up_engine(
         del engine._runner
 
 
-def _start(engine: Engine, batch: int, context: int) -> None:
-    """Add the sequences, and step until all of them decode."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
+def _start(engine: Engine, batch: int, context: int, values: dict[str, Any]) -> None:
+    """Add the sequences, which are sampled so, and step until all of them decode."""
+    sampling = SamplingParams(**values, max_tokens=_STEPS, ignore_eos=True)
     generator = torch.Generator().manual_seed(0)
     for number in range(batch):
         prompt = torch.randint(engine.info.vocab_size, (context,), generator=generator).tolist()
@@ -356,6 +362,37 @@ def _linears(run: Run) -> dict[str, Any]:
             row[f"{kind}, torchao's linear"] = ms(run.timed(run.captured(partial(theirs, x))))
         found[f"rows {rows}"] = row
         print("linear", rows, row, flush=True)
+    return found
+
+
+_SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.8},
+    "filters": {"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+    # Random weights make flat distributions: no few tokens come into question, which is the slow way.
+    "wide nucleus": {"temperature": 1.5, "top_p": 0.95},
+    "everything": {"temperature": 0.8, "top_p": 0.95, "presence_penalty": 0.5, "logit_bias": ((7, 1.0),)},
+}
+
+
+def sampled_steps(run: Run) -> dict[str, Any]:
+    """What sampling costs: steps of 16 nodes by what their requests ask for, over greedy ones."""
+    found: dict[str, Any] = {}
+    shapes = [TINY] if run.tiny else [SHAPES[name] for name in ("smollm2-135m", "llama-3.1-8b")]
+    nodes, context = (4, 24) if run.tiny else (16, 512)
+    for shape in shapes:
+        rows: list[dict[str, Any]] = []
+        with load_shape(run, shape, tokens=2048 if run.tiny else 64 * 1024) as (loaded, _):
+            for batch in (1, 2) if run.tiny else (1, 16, 32):
+                row: dict[str, Any] = {"batch": batch, "nodes": nodes, "context": context}
+                for name, sampling in _SAMPLINGS.items():
+                    case = {"batch": batch, "context": context, "nodes": nodes, "drafting": True}
+                    with made_up_engine(loaded, **case, sampling=sampling) as engine:
+                        row[f"{name} ms"] = ms(statistics.median(step_times(run, engine, batch, count=20)))
+                rows.append(row)
+                print(shape.name, row, flush=True)
+        found[shape.name] = rows
+        run.record("sampled_steps", found)
     return found
 
 

@@ -33,6 +33,12 @@ _BLOCK = 4096
 _CANDIDATES = 2048
 """Tokens that are put together before they are searched for a cut."""
 
+_STAGES: tl.constexpr = tl.constexpr(3)
+"""Blocks on their way from memory while one is looked at: a program alone has nothing else to do meanwhile."""
+
+_WIDTH: tl.constexpr = tl.constexpr(16)
+"""Candidates come in multiples of so many, so that they are loaded as wide as a whole row."""
+
 _INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
 """The key of -inf: the largest there is."""
 
@@ -101,7 +107,7 @@ def _best(row_ptr, size, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = lane
-    for start in range(0, size, BLOCK):
+    for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
         column = start + lane
         value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
         better = value > best
@@ -126,7 +132,7 @@ def _least_key(row_ptr, size, best, temperature, high, target, WEIGH: tl.constex
         step = (high - low) // 4 + 1
         bound = tl.minimum(low + step * (way + 1) - 1, high)
         weights = tl.zeros([4, BLOCK], tl.float32)
-        for start in range(0, size, BLOCK):
+        for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
             column = start + tl.arange(0, BLOCK)[None, :]
             value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
             key, scaled = _key(value, best, temperature)
@@ -148,7 +154,7 @@ def _collect(
     """Put the tokens together that a cut has to be looked for among, where they are few.
 
     Returns:
-        How many they are, 0 where they are not few; and the weight of all tokens up to key `floor`.
+        How many they are, rounded up, or 0 where they are not few; and the weight of all up to key `floor`.
     """
     way = tl.arange(0, 4)[:, None]
     # Logits 3, 7 and 12 below the best, and all of them.
@@ -156,7 +162,7 @@ def _collect(
     bound = tl.where(way == 3, floor, tl.minimum(bound, floor))
     counts = tl.zeros([4, BLOCK], tl.int32)
     weights = tl.zeros([4, BLOCK], tl.float32)
-    for start in range(0, size, BLOCK):
+    for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
         column = start + tl.arange(0, BLOCK)[None, :]
         value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
         key, scaled = _key(value, best, temperature)
@@ -176,7 +182,7 @@ def _collect(
     number = tl.full([], 0, tl.int32)
     if chosen < 4:
         limit = tl.sum(tl.where(way == chosen, bound, 0))
-        for start in range(0, size, BLOCK):
+        for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
             column = start + tl.arange(0, BLOCK)
             value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
             key, scaled = _key(value, best, temperature)
@@ -185,6 +191,10 @@ def _collect(
             tl.store(kept_ptr + place, value, mask=keep != 0)
             tl.store(token_ptr + place, column, mask=keep != 0)
             number += tl.sum(keep, 0)
+        # Up to a multiple of 16, for loads of that width: tokens that are never drawn.
+        rest = tl.arange(0, _WIDTH)
+        tl.store(kept_ptr + number + rest, tl.full([_WIDTH], float("-inf"), tl.float32))
+        number = tl.cdiv(number, _WIDTH) * _WIDTH
         tl.debug_barrier()  # other threads read what these have written
     return number, all_weights
 
@@ -199,7 +209,7 @@ def _pick(row_ptr, size, best, temperature, cut, uniform, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     total = tl.full([], 0.0, tl.float32)
     moment = tl.full([], 0.0, tl.float32)
-    for start in range(0, size, BLOCK):
+    for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
         column = start + lane
         value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
         key, scaled = _key(value, best, temperature)
@@ -211,7 +221,7 @@ def _pick(row_ptr, size, best, temperature, cut, uniform, BLOCK: tl.constexpr):
     passed = tl.full([], 0.0, tl.float32)
     before = tl.full([], 0.0, tl.float32)
     at = tl.full([], 0, tl.int32)
-    for start in range(0, size, BLOCK):
+    for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
         column = start + lane
         value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
         key, scaled = _key(value, best, temperature)
@@ -258,7 +268,7 @@ def _draw_kernel(
     biases_ptr, bias_ptr, waits_ptr, min_tokens_ptr, ends_ptr, forbids_ptr, words_ptr, tail_ptr,
     adjusted_ptr, kept_ptr, kept_token_ptr, drawn_ptr, matched_ptr, log_p_ptr,
     batch, nodes, vocab,
-    NODES: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    NODES: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, WIDE: tl.constexpr,
     WORDS: tl.constexpr, WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A program of the grid (batch) draws along the tree of one sequence; see `TreeSampler.draw`."""
@@ -287,6 +297,7 @@ def _draw_kernel(
     presence = tl.load(presence_ptr + slot)
     frequency = tl.load(frequency_ptr + slot)
     repetition = tl.load(repetition_ptr + slot)
+    ROOM: tl.constexpr = CANDIDATES + _WIDTH
     # As torch's: below it only the best tokens keep any mass.
     heat = tl.maximum(temperature, 1e-5)
 
@@ -304,7 +315,7 @@ def _draw_kernel(
                 raw_ptr = row_ptr
                 row_ptr = adjusted_ptr + sequence * vocab
                 tl.debug_barrier()  # nobody reads the last node's any more
-                for start in range(0, vocab, BLOCK):
+                for start in tl.range(0, vocab, BLOCK, num_stages=_STAGES):
                     column = start + tl.arange(0, BLOCK)
                     within = column < vocab
                     value = tl.load(raw_ptr + column, mask=within, other=0.0)
@@ -344,16 +355,20 @@ def _draw_kernel(
                 cut = floor
                 source_ptr = row_ptr
                 size = vocab.to(tl.int32)
+                number = tl.full([], 0, tl.int32)
                 if (min_p > 0.0) | (top_k > 0) | (top_p < 1.0):
                     tl.debug_barrier()  # nobody reads the last node's candidates any more
                     number, weight = _collect(
                         row_ptr, vocab, best, heat, floor, top_k, top_p,
-                        kept_ptr + sequence * CANDIDATES, kept_token_ptr + sequence * CANDIDATES,
+                        kept_ptr + sequence * ROOM, kept_token_ptr + sequence * ROOM,
                         BLOCK // 2, CANDIDATES,
                     )  # fmt: skip
                     if number > 0:
-                        source_ptr = kept_ptr + sequence * CANDIDATES
+                        source_ptr = kept_ptr + sequence * ROOM
                         size = number
+                    if WIDE:  # which is forgotten where two branches meet
+                        source_ptr = tl.multiple_of(source_ptr, _WIDTH)
+                        size = tl.multiple_of(size, _WIDTH)
                     if top_k > 0:
                         wanted = top_k.to(tl.float32)
                         cut = _least_key(source_ptr, size, best, heat, cut, wanted, False, BLOCK // 2)
@@ -364,8 +379,8 @@ def _draw_kernel(
                 uniform = _uniform(tl.load(seed_ptr + slot), tl.load(choice_ptr + slot), position)
                 place, total, moment = _pick(source_ptr, size, best, heat, cut, uniform, BLOCK)
                 target = place.to(tl.int64)
-                if size < vocab:
-                    target = tl.load(kept_token_ptr + sequence * CANDIDATES + place).to(tl.int64)
+                if number > 0:
+                    target = tl.load(kept_token_ptr + sequence * ROOM + place).to(tl.int64)
                 follows = children & (token == target)
                 if typical:
                     entropy = tl.log(total) - moment / total
@@ -403,8 +418,8 @@ class TreeSampler:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._adjusted = buffer(torch.float32, max_batch, vocab_size)
-        self._kept = buffer(torch.float32, max_batch, _CANDIDATES)
-        self._kept_tokens = buffer(torch.int32, max_batch, _CANDIDATES)
+        self._kept = buffer(torch.float32, max_batch, _CANDIDATES + _WIDTH.value)
+        self._kept_tokens = buffer(torch.int32, max_batch, _CANDIDATES + _WIDTH.value)
         self.drawn = buffer(torch.int64, max_rows)
         """[B * N]: the model's own draw at each reached node, -1 at the others."""
         self.matched = buffer(torch.int64, max_batch)
@@ -438,6 +453,7 @@ class TreeSampler:
             NODES=MAX_TREE_NODES,
             BLOCK=_BLOCK,
             CANDIDATES=_CANDIDATES,
+            WIDE=self._vocab_size % _WIDTH.value == 0,
             WORDS=MAX_BAD_WORDS,
             WORD_TOKENS=MAX_BAD_WORD_TOKENS,
             num_warps=16,
