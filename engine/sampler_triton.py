@@ -34,7 +34,7 @@ _CANDIDATES = 2048
 """Tokens that are put together before they are searched for a cut."""
 
 _STAGES: tl.constexpr = tl.constexpr(3)
-"""Blocks on their way from memory while one is looked at: a program alone has nothing else to do meanwhile."""
+"""Blocks on their way from memory while one is looked at: a program has nothing else to do meanwhile."""
 
 _WIDTH: tl.constexpr = tl.constexpr(16)
 """Candidates come in multiples of so many, so that they are loaded as wide as a whole row."""
