@@ -71,9 +71,9 @@ class TritonRunner(CapturedRunner):
             depths=grid[2],
         )
         self._attention.plan(attention_input, self._pool)
-        hidden = self._decoder(self._tokens[:count], self._positions[:count], self._attention)
-        kept.hidden.copy_(hidden)
-        kept.logits.copy_(self._decoder.logits(hidden))
+        tokens, positions = self._tokens[:count], self._positions[:count]
+        hidden = self._decoder(tokens, positions, self._attention, kept.hidden)
+        self._decoder.logits(hidden, kept.logits)
 
     def _targets_accept_compact(self, bucket: Bucket, anything: bool) -> None:
         slots, grid = self._slots_and_grid(bucket)

@@ -117,6 +117,8 @@ class Decoder(nn.Module):
         max_position: positions of the rotary table.
     """
 
+    logits_divisor: Tensor
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype, max_position: int) -> None:
         super().__init__()
         self.config = config
@@ -132,40 +134,48 @@ class Decoder(nn.Module):
         self.local_rotary = None if local is None else RotaryTable(local, max_position, dtype)
         # Rounded as the reference's: its factor is a tensor of the embedding's dtype.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
+        divisor = torch.tensor([config.logits_divisor], dtype=torch.float32)
+        self.register_buffer("logits_divisor", divisor, persistent=False)
         self.fused: FusedInt8Layers | None = None
         self.fused_cuda: FusedLayers | None = None
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: AttentionBackend, out: Tensor | None = None
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             tokens: [T] int64.
             positions: [T] int64.
             attention: a backend whose `plan` was called for these rows.
+            out: [T, hidden], contiguous, to be written to and returned; None is a new tensor.
 
         Returns:
             [T, hidden].
         """
+        if self.fused_cuda is not None:
+            return self.fused_cuda(tokens, positions, attention, out)
         x = F.embedding(tokens, self.embed)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        if self.fused_cuda is not None:
-            return self.fused_cuda(x, positions, attention)
         table = self.rotary(positions)
         local = table if self.local_rotary is None else self.local_rotary(positions)
         if self.fused is not None:
-            fused: Tensor = self.norm(self.fused(x, table[0], table[1], attention))
-            return fused
-        for layer in self.layers:
-            cos, sin = local if layer.local else table
-            x = layer(x, cos, sin, attention)
+            x = self.fused(x, table[0], table[1], attention)
+        else:
+            for layer in self.layers:
+                cos, sin = local if layer.local else table
+                x = layer(x, cos, sin, attention)
         hidden: Tensor = self.norm(x)
-        return hidden
+        return hidden if out is None else out.copy_(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] to [..., vocab] in float32."""
-        logits: Tensor = self.lm_head(hidden).float()
-        return logits if self.config.logits_divisor == 1.0 else logits / self.config.logits_divisor
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[..., hidden] to [..., vocab] in float32; into `out` where that is given, in one pass."""
+        logits: Tensor = self.lm_head(hidden)
+        if self.config.logits_divisor != 1.0:
+            # A tensor of one dimension, so that the quotient is float32.
+            return torch.div(logits, self.logits_divisor, out=out)
+        return logits.float() if out is None else out.copy_(logits)
 
     def randomize(self, device: torch.device) -> None:
         """Random weights on `device`, in place of a checkpoint's: norms of one, the rest small.
@@ -238,6 +248,8 @@ class Decoder(nn.Module):
         self.fused_cuda = FusedLayers(
             layers,
             self.norm,
+            embedding=self.embed,
+            embedding_scale=self.embedding_scale,
             table=self.rotary,
             local=self.local_rotary,
             offset=self.config.norm_offset,

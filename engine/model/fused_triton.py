@@ -18,13 +18,14 @@ __all__ = ["FusedLayers"]
 
 
 class FusedLayers:
-    """All layers and the final norm; the same function as the plain path, for every family.
+    """Embedding, all layers and the final norm; the same function as the plain path, for every family.
 
     The norm that opens a block is computed by the kernel that closes the one before, across layers too.
 
     Args:
         layers: from the first to the last; they keep their weights.
         final_norm: after the last.
+        embedding: [vocab, hidden]; embedding_scale: its factor.
         table: of the layers without a window; local: of those with one, None where it is the same.
         offset: norms multiply by 1 + weight.
         activation: of the MLP's gate.
@@ -35,6 +36,8 @@ class FusedLayers:
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm,
         *,
+        embedding: Tensor,
+        embedding_scale: float,
         table: RotaryTable,
         local: RotaryTable | None,
         offset: bool,
@@ -42,25 +45,24 @@ class FusedLayers:
     ) -> None:
         self._layers, self._offset, self._activation = list(layers), offset, activation
         self._eps = final_norm.eps
+        self._embedding, self._scale = embedding, embedding_scale
         self._table, self._local = table, table if local is None else local
         self._opening = [_weight(layer.input_norm) for layer in self._layers]
         self._opening.append(final_norm.weight)
 
-    def __call__(self, x: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """Embeddings to final hidden states, [T, hidden] both; x is overwritten.
-
-        Args:
-            positions: [T] int64.
-        """
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, attention: AttentionBackend, out: Tensor | None = None
+    ) -> Tensor:
+        """See `Decoder.forward`."""
         opening = self._opening
-        first = opening[0]
-        y = x if first is None else kernels.rms_norm(x, first, self._eps, offset=self._offset)
+        x, y = kernels.embed(tokens, self._embedding, self._scale, opening[0], self._eps, offset=self._offset)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv_proj(y).view(len(x), -1, layer.head_dim)
             mixed = self._attended(layer, qkv, positions, attention)
             y = self._add(layer, x, layer.o_proj(mixed), layer.attention_output_norm, _weight(layer.mlp_norm))
             gated = kernels.gated_activation(layer.gate_up_proj(y), self._activation)
-            y = self._add(layer, x, layer.down_proj(gated), layer.mlp_output_norm, opening[index + 1])
+            last = out if index + 1 == len(self._layers) else None
+            y = self._add(layer, x, layer.down_proj(gated), layer.mlp_output_norm, opening[index + 1], last)
         return y
 
     def _attended(
@@ -81,7 +83,13 @@ class FusedLayers:
         return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v)
 
     def _add(
-        self, layer: DecoderLayer, x: Tensor, out: Tensor, norm: RMSNorm | None, following: Tensor | None
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        out: Tensor,
+        norm: RMSNorm | None,
+        following: Tensor | None,
+        y: Tensor | None = None,
     ) -> Tensor:
         return kernels.add_norm(
             x,
@@ -91,6 +99,7 @@ class FusedLayers:
             eps=self._eps,
             offset=self._offset,
             residual_scale=layer.residual_scale,
+            y=y,
         )
 
 

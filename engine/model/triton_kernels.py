@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.attention.base import Rotary
 
-__all__ = ["add_norm", "gated_activation", "quantize_rows", "rms_norm", "rotate", "scale_sums"]
+__all__ = ["add_norm", "embed", "gated_activation", "quantize_rows", "rms_norm", "rotate", "scale_sums"]
 
 _HEADS_PER_PROGRAM = 4
 _COLUMNS_PER_PROGRAM = 1024
@@ -75,6 +75,7 @@ def add_norm(
     eps: float,
     offset: bool = False,
     residual_scale: float = 1.0,
+    y: Tensor | None = None,
 ) -> Tensor:
     """x += residual_scale * norm(out), in place; then norm(x).
 
@@ -85,11 +86,12 @@ def add_norm(
         before: [hidden], weight of the next block's norm; None: that block takes x itself.
         eps: added to the mean squares.
         offset: norms multiply by 1 + weight.
+        y: [T, hidden], contiguous: where norm(x) goes; None is a new tensor.
 
     Returns:
         [T, hidden], the next block's input; x itself without `before`.
     """
-    return _launch_add_norm(x, out, after, before, eps, offset, residual_scale)
+    return _launch_add_norm(x, out, after, before, eps, offset, residual_scale, y)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: bool = False) -> Tensor:
@@ -105,9 +107,13 @@ def _launch_add_norm(
     eps: float,
     offset: bool,
     residual_scale: float,
+    y: Tensor | None = None,
 ) -> Tensor:
     rows, size = x.shape
-    y = x if before is None else torch.empty_like(x)
+    if before is None:
+        y = x
+    elif y is None:
+        y = torch.empty_like(x)
     if rows == 0:
         return y
     block = triton.next_power_of_2(size)
@@ -128,6 +134,72 @@ def _launch_add_norm(
         num_warps=_warps(block),
     )
     return y
+
+
+@triton.jit
+def _embed_kernel(
+    token_ptr,
+    table_ptr,
+    weight_ptr,
+    x_ptr,
+    y_ptr,
+    size,
+    scale,
+    eps,
+    SCALED: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    x = tl.load(table_ptr + tl.load(token_ptr + row) * size + column, mask=inside, other=0.0)
+    if SCALED:
+        x = (x.to(tl.float32) * scale).to(x.dtype)
+    tl.store(x_ptr + row * size + column, x, mask=inside)
+    if NORM:
+        y = _normed(x.to(tl.float32), weight_ptr, column, inside, size, eps, OFFSET)
+        tl.store(y_ptr + row * size + column, y.to(x.dtype), mask=inside)
+
+
+def embed(
+    tokens: Tensor, table: Tensor, scale: float, norm: Tensor | None, eps: float, *, offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and the first block's input.
+
+    Args:
+        tokens: [T] int64.
+        table: [vocab, hidden], contiguous.
+        scale: factor on the embeddings.
+        norm: [hidden], weight of the first block's norm; None: the block takes the embeddings.
+        eps: added to the mean squares.
+        offset: the norm multiplies by 1 + weight.
+
+    Returns:
+        Both [T, hidden]; the same tensor without `norm`.
+    """
+    rows, size = len(tokens), table.shape[1]
+    x = torch.empty(rows, size, dtype=table.dtype, device=table.device)
+    y = x if norm is None else torch.empty_like(x)
+    if rows:
+        block = triton.next_power_of_2(size)
+        _embed_kernel[(rows,)](
+            tokens,
+            table,
+            x if norm is None else norm,
+            x,
+            y,
+            size,
+            scale,
+            eps,
+            SCALED=scale != 1.0,
+            NORM=norm is not None,
+            OFFSET=offset,
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
+    return x, y
 
 
 @triton.jit

@@ -19,7 +19,14 @@ from engine.attention.base import Rotary
 from engine.model import triton_kernels as kernels
 from tests.engine.triton_compile import compile_only, resources, use
 
-KERNELS = ("_add_norm_kernel", "_rotate_kernel", "_gated_kernel", "_quantize_kernel", "_scale_kernel")
+KERNELS = (
+    "_embed_kernel",
+    "_add_norm_kernel",
+    "_rotate_kernel",
+    "_gated_kernel",
+    "_quantize_kernel",
+    "_scale_kernel",
+)
 
 
 def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
@@ -30,6 +37,9 @@ def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
 
     x, weight, positions = some(4, hidden), some(hidden), torch.arange(4)
     kernels.rms_norm(x, weight, 1e-5)
+    kernels.embed(positions, x, 1.0, weight, 1e-5)
+    kernels.embed(positions, x, 3.0, weight, 1e-5, offset=True)
+    kernels.embed(positions, x, 3.0, None, 1e-5)
     for after, before, offset in ((None, weight, False), (weight, None, False), (weight, weight, True)):
         kernels.add_norm(x, x, after=after, before=before, eps=1e-5, offset=offset, residual_scale=0.5)
     for head_dim, rotated in ((64, 64), (128, 128), (96, 48), (256, 256)):

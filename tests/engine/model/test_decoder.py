@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,36 @@ def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:
         ModelConfig.from_hf(dynamic)
     with pytest.raises(ModelError, match="config"):
         ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divisor", [1.0, 3.0])
+@torch.inference_mode()
+def test_logits_and_states_go_where_they_shall(dtype: torch.dtype, divisor: float, tmp_path: Path) -> None:
+    """Rounded to the model's dtype once, by lm_head; what a family divides by divides float32."""
+    config = ModelConfig.from_folder(save_model(tiny_llama(), tmp_path))
+    decoder = Decoder(replace(config, logits_divisor=divisor), dtype, 64)
+    decoder.randomize(CPU)
+    hidden = torch.randn(3, config.hidden_size, dtype=dtype)
+    wanted = decoder.lm_head(hidden).float() / divisor
+    assert torch.equal(decoder.logits(hidden), wanted)
+    out = torch.empty_like(wanted)
+    assert decoder.logits(hidden, out) is out
+    assert torch.equal(out, wanted)
+
+    tokens, states = torch.arange(3), torch.empty_like(hidden)
+    assert decoder(tokens, tokens, Mixed(), states) is states
+    assert torch.equal(states, decoder(tokens, tokens, Mixed()))
+
+
+class Mixed:
+    """Attention to oneself alone."""
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        """Nothing is shared by its layers."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).flatten(1)
 
 
 def test_bfloat16_runs_and_stays_near(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_every_family_gives_the_same(family: str, overrides: dict[str, Any], tmp
     wanted, got = Recorder(), Recorder()
     hidden = plain(tokens, positions, wanted)
     plain.fuse_triton()
-    torch.testing.assert_close(plain(tokens, positions, got), hidden, atol=2e-5, rtol=2e-5)
+    given = torch.empty_like(hidden)
+    assert plain(tokens, positions, got, given) is given
+    torch.testing.assert_close(given, hidden, atol=2e-5, rtol=2e-5)
     assert len(got.given) == len(wanted.given)
     for ours, theirs in zip(got.given, wanted.given, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)

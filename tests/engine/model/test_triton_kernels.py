@@ -58,6 +58,24 @@ def test_rms_norm(size: int, dtype: torch.dtype, offset: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("scale", "normed_too", "offset"), [(1.0, True, False), (2.6, True, True), (0.3, False, False)]
+)
+def test_embed(scale: float, normed_too: bool, offset: bool, dtype: torch.dtype) -> None:
+    size, table = 576, random(50, 576, dtype=dtype)
+    weight = random(size, dtype=dtype, seed=1) if normed_too else None
+    tokens = torch.tensor([49, 0, 7, 7], device=DEVICE)
+    x, y = kernels.embed(tokens, table, scale, weight, 1e-3, offset=offset)
+    near(x, table[tokens].double() * scale)
+    if scale == 1.0:
+        assert torch.equal(x, table[tokens])
+    if weight is None:
+        assert y is x
+    else:
+        near(y, normed(x, weight, 1e-3, offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("flags", ["pre", "post", "both"])
 @pytest.mark.parametrize(("offset", "scale"), [(False, 1.0), (True, 0.22)])
 def test_add_norm(flags: str, offset: bool, scale: float, dtype: torch.dtype) -> None:
@@ -67,11 +85,15 @@ def test_add_norm(flags: str, offset: bool, scale: float, dtype: torch.dtype) ->
     before = random(size, dtype=dtype, seed=3) if flags != "post" else None
     added = out.double() if after is None else normed(out, after, eps, offset)
     sum_ = x.double() + scale * added
-    y = kernels.add_norm(x, out, after=after, before=before, eps=eps, offset=offset, residual_scale=scale)
+    given = torch.empty_like(x)
+    y = kernels.add_norm(
+        x, out, after=after, before=before, eps=eps, offset=offset, residual_scale=scale, y=given
+    )
     near(x, sum_, 2.0)
     if before is None:
         assert y is x
     else:
+        assert y is given
         near(y, normed(sum_, before, eps, offset), 2.0)
 
 
@@ -172,6 +194,7 @@ def test_a_quantized_row_knows_no_other_and_shows_what_is_not_finite(kind: torch
 def test_no_rows_are_no_launch() -> None:
     none = random(0, 32)
     assert kernels.rms_norm(none, random(32), 1e-5).shape == (0, 32)
+    assert kernels.embed(none.long()[:, 0], random(9, 32), 1.0, None, 0.0)[0].shape == (0, 32)
     assert kernels.gated_activation(none, "silu").shape == (0, 16)
     kernels.rotate(none.view(0, 2, 16), none, Rotary(random(1, 16), random(1, 16)))
     assert kernels.quantize_rows(none, torch.int8, rows=8)[0].shape == (8, 32)

@@ -1,0 +1,106 @@
+"""How many kernels a decode step of the plain Llama shape launches, which a small model waits for on a GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from engine.attention import triton as attention_module
+from engine.attention.base import AttentionInput
+from engine.attention.triton import TritonAttention
+from engine.cache.pool import KVPool
+from engine.model import triton_kernels
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
+from tests.engine.model.compile_triton import KERNELS
+from tests.support import save_model, tiny_llama
+
+MANY = 132
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators that would be kernels on a GPU, and Triton kernels, which do nothing meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+        kernels = [(triton_kernels, name) for name in KERNELS]
+        for module, name in [*kernels, *((attention_module, n) for n in ("attend_kernel", "join_kernel"))]:
+            monkeypatch.setattr(module, name, _Kernel(name, self.counts))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view and func.overloadpacket.__name__ not in ("empty", "new_empty", "empty_like"):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Kernel:
+    def __init__(self, name: str, counts: Counter[str]) -> None:
+        self._name, self._counts = name, counts
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*args: object, **options: object) -> None:
+            self._counts[self._name] += 1
+
+        return launch
+
+
+@torch.inference_mode()
+def launches(layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Of a step of one sequence with 4 nodes, whose keys are split."""
+    config = ModelConfig.from_folder(save_model(tiny_llama(num_hidden_layers=layers), folder))
+    decoder = Decoder(config, torch.float32, 512)
+    decoder.randomize(torch.device("cpu"))
+    decoder.fuse_triton()
+    pool = KVPool(
+        num_layers=layers,
+        num_blocks=2,
+        block_size=512,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    attention = TritonAttention(config.group, processors=MANY)
+    nodes = torch.arange(4)
+    positions = 300 + nodes
+    batch = AttentionInput(
+        block_tables=torch.ones(1, 1, dtype=torch.int64),
+        lengths=torch.tensor([300]),
+        rows=positions[None],
+        max_length=512,
+        ancestors=(2 << nodes[None]) - 1,
+        depths=nodes[None],
+    )
+    out, logits = torch.empty(4, config.hidden_size), torch.empty(4, config.vocab_size)
+    attention.plan(batch, pool)
+    with Launches(monkeypatch) as found:
+        decoder.logits(decoder(nodes, positions, attention, out), logits)
+    return found.counts
+
+
+def test_a_layer_is_four_products_and_five_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two, three = (launches(layers, tmp_path / str(layers), monkeypatch) for layers in (2, 3))
+    assert three - two == {
+        "aten.linear.default": 4,
+        "attend_kernel": 1,
+        "join_kernel": 1,
+        "_add_norm_kernel": 2,
+        "_gated_kernel": 1,
+    }
+
+
+def test_around_the_layers_are_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding with the first norm before them; lm_head and its conversion behind."""
+    one, two = (launches(layers, tmp_path / str(layers), monkeypatch) for layers in (1, 2))
+    around = one - (two - one)
+    assert around == {"_embed_kernel": 1, "aten.linear.default": 1, "aten.copy_.default": 1}
