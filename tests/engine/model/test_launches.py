@@ -1,4 +1,4 @@
-"""How many kernels a decode step of the plain Llama shape launches, which a small model waits for on a GPU."""
+"""How many kernels a decode step of the plain Llama shape launches: a small model waits for each of them."""
 
 from __future__ import annotations
 
