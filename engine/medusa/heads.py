@@ -48,6 +48,7 @@ class MedusaHeads(nn.Module):
         self.register_buffer("biases", biases.unsqueeze(2), persistent=False)
         self.register_buffer("token_map", token_map, persistent=False)
         self.lm_heads = nn.ModuleList(lm_heads)
+        self.residual: Callable[[Tensor, Tensor], Tensor] = _add_silu
 
     @classmethod
     def from_tensors(
@@ -100,7 +101,7 @@ class MedusaHeads(nn.Module):
         """
         x = hidden.expand(num_heads, -1, -1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = x + F.silu(torch.baddbmm(bias[:num_heads], x, weight[:num_heads]))
+            x = self.residual(x, torch.baddbmm(bias[:num_heads], x, weight[:num_heads]))
         if not self.lm_heads:
             if self.token_map is not None:
                 raise RuntimeError("heads with a draft vocabulary need `prepare` before their first use")
@@ -141,10 +142,10 @@ class HeadDrafter:
         self._best: Callable[[Tensor, int, Tensor, Tensor | None], Tensor] = _best_guesses
 
     def fuse_triton(self) -> None:
-        """From here on Triton kernels find the best guesses, where they can run (on CUDA)."""
-        from engine.medusa.heads_triton import best_guesses  # only CUDA needs Triton
+        """From here on Triton kernels do what is not a product, where they can run (on CUDA)."""
+        from engine.medusa.heads_triton import add_silu, best_guesses  # only CUDA needs Triton
 
-        self._best = best_guesses
+        self._best, self._heads.residual = best_guesses, add_silu
 
     def guess(self, hidden: Tensor, nodes: int) -> Tensor:
         """Tokens of the tree's first nodes.
@@ -170,6 +171,11 @@ class HeadDrafter:
             tree = self.tree.prefix(nodes + 1)
             self._prefixes[nodes] = (tree, tree.choices(self._device))
         return self._prefixes[nodes]
+
+
+def _add_silu(x: Tensor, y: Tensor) -> Tensor:
+    """x + SiLU(y)."""
+    return x + F.silu(y)
 
 
 def _best_guesses(logits: Tensor, width: int, choices: Tensor, token_map: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The heads' best guesses at a tree's nodes as two Triton kernels. CUDA only.
+"""What the heads do beside their products, as Triton kernels: the residual, and the best guesses. CUDA only.
 
 torch's top-k, with what picks the tree's tokens out of it, is a dozen kernels that look at each row several
 times. A tree takes few of a head's guesses, so here each part of the vocabulary gives its best few, one after
@@ -16,12 +16,37 @@ from torch import Tensor
 
 from engine.config import MAX_TREE_NODES
 
-__all__ = ["best_guesses"]
+__all__ = ["add_silu", "best_guesses"]
 
 _BLOCK = 512
 """Tokens that a program compares; one warp holds them, so that it need not wait for others."""
 
+_CHANNELS = 1024
+
 _LEAST: tl.constexpr = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def _add_silu_kernel(x_ptr, y_ptr, head_stride, row_stride, batch, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    at = (row // batch) * head_stride + (row % batch) * row_stride + column
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + row * size + column, mask=inside, other=0.0)
+    kind = y.dtype
+    y = y.to(tl.float32)
+    # Beyond -80 nothing is left, and exp would overflow.
+    y = (y / (1.0 + tl.exp(-tl.maximum(y, -80.0)))).to(kind).to(tl.float32)
+    tl.store(y_ptr + row * size + column, (x + y).to(kind), mask=inside)
+
+
+def add_silu(x: Tensor, y: Tensor) -> Tensor:
+    """x + SiLU(y), written to y: both [heads, B, hidden], y contiguous and x in its last dimension."""
+    heads, batch, size = y.shape
+    grid = (heads * batch, triton.cdiv(size, _CHANNELS))
+    _add_silu_kernel[grid](x, y, x.stride(0), x.stride(1), batch, size, BLOCK=_CHANNELS, num_warps=4)
+    return y
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine import sampler_triton, step_triton
 from engine.cache.pool import KVPool
 from engine.medusa import heads_triton
-from engine.medusa.heads_triton import best_guesses
+from engine.medusa.heads_triton import add_silu, best_guesses
 from engine.medusa.lookup import Lookup
 from engine.sampler_triton import TreeSampler
 from engine.sampling_slots import SamplingSlots
@@ -53,6 +53,10 @@ def call_all(nodes: int, dtype: torch.dtype) -> None:
     prepare(inputs, carried, None, None, BLOCK_SIZE, of)
     prepare(inputs, carried, ids(BATCH, 9), lookup.tokens, BLOCK_SIZE, of)
     if nodes > 1:
+        add_silu(
+            torch.zeros(BATCH, HIDDEN, dtype=dtype).expand(4, -1, -1),
+            torch.zeros(4, BATCH, HIDDEN, dtype=dtype),
+        )
         for token_map in (None, ids(VOCAB)):
             best_guesses(torch.zeros(4, BATCH, VOCAB, dtype=dtype), 10, ids(nodes - 1), token_map)
     states, path = torch.zeros(rows, HIDDEN, dtype=dtype), ids(rows)
@@ -69,13 +73,15 @@ def call_all(nodes: int, dtype: torch.dtype) -> None:
 
 
 def main() -> int:
-    kernels: tuple[Any, ...] = (
+    compiled = compile_only(
+        sampler_triton._draw_kernel,
         step_triton._prepare_kernel,
         step_triton._accept_kernel,
         step_triton._move_kernel,
+        heads_triton._add_silu_kernel,
+        heads_triton._best_kernel,
+        heads_triton._choose_kernel,
     )
-    kernels += (heads_triton._best_kernel, heads_triton._choose_kernel)
-    compiled = compile_only(sampler_triton._draw_kernel, *kernels)
     found: dict[str, Any] = {}
     for capability in [int(word) for word in sys.argv[1:]] or [90]:
         use(capability)

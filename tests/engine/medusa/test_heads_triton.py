@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from engine.medusa import heads_triton
-from engine.medusa.heads import _best_guesses
-from engine.medusa.heads_triton import best_guesses
+from engine.medusa.heads import HeadDrafter, _best_guesses, load_heads
+from engine.medusa.heads_triton import add_silu, best_guesses
 from engine.medusa.tree import default_tree
+from tests.support import save_random_heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -45,3 +48,27 @@ def test_of_equals_the_first_comes_first_and_any_value_gives_a_token() -> None:
     assert found[0].tolist() == [0, 1, 2, 3]
     assert found[3].tolist() == [5, 0, 1, 3]
     assert ((found >= 0) & (found < 9)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_residual_is_torchs(dtype: torch.dtype) -> None:
+    """Also of one state for all heads, which is not copied for each."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 1100, generator=generator).to(dtype).to(DEVICE)
+    y = (torch.randn(4, 3, 1100, generator=generator) * 50).to(dtype).to(DEVICE)
+    shared = hidden.expand(4, -1, -1)
+    wanted = shared + torch.nn.functional.silu(y)
+    assert torch.allclose(add_silu(shared, y.clone()), wanted, rtol=1e-3 if dtype == torch.float16 else 1e-5)
+    wanted = wanted + torch.nn.functional.silu(y)
+    found = add_silu(add_silu(shared, y.clone()), y.clone())
+    assert torch.allclose(found, wanted, rtol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
+def test_whole_heads_guess_the_same(tmp_path: Path) -> None:
+    file = save_random_heads(tmp_path / "h.safetensors", hidden=16, vocab=300, heads=3, layers=2)
+    heads = load_heads(str(file), hidden_size=16, vocab_size=300, dtype=torch.float32, device=DEVICE)
+    drafter = HeadDrafter(heads, lambda x: x, default_tree(3), vocab_size=300, device=DEVICE)
+    hidden = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    wanted = drafter.guess(hidden, 40)
+    drafter.fuse_triton()
+    assert torch.equal(drafter.guess(hidden, 40), wanted)
