@@ -9,14 +9,14 @@ steps, and of time, a larger tree is tried.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
-from engine.medusa.choice_kernels import choose, promise
+from engine.medusa.choice_kernels import Costs, choose, promise
 from engine.medusa.records import HeadRecord, LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape
@@ -207,7 +207,8 @@ class AdaptiveTree:
         self._batch, self._outside = 0, 0.0
         self.expected = Expected()
         """Of the step chosen last."""
-        self._search(1, 1, np.zeros((1, 4)))  # compile it now, not under the first request
+        # Compile it now, not under the first request.
+        self._search(times.costs(1, 1, max_step_tokens), 1, 1, np.zeros((1, 4)))
 
     @property
     def explored_steps(self) -> int:
@@ -219,22 +220,31 @@ class AdaptiveTree:
         self._batch, self._outside = batch, 0.0
         context = max(sequence.num_cached for sequence in sequences)
         states = self._lookup.states([sequence.lookup for sequence in sequences])
-        choice, counts, added = self._search(batch, context, states)
+        costs = self._times.costs(batch, context, self._max_step_tokens)
+        choice, counts, added, plain_s = self._search(costs, batch, context, states)
         head_nodes = int(self._sizes[choice])
         for sequence, count in zip(sequences, counts.tolist(), strict=True):
             self._caps.apply(sequence, head_nodes, count)
-        if head_nodes and counts.any():
-            left = zip(added, sequences, strict=True)  # by the caps
+        # From here on by what the caps have left of it.
+        nodes, beyond = max(sequence.head_nodes for sequence in sequences), 0.0
+        if nodes and counts.any():
+            left = zip(added, sequences, strict=True)
             beyond = sum(float(row[: sequence.lookup_nodes].sum()) for row, sequence in left)
-            self.expected = replace(self.expected, beyond=beyond)
+        draft_s = float(costs.drafts[np.searchsorted(self._sizes, nodes)])
+        self.expected = Expected(plain_s, draft_s, beyond)
 
-    def _search(self, batch: int, context: int, states: Array) -> tuple[int, Counts, Array]:
-        """The index of the size to take, [B] the lookup nodes beside it, and [B, D] see `beside`.
+    def _search(
+        self, costs: Costs, batch: int, context: int, states: Array
+    ) -> tuple[int, Counts, Array, float]:
+        """What to take.
 
         Args:
             states: see `choice_kernels.survival`.
+
+        Returns:
+            The index of the size; [B] the lookup nodes beside it; [B, D] see `choice_kernels.beside`; seconds
+            of plain decoding.
         """
-        costs = self._times.costs(batch, context, self._max_step_tokens)
         reach = self._heads.reach() if self._heads is not None else _NO_REACH
         beyond = float(self._beyond[0] / self._beyond[1])
         bounds = _CHAIN_DEPTHS if batch > 1 and self._times.widens(batch, context) else _ANY_DEPTH
@@ -244,8 +254,7 @@ class AdaptiveTree:
         self._current = choice
         if (tried := self._explore(choice, plain, seconds)) != choice:
             choice, _, _, counts, added = choose(costs, *lookup, *heads, tried, bounds)
-        self.expected = Expected(plain_s=float(seconds[0]), draft_s=float(costs.drafts[choice]))
-        return choice, counts, added
+        return choice, counts, added, float(seconds[0])
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
         """Tokens per second that each size of the heads' tree, root counted, promises now, without lookup.

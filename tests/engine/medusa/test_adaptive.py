@@ -511,6 +511,18 @@ def test_what_caps_take_away_is_not_expected(cap: int | None, room: int, left: i
     assert expected[0] == pytest.approx(expected[1])
 
 
+def test_drafting_that_caps_left_out_is_not_subtracted() -> None:
+    """Good heads, and a request that wants plain decoding: its steps take what they take."""
+    chooser, made = adaptive(), sequence(cap=1)
+    World(chooser, 0.8).run(1, 100)
+    before = chooser._times.predict(1, 50, np.array([1.0, 8.0]))
+    for _ in range(200):
+        chooser.choose([made])
+        assert made.num_nodes == 1
+        observe(chooser, [made], [1], float(before[0]))
+    assert chooser._times.predict(1, 50, np.array([1.0, 8.0])) == pytest.approx(before, rel=0.02)
+
+
 def test_what_exploring_may_cost_is_not_saved_up() -> None:
     """After hours at a load that leaves no room for another tree, the next one gets no run of odd trees."""
     chooser = AdaptiveTree(step_times(cpu_like), HEADS, LookupRecord(0), 16)
