@@ -10,35 +10,43 @@ from a counter until there are none left.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import binding, ir
+from numba import carray, cfunc, config, njit, types
+from numba.extending import intrinsic
 
 from engine.model.embedded import cache_root
 
+__all__ = ["JIT", "SIZE", "Team", "bytes_", "compiles_for", "floats", "integers", "task_kernel", "words"]
+
+
+def _sources() -> str:
+    """A hash of the files that kernels are in: numba looks at a kernel's own, and not at those it calls."""
+    texts = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    return hashlib.sha256(b"".join(text for text in texts if b"numba" in text)).hexdigest()[:16]
+
 
 def _compiled_are_kept() -> bool:
-    """Name the folder of the compiled kernels to numba, which reads it when imported; False without one."""
-    folder = cache_root() / "numba"
+    """Name the folder of the compiled kernels to numba, unless it has one; False where none can be had."""
+    folder = cache_root() / "numba" / _sources()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
     os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))
+    config.reload_config()
     return os.access(folder, os.W_OK)
 
 
 _KEEP = _compiled_are_kept()
-
-from llvmlite import binding, ir  # noqa: E402  (after its folder is named)
-from numba import carray, cfunc, config, njit, types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
-
-__all__ = ["JIT", "SIZE", "Team", "bytes_", "compiles_for", "floats", "integers", "task_kernel", "words"]
 
 JIT: dict[str, Any] = {"nogil": True, "cache": _KEEP, "error_model": "numpy"}
 """What kernels are compiled with."""

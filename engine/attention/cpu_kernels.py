@@ -5,9 +5,9 @@ Its keys are the cached rows its queries reach, then the sequence's new rows; wh
 weight 0. Each row's sums are taken key by key in this order, so nothing but the row's own keys and its
 sequence's number of new rows changes a bit of it: neither neighbours nor where blocks lie.
 
-Few rows take one product of vectors a key. From `_FEW` rows on, sixteen keys at a time are transposed and
-four rows take them together: then the sums stay in registers (vector code that numba's compiler does not find
-by itself, so it is spelled out).
+Few rows take keys as they lie, four keys and up to four rows together. From `_FEW` rows on, sixteen keys at a
+time are transposed and four rows take them together (`cpu_vectors`; head sizes that are no multiple of its
+vectors take one product a key).
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
+from engine.attention.cpu_vectors import LANES, MOST_ROWS, mix_keys, mix_tile, score_keys, score_tile
 from engine.cpu_team import JIT, floats, integers, task_kernel
 
 __all__ = ["ROWS", "attend"]
@@ -51,88 +49,6 @@ _EXP2 = tuple(
 _SUMS: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
 _CHAINS: dict[str, Any] = {**JIT, "fastmath": {"contract", "nsz"}}
 """Sums over keys: in the order of the keys."""
-
-_LANES = 16
-_VECTOR = ir.VectorType(ir.FloatType(), _LANES)
-_INT = ir.IntType(64)
-
-
-def _load(builder: Any, address: Any) -> Any:
-    vector = builder.load(builder.inttoptr(address, _VECTOR.as_pointer()))
-    vector.align = 4
-    return vector
-
-
-def _store(builder: Any, vector: Any, address: Any) -> None:
-    builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer())).align = 4
-
-
-def _spread(builder: Any, address: Any) -> Any:
-    """The float at an address in all lanes."""
-    empty = ir.Constant(_VECTOR, ir.Undefined)
-    value = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
-    first = builder.insert_element(empty, value, ir.IntType(32)(0))
-    return builder.shuffle_vector(
-        first, empty, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
-    )
-
-
-def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), [x, y, z])
-
-
-def _four_rows(builder: Any, start: Any, step: Any) -> list[Any]:
-    return [builder.add(start, builder.mul(step, _INT(row))) for row in range(4)]
-
-
-@intrinsic
-def _score_tile(
-    _typing: Any, _q: Any, _q_step: Any, _keys: Any, _out: Any, _out_step: Any, _head_dim: Any
-) -> Any:
-    """out[r, 0:16] = Σ_d q[r, d] keys[d, 0:16] for four rows; addresses, and steps in bytes."""
-
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        q, q_step, keys, out, out_step, head_dim = values
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * _LANES)) for _ in range(4)]
-        queries = _four_rows(builder, q, q_step)
-        with cgutils.for_range(builder, head_dim) as loop:
-            key = _load(builder, builder.add(keys, builder.mul(loop.index, _INT(4 * _LANES))))
-            offset = builder.mul(loop.index, _INT(4))
-            for total, query in zip(sums, queries, strict=True):
-                value = _spread(builder, builder.add(query, offset))
-                builder.store(_multiply_add(builder, value, key, builder.load(total)), total)
-        for total, address in zip(sums, _four_rows(builder, out, out_step), strict=True):
-            _store(builder, builder.load(total), address)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 6), code
-
-
-@intrinsic
-def _mix_tile(
-    _typing: Any, _p: Any, _p_step: Any, _places: Any, _values: Any, _out: Any, _out_step: Any, _count: Any
-) -> Any:
-    """out[r, 0:16] += Σ_i p[r, i] values[places[i]][0:16] for four rows; places and steps in bytes."""
-
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        p, p_step, places, table, out, out_step, count = values
-        outs = _four_rows(builder, out, out_step)
-        sums = [cgutils.alloca_once_value(builder, _load(builder, address)) for address in outs]
-        weights = _four_rows(builder, p, p_step)
-        with cgutils.for_range(builder, count) as loop:
-            at = builder.add(places, builder.mul(loop.index, _INT(8)))
-            place = builder.load(builder.inttoptr(at, _INT.as_pointer()))
-            value = _load(builder, builder.add(table, place))
-            offset = builder.mul(loop.index, _INT(4))
-            for total, weight in zip(sums, weights, strict=True):
-                share = _spread(builder, builder.add(weight, offset))
-                builder.store(_multiply_add(builder, share, value, builder.load(total)), total)
-        for total, address in zip(sums, outs, strict=True):
-            _store(builder, builder.load(total), address)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), code
 
 
 @njit(**_SUMS)
@@ -190,9 +106,19 @@ def _mix(out: Any, values: Any, row: int, head: int, count: int, weights: Any, p
 
 
 @njit(**JIT)
+def _row(table: Any, block: int, place: int) -> Any:
+    """The pool's row of cached row `place`."""
+    return table[place // block] * block + place % block
+
+
+@njit(**JIT)
 def _run(table: Any, block: int, place: int, end: int) -> Any:
-    """The pool's row of cached row `place`, and how many rows before `end` its block holds from there on."""
-    return table[place // block] * block + place % block, min(block - place % block, end - place)
+    """The pool's row of cached row `place`, and how many rows up to `end` follow one another from there."""
+    first = place // block
+    last = first
+    while (last + 1) * block < end and table[last + 1] == table[last] + 1:
+        last += 1
+    return _row(table, block, place), min((last + 1) * block, end) - place
 
 
 @njit(**JIT)
@@ -239,12 +165,14 @@ def _attend(arguments: Any, number: int) -> None:
         low = min(low, length + depths[begin + (start_row + x) // group] - window + 1)
     low = max(low, 0)
     cached = length - low
-    tiled = (end - begin) * group >= _FEW and dim % _LANES == 0
-    align = _LANES if tiled else 1
+    vectors = dim % LANES == 0
+    tiled = vectors and (end - begin) * group >= _FEW
+    align = LANES if tiled else 1
     first_new = -(-cached // align) * align
     width = first_new + -(-new // align) * align
     padded = -(-num_rows // 4) * 4 if tiled else num_rows
-    scores = np.empty((padded, width), dtype=np.float32)
+    step = width + 3  # `score_keys` writes so much too far
+    scores = np.empty((padded, step), dtype=np.float32)
     queries = np.empty((padded, dim), dtype=np.float32)
     mixed = np.zeros((padded, dim), dtype=np.float32)
     bits = np.empty(width, dtype=np.int32)
@@ -256,13 +184,13 @@ def _attend(arguments: Any, number: int) -> None:
             queries[x, d] = q[begin + row // group, head * group + row % group, d] * scale
 
     if tiled:
-        tile = np.empty((dim, _LANES), dtype=np.float32)
-        for at in range(0, width, _LANES):
+        tile = np.empty((dim, LANES), dtype=np.float32)
+        for at in range(0, width, LANES):
             old = at < first_new
-            count = min(_LANES, cached - at if old else new - (at - first_new))
+            count = min(LANES, cached - at if old else new - (at - first_new))
             for i in range(count):
                 if old:
-                    row, _ = _run(table, block, low + at + i, length)
+                    row = _row(table, block, low + at + i)
                     for d in range(dim):
                         tile[d, i] = keys[row, head, d]
                 else:
@@ -270,14 +198,37 @@ def _attend(arguments: Any, number: int) -> None:
                     for d in range(dim):
                         tile[d, i] = k[row, head, d]
             for x in range(0, padded, 4):
-                _score_tile(
+                score_tile(
                     queries[x:].ctypes.data,
                     dim * 4,
                     tile.ctypes.data,
                     scores[x:, at:].ctypes.data,
-                    width * 4,
+                    step * 4,
                     dim,
                 )
+    elif vectors:
+        for x in range(0, num_rows, MOST_ROWS):
+            rows, query = min(MOST_ROWS, num_rows - x), queries[x:].ctypes.data
+            place = low
+            while place < length:
+                row, count = _run(table, block, place, length)
+                at = arguments[KEYS] + (row * kv_heads + head) * dim * 4
+                found = scores[x:, place - low :].ctypes.data
+                score_keys(
+                    rows,
+                    query,
+                    dim * 4,
+                    at,
+                    kv_heads * dim * 4,
+                    count,
+                    found,
+                    step * 4,
+                    dim // LANES,
+                )
+                place += count
+            at = arguments[K] + (begin * arguments[K_STEP] + head * dim) * 4
+            found = scores[x:, first_new:].ctypes.data
+            score_keys(rows, query, dim * 4, at, arguments[K_STEP] * 4, new, found, step * 4, dim // LANES)
     else:
         for x in range(padded):
             place = low
@@ -299,36 +250,49 @@ def _attend(arguments: Any, number: int) -> None:
                 scores[x, first_new + u] = _HIDDEN
         for i in range(first_new + new, width):
             scores[x, i] = _HIDDEN
-        totals[x] = _softmax(scores[x], powers, bits)
+        totals[x] = _softmax(scores[x, :width], powers, bits)
 
     if tiled:
         places = np.empty(width, dtype=np.int64)
         for i in range(cached):
-            row, _ = _run(table, block, low + i, length)
+            row = _row(table, block, low + i)
             places[i] = (row * kv_heads + head) * dim * 4
         for u in range(new):
             places[first_new + u] = ((begin + u) * arguments[V_STEP] + head * dim) * 4
         for x in range(0, padded, 4):
-            for d in range(0, dim, _LANES):
+            for d in range(0, dim, LANES):
                 target = mixed[x:, d:].ctypes.data
-                _mix_tile(
+                mix_tile(
                     scores[x:].ctypes.data,
-                    width * 4,
+                    step * 4,
                     places.ctypes.data,
                     arguments[VALUES] + d * 4,
                     target,
                     dim * 4,
                     cached,
                 )
-                _mix_tile(
+                mix_tile(
                     scores[x:, first_new:].ctypes.data,
-                    width * 4,
+                    step * 4,
                     places[first_new:].ctypes.data,
                     arguments[V] + d * 4,
                     target,
                     dim * 4,
                     new,
                 )
+    elif vectors:
+        for x in range(0, num_rows, MOST_ROWS):
+            rows, target = min(MOST_ROWS, num_rows - x), mixed[x:].ctypes.data
+            place = low
+            while place < length:
+                row, count = _run(table, block, place, length)
+                at = arguments[VALUES] + (row * kv_heads + head) * dim * 4
+                share = scores[x:, place - low :].ctypes.data
+                mix_keys(rows, share, step * 4, at, kv_heads * dim * 4, count, target, dim * 4, dim // LANES)
+                place += count
+            at = arguments[V] + (begin * arguments[V_STEP] + head * dim) * 4
+            share = scores[x:, first_new:].ctypes.data
+            mix_keys(rows, share, step * 4, at, arguments[V_STEP] * 4, new, target, dim * 4, dim // LANES)
     else:
         for x in range(padded):
             place = low

@@ -223,7 +223,7 @@ def test_neighbours_do_not_change_a_bit_on_the_cpu(layout: str, size: int) -> No
 
 @backends
 @pytest.mark.parametrize("head_dim", [8, 20, 80, 128])
-@pytest.mark.parametrize("size", [1, 3, 40])
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
 def test_any_head_size(backend: str, head_dim: int, size: int) -> None:
     """Those that are no multiple of the kernel's vectors too."""
     lengths = [31, 290, 17]
