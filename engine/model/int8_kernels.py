@@ -13,7 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from engine.cpu_team import JIT, bytes_, floats, task_kernel, words
 
@@ -30,6 +33,12 @@ the sign of rotate_half folded into sin."""
 
 MOST_TASKS = 64
 
+_LANES = 16
+_PASS = 4
+"""Levels of the mixing in one pass over a row: sixteen vectors."""
+_INT = ir.IntType(64)
+_VECTOR = ir.VectorType(ir.FloatType(), _LANES)
+
 # Sums may be taken in another order and products fused, the same for every row; NaN stays NaN.
 _JIT: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -42,6 +51,16 @@ _EXP2 = tuple(
 )
 
 
+@intrinsic
+def _float_of(_typing: Any, _bits: Any) -> Any:
+    """The float32 of these 32 bits."""
+
+    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
 @njit(**_JIT)
 def _round_row(row: Any, bits: Any, out: Any) -> Any:
     """`row` [n] float32 to int8 `out` [n]; `bits` is the row's memory as int32. Returns the scale."""
@@ -52,27 +71,72 @@ def _round_row(row: Any, bits: Any, out: Any) -> Any:
     if largest == 0 or largest >= 0x7F800000:
         out[:] = 0
         return _F(0.0) if largest == 0 else _F(np.nan)
-    scale = _F(0.0)
-    for i in range(row.size):
-        scale = max(scale, abs(row[i]))
+    scale = _float_of(largest)
     level = _LEVELS / scale
     for i in range(row.size):
         out[i] = np.int8(np.int32(np.rint(row[i] * level)))
     return scale
 
 
+@intrinsic
+def _mix_levels(_typing: Any, _row: Any, _size: Any, _step: Any, _levels: Any) -> Any:
+    """1 .. `_PASS` levels of `_mix` in one pass over the row; address, numbers.
+
+    Where vectors do not fill a run of `step`, the last one's other lanes are written back as they were: up to
+    `_LANES` numbers behind the row are read and written.
+    """
+
+    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        for levels in range(1, _PASS + 1):
+            with builder.if_then(builder.icmp_signed("==", values[3], _INT(levels))):
+                _levels_of(builder, levels, *values[:3])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
+
+
+def _levels_of(builder: Any, levels: int, row: Any, size: Any, step: Any) -> None:
+    lanes = ir.Constant(ir.VectorType(_INT, _LANES), list(range(_LANES)))
+    none = ir.Constant(lanes.type, ir.Undefined)
+    first = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+    radix = 1 << levels
+    runs = cgutils.for_range_slice(builder, _INT(0), size, builder.mul(step, _INT(radix)))
+    vectors = cgutils.for_range_slice(builder, _INT(0), step, _INT(_LANES))
+    with runs as (start, _), vectors as (at, _):
+        places = []
+        for part in range(radix):
+            index = builder.add(builder.add(start, at), builder.mul(step, _INT(part)))
+            address = builder.add(row, builder.mul(index, _INT(4)))
+            places.append(builder.inttoptr(address, _VECTOR.as_pointer()))
+        before = [builder.load(place, align=4) for place in places]
+        parts = before
+        for level in range(levels):
+            distance = 1 << level
+            parts = [
+                builder.fsub(parts[part - distance], value)
+                if part & distance
+                else builder.fadd(value, parts[part + distance])
+                for part, value in enumerate(parts)
+            ]
+        left = builder.insert_element(none, builder.sub(step, at), ir.IntType(32)(0))
+        inside = builder.icmp_signed("<", lanes, builder.shuffle_vector(left, none, first))
+        for place, old, new in zip(places, before, parts, strict=True):
+            builder.store(builder.select(inside, new, old), place, align=4)
+
+
 @njit(**_JIT)
 def _mix(row: Any, block: int) -> None:
-    """Sylvester's matrix of ±1 over the leading axis of `row` seen as [block, n / block], in place."""
+    """Sylvester's matrix of ±1 over the leading axis of `row` seen as [block, n / block], in place.
+
+    `row` is of `_row_scratch`.
+    """
     step = row.size // block
     while step < row.size:
-        for start in range(0, row.size, 2 * step):
-            for i in range(start, start + step):
-                a = row[i]
-                b = row[i + step]
-                row[i] = a + b
-                row[i + step] = a - b
-        step *= 2
+        levels = 1
+        while levels < _PASS and step << levels < row.size:
+            levels += 1
+        _mix_levels(row.ctypes.data, row.size, step, levels)
+        step <<= levels
 
 
 @njit(**_JIT)
@@ -96,8 +160,8 @@ def _range(arguments: Any, number: int) -> tuple[int, int]:
 
 @njit(**JIT)
 def _row_scratch(size: int) -> Any:
-    """[size] float32, and the same memory as int32."""
-    row = np.empty(size, dtype=np.float32)
+    """[size] float32, and the same memory as int32, with room for a vector behind it."""
+    row = np.empty(size + _LANES, dtype=np.float32)[:size]
     return row, row.view(np.int32)
 
 
