@@ -24,7 +24,7 @@ from engine.attention.base import AttentionInput
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
-from engine.cpu_team import SIZE, Team
+from engine.cpu_team import Arguments, Team
 
 __all__ = ["CpuAttention"]
 
@@ -66,7 +66,7 @@ class _TreeAttention:
     def __init__(self, scale: float | None, windows: Sequence[int | None] | None) -> None:
         self._scale, self._windows = scale, windows
         self._team = Team()
-        self._arguments = np.zeros(SIZE, dtype=np.int64)
+        self._arguments = Arguments()
         self._kept: list[Tensor] = []
         self._factor = np.ones(1, dtype=np.float32)
         self._layers: list[tuple[int, int]] = []

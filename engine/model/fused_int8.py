@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend
-from engine.cpu_team import SIZE, Team
+from engine.cpu_team import Arguments, Team
 from engine.model import int8_kernels as kernels
 from engine.model.quantize import Int8Weight
 
@@ -85,7 +84,7 @@ class _Pass:
 
     def _layer(
         self, layer: FusedInt8Layer, following: FusedInt8Layer | None, shape: _Shape
-    ) -> tuple[np.ndarray, ...]:
+    ) -> tuple[Arguments, ...]:
         """Arguments of the four kernels of a layer: before attention, after it, amid the MLP, after it."""
         before = self._arguments(
             ACC=self.qkv, OUT=self.heads, WEIGHT_SCALE=layer.qkv_scale, COS=self.cos, SIN=self.sin
@@ -109,9 +108,9 @@ class _Pass:
             leave[kernels.BLOCK] = following.hidden_block
         return before, after, amid, leave
 
-    def _arguments(self, block: int = 1, **tensors: Tensor) -> np.ndarray:
+    def _arguments(self, block: int = 1, **tensors: Tensor) -> Arguments:
         """With the addresses of these tensors at the places of their names."""
-        found = np.zeros(SIZE, dtype=np.int64)
+        found = Arguments()
         found[kernels.ROWS], found[kernels.BLOCK] = len(self._scale), block
         found[kernels.WIDTH] = tensors["OUT"].shape[1]
         found[kernels.SCALE], found[kernels.EPS] = self._scale.data_ptr(), self._eps.data_ptr()

@@ -25,7 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from engine.cpu_team import JIT, SIZE, Team, bytes_, task_kernel, words
+from engine.cpu_team import JIT, Arguments, Team, bytes_, task_kernel, words
 
 __all__ = ["BlockedWeight"]
 
@@ -114,6 +114,7 @@ def _panel_rows(
     _a_step: Any,
     _weight: Any,
     _groups: Any,
+    _ahead: Any,
     _starts: Any,
     _out: Any,
     _out_step: Any,
@@ -123,8 +124,9 @@ def _panel_rows(
     """One panel's products with at most `_MOST_ROWS` rows.
 
     Args, all int64, addresses and bytes unless said otherwise: number of rows; the rows and from one to the
-    next; the panel and its number of groups of four input channels; int32 [rows] what each row's sums
-    start with; the results and from row to row; the scales of the panel and of the rows, 0 for int32 results.
+    next; the panel, its number of groups of four input channels, and how far ahead of a group to fetch; int32
+    [rows] what each row's sums start with; the results and from row to row; the scales of the panel and of
+    the rows, 0 for int32 results.
     """
 
     def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
@@ -136,7 +138,7 @@ def _panel_rows(
             before = height
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10), code
+    return types.void(*[types.int64] * 11), code
 
 
 def _tile(
@@ -147,6 +149,7 @@ def _tile(
     a_step: Any,
     weight: Any,
     groups: Any,
+    ahead: Any,
     starts: Any,
     out: Any,
     out_step: Any,
@@ -168,7 +171,7 @@ def _tile(
         halves = []
         for half in range(2):
             place = builder.add(at, _INT(_BYTES * half))
-            _prefetch(builder, builder.add(place, _INT(_AHEAD)))
+            _prefetch(builder, builder.add(place, ahead))
             halves.append(_load(builder, place, _WORDS, _BYTES))
         offset = builder.mul(loop.index, _INT(4))
         for address, totals in zip(addresses, sums, strict=True):
@@ -226,6 +229,7 @@ def _products(arguments: Any, number: int) -> None:
                 size,
                 arguments[WEIGHT] + channel * size,
                 size // 4,
+                _AHEAD if row == 0 else _PANEL * size,
                 starts.ctypes.data + row * 4,
                 arguments[OUT] + (row * channels + channel) * 4 if full else part.ctypes.data,
                 (channels if full else _PANEL) * 4,
@@ -283,11 +287,11 @@ class BlockedWeight:
         self._run(arguments, tasks)
         return out
 
-    def _run(self, arguments: np.ndarray, tasks: int) -> None:
+    def _run(self, arguments: Arguments, tasks: int) -> None:
         self._team.run(_kernel, arguments, tasks)
 
-    def _arguments(self, a: Tensor, out: Tensor) -> tuple[np.ndarray, int]:
-        arguments = np.zeros(SIZE, dtype=np.int64)
+    def _arguments(self, a: Tensor, out: Tensor) -> tuple[Arguments, int]:
+        arguments = Arguments()
         panels = -(-self._panels // (_TASKS_A_THREAD * torch.get_num_threads()))
         arguments[A], arguments[WEIGHT], arguments[OUT] = (
             a.data_ptr(),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numba import njit
 
-from engine.cpu_team import JIT, SIZE, Team, floats, integers, task_kernel
+from engine.cpu_team import JIT, Arguments, Team, floats, integers, task_kernel
 
 OUT, SEEN, COUNT = 2, 3, 4
 
@@ -42,7 +42,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("tasks", [1, 2, 7, 1000])
 def test_every_task_runs_once(threads: int, tasks: int) -> None:
     out, seen = np.zeros(tasks, dtype=np.float32), np.zeros(tasks, dtype=np.int64)
-    arguments = np.zeros(SIZE, dtype=np.int64)
+    arguments = Arguments()
     arguments[OUT], arguments[SEEN], arguments[COUNT] = out.ctypes.data, seen.ctypes.data, tasks
     team = Team()
     for turn in range(1, 4):
@@ -59,7 +59,7 @@ def test_it_is_the_team_of_torch() -> None:
 
 def test_one_thread_without_the_library() -> None:
     out, seen = np.zeros(9, dtype=np.float32), np.zeros(9, dtype=np.int64)
-    arguments = np.zeros(SIZE, dtype=np.int64)
+    arguments = Arguments()
     arguments[OUT], arguments[SEEN], arguments[COUNT] = out.ctypes.data, seen.ctypes.data, 9
     Team(library=None).run(KERNEL, arguments, 9)
     assert seen.tolist() == [1] * 9
