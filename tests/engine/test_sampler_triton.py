@@ -10,11 +10,12 @@ pytest.importorskip("triton")
 
 from engine import sampler_triton
 from engine.medusa.accept import Targets, accept
+from engine.medusa.tree import Tree
 from engine.sampler import SamplingRows, draw, verify
 from engine.sampler_triton import TreeSampler
 from engine.sampling_slots import SamplingSlots
-from engine.types import MedusaParams
-from tests.engine.naive_sampling import TYPICAL, VOCAB, Step, slot_ids, steps
+from engine.types import MedusaParams, SamplingParams
+from tests.engine.naive_sampling import CPU, TYPICAL, VOCAB, Step, sequence, slot_ids, slots_for, steps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -112,3 +113,17 @@ def test_roots_over_many_tokens(
     sampler.draw(ids, logits, one, torch.stack(planes), one.bool())
     assert torch.equal(sampler.drawn.cpu(), draw(logits, rows).cpu())
     assert (sampler.matched == 1).all()
+
+
+def test_a_bad_word_begun_before_the_tree_and_in_it() -> None:
+    """(1, 2, 3) is forbidden, 1 was emitted and 2 is drafted, twice: below it the draw is not 3."""
+    sampling = SamplingParams(temperature=0.0, bad_words=((1, 2, 3), (0, 2, 5)))
+    each = sequence(sampling, prompt=[4], output=[0, 1])
+    topology = Tree.from_paths([[0], [1], [0, 0]]).topology(CPU)
+    tokens = torch.tensor([[1, 2, 2, 3]])
+    logits = torch.full((4, VOCAB), -9.0)
+    logits[0, 2], logits[1, 3], logits[1, 5], logits[2, 3], logits[2, 6] = 5.0, 5.0, 4.0, 5.0, 4.0
+    step = Step([each], slots_for(each), topology, [-1, 0, 0, 1], tokens, logits, torch.arange(4).view(1, 4))
+    found = drawn(step)
+    assert found.tokens.tolist() == [[2, 5, 6, -1]]
+    assert found.matched.tolist() == [[True, True, True, False]]
