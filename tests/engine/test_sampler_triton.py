@@ -15,7 +15,7 @@ from engine.sampler import SamplingRows, draw, verify
 from engine.sampler_triton import TreeSampler
 from engine.sampling_slots import SamplingSlots
 from engine.types import MedusaParams, SamplingParams
-from tests.engine.naive_sampling import CPU, TYPICAL, VOCAB, Step, sequence, slot_ids, slots_for, steps
+from tests.engine.naive_sampling import CPU, EOS, TYPICAL, VOCAB, Step, sequence, slot_ids, slots_for, steps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -127,3 +127,14 @@ def test_a_bad_word_begun_before_the_tree_and_in_it() -> None:
     found = drawn(step)
     assert found.tokens.tolist() == [[2, 5, 6, -1]]
     assert found.matched.tolist() == [[True, True, True, False]]
+
+
+def test_the_output_may_end_where_the_tree_reaches_its_least_length() -> None:
+    """Three tokens at least, of which one is out: the end waits at the root and one node below it."""
+    each = sequence(SamplingParams(temperature=0.0, min_tokens=3), prompt=[4], output=[0])
+    tokens = torch.tensor([[0, 2, 2, 2]])
+    logits = torch.zeros(4, VOCAB)
+    logits[:, EOS[0]], logits[:, 2] = 5.0, 4.0
+    topology = Tree.from_paths([[0], [0, 0], [0, 0, 0]]).topology(CPU)
+    step = Step([each], slots_for(each), topology, [-1, 0, 1, 2], tokens, logits, torch.arange(4).view(1, 4))
+    assert drawn(step).tokens.tolist() == [[2, 2, EOS[0], -1]]
