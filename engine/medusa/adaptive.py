@@ -132,21 +132,26 @@ class _Explored:
     Args:
         steps: how many there were.
         due: steps that may be taken now, at most one.
-        seconds: that they may cost, at most what `_SAVED` steps take.
+        seconds: that they may cost.
+        most_s: bound on these, what `_SAVED` steps take.
         turn: whose it is.
     """
 
     steps: int = 0
     due: float = 0.0
     seconds: float = 0.0
+    most_s: float = 0.0
     turn: int = 0
 
     def earn(self, seconds: float) -> None:
         """Of a step that took so long."""
         self.due = min(self.due + _EXPLORE, 1.0)
-        self.seconds = min(self.seconds + _EXPLORE * seconds, _SAVED * seconds)
+        self.most_s = _SAVED * seconds
+        self.seconds = min(self.seconds + _EXPLORE * seconds, self.most_s)
 
     def affords(self, extra_s: float) -> bool:
+        if extra_s > self.most_s:  # it never will: the next one's turn
+            self.turn += 1
         return extra_s <= self.seconds
 
     def spend(self, extra_s: float) -> None:

@@ -511,6 +511,20 @@ def test_what_caps_take_away_is_not_expected(cap: int | None, room: int, left: i
     assert expected[0] == pytest.approx(expected[1])
 
 
+def test_a_tree_that_is_too_dear_to_try_does_not_keep_the_others_from_it() -> None:
+    """Where a step takes its rows' time and nothing else, all nodes are 64 times as much."""
+
+    def rows_alone(_batch: int, rows: int) -> float:
+        return 0.001 * rows
+
+    world = World(adaptive(step=rows_alone), 0.0, step=rows_alone, drafting=0.0)
+    world.run(4, 200)
+    world.sizes.clear()
+    world.run(4, 3000)
+    assert world.sizes.count(1) > 10
+    assert world.sizes.count(63) == 0
+
+
 def test_drafting_that_caps_left_out_is_not_subtracted() -> None:
     """Good heads, and a request that wants plain decoding: its steps take what they take."""
     chooser, made = adaptive(), sequence(cap=1)
