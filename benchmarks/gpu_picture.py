@@ -5,6 +5,7 @@ python -m benchmarks.gpu_picture benchmarks/results/gpu-nvidia-h100-80gb-hbm3.js
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -77,8 +78,11 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def main() -> int:
-    source, target = (Path(argument) for argument in sys.argv[1:3])
-    draw(json.loads(source.read_text(encoding="utf-8")), target)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="what benchmarks.gpu wrote")
+    parser.add_argument("picture", type=Path, help="the file to make, .svg or .png")
+    args = parser.parse_args()
+    draw(json.loads(args.results.read_text(encoding="utf-8")), args.picture)
     return 0
 
 
