@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton_kernels import attend_kernel, join_kernel
-from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, candidates
+from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, candidates, parts_at_once
 from engine.cache.pool import KVPool
 
 __all__ = ["TritonAttention"]
@@ -50,6 +50,7 @@ class _Plan:
         parts: how many parts the keys come in, for each window of a layer.
         mixed: [parts, T, heads, head_dim] float32, the parts' outputs; empty where no layer is split.
         weight: [parts, T, heads] float32, log2 of their weights' sums.
+        counts: int32, where programs count those that are done; all zeros between launches.
     """
 
     pool: KVPool
@@ -62,6 +63,7 @@ class _Plan:
     parts: dict[int | None, int]
     mixed: Tensor
     weight: Tensor
+    counts: Tensor
 
 
 class TritonAttention:
@@ -91,6 +93,7 @@ class TritonAttention:
         self._group, self._scale, self._windows = group, scale, windows
         self._tiles, self._processors = tiles or {}, processors
         self._plan: _Plan | None = None
+        self._counts: Tensor | None = None
 
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         kv_heads, head_dim = pool.data.shape[-2:]
@@ -125,6 +128,7 @@ class TritonAttention:
             parts=parts,
             mixed=torch.empty(*shape, head_dim, dtype=torch.float32, device=pool.device),
             weight=torch.empty(shape, dtype=torch.float32, device=pool.device),
+            counts=self._zeros(pool.device),
         )
 
     @property
@@ -158,6 +162,7 @@ class TritonAttention:
             out,
             plan.mixed,
             plan.weight,
+            plan.counts,
             k_pool,
             v_pool,
             batch.block_tables,
@@ -184,6 +189,7 @@ class TritonAttention:
             DEPTHS=batch.depths is not None,
             INDEXED=batch.index is not None,
             SPLIT=parts > 1,
+            JOINS=tile.joins,
             WINDOW=window or 0,
             GROUP=self._group,
             KV_HEADS=kv_heads,
@@ -198,11 +204,12 @@ class TritonAttention:
             BLOCK_NEW=plan.new_keys,
             BLOCK_D=channels,
             BLOCK_W=triton.next_power_of_2(triton.cdiv(tile.rows, self._group)),
+            BLOCK_P=parts_at_once(tile, channels),
             PRECISION="ieee",
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        if parts > 1:
+        if parts > 1 and not tile.joins:
             block_parts = triton.next_power_of_2(parts)
             join_kernel[plan.tokens, heads](
                 plan.mixed,
@@ -223,15 +230,25 @@ class TritonAttention:
         most: int = min(triton.next_power_of_2(triton.cdiv(kind.rows, self._group)), _MOST_NODES)
         return min(tile.keys, max(LEAST_ROWS, most))
 
+    def _multiprocessors(self, device: torch.device) -> int:
+        if self._processors is None:
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return self._processors
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        """Made once, for graphs to find it where it was; keys are split among few programs only."""
+        if self._counts is None:
+            size = self._multiprocessors(device) * _PROGRAMS_PER_PROCESSOR
+            self._counts = torch.zeros(size, dtype=torch.int32, device=device)
+        return self._counts
+
     def _parts(self, programs: int, cached: int, device: torch.device) -> int:
         """In how many parts to take keys, `cached` of which are in the pool at most.
 
         Args:
             programs: those of one part.
         """
-        processors = self._processors
-        if processors is None:
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        processors = self._multiprocessors(device)
         idle = processors * _PROGRAMS_PER_PROCESSOR // programs
         shares = min(idle, triton.cdiv(cached, _LEAST_KEYS), _MOST_PARTS - 1)
         return 1 if shares < 2 else shares + 1  # the new rows are a part of their own

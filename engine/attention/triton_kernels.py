@@ -11,8 +11,9 @@ its registers only: what lies in memory stays as it was, so nobody finds it turn
 
 Where the tiles alone would leave processors idle, the cached rows are split into parts (Dao et al. 2023,
 Flash-Decoding): each part leaves its output and the logarithm of its weights' sum, and a second kernel
-joins them. How many parts there may be depends on shapes only; how many of them get keys depends on the
-lengths, which are read on the device. So both kernels can be captured in a CUDA graph.
+joins them, or with JOINS the last program to finish. How many parts there may be depends on shapes only; how
+many of them get keys depends on the lengths, which are read on the device. So all of it can be captured in a
+CUDA graph.
 
 Softmax and sums are in float32, and logarithms are to base 2.
 """
@@ -282,6 +283,56 @@ def _write(
     tl.store(v_pool_ptr + at, v, mask=inside)
 
 
+@triton.jit
+def _join(
+    part_ptr,
+    weight_ptr,
+    out_ptr,
+    at_row,
+    valid,
+    filled,
+    parts,
+    num_tokens,
+    channel,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The parts of a tile of query rows weighted together, always in the same order.
+
+    Args:
+        at_row: [BLOCK_M], rows of [T, HEADS]; valid: [BLOCK_M].
+        filled: parts 0 .. filled - 1 have keys, and the last of all `parts`.
+    """
+    stride = num_tokens.to(tl.int64) * HEADS
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, filled + 1, BLOCK_P):
+        turn = start + tl.arange(0, BLOCK_P)
+        part = tl.where(turn == filled, parts - 1, turn).to(tl.int64)
+        at = part[:, None] * stride + at_row[None, :]
+        there = (turn <= filled)[:, None] & valid[None, :]
+        # From where the multiprocessors meet, not from this one's own cache.
+        logarithm = tl.load(weight_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        inside = there[:, :, None] & (channel < HEAD_DIM)[None, None, :]
+        output_at = at[:, :, None] * HEAD_DIM + channel[None, None, :]
+        output = tl.load(part_ptr + output_at, mask=inside, other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(best, tl.max(logarithm, 0))
+        reference = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(logarithm - reference[None, :])
+        shrink = tl.exp2(best - reference)
+        total = total * shrink + tl.sum(weight, 0)
+        mixed = mixed * shrink[:, None] + tl.sum(output * weight[:, :, None], 0)
+        best = highest
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
+    out_at = at_row[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(out_ptr + out_at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "num_rows", "rows_stride", "ancestors_stride", "depths_stride"],
     # Those of a captured step lie at places that depend on its bucket; each would be another compilation.
@@ -294,6 +345,7 @@ def attend_kernel(
     out_ptr,
     part_ptr,
     weight_ptr,
+    count_ptr,
     k_pool_ptr,
     v_pool_ptr,
     table_ptr,
@@ -320,6 +372,7 @@ def attend_kernel(
     DEPTHS: tl.constexpr,
     INDEXED: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOINS: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -334,6 +387,7 @@ def attend_kernel(
     BLOCK_NEW: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attention of a grid (tiles of num_rows * GROUP query rows, parts * KV_HEADS, sequences).
@@ -346,6 +400,7 @@ def attend_kernel(
             one another. out_ptr: [T, KV_HEADS * GROUP * HEAD_DIM], where there is one part.
         part_ptr: [parts, T, KV_HEADS * GROUP, HEAD_DIM] float32 and weight_ptr: [parts, T, KV_HEADS * GROUP]
             float32: each part's output and log2 of its weights' sum, -inf (and no output) without keys.
+        count_ptr: int32, with JOINS as many zeros as the grid has programs of one part; zeros when it ends.
         k_pool_ptr, v_pool_ptr: [pool rows, KV_HEADS, HEAD_DIM] of this layer.
         table_ptr, length_ptr, rows_ptr, ancestors_ptr, depths_ptr: see `AttentionInput`.
         row_of_ptr: [B, N] int64, the token of each new row, -1 where it is not computed.
@@ -359,6 +414,7 @@ def attend_kernel(
         LEAST_KEYS: a part gets at least so many keys, so that short contexts come in few parts.
         BLOCK_M, BLOCK_N, BLOCK_NEW: query rows, cached keys and new keys of a tile.
         BLOCK_W: at least the nodes that begin in a tile of BLOCK_M rows.
+        BLOCK_P: parts that are joined at once.
     """
     tile = tl.program_id(0)
     if not TREE:
@@ -405,11 +461,14 @@ def attend_kernel(
     if SPLIT:
         share = tl.maximum(tl.cdiv(end - begin, parts - 1), LEAST_KEYS)
         share = tl.cdiv(share, BLOCK_N) * BLOCK_N
+        filled = tl.cdiv(end - begin, share)
         begin += part * share
         end = tl.minimum(begin + share, end)
         last = part == parts - 1
         if (begin >= end) & (part < parts - 1):
-            tl.store(weight_ptr + part.to(tl.int64) * num_tokens * HEADS + at_row, float("-inf"), mask=valid)
+            if not JOINS:
+                at_row += part.to(tl.int64) * num_tokens * HEADS
+                tl.store(weight_ptr + at_row, float("-inf"), mask=valid)
             return
 
     channel = tl.arange(0, BLOCK_D)
@@ -467,9 +526,22 @@ def attend_kernel(
     # A node that is not valid may have no key at all.
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     if SPLIT:
-        at_row += part.to(tl.int64) * num_tokens * HEADS
-        tl.store(weight_ptr + at_row, best + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=valid)
-        tl.store(part_ptr + at_row[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
+        at_part = at_row + part.to(tl.int64) * num_tokens * HEADS
+        tl.store(weight_ptr + at_part, best + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=valid)
+        tl.store(part_ptr + at_part[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
+        if JOINS:
+            # The barrier orders all threads' stores before one thread's addition, which releases them to the
+            # device. The addition that comes last acquires what all the others released, and Triton hands its
+            # result to the other threads behind a barrier, so all of them see every part. In whatever order
+            # programs run, one of them is last; nobody waits for another.
+            tl.debug_barrier()
+            count_ptr += (sequence * tl.num_programs(0) + tile) * KV_HEADS + head
+            if tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == filled:
+                tl.store(count_ptr, 0)  # the next launch begins when this one has ended
+                _join(
+                    part_ptr, weight_ptr, out_ptr, at_row, valid, filled, parts, num_tokens, channel,
+                    HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_P,
+                )  # fmt: skip
     else:
         mixed = mixed.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at_row[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)

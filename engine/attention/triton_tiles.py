@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LEAST_ROWS", "MOST_ROWS", "Kind", "Tile", "candidates"]
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "Kind", "Tile", "candidates", "joining", "parts_at_once"]
 
 MOST_ROWS = 128
 """Query rows of a sequence and K/V head beyond which they come in several tiles."""
@@ -34,12 +34,19 @@ class Kind(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A kernel's shape: query rows and keys of a tile, warps of a program, stages of its loop's pipeline."""
+    """A kernel's shape.
+
+    Args:
+        rows: query rows of a tile; keys: cached keys of it.
+        warps: of a program; stages: of its loop's pipeline.
+        joins: where keys are split, the last program to finish joins the parts, not a second kernel.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    joins: bool = False
 
 
 def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
@@ -60,3 +67,15 @@ def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
     if kind.rows == MOST_ROWS:
         tiles = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3), *tiles[:2]]
     return tiles
+
+
+def joining(kind: Kind, tile: Tile, channels: int) -> Tile | None:
+    """The same tile with parts joined by the last program; None where registers are too few for it."""
+    fits = not kind.chunk and tile.rows * channels <= 64 * 32 * tile.warps
+    return tile._replace(joins=True) if fits else None
+
+
+def parts_at_once(tile: Tile, channels: int) -> int:
+    """How many parts a program that joins them loads at a time: a thread holds 32 of their numbers, or 64."""
+    numbers = (64 if tile.rows == LEAST_ROWS else 32) * 32 * tile.warps
+    return max(1, min(16, numbers // (tile.rows * channels)))

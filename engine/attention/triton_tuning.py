@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from engine.attention import triton_kernels
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton import TritonAttention
-from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, candidates
+from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, candidates, joining
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
@@ -34,6 +35,9 @@ _CACHED = 2048
 
 _CHUNK = 512
 """New rows of the prefill chunk that is measured."""
+
+_TRIES = 8
+"""How often joining in the same kernel is held against a second kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,8 @@ def tuned_tiles(
         device: to measure on.
         folder: where results are kept; made if there is none. One that cannot be written is only logged.
         most_nodes: nodes of the largest tree.
-        clock: milliseconds of a function's run; None is Triton's do_bench.
+        clock: milliseconds of a function's run; None is Triton's do_bench, and for what a graph makes cheaper
+            its do_bench_cudagraph.
 
     Raises:
         ConfigError: no candidate of a kind fits the device.
@@ -85,7 +90,8 @@ def tuned_tiles(
     if missing:
         started = time.monotonic()
         step = _Step(shape, device)
-        known |= {kind: _fastest(kind, shape, step, most_nodes, clock or _milliseconds) for kind in missing}
+        clocks = (clock or _milliseconds, clock or _milliseconds_in_graph)
+        known |= {kind: _fastest(kind, shape, step, most_nodes, *clocks) for kind in missing}
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free
         log.info("measured the attention kernels' tiles in %.1f s", time.monotonic() - started)
@@ -108,10 +114,12 @@ class _Step:
             dtype=shape.dtype,
             device=device,
         )
+        self._pool.data.normal_()
+        self._qkv: dict[int, Tensor] = {}
         self._tables = 1 + torch.randperm(blocks, device=device).unsqueeze(0)
 
-    def run(self, kind: Kind, tile: Tile, nodes: int) -> Callable[[], object]:
-        """Attention of one layer with `nodes` new rows."""
+    def run(self, kind: Kind, tile: Tile, nodes: int) -> Callable[[], Tensor]:
+        """Attention of one layer with `nodes` new rows, the same for all tiles."""
         shape, device = self._shape, self._device
         chain = (torch.tensor(2) << torch.arange(nodes, device=device)) - 1
         attention = TritonAttention(shape.group, tiles={kind: tile})
@@ -127,8 +135,10 @@ class _Step:
             self._pool,
         )
         heads = shape.kv_heads * shape.group
-        qkv = torch.randn(nodes, heads + 2 * shape.kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
-        q, k, v = torch.split(qkv, [heads, shape.kv_heads, shape.kv_heads], dim=1)
+        if nodes not in self._qkv:
+            size = (nodes, heads + 2 * shape.kv_heads, shape.head_dim)
+            self._qkv[nodes] = torch.randn(size, dtype=shape.dtype, device=device)
+        q, k, v = torch.split(self._qkv[nodes], [heads, shape.kv_heads, shape.kv_heads], dim=1)
         rotary = self._rotary(_CACHED + nodes) if attention.rotates and shape.frequencies else None
         return lambda: attention.attend(0, q, k, v, rotary)
 
@@ -136,7 +146,7 @@ class _Step:
         """No rotation at all, which takes as long as any."""
         shape = self._shape
 
-        def filled(value: float, *size: int) -> torch.Tensor:
+        def filled(value: float, *size: int) -> Tensor:
             return torch.full(size, value, dtype=shape.dtype, device=self._device)
 
         channels = (shape.kv_heads * shape.group + shape.kv_heads) * shape.head_dim
@@ -151,13 +161,15 @@ def _fastest(
     step: _Step,
     most_nodes: int,
     clock: Callable[[Callable[[], object]], float],
+    in_graph: Callable[[Callable[[], object]], float],
 ) -> Tile:
     most = _CHUNK if kind.chunk else most_nodes
     # The largest kind has no upper end: the largest tree stands for it.
     nodes = most if kind.rows == MOST_ROWS else max(1, min(most, kind.rows // shape.group))
     times: dict[Tile, float] = {}
     refused = ""
-    for tile in candidates(kind, triton.next_power_of_2(shape.head_dim), shape.dtype.itemsize):
+    channels = triton.next_power_of_2(shape.head_dim)
+    for tile in candidates(kind, channels, shape.dtype.itemsize):
         try:
             times[tile] = clock(step.run(kind, tile, nodes))
         except (OutOfResources, PTXASError, CompilationError) as error:
@@ -167,11 +179,38 @@ def _fastest(
             f"no shape of the attention kernel for {kind.rows} rows runs on this GPU ({refused}); "
             "set attention to sdpa"
         )
+    best = min(times, key=lambda tile: times[tile])
+    joined = joining(kind, best, channels)
+    if joined is None:
+        return best
+    tiles = [best, joined]
+    ways = [step.run(kind, tile, nodes) for tile in tiles]
+    if not _agree(*ways):
+        log.warning("the attention kernel joins its parts wrongly on this device: a second one does it")
+        return best
+    times = {tile: in_graph(way) for tile, way in zip(tiles, ways, strict=True)}
     return min(times, key=lambda tile: times[tile])
+
+
+def _agree(by_two: Callable[[], Tensor], by_one: Callable[[], Tensor]) -> bool:
+    """Whether parts joined by the last program are what a second kernel makes of them, time and again.
+
+    On a GPU the program that is last is another each time, and reads what the others have just written.
+    """
+    wanted = by_two().float()
+    bound = 4.0 * torch.finfo(by_one().dtype).eps * float(wanted.abs().max())
+    found = torch.stack([by_one() for _ in range(_TRIES)])
+    return bool((found == found[0]).all()) and bool(((found[0].float() - wanted).abs() <= bound).all())
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
     found: float = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    return found
+
+
+def _milliseconds_in_graph(run: Callable[[], object]) -> float:
+    """With the gaps between kernels that a captured step has."""
+    found: float = triton.testing.do_bench_cudagraph(run, rep=20, return_mode="median")
     return found
 
 

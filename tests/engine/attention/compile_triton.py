@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.attention import triton as module
 from engine.attention.triton import TritonAttention
-from engine.attention.triton_tiles import Kind, candidates
+from engine.attention.triton_tiles import Kind, candidates, joining
 from tests.engine.attention.triton_cases import Shape, Step, make_step
 from tests.engine.triton_compile import compile_only, resources, use
 
@@ -72,7 +72,9 @@ def main() -> int:
             channels = triton.next_power_of_2(shape.head_dim)
             tiles = candidates(kind, channels, shape.dtype.itemsize)
             step = make_step(shape)
-            for tile in tiles if every else tiles[:1]:
+            tiles = tiles if every else tiles[:1]
+            joined = [found for tile in tiles if (found := joining(kind, tile, channels))]
+            for tile in [*tiles, *joined]:
                 compiled.clear()
                 attention = TritonAttention(shape.group, tiles={kind: tile}, processors=132, **step.options())
                 attention.plan(step.batch, step.pool)

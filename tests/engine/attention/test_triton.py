@@ -7,6 +7,7 @@ a GPU only; `make kernels` runs many more shapes and compiles the kernels.
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from tests.support import greedy, make_engine, run_all, save_model, save_random_
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import interpreter_builder
+
 from engine.attention.sdpa import SdpaAttention
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile, candidates
@@ -40,8 +43,9 @@ SMALL = {Kind(rows, chunk): Tile(min(rows, 32), 16, 4, 2) for rows in (16, 32, 6
 """Small tiles, so that small cases have edges of all sorts."""
 
 
-def backend(step: Step, processors: int = MANY) -> TritonAttention:
-    return TritonAttention(step.shape.group, tiles=SMALL, processors=processors, **step.options())
+def backend(step: Step, processors: int = MANY, *, joins: bool = False) -> TritonAttention:
+    tiles = {kind: tile._replace(joins=joins) for kind, tile in SMALL.items()}
+    return TritonAttention(step.shape.group, tiles=tiles, processors=processors, **step.options())
 
 
 TREES = [
@@ -73,6 +77,39 @@ CHUNKS = [
 def test_trees(shape: Shape, processors: int) -> None:
     step = make_step(shape)
     check(step, backend(step, processors))
+
+
+@pytest.mark.parametrize("order", ["backwards", "at random"])
+@pytest.mark.parametrize("shape", [*TREES, Shape((270,), 20, tree=False, kv_heads=1)], ids=str)
+def test_the_last_program_joins_the_parts(shape: Shape, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever that is: the outputs have the same bits, and all counts are zero again."""
+    step = make_step(shape)
+    attention = backend(step, joins=True)
+    if DEVICE.type == "cpu":
+        run_programs(order, monkeypatch)
+    check(step, attention)
+    assert attention._counts is not None
+    assert not attention._counts.any()
+    found = make_step(shape).attend(attention)
+    monkeypatch.undo()
+    assert torch.equal(make_step(shape).attend(attention), found)
+
+
+def run_programs(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter take a kernel's programs in another order."""
+    place = interpreter_builder.set_grid_idx
+
+    def elsewhere(x: int, y: int, z: int) -> None:
+        dims = interpreter_builder.grid_dim
+        count = dims[0] * dims[1] * dims[2]
+        number = (x * dims[1] + y) * dims[2] + z
+        if order == "backwards":
+            number = count - 1 - number
+        elif order == "at random":
+            number = random.Random(count).sample(range(count), count)[number]
+        place(number // (dims[1] * dims[2]), number // dims[2] % dims[1], number % dims[2])
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", elsewhere)
 
 
 ROTATED = [
@@ -253,5 +290,6 @@ def test_a_whole_model_decodes_as_with_torchs_attention(
 def test_the_kernels_compile_for_a_gpu_without_spills(tmp_path: Path) -> None:
     """In bfloat16, for compute capability 9.0, which need not be at hand."""
     kernels = [json.loads(line) for line in compile_kernels("90", cache=tmp_path).splitlines()]
-    assert [kernel["kernel"] for kernel in kernels] == ["attend_kernel", "join_kernel", "attend_kernel"]
-    assert [kernel["spilled"] for kernel in kernels] == [0, 0, 0]
+    names = [kernel["kernel"] for kernel in kernels]
+    assert names == ["attend_kernel", "join_kernel", "attend_kernel", "attend_kernel"]
+    assert [kernel["spilled"] for kernel in kernels] == [0, 0, 0, 0]

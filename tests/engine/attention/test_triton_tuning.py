@@ -56,9 +56,13 @@ def slowest_first() -> Callable[[Callable[[], object]], float]:
 
 def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Tile]) -> None:
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first())
-    kinds = [Kind(16, False), Kind(32, False), Kind(64, False), Kind(128, False), Kind(128, True)]
-    assert tiles == {kind: candidates(kind, 64, 2)[-1] for kind in kinds}
-    assert measured == [tile for kind in kinds for tile in candidates(kind, 64, 2)]
+    trees = [Kind(16, False), Kind(32, False), Kind(64, False), Kind(128, False)]
+    chunk = Kind(128, True)
+    fastest = {kind: candidates(kind, 64, 2)[-1] for kind in [*trees, chunk]}
+    assert tiles == {kind: tile._replace(joins=not kind.chunk) for kind, tile in fastest.items()}
+    both = {kind: [fastest[kind], fastest[kind]._replace(joins=True)] for kind in trees}
+    wanted = [tile for kind in trees for tile in [*candidates(kind, 64, 2), *both[kind]]]
+    assert measured == [*wanted, *candidates(chunk, 64, 2)]
     measured.clear()
     assert tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first()) == tiles
     assert not measured
@@ -84,7 +88,7 @@ def test_larger_trees_add_only_their_own_kinds(tmp_path: Path, measured: list[Ti
     tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=4, clock=slowest_first())
     measured.clear()
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=8, clock=slowest_first())
-    assert measured == candidates(Kind(32, False), 64, 2)
+    assert measured[:-2] == candidates(Kind(32, False), 64, 2)
     assert len(tiles) == 3
 
 
@@ -99,7 +103,7 @@ def test_a_tile_too_large_for_the_device_is_passed_over(
         return 1.0
 
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=clock)
-    assert tiles[Kind(16, False)] == candidates(Kind(16, False), 64, 2)[1]
+    assert tiles[Kind(16, False)] == candidates(Kind(16, False), 64, 2)[1]  # as fast as with joins
 
     def never(run: Callable[[], object]) -> float:
         raise OutOfResources(200_000, 100_000, "shared memory")
@@ -126,7 +130,7 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     outputs: list[torch.Tensor] = []
 
     def clock(run: Callable[[], object]) -> float:
-        if len(outputs) in (0, 5):  # one of each: a tree, a chunk
+        if len(outputs) in (0, 4, 5):  # one of each: a tree, one that joins its parts, a chunk
             found = run()
             assert isinstance(found, torch.Tensor)
             assert found.isfinite().all()
@@ -137,4 +141,24 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     shape = replace(SHAPE, frequencies=32, head_norm=head_norm)
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
-    assert [len(found) for found in outputs if len(found)] == [1, 40]
+    assert [len(found) for found in outputs if len(found)] == [1, 1, 40]
+
+
+def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(triton_tuning, "_CACHED", 300)
+    attend = TritonAttention.attend
+    calls = iter(range(1000))
+
+    def wrong_once(self: TritonAttention, *args: object) -> torch.Tensor:
+        found = attend(self, *args)  # type: ignore[arg-type]
+        assert self._plan is not None
+        if self._plan.tile.joins and next(calls) == 5:
+            found[0, 3] += 1e-2
+        return found
+
+    monkeypatch.setattr(TritonAttention, "attend", wrong_once)
+    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
+    assert not any(tile.joins for tile in tiles.values())
+    assert "wrongly" in caplog.text

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from engine.attention import triton as attention_module
 from engine.attention.base import AttentionInput
 from engine.attention.triton import TritonAttention
+from engine.attention.triton_tiles import Kind, Tile
 from engine.cache.pool import KVPool
 from engine.model import triton_kernels
 from engine.model.config import ModelConfig
@@ -55,7 +56,9 @@ class _Kernel:
 
 
 @torch.inference_mode()
-def launches(layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def launches(
+    layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, joins: bool = False
+) -> Counter[str]:
     """Of a step of one sequence with 4 nodes, whose keys are split."""
     config = ModelConfig.from_folder(save_model(tiny_llama(num_hidden_layers=layers), folder))
     decoder = Decoder(config, torch.float32, 512)
@@ -70,7 +73,8 @@ def launches(layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Coun
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    attention = TritonAttention(config.group, processors=MANY)
+    tiles = {Kind(16, chunk=False): Tile(16, 16, 4, 2, joins)}
+    attention = TritonAttention(config.group, tiles=tiles, processors=MANY)
     nodes = torch.arange(4)
     positions = 300 + nodes
     batch = AttentionInput(
@@ -88,12 +92,16 @@ def launches(layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Coun
     return found.counts
 
 
-def test_a_layer_is_four_products_and_five_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two, three = (launches(layers, tmp_path / str(layers), monkeypatch) for layers in (2, 3))
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_layer_is_four_products_and_four_or_five_kernels(
+    joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of attention may be joined by a kernel of their own."""
+    two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=joins) for n in (2, 3))
     assert three - two == {
         "aten.linear.default": 4,
         "attend_kernel": 1,
-        "join_kernel": 1,
+        **({} if joins else {"join_kernel": 1}),
         "_add_norm_kernel": 2,
         "_gated_kernel": 1,
     }
