@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -121,6 +122,10 @@ class Server(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        # What is loaded by now stays. Python's collector would go through all of it now and then, half a
+        # million objects, tenths of a second in which no stream gets a token.
+        gc.collect()
+        gc.freeze()
         super().run(sockets)
         if self.force_exit:
             # The interpreter's own end would wait for threads, and not survive one that is inside a kernel.

@@ -28,7 +28,7 @@ from tests.server.conftest import MODEL, TEXT, Defaults, Serve, chat_body, says,
 
 ROOT = Path(__file__).parents[2]
 PROCESS = """
-import sys
+import gc, sys
 from engine.fake import FakeEngine
 from server.app import create_app
 from server.lifecycle import Server, bind
@@ -46,6 +46,7 @@ engine = FakeEngine(
 )
 app = create_app(engine, TEXT, settings, Defaults())
 Server(app, settings).run(sockets=[bind("127.0.0.1", 0)])
+print("collected", len(gc.get_objects()), "of", gc.get_freeze_count(), file=sys.stderr)
 """
 
 
@@ -83,6 +84,15 @@ def test_start_up_line_and_a_request_to_try() -> None:
         assert part in lines[0]
     assert f"curl {url}/v1/chat/completions" in text
     assert "Traceback" not in text
+
+
+def test_what_was_loaded_is_not_gone_through_while_serving() -> None:
+    """The garbage collector, in the process that has served, sees little of what it began with."""
+    with process(drain_s=0) as (running, _url, lines):
+        running.send_signal(signal.SIGTERM)
+        running.wait(10)
+    _, seen, _, frozen = next(line.split() for line in lines if line.startswith("collected"))
+    assert int(seen) < 0.2 * int(frozen)
 
 
 @pytest.mark.parametrize(("drain_s", "steps"), [(30.0, 120), (2.0, 3000)])
