@@ -8,7 +8,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from engine.attention import triton_kernels
@@ -35,6 +38,9 @@ _CACHED = 2048
 
 _CHUNK = 512
 """New rows of the prefill chunk that is measured."""
+
+_REFUSALS = (OutOfResources, PTXASError, CompilationError)
+"""Of a tile that does not fit a device."""
 
 _TRIES = 8
 """How often joining in the same kernel is held against a second kernel."""
@@ -91,7 +97,7 @@ def tuned_tiles(
         started = time.monotonic()
         step = _Step(shape, device)
         clocks = (clock or _milliseconds, clock or _milliseconds_in_graph)
-        known |= {kind: _fastest(kind, shape, step, most_nodes, *clocks) for kind in missing}
+        known |= _measured(missing, shape, step, most_nodes, *clocks)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free
         log.info("measured the attention kernels' tiles in %.1f s", time.monotonic() - started)
@@ -142,6 +148,12 @@ class _Step:
         rotary = self._rotary(_CACHED + nodes) if attention.rotates and shape.frequencies else None
         return lambda: attention.attend(0, q, k, v, rotary)
 
+    def compile(self, ways: Iterable[Callable[[], object]]) -> None:
+        """Compile what these steps run, several at a time; the interpreter has nothing to compile."""
+        if self._device.type == "cuda":
+            driver.active.get_current_device()  # makes the driver, before threads do
+            _side_by_side(ways, lambda: torch.cuda.device(self._device))
+
     def _rotary(self, positions: int) -> Rotary:
         """No rotation at all, which takes as long as any."""
         shape = self._shape
@@ -155,41 +167,79 @@ class _Step:
         return Rotary(cos, sin, norm, 1e-6, shape.norm_offset)
 
 
-def _fastest(
-    kind: Kind,
+def _measured(
+    kinds: list[Kind],
     shape: ModelShape,
     step: _Step,
     most_nodes: int,
     clock: Callable[[Callable[[], object]], float],
     in_graph: Callable[[Callable[[], object]], float],
+) -> dict[Kind, Tile]:
+    """The best tile of each kind, and then whether its last program shall join the parts."""
+    channels = triton.next_power_of_2(shape.head_dim)
+
+    def way(kind: Kind, tile: Tile) -> Callable[[], Tensor]:
+        most = _CHUNK if kind.chunk else most_nodes
+        # The largest kind has no upper end: the largest tree stands for it.
+        nodes = most if kind.rows == MOST_ROWS else max(1, min(most, kind.rows // shape.group))
+        return step.run(kind, tile, nodes)
+
+    ways = {
+        kind: {tile: way(kind, tile) for tile in candidates(kind, channels, shape.dtype.itemsize)}
+        for kind in kinds
+    }
+    step.compile([run for tiles in ways.values() for run in tiles.values()])
+    best = {kind: _fastest(kind, tiles, clock) for kind, tiles in ways.items()}
+    joined = {kind: tile for kind in kinds if (tile := joining(kind, best[kind], channels)) is not None}
+    joins = {kind: way(kind, tile) for kind, tile in joined.items()}
+    step.compile(list(joins.values()))
+    for kind, by_one in joins.items():
+        by_two = ways[kind][best[kind]]
+        try:
+            if not _agree(by_two, by_one):
+                log.warning("attention's kernel joins its parts wrongly on this device: a second one does it")
+            elif in_graph(by_two) > in_graph(by_one):
+                best[kind] = joined[kind]
+        except _REFUSALS as error:
+            log.info("attention's kernel cannot join its parts: %s", str(error).splitlines()[0])
+    return best
+
+
+def _fastest(
+    kind: Kind, ways: Mapping[Tile, Callable[[], object]], clock: Callable[[Callable[[], object]], float]
 ) -> Tile:
-    most = _CHUNK if kind.chunk else most_nodes
-    # The largest kind has no upper end: the largest tree stands for it.
-    nodes = most if kind.rows == MOST_ROWS else max(1, min(most, kind.rows // shape.group))
     times: dict[Tile, float] = {}
     refused = ""
-    channels = triton.next_power_of_2(shape.head_dim)
-    for tile in candidates(kind, channels, shape.dtype.itemsize):
+    for tile, run in ways.items():
         try:
-            times[tile] = clock(step.run(kind, tile, nodes))
-        except (OutOfResources, PTXASError, CompilationError) as error:
+            times[tile] = clock(run)
+        except _REFUSALS as error:
             refused = str(error).splitlines()[0]
     if not times:
         raise ConfigError(
             f"no shape of the attention kernel for {kind.rows} rows runs on this GPU ({refused}); "
             "set attention to sdpa"
         )
-    best = min(times, key=lambda tile: times[tile])
-    joined = joining(kind, best, channels)
-    if joined is None:
-        return best
-    tiles = [best, joined]
-    ways = [step.run(kind, tile, nodes) for tile in tiles]
-    if not _agree(*ways):
-        log.warning("the attention kernel joins its parts wrongly on this device: a second one does it")
-        return best
-    times = {tile: in_graph(way) for tile, way in zip(tiles, ways, strict=True)}
     return min(times, key=lambda tile: times[tile])
+
+
+def _side_by_side(
+    ways: Iterable[Callable[[], object]], here: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """Run each once, as many at a time as there are cores; those that the device refuses are left out.
+
+    Nearly all of a kernel's first run is its compilation, most of which runs without Python's lock.
+
+    Args:
+        here: what each thread enters.
+    """
+
+    def once(way: Callable[[], object]) -> None:
+        with here(), suppress(*_REFUSALS):
+            way()
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(once, ways))
 
 
 def _agree(by_two: Callable[[], Tensor], by_one: Callable[[], Tensor]) -> bool:

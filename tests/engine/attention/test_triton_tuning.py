@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 from engine.attention import triton_tuning
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile, candidates
-from engine.attention.triton_tuning import ModelShape, tuned_tiles
+from engine.attention.triton_tuning import ModelShape, _side_by_side, tuned_tiles
 from engine.errors import ConfigError
 from tests.engine.attention.triton_cases import DEVICE
 
@@ -60,9 +63,8 @@ def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Ti
     chunk = Kind(128, True)
     fastest = {kind: candidates(kind, 64, 2)[-1] for kind in [*trees, chunk]}
     assert tiles == {kind: tile._replace(joins=not kind.chunk) for kind, tile in fastest.items()}
-    both = {kind: [fastest[kind], fastest[kind]._replace(joins=True)] for kind in trees}
-    wanted = [tile for kind in trees for tile in [*candidates(kind, 64, 2), *both[kind]]]
-    assert measured == [*wanted, *candidates(chunk, 64, 2)]
+    wanted = [tile for kind in [*trees, chunk] for tile in candidates(kind, 64, 2)]
+    assert measured == [*wanted, *(tiles[kind] for kind in trees)]
     measured.clear()
     assert tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first()) == tiles
     assert not measured
@@ -88,7 +90,7 @@ def test_larger_trees_add_only_their_own_kinds(tmp_path: Path, measured: list[Ti
     tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=4, clock=slowest_first())
     measured.clear()
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=8, clock=slowest_first())
-    assert measured[:-2] == candidates(Kind(32, False), 64, 2)
+    assert measured[:-1] == candidates(Kind(32, False), 64, 2)
     assert len(tiles) == 3
 
 
@@ -130,7 +132,7 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     outputs: list[torch.Tensor] = []
 
     def clock(run: Callable[[], object]) -> float:
-        if len(outputs) in (0, 4, 5):  # one of each: a tree, one that joins its parts, a chunk
+        if len(outputs) in (0, 3, 8):  # one of each: a tree, a chunk, a tree whose parts are joined
             found = run()
             assert isinstance(found, torch.Tensor)
             assert found.isfinite().all()
@@ -141,7 +143,7 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     shape = replace(SHAPE, frequencies=32, head_norm=head_norm)
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
-    assert [len(found) for found in outputs if len(found)] == [1, 1, 40]
+    assert [len(found) for found in outputs if len(found)] == [1, 40, 1]
 
 
 def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
@@ -162,3 +164,38 @@ def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
     assert not any(tile.joins for tile in tiles.values())
     assert "wrongly" in caplog.text
+
+
+def test_candidates_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    together = threading.Barrier(2, timeout=60)
+    entered: list[int] = []
+
+    def refused() -> None:
+        together.wait()
+        raise OutOfResources(200_000, 100_000, "shared memory")
+
+    @contextmanager
+    def here() -> Iterator[None]:
+        entered.append(threading.get_ident())
+        yield
+
+    _side_by_side([together.wait, refused], here)
+    assert len(set(entered)) == 2
+
+    def broken() -> None:
+        raise ValueError("of ours")
+
+    with pytest.raises(ValueError, match="of ours"):
+        _side_by_side([broken], nullcontext)
+
+
+def test_joining_that_does_not_fit_the_device_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*ways: object) -> bool:
+        raise OutOfResources(200_000, 100_000, "registers")
+
+    monkeypatch.setattr(triton_tuning, "_agree", refuse)
+    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
+    assert tiles == {kind: candidates(kind, 64, 2)[-1] for kind in (Kind(16, False), Kind(128, True))}
