@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,8 +24,11 @@ from engine.graphs import CapturedRunner, _Recorder
 from engine.graphs_triton import TritonRunner
 from engine.loader import load
 from engine.medusa.buckets import Buckets
+from engine.medusa.lookup import Lookup
 from engine.model.decoder import Decoder
-from engine.types import Acceptance, MedusaParams, Request, SamplingParams, TokenDelta
+from engine.sampling_slots import SamplingSlots
+from engine.step_triton import Carried, Draws, Nodes
+from engine.types import Acceptance, MedusaParams, Request, SamplingParams, Sequence, TokenDelta
 from tests.engine.conftest import TinyModel
 from tests.support import run_all
 
@@ -175,6 +179,68 @@ def test_predictions_are_followed(narrow: TinyModel, blocks: None) -> None:
     ]
     _, by_source = run_kernels(narrow, BOTH, requests)
     assert "prediction" in by_source
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_search_is_lookups(seed: int, blocks: None) -> None:
+    """Histories and predictions of three tokens, in which nearly everything has been said before."""
+    rng = random.Random(seed)
+    slots, size, longest, device = 6, 5, 90, torch.device(DEVICE)
+
+    def said(most: int) -> list[int]:
+        return [rng.randrange(3) for _ in range(rng.randint(1, most))]
+
+    found, wanted = (
+        Lookup(size=size, max_num_seqs=slots + 1, max_tokens=longest, device=device) for _ in range(2)
+    )
+    for lookup in (found, wanted):
+        lookup.allocate_predictions()
+    lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+    for slot in range(slots):
+        prompt, expected = said(30), said(40) if rng.random() < 0.7 else []
+        request = Request("r", tuple(prompt), prediction_token_ids=tuple(expected))
+        each = Sequence(request, 0, 0, [*prompt, *said(30)], len(prompt), longest, 0, slot=slot)
+        lengths[slot] = len(each.token_ids) - 1
+        for lookup in (found, wanted):
+            lookup.admit(each)
+
+    def ids(*values: int) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    sampling = SamplingSlots(max_num_seqs=slots + 1, vocab_size=3, eos_token_ids=(), device=device)
+    sampling.allocate()
+    hidden = torch.zeros(slots + 1, 4, device=device)
+    carried = Carried(zeros(slots + 1), hidden, lengths, zeros(slots + 1, 9), slots)
+    order, grid = torch.randperm(slots).to(device), zeros(5, slots, 1)
+    grid[3:] = 1
+    inputs = torch.cat((order, grid.flatten()))
+    nodes = Nodes(*(zeros(slots) for _ in range(5)), zeros(slots, 9), slots, 1, 0)
+    for _ in range(4):
+        drawn = ids(*(rng.randrange(3) for _ in range(slots)))
+        packed, one = zeros(slots, 7 + size), torch.ones_like(drawn)
+        right = wanted.advance(
+            order,
+            lengths[order],
+            drawn.unsqueeze(1),
+            one,
+            max_length=longest - 1,
+            predicted=dict.fromkeys(range(slots), wanted.longest_prediction),
+        )
+        draws = Draws(drawn, one, torch.zeros(slots, device=device))
+        states = torch.zeros(slots, 4, device=device)
+        step_triton.accept(
+            inputs, nodes, draws, states, carried, sampling, found, path=zeros(slots), packed=packed
+        )
+        assert packed[:, 4].tolist() == drawn.tolist()
+        assert packed[:, 5].tolist() == right.kind.tolist()
+        assert packed[:, 6].tolist() == right.count.tolist()
+        for row, count in enumerate(right.count.tolist()):
+            assert packed[row, 7 : 7 + count].tolist() == right.tokens[row, :count].tolist()
+            assert found.tokens[order[row], :count].tolist() == right.tokens[row, :count].tolist()
+        assert torch.equal(found.history, wanted.history)
 
 
 @pytest.mark.parametrize("anything", [False, True])
