@@ -112,6 +112,9 @@ def run_kernels(model: TinyModel, settings: dict, requests: list[Request]) -> tu
         states = state(second)
         for name, value in state(first).items():
             assert torch.equal(value, states[name]), name
+        # Who fills a batch up begins anew each step.
+        runner = second._runner
+        assert not any(tensor[-1].any() for tensor in (runner._lengths, runner._root, runner._hidden))
         steps += 1
     assert not second.has_work
     return steps, {source for source, count in first.stats.accepted_by_source.items() if count}
