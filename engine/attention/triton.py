@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from engine.attention.base import AttentionInput, Rotary
-from engine.attention.triton_kernels import attend_kernel, join_kernel
+from engine.attention.triton_join import join_kernel
+from engine.attention.triton_kernels import attend_kernel
 from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, candidates, parts_at_once
 from engine.cache.pool import KVPool
 

@@ -23,7 +23,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["attend_kernel", "join_kernel"]
+from engine.attention.triton_join import join_parts
+from engine.attention.triton_rotary import turned
+
+__all__ = ["attend_kernel"]
 
 
 @triton.jit
@@ -55,58 +58,6 @@ def _places(table_ptr, key, end, ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Where cached rows `key` [BLOCK_N] lie in the pool; those from `end` on, anywhere."""
     block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
     return (block * BLOCK_SIZE + key % BLOCK_SIZE) * ROW
-
-
-@triton.jit
-def _turned(
-    ptr,
-    at,
-    inside,
-    position,
-    norm_ptr,
-    norm_at,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    channel,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """Rows of queries or keys as they enter the products, [R, BLOCK_D]: normed, rotated and rounded.
-
-    A channel's partner in the rotation is loaded beside it. Without HALF rows are taken as they are.
-
-    Args:
-        at: [R], where a row lies; inside: [R], whether it is there at all; position: [R], of its token.
-        norm_at: [R], where the weight of its head lies.
-    """
-    there = inside[:, None] & (channel < HEAD_DIM)[None, :]
-    x = tl.load(ptr + at[:, None] + channel[None, :], mask=there, other=0.0)
-    if HALF:
-        kind = x.dtype
-        partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
-        if HALF % 8 == 0:  # said to the compiler, so that it loads eight at a time
-            partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
-        turning = inside[:, None] & (channel < 2 * HALF)[None, :]
-        y = tl.load(ptr + at[:, None] + partner[None, :], mask=turning, other=0.0).to(tl.float32)
-        x = x.to(tl.float32)
-        if NORM:
-            shrink = (1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps))[:, None]
-            weight = tl.load(norm_ptr + norm_at[:, None] + channel[None, :], mask=there, other=0.0)
-            other = tl.load(norm_ptr + norm_at[:, None] + partner[None, :], mask=turning, other=0.0)
-            weight, other = weight.to(tl.float32), other.to(tl.float32)
-            if OFFSET:
-                weight += 1.0
-                other += 1.0
-            x = (x * shrink * weight).to(kind).to(tl.float32)
-            y = (y * shrink * other).to(kind).to(tl.float32)
-        angle = position[:, None] * (2 * HALF) + channel[None, :]
-        cos = tl.load(cos_ptr + angle, mask=turning, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle, mask=turning, other=0.0).to(tl.float32)
-        x = (x * cos + y * sin).to(kind)
-    return x
 
 
 @triton.jit
@@ -211,7 +162,7 @@ def _new(
         key_depth = key
         if DEPTHS and (WINDOW or HALF):
             key_depth = tl.load(depth_ptr + key, mask=key < end, other=0).to(tl.int32)
-        k = _turned(
+        k = turned(
             k_ptr, token * k_stride, there, length + key_depth, norm_ptr, tl.zeros_like(key), cos_ptr,
             sin_ptr, eps, channel, HEAD_DIM, HALF, NORM, OFFSET,
         )  # fmt: skip
@@ -274,63 +225,13 @@ def _write(
     depth = node
     if DEPTHS and HALF:
         depth = tl.load(depth_ptr + node, mask=keep, other=0).to(tl.int32)
-    k = _turned(
+    k = turned(
         k_ptr, token * k_stride, keep, length + depth, norm_ptr, tl.zeros_like(node), cos_ptr, sin_ptr, eps,
         channel, HEAD_DIM, HALF, NORM, OFFSET,
     )  # fmt: skip
     v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
     tl.store(k_pool_ptr + at, k, mask=inside)
     tl.store(v_pool_ptr + at, v, mask=inside)
-
-
-@triton.jit
-def _join(
-    part_ptr,
-    weight_ptr,
-    out_ptr,
-    at_row,
-    valid,
-    filled,
-    parts,
-    num_tokens,
-    channel,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """The parts of a tile of query rows weighted together, always in the same order.
-
-    Args:
-        at_row: [BLOCK_M], rows of [T, HEADS]; valid: [BLOCK_M].
-        filled: parts 0 .. filled - 1 have keys, and the last of all `parts`.
-    """
-    stride = num_tokens.to(tl.int64) * HEADS
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, filled + 1, BLOCK_P):
-        turn = start + tl.arange(0, BLOCK_P)
-        part = tl.where(turn == filled, parts - 1, turn).to(tl.int64)
-        at = part[:, None] * stride + at_row[None, :]
-        there = (turn <= filled)[:, None] & valid[None, :]
-        # From where the multiprocessors meet, not from this one's own cache.
-        logarithm = tl.load(weight_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        inside = there[:, :, None] & (channel < HEAD_DIM)[None, None, :]
-        output_at = at[:, :, None] * HEAD_DIM + channel[None, None, :]
-        output = tl.load(part_ptr + output_at, mask=inside, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(best, tl.max(logarithm, 0))
-        reference = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp2(logarithm - reference[None, :])
-        shrink = tl.exp2(best - reference)
-        total = total * shrink + tl.sum(weight, 0)
-        mixed = mixed * shrink[:, None] + tl.sum(output * weight[:, :, None], 0)
-        best = highest
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-    inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    out_at = at_row[:, None] * HEAD_DIM + channel[None, :]
-    tl.store(out_ptr + out_at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -474,7 +375,7 @@ def attend_kernel(
     channel = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
     norm_at = query_head * HEAD_DIM
-    q = _turned(
+    q = turned(
         q_ptr, token * q_stride + norm_at, valid, position, norm_ptr, norm_at, cos_ptr, sin_ptr, eps, channel,
         HEAD_DIM, HALF, NORM, OFFSET,
     )  # fmt: skip
@@ -538,7 +439,7 @@ def attend_kernel(
             count_ptr += (sequence * tl.num_programs(0) + tile) * KV_HEADS + head
             if tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == filled:
                 tl.store(count_ptr, 0)  # the next launch begins when this one has ended
-                _join(
+                join_parts(
                     part_ptr, weight_ptr, out_ptr, at_row, valid, filled, parts, num_tokens, channel,
                     HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_P,
                 )  # fmt: skip
@@ -552,34 +453,3 @@ def attend_kernel(
             rows_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel,
             DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens", "parts"])
-def join_kernel(
-    part_ptr,
-    weight_ptr,
-    out_ptr,
-    num_tokens,
-    parts,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The parts of `attend_kernel` weighted together, grid (T, HEADS); BLOCK_P is at least the parts."""
-    at_row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
-    channel = tl.arange(0, BLOCK_D)
-    part = tl.arange(0, BLOCK_P)
-    at = part.to(tl.int64) * num_tokens * HEADS + at_row
-    logarithm = tl.load(weight_ptr + at, mask=part < parts, other=float("-inf"))
-    # The new rows' part has keys, or the node is not valid.
-    highest = tl.max(logarithm, 0)
-    weight = tl.exp2(logarithm - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weight, 0)
-    # Parts without keys left nothing to read.
-    inside = (weight > 0.0)[:, None] & (channel < HEAD_DIM)[None, :]
-    mixed = tl.load(part_ptr + at[:, None] * HEAD_DIM + channel[None, :], mask=inside, other=0.0)
-    mixed = tl.sum(mixed * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(
-        out_ptr + at_row * HEAD_DIM + channel, mixed.to(out_ptr.dtype.element_ty), mask=channel < HEAD_DIM
-    )

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from engine.attention import triton_kernels
+from engine.attention import triton_join, triton_kernels, triton_rotary
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, candidates, joining
@@ -38,6 +39,9 @@ _CACHED = 2048
 
 _CHUNK = 512
 """New rows of the prefill chunk that is measured."""
+
+_MODULES = (triton_kernels, triton_join, triton_rotary)
+"""The kernels' source."""
 
 _REFUSALS = (OutOfResources, PTXASError, CompilationError)
 """Of a tile that does not fit a device."""
@@ -264,6 +268,10 @@ def _milliseconds_in_graph(run: Callable[[], object]) -> float:
     return found
 
 
+def _source(module: ModuleType) -> bytes:
+    return Path(str(module.__file__)).read_bytes()
+
+
 def _key(shape: ModelShape, device: torch.device) -> dict[str, object]:
     """Whatever the result depends on."""
     properties = torch.cuda.get_device_properties(device)
@@ -272,7 +280,7 @@ def _key(shape: ModelShape, device: torch.device) -> dict[str, object]:
         "processors": properties.multi_processor_count,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "kernels": hashlib.sha256(Path(triton_kernels.__file__).read_bytes()).hexdigest(),
+        "kernels": hashlib.sha256(b"".join(map(_source, _MODULES))).hexdigest(),
         **asdict(shape),
         "dtype": str(shape.dtype),
     }
