@@ -71,6 +71,10 @@ def accept(tokens: Tensor, targets: Targets, topology: Topology) -> Accepted:
         targets: what `engine.sampler.verify` made of them.
         topology: the trees.
     """
+    if tokens.shape[1] == 1 and topology.max_depth == 0:  # roots alone: what follows is a dozen operators
+        root = torch.zeros_like(tokens)
+        nodes = torch.ones_like(tokens).squeeze(1)
+        return Accepted(path=root, length=root.squeeze(1), tokens=targets.tokens, nodes=nodes)
     nodes = torch.arange(tokens.shape[1], device=tokens.device)
     matched_bits = (targets.matched.long() << nodes).sum(1, keepdim=True)
     accepted = targets.matched & ((topology.ancestors & ~matched_bits) == 0)  # with all its ancestors

@@ -79,6 +79,7 @@ def test_token_0_is_a_token_like_any_other() -> None:
 def test_the_root_alone_is_plain_decoding() -> None:
     accepted = accept_draws(torch.tensor([[3]]), torch.tensor([[4]]), Tree(()).topology(CPU))
     assert (accepted.length.tolist(), accepted.tokens.tolist(), accepted.path.tolist()) == ([0], [[4]], [[0]])
+    assert accepted.nodes.tolist() == [1]
 
 
 def test_a_chain_of_64_is_accepted_whole_and_bit_63_is_the_sign() -> None:
