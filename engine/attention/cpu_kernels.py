@@ -5,9 +5,8 @@ Its keys are the cached rows its queries reach, then the sequence's new rows; wh
 weight 0. Each row's sums are taken key by key in this order, so nothing but the row's own keys and its
 sequence's number of new rows changes a bit of it: neither neighbours nor where blocks lie.
 
-Few rows take keys as they lie, four keys and up to four rows together. From `_FEW` rows on, sixteen keys at a
-time are transposed and four rows take them together (`cpu_vectors`; head sizes that are no multiple of its
-vectors take one product a key).
+Four keys and up to four rows are taken together (`cpu_vectors`); head sizes that are no multiple of its
+vectors take one product a key.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from engine.attention.cpu_vectors import LANES, MOST_ROWS, mix_keys, mix_tile, score_keys, score_tile
+from engine.attention.cpu_vectors import LANES, MOST_ROWS, mix_keys, score_keys
 from engine.cpu_team import JIT, floats, integers, task_kernel
 
 __all__ = ["ROWS", "attend"]
@@ -37,7 +36,6 @@ ANCESTORS, COLUMNS, DEPTHS, ROWS_TO, T, B, PARTS, WINDOW = range(21, 29)
 ROWS = 32
 """Most rows of a task."""
 
-_FEW = 8
 _HIDDEN = np.float32(-3.0e38)
 
 _F = np.float32
@@ -106,19 +104,13 @@ def _mix(out: Any, values: Any, row: int, head: int, count: int, weights: Any, p
 
 
 @njit(**JIT)
-def _row(table: Any, block: int, place: int) -> Any:
-    """The pool's row of cached row `place`."""
-    return table[place // block] * block + place % block
-
-
-@njit(**JIT)
 def _run(table: Any, block: int, place: int, end: int) -> Any:
     """The pool's row of cached row `place`, and how many rows up to `end` follow one another from there."""
     first = place // block
     last = first
     while (last + 1) * block < end and table[last + 1] == table[last] + 1:
         last += 1
-    return _row(table, block, place), min((last + 1) * block, end) - place
+    return table[first] * block + place % block, min((last + 1) * block, end) - place
 
 
 @njit(**JIT)
@@ -166,47 +158,20 @@ def _attend(arguments: Any, number: int) -> None:
     low = max(low, 0)
     cached = length - low
     vectors = dim % LANES == 0
-    tiled = vectors and (end - begin) * group >= _FEW
-    align = LANES if tiled else 1
-    first_new = -(-cached // align) * align
-    width = first_new + -(-new // align) * align
-    padded = -(-num_rows // 4) * 4 if tiled else num_rows
+    width = cached + new
     step = width + 3  # `score_keys` writes so much too far
-    scores = np.empty((padded, step), dtype=np.float32)
-    queries = np.empty((padded, dim), dtype=np.float32)
-    mixed = np.zeros((padded, dim), dtype=np.float32)
+    scores = np.empty((num_rows, step), dtype=np.float32)
+    queries = np.empty((num_rows, dim), dtype=np.float32)
+    mixed = np.zeros((num_rows, dim), dtype=np.float32)
     bits = np.empty(width, dtype=np.int32)
     powers = bits.view(np.float32)
-    totals = np.empty(padded, dtype=np.float32)
-    for x in range(padded):
-        row = start_row + min(x, num_rows - 1)  # rows that fill up a four repeat the last
+    totals = np.empty(num_rows, dtype=np.float32)
+    for x in range(num_rows):
+        row = start_row + x
         for d in range(dim):
             queries[x, d] = q[begin + row // group, head * group + row % group, d] * scale
 
-    if tiled:
-        tile = np.empty((dim, LANES), dtype=np.float32)
-        for at in range(0, width, LANES):
-            old = at < first_new
-            count = min(LANES, cached - at if old else new - (at - first_new))
-            for i in range(count):
-                if old:
-                    row = _row(table, block, low + at + i)
-                    for d in range(dim):
-                        tile[d, i] = keys[row, head, d]
-                else:
-                    row = begin + at - first_new + i
-                    for d in range(dim):
-                        tile[d, i] = k[row, head, d]
-            for x in range(0, padded, 4):
-                score_tile(
-                    queries[x:].ctypes.data,
-                    dim * 4,
-                    tile.ctypes.data,
-                    scores[x:, at:].ctypes.data,
-                    step * 4,
-                    dim,
-                )
-    elif vectors:
+    if vectors:
         for x in range(0, num_rows, MOST_ROWS):
             rows, query = min(MOST_ROWS, num_rows - x), queries[x:].ctypes.data
             place = low
@@ -227,60 +192,28 @@ def _attend(arguments: Any, number: int) -> None:
                 )
                 place += count
             at = arguments[K] + (begin * arguments[K_STEP] + head * dim) * 4
-            found = scores[x:, first_new:].ctypes.data
+            found = scores[x:, cached:].ctypes.data
             score_keys(rows, query, dim * 4, at, arguments[K_STEP] * 4, new, found, step * 4, dim // LANES)
     else:
-        for x in range(padded):
+        for x in range(num_rows):
             place = low
             while place < length:
                 row, count = _run(table, block, place, length)
                 _score(queries[x], keys, row, head, count, scores[x], place - low)
                 place += count
-            _score(queries[x], k, begin, head, new, scores[x], first_new)
+            _score(queries[x], k, begin, head, new, scores[x], cached)
 
-    for x in range(padded):
-        t = begin + (start_row + min(x, num_rows - 1)) // group
+    for x in range(num_rows):
+        t = begin + (start_row + x) // group
         reach = length + depths[t] - window + 1
         for place in range(low, min(reach, length)):
             scores[x, place - low] = _HIDDEN
-        for i in range(cached, first_new):
-            scores[x, i] = _HIDDEN
         for u in range(new):
             if not (ancestors[t] >> columns[begin + u]) & 1 or length + depths[begin + u] < reach:
-                scores[x, first_new + u] = _HIDDEN
-        for i in range(first_new + new, width):
-            scores[x, i] = _HIDDEN
+                scores[x, cached + u] = _HIDDEN
         totals[x] = _softmax(scores[x, :width], powers, bits)
 
-    if tiled:
-        places = np.empty(width, dtype=np.int64)
-        for i in range(cached):
-            row = _row(table, block, low + i)
-            places[i] = (row * kv_heads + head) * dim * 4
-        for u in range(new):
-            places[first_new + u] = ((begin + u) * arguments[V_STEP] + head * dim) * 4
-        for x in range(0, padded, 4):
-            for d in range(0, dim, LANES):
-                target = mixed[x:, d:].ctypes.data
-                mix_tile(
-                    scores[x:].ctypes.data,
-                    step * 4,
-                    places.ctypes.data,
-                    arguments[VALUES] + d * 4,
-                    target,
-                    dim * 4,
-                    cached,
-                )
-                mix_tile(
-                    scores[x:, first_new:].ctypes.data,
-                    step * 4,
-                    places[first_new:].ctypes.data,
-                    arguments[V] + d * 4,
-                    target,
-                    dim * 4,
-                    new,
-                )
-    elif vectors:
+    if vectors:
         for x in range(0, num_rows, MOST_ROWS):
             rows, target = min(MOST_ROWS, num_rows - x), mixed[x:].ctypes.data
             place = low
@@ -291,16 +224,16 @@ def _attend(arguments: Any, number: int) -> None:
                 mix_keys(rows, share, step * 4, at, kv_heads * dim * 4, count, target, dim * 4, dim // LANES)
                 place += count
             at = arguments[V] + (begin * arguments[V_STEP] + head * dim) * 4
-            share = scores[x:, first_new:].ctypes.data
+            share = scores[x:, cached:].ctypes.data
             mix_keys(rows, share, step * 4, at, arguments[V_STEP] * 4, new, target, dim * 4, dim // LANES)
     else:
-        for x in range(padded):
+        for x in range(num_rows):
             place = low
             while place < length:
                 row, count = _run(table, block, place, length)
                 _mix(mixed[x], values, row, head, count, scores[x], place - low)
                 place += count
-            _mix(mixed[x], v, begin, head, new, scores[x], first_new)
+            _mix(mixed[x], v, begin, head, new, scores[x], cached)
 
     for x in range(num_rows):
         row = start_row + x

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "MOST_ROWS", "mix_keys", "mix_tile", "score_keys", "score_tile"]
+__all__ = ["LANES", "MOST_ROWS", "mix_keys", "score_keys"]
 
 LANES = 16
 MOST_ROWS = 4
@@ -52,59 +52,6 @@ def _spread(builder: Any, address: Any) -> Any:
 def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), [x, y, z])
-
-
-def _four_rows(builder: Any, start: Any, step: Any) -> list[Any]:
-    return [builder.add(start, builder.mul(step, _INT(row))) for row in range(4)]
-
-
-@intrinsic
-def score_tile(
-    _typing: Any, _q: Any, _q_step: Any, _keys: Any, _out: Any, _out_step: Any, _head_dim: Any
-) -> Any:
-    """out[r, 0:16] = Σ_d q[r, d] keys[d, 0:16] for four rows; addresses, and steps in bytes."""
-
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        q, q_step, keys, out, out_step, head_dim = values
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * LANES)) for _ in range(4)]
-        queries = _four_rows(builder, q, q_step)
-        with cgutils.for_range(builder, head_dim) as loop:
-            key = _load(builder, builder.add(keys, builder.mul(loop.index, _INT(4 * LANES))))
-            offset = builder.mul(loop.index, _INT(4))
-            for total, query in zip(sums, queries, strict=True):
-                value = _spread(builder, builder.add(query, offset))
-                builder.store(_multiply_add(builder, value, key, builder.load(total)), total)
-        for total, address in zip(sums, _four_rows(builder, out, out_step), strict=True):
-            _store(builder, builder.load(total), address)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 6), code
-
-
-@intrinsic
-def mix_tile(
-    _typing: Any, _p: Any, _p_step: Any, _places: Any, _values: Any, _out: Any, _out_step: Any, _count: Any
-) -> Any:
-    """out[r, 0:16] += Σ_i p[r, i] values[places[i]][0:16] for four rows; places and steps in bytes."""
-
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        p, p_step, places, table, out, out_step, count = values
-        outs = _four_rows(builder, out, out_step)
-        sums = [cgutils.alloca_once_value(builder, _load(builder, address)) for address in outs]
-        weights = _four_rows(builder, p, p_step)
-        with cgutils.for_range(builder, count) as loop:
-            at = builder.add(places, builder.mul(loop.index, _INT(8)))
-            place = builder.load(builder.inttoptr(at, _INT.as_pointer()))
-            value = _load(builder, builder.add(table, place))
-            offset = builder.mul(loop.index, _INT(4))
-            for total, weight in zip(sums, weights, strict=True):
-                share = _spread(builder, builder.add(weight, offset))
-                builder.store(_multiply_add(builder, share, value, builder.load(total)), total)
-        for total, address in zip(sums, outs, strict=True):
-            _store(builder, builder.load(total), address)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), code
 
 
 def _prefetch(builder: Any, address: Any) -> None:
