@@ -161,7 +161,8 @@ def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
         return found
 
     monkeypatch.setattr(TritonAttention, "attend", wrong_once)
-    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
+    with caplog.at_level(logging.WARNING):
+        tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
     assert not any(tile.joins for tile in tiles.values())
     assert "wrongly" in caplog.text
 
