@@ -63,11 +63,12 @@ def _softmax(scores: Any, powers: Any, bits: Any) -> Any:
         power = (((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0
         scores[i] = _F(0.0) if y < _F(-126.0) else power
         bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    for i in range(scores.size):
+        scores[i] *= powers[i]
+    # A loop that stores too is run number by number where its arrays lie close together: another order.
     total = _F(0.0)
     for i in range(scores.size):
-        weight = scores[i] * powers[i]
-        scores[i] = weight
-        total += weight
+        total += scores[i]
     return total
 
 
