@@ -56,12 +56,8 @@ _LOOKUP_SHARE = 3
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to run, with its memory allocated.
-
-    Args:
-        captured: its decode steps shall be CUDA graphs.
-        kernels: Triton's kernels can run on its device.
-    """
+    """A model ready to run, its memory allocated; `captured`: decode steps shall be CUDA graphs; `kernels`:
+    Triton's can run on its device."""
 
     info: EngineInfo
     decoder: Decoder

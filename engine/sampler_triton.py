@@ -200,44 +200,46 @@ def _collect(
 
 
 @triton.jit
-def _pick(row_ptr, size, best, temperature, cut, uniform, BLOCK: tl.constexpr):
-    """Where `uniform` falls in the distribution function of the tokens up to key `cut`, in their order.
+def _weights(row_ptr, column, size, best, temperature, cut):
+    """Weights of tokens `column` up to key `cut`, the best one's 1; and what e is raised to for them."""
+    value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
+    key, scaled = _key(value, best, temperature)
+    return tl.where((key <= cut) & (column < size), tl.exp(scaled), 0.0), scaled
 
-    Returns:
-        The place; the sum of weights; and of weights times what e is raised to.
-    """
-    lane = tl.arange(0, BLOCK)
+
+@triton.jit
+def _sums(row_ptr, size, best, temperature, cut, BLOCK: tl.constexpr):
+    """The sum of the weights of the tokens up to key `cut`, and of weights times what e is raised to."""
     total = tl.full([], 0.0, tl.float32)
     moment = tl.full([], 0.0, tl.float32)
     for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
-        column = start + lane
-        value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
-        key, scaled = _key(value, best, temperature)
-        weight = tl.where((key <= cut) & (column < size), tl.exp(scaled), 0.0)
+        weight, scaled = _weights(row_ptr, start + tl.arange(0, BLOCK), size, best, temperature, cut)
         total += tl.sum(weight, 0)
         moment += tl.sum(weight * tl.where(weight > 0.0, scaled, 0.0), 0)
-    point = uniform * total
+    return total, moment
+
+
+@triton.jit
+def _pick(row_ptr, size, best, temperature, cut, point, BLOCK: tl.constexpr):
+    """The place of the token at which the weights of those up to key `cut`, summed in order, pass `point`."""
+    lane = tl.arange(0, BLOCK)
     # The block in which the sum passes the point; the last with any weight where rounding keeps it below.
     passed = tl.full([], 0.0, tl.float32)
     before = tl.full([], 0.0, tl.float32)
     at = tl.full([], 0, tl.int32)
     for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
-        column = start + lane
-        value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
-        key, scaled = _key(value, best, temperature)
-        here = tl.sum(tl.where((key <= cut) & (column < size), tl.exp(scaled), 0.0), 0)
+        weight, _ = _weights(row_ptr, start + lane, size, best, temperature, cut)
+        here = tl.sum(weight, 0)
         if (here > 0.0) & (passed <= point):
             at = start
             before = passed
         passed += here
     column = at + lane
-    value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
-    key, scaled = _key(value, best, temperature)
-    weight = tl.where((key <= cut) & (column < size), tl.exp(scaled), 0.0)
+    weight, _ = _weights(row_ptr, column, size, best, temperature, cut)
     reached = (before + tl.cumsum(weight, 0) > point) & (weight > 0.0)
     place = tl.min(tl.where(reached, column, size), 0)
     last = tl.max(tl.where(weight > 0.0, column, 0), 0)
-    return tl.where(place < size, place, last), total, moment
+    return tl.where(place < size, place, last)
 
 
 @triton.jit
@@ -374,10 +376,11 @@ def _draw_kernel(
                         cut = _least_key(source_ptr, size, best, heat, cut, wanted, False, BLOCK // 2)
                     if top_p < 1.0:
                         if top_k > 0:
-                            _, weight, _ = _pick(source_ptr, size, best, heat, cut, 0.0, BLOCK)
+                            weight, _ = _sums(source_ptr, size, best, heat, cut, BLOCK)
                         cut = _least_key(source_ptr, size, best, heat, cut, top_p * weight, True, BLOCK // 2)
                 uniform = _uniform(tl.load(seed_ptr + slot), tl.load(choice_ptr + slot), position)
-                place, total, moment = _pick(source_ptr, size, best, heat, cut, uniform, BLOCK)
+                total, moment = _sums(source_ptr, size, best, heat, cut, BLOCK)
+                place = _pick(source_ptr, size, best, heat, cut, uniform * total, BLOCK)
                 target = place.to(tl.int64)
                 if number > 0:
                     target = tl.load(kept_token_ptr + sequence * ROOM + place).to(tl.int64)

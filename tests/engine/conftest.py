@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -56,3 +57,12 @@ def certain(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     tree_file = model.folder / "tree.json"
     tree_file.write_text(json.dumps(paths))
     return TinyModel(model.reference, model.folder, model.heads, tree_file)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many of torch's threads run the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

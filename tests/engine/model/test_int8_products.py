@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ from engine.model.int8_products import BlockedWeight
 
 SHAPES = [(960, 576), (576, 1536), (33, 4), (1, 8), (31, 60), (65, 12), (64, 1028)]
 ROWS = [*range(1, 27), 64, 100]
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random8(*shape: int) -> Tensor:
