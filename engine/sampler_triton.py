@@ -261,7 +261,7 @@ def _forbid(
     tl.store(row_ptr + last, tl.full([WORDS], float("-inf"), tl.float32), mask=begun)
 
 
-@triton.jit(do_not_specialize=["batch", "nodes"], do_not_specialize_on_alignment=["grid_ptr"])
+@triton.jit(do_not_specialize=["nodes"], do_not_specialize_on_alignment=["grid_ptr"])
 def _draw_kernel(
     slots_ptr, logits_ptr, tokens_ptr, grid_ptr, valid_ptr,
     temperature_ptr, top_p_ptr, top_k_ptr, min_p_ptr, seed_ptr, choice_ptr, position_ptr,
@@ -269,17 +269,17 @@ def _draw_kernel(
     penalizes_ptr, presence_ptr, frequency_ptr, repetition_ptr, in_output_ptr, in_prompt_ptr,
     biases_ptr, bias_ptr, waits_ptr, min_tokens_ptr, ends_ptr, forbids_ptr, words_ptr, tail_ptr,
     adjusted_ptr, kept_ptr, kept_token_ptr, drawn_ptr, matched_ptr, log_p_ptr,
-    batch, nodes, vocab,
+    nodes, vocab,
     NODES: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, WIDE: tl.constexpr,
     WORDS: tl.constexpr, WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A program of the grid (batch) draws along the tree of one sequence; see `TreeSampler.draw`."""
-    sequence = tl.program_id(0).to(tl.int64)
+    sequence, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slot = tl.load(slots_ptr + sequence)
     lane = tl.arange(0, NODES)
     inside = lane < nodes
     at = sequence * nodes + lane
-    plane = batch.to(tl.int64) * nodes
+    plane = batch * nodes
     token = tl.load(tokens_ptr + at, mask=inside, other=-1)
     parent = tl.load(grid_ptr + plane + at, mask=inside, other=-1).to(tl.int32)
     depth = tl.load(grid_ptr + 2 * plane + at, mask=inside, other=0).to(tl.int32)
@@ -356,7 +356,7 @@ def _draw_kernel(
                     floor = (-tl.log(min_p)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
                 cut = floor
                 source_ptr = row_ptr
-                size = vocab.to(tl.int32)
+                size = tl.cast(vocab, tl.int32)
                 number = tl.full([], 0, tl.int32)
                 if (min_p > 0.0) | (top_k > 0) | (top_p < 1.0):
                     tl.debug_barrier()  # nobody reads the last node's candidates any more
@@ -452,7 +452,7 @@ class TreeSampler:
             penalties.in_output, penalties.in_prompt, bias.uses, bias.bias,
             ends.uses, ends.min_tokens, ends.ends, words.uses, words.words, words.tail,
             self._adjusted, self._kept, self._kept_tokens, self.drawn, self.matched, self.log_p,
-            batch, nodes, self._vocab_size,
+            nodes, self._vocab_size,
             NODES=MAX_TREE_NODES,
             BLOCK=_BLOCK,
             CANDIDATES=_CANDIDATES,

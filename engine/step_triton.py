@@ -78,22 +78,22 @@ class Nodes(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "nodes", "head_nodes", "chain_stride"],
+    do_not_specialize=["nodes", "head_nodes", "chain_stride"],
     do_not_specialize_on_alignment=["inputs_ptr", "guess_ptr"],
 )
 def _prepare_kernel(
     inputs_ptr, root_ptr, length_ptr, table_ptr, guess_ptr, chain_ptr,
     token_ptr, valid_ptr, row_ptr, position_ptr, own_length_ptr, own_table_ptr,
-    batch, nodes, head_nodes, chain_stride, table_length,
+    nodes, head_nodes, chain_stride, table_length,
     BLOCK_SIZE: tl.constexpr, NODES: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64)
+    sequence, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slot = tl.load(inputs_ptr + sequence)
     length = tl.load(length_ptr + slot)
     node = tl.arange(0, NODES)
     inside = node < nodes
     at = sequence * nodes + node
-    plane = batch.to(tl.int64) * nodes
+    plane = batch * nodes
     grid_ptr = inputs_ptr + batch
     pick = tl.load(grid_ptr + at, mask=inside, other=0)
     depth = tl.load(grid_ptr + 2 * plane + at, mask=inside, other=0)
@@ -145,7 +145,7 @@ def prepare(
         inputs, carried.root, carried.lengths, carried.tables,
         carried.root if guesses is None else guesses, carried.root if chain is None else chain,
         out.tokens, out.valid, out.rows, out.positions, out.lengths, out.tables,
-        out.batch, out.nodes, 0 if guesses is None else guesses.shape[1],
+        out.nodes, 0 if guesses is None else guesses.shape[1],
         0 if chain is None else chain.shape[1], carried.tables.shape[1],
         BLOCK_SIZE=block_size, NODES=MAX_TREE_NODES, PLACES=_PLACES, num_warps=4,
     )  # fmt: skip
@@ -175,19 +175,19 @@ def _accept_kernel(
     root_ptr, hidden_ptr, length_ptr, position_ptr, packed_ptr, path_ptr,
     history_ptr, chain_ptr, prediction_ptr, prediction_length_ptr, num_prompt_ptr,
     penalizes_ptr, in_output_ptr, forbids_ptr, tail_ptr,
-    batch, nodes, depth_bound, spare, packed_stride, hidden_size, history_size, chain_size, vocab,
+    nodes, depth_bound, spare, packed_stride, hidden_size, history_size, chain_size, vocab,
     DRAWN: tl.constexpr, LOOKUP: tl.constexpr, NODES: tl.constexpr, CHAIN: tl.constexpr,
     PLACES: tl.constexpr, TAIL: tl.constexpr, TAIL_BLOCK: tl.constexpr,
     MATCHED: tl.constexpr, CONTEXT_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A program of the grid (batch) accepts one sequence's nodes and carries its state over."""
-    sequence = tl.program_id(0).to(tl.int64)
+    sequence, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slot = tl.load(inputs_ptr + sequence)
     kept = slot != spare
     node = tl.arange(0, NODES)
     inside = node < nodes
     first = sequence * nodes
-    plane = batch.to(tl.int64) * nodes
+    plane = batch * nodes
     grid_ptr = inputs_ptr + batch + first
     parent = tl.load(grid_ptr + plane + node, mask=inside, other=0)
     depth = tl.load(grid_ptr + 2 * plane + node, mask=inside, other=0)
@@ -363,7 +363,7 @@ def accept(
         states, carried.root, carried.hidden, carried.lengths, sampling.position, packed, path, *tables,
         penalties.uses, penalties.in_output if drawn else unused,
         words.uses, words.tail if drawn else unused,
-        nodes.batch, nodes.nodes, nodes.depth, carried.spare, packed.stride(0), states.shape[1],
+        nodes.nodes, nodes.depth, carried.spare, packed.stride(0), states.shape[1],
         0 if lookup is None else lookup.history.shape[1], size, sampling.vocab_size,
         DRAWN=drawn, LOOKUP=lookup is not None, NODES=MAX_TREE_NODES, CHAIN=MAX_TREE_NODES, PLACES=_PLACES,
         TAIL=MAX_BAD_WORD_TOKENS - 1, TAIL_BLOCK=triton.next_power_of_2(MAX_BAD_WORD_TOKENS - 1),

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton_join import join_kernel
 from engine.attention.triton_kernels import attend_kernel
-from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, candidates, parts_at_once
+from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, block_channels, candidates, parts_at_once
 from engine.cache.pool import KVPool
 
 __all__ = ["TritonAttention"]
@@ -106,7 +106,7 @@ class TritonAttention:
             row_of.view(-1)[batch.index] = torch.arange(tokens, device=pool.device)
         query_rows = num_rows * self._group
         kind = Kind.of(query_rows, tree=batch.ancestors is not None)
-        channels = triton.next_power_of_2(head_dim)
+        channels = block_channels(head_dim)
         untuned = candidates(kind, channels, pool.dtype.itemsize)[0]
         tile = self._tiles.get(kind, untuned)
         programs = triton.cdiv(query_rows, tile.rows) * kv_heads * sequences
@@ -143,7 +143,7 @@ class TritonAttention:
         batch, pool, tile = plan.batch, plan.pool, plan.tile
         sequences, num_rows = batch.rows.shape
         heads, head_dim = q.shape[1:]
-        kv_heads, channels = heads // self._group, triton.next_power_of_2(head_dim)
+        kv_heads, channels = heads // self._group, block_channels(head_dim)
         scale = head_dim**-0.5 if self._scale is None else self._scale
         window = None if self._windows is None else self._windows[layer]
         parts = plan.parts[window]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LEAST_ROWS", "MOST_ROWS", "Kind", "Tile", "candidates", "joining", "parts_at_once"]
+__all__ = [
+    "LEAST_ROWS",
+    "MOST_ROWS",
+    "Kind",
+    "Tile",
+    "block_channels",
+    "candidates",
+    "joining",
+    "parts_at_once",
+]
 
 MOST_ROWS = 128
 """Query rows of a sequence and K/V head beyond which they come in several tiles."""
 
 LEAST_ROWS = 16
-"""Of a matrix product on tensor cores."""
+"""Of a matrix product on tensor cores, and the least it can sum over."""
 
 
 class Kind(NamedTuple):
@@ -49,11 +58,16 @@ class Tile(NamedTuple):
     joins: bool = False
 
 
+def block_channels(head_dim: int) -> int:
+    """Channels of a tile: head_dim rounded up to a power of two, as many as a product takes at least."""
+    return max(LEAST_ROWS, 1 << (head_dim - 1).bit_length())
+
+
 def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
     """Tiles worth measuring; the first is taken where nothing is measured.
 
     Args:
-        channels: head_dim rounded up to a power of two.
+        channels: see `block_channels`.
         itemsize: bytes of an element of K and V.
     """
     if itemsize > 2:  # float32, with exact products: not on tensor cores, and registers are few

@@ -25,7 +25,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from engine.attention import triton_join, triton_kernels, triton_rotary
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton import TritonAttention
-from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, candidates, joining
+from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, block_channels, candidates, joining
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
@@ -180,7 +180,7 @@ def _measured(
     in_graph: Callable[[Callable[[], object]], float],
 ) -> dict[Kind, Tile]:
     """The best tile of each kind, and then whether its last program shall join the parts."""
-    channels = triton.next_power_of_2(shape.head_dim)
+    channels = block_channels(shape.head_dim)
 
     def way(kind: Kind, tile: Tile) -> Callable[[], Tensor]:
         most = _CHUNK if kind.chunk else most_nodes

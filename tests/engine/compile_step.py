@@ -9,8 +9,9 @@ bytes spilled a thread, bytes of shared memory. Run without TRITON_INTERPRET in 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,45 +27,74 @@ from engine.step_triton import Carried, Draws, Nodes, accept, move, prepare
 from tests.engine.triton_compile import compile_only, resources, use
 
 CPU = torch.device("cpu")
-BATCH, SLOTS, VOCAB, HIDDEN, BLOCK_SIZE, TABLE, DEPTH = 2, 4, 49152, 576, 16, 40, 6
+SLOTS, BLOCK_SIZE, DEPTH = 4, 16, 6
 
 
-def ids(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int64)
+class Case(NamedTuple):
+    """Sizes that a step has: to Triton an integer is 1, or a multiple of 16, or another one.
+
+    Args:
+        aligned: tensors of integers begin at multiples of 16 bytes, and not of 8 only.
+    """
+
+    batch: int
+    nodes: int
+    hidden: int = 576
+    vocab: int = 49152
+    table: int = 40
+    heads: int = 4
+    guesses: int = 10
+    chain: int = 10
+    aligned: bool = True
 
 
-def call_all(nodes: int, dtype: torch.dtype) -> None:
+CASES = (
+    Case(1, 1, table=1, chain=1),
+    Case(1, 2, heads=1, guesses=1, chain=1, vocab=50257, aligned=False),
+    Case(2, 64),
+    Case(16, 16, hidden=588, table=48, chain=16, vocab=50257, aligned=False),
+)
+
+
+def call_all(case: Case, dtype: torch.dtype) -> None:
     """Every kernel in every form that a step asks for."""
-    slots = SamplingSlots(max_num_seqs=SLOTS, vocab_size=VOCAB, eos_token_ids=[1], device=CPU)
-    slots.allocate()
-    rows = BATCH * nodes
-    sampler = TreeSampler(slots, max_batch=BATCH, max_rows=rows, vocab_size=VOCAB, device=CPU)
-    tokens, grid = ids(BATCH, nodes), ids(5, BATCH, nodes)
-    sampler.draw(ids(BATCH), torch.zeros(rows, VOCAB), tokens, grid, tokens.bool())
 
-    hidden = torch.zeros(SLOTS, HIDDEN, dtype=dtype)
-    carried = Carried(ids(SLOTS), hidden, ids(SLOTS), ids(SLOTS, TABLE), SLOTS - 1)
+    def ids(*shape: int) -> Tensor:
+        flat = torch.zeros(math.prod(shape) + 2, dtype=torch.int64)
+        start = (0 if case.aligned else 8) + -flat.data_ptr() % 16
+        return flat.view(torch.uint8)[start : start + 8 * math.prod(shape)].view(torch.int64).view(shape)
+
+    def some(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    batch, nodes, hidden, vocab = case[:4]
+    slots = SamplingSlots(max_num_seqs=SLOTS, vocab_size=vocab, eos_token_ids=[1], device=CPU)
+    slots.allocate()
+    rows = batch * nodes
+    sampler = TreeSampler(slots, max_batch=batch, max_rows=rows, vocab_size=vocab, device=CPU)
+    tokens, grid = ids(batch, nodes), ids(5, batch, nodes)
+    sampler.draw(ids(batch), torch.zeros(rows, vocab), tokens, grid, tokens.bool())
+
+    carried = Carried(ids(SLOTS), some(SLOTS, hidden), ids(SLOTS), ids(SLOTS, case.table), SLOTS - 1)
     of = Nodes(
-        ids(rows), ids(rows).bool(), ids(rows), ids(rows), ids(BATCH), ids(BATCH, TABLE), BATCH, nodes, DEPTH
-    )
-    inputs = ids(BATCH + 5 * rows)
-    lookup = Lookup(size=10, max_num_seqs=SLOTS, max_tokens=600, device=CPU)
+        ids(rows), ids(rows).bool(), ids(rows), ids(rows), ids(batch), ids(batch, case.table), batch, nodes,
+        DEPTH,
+    )  # fmt: skip
+    inputs = ids(batch + 5 * rows)
+    lookup = Lookup(size=case.chain, max_num_seqs=SLOTS, max_tokens=600, device=CPU)
     lookup.allocate_predictions()
     prepare(inputs, carried, None, None, BLOCK_SIZE, of)
-    prepare(inputs, carried, ids(BATCH, 9), lookup.tokens, BLOCK_SIZE, of)
+    prepare(inputs, carried, ids(batch, case.heads * case.guesses), lookup.tokens, BLOCK_SIZE, of)
     if nodes > 1:
-        add_silu(
-            torch.zeros(BATCH, HIDDEN, dtype=dtype).expand(4, -1, -1),
-            torch.zeros(4, BATCH, HIDDEN, dtype=dtype),
-        )
-        for token_map in (None, ids(VOCAB)):
-            best_guesses(torch.zeros(4, BATCH, VOCAB, dtype=dtype), 10, ids(nodes - 1), token_map)
-    states, path = torch.zeros(rows, HIDDEN, dtype=dtype), ids(rows)
+        add_silu(some(batch, hidden).expand(case.heads, -1, -1), some(case.heads, batch, hidden))
+        for token_map in (None, ids(vocab)):
+            best_guesses(some(case.heads, batch, vocab), case.guesses, ids(nodes - 1), token_map)
+    states, path = some(rows, hidden), ids(rows)
     for own in (lookup, None):
-        packed = ids(BATCH, 5 + DEPTH + (12 if own is not None else 0))
+        packed = ids(batch, 5 + DEPTH + (2 + case.chain if own is not None else 0))
         for draws in (Draws(ids(rows)), Draws(sampler.drawn, sampler.matched, sampler.log_p)):
             accept(inputs, of, draws, states, carried, slots, own, path=path, packed=packed)
-    for kv_heads, head_dim in ((3, 64), (8, 128), (32, 128)):
+    for kv_heads, head_dim in ((1, 8), (3, 64), (8, 128), (32, 128)):
         pool = KVPool(
             num_layers=2, num_blocks=3, block_size=BLOCK_SIZE, kv_heads=kv_heads, head_dim=head_dim,
             dtype=dtype, device=CPU,
@@ -86,9 +116,9 @@ def main() -> int:
     for capability in [int(word) for word in sys.argv[1:]] or [90]:
         use(capability)
         compiled.clear()
-        for nodes in (1, 64):
+        for case in CASES:
             for dtype in (torch.bfloat16, torch.float32):
-                call_all(nodes, dtype)
+                call_all(case, dtype)
         found[str(capability)] = {}
         for kernel in compiled:
             taken = resources(kernel)

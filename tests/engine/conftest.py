@@ -17,6 +17,9 @@ from tests.support import save_model, save_random_heads, tiny_llama
 # The models here are so small that a second thread costs more than it does, far more on a busy machine.
 torch.set_num_threads(1)
 
+compiles = pytest.mark.skipif(torch.cuda.is_available(), reason="only compiles, which needs no GPU")
+"""On a test of which a GPU learns nothing, and which would take its time."""
+
 
 @dataclass(frozen=True)
 class TinyModel:

@@ -29,7 +29,7 @@ from engine.model.decoder import Decoder
 from engine.sampling_slots import SamplingSlots
 from engine.step_triton import Carried, Draws, Nodes
 from engine.types import Acceptance, MedusaParams, Request, SamplingParams, Sequence, TokenDelta
-from tests.engine.conftest import TinyModel
+from tests.engine.conftest import TinyModel, compiles
 from tests.support import run_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -281,6 +281,7 @@ def test_so_few_kernels_are_a_step_without_its_model(
     assert launched == ["prepare", *["draw"] * anything, "accept", "move"]
 
 
+@compiles
 def test_all_compile_for_hopper() -> None:
     """The draws hold many numbers for each sequence, of which some wait in memory; the others do not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

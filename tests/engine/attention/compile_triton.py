@@ -14,22 +14,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from engine.attention import triton as module
 from engine.attention.triton import TritonAttention
-from engine.attention.triton_tiles import Kind, candidates, joining
+from engine.attention.triton_tiles import Kind, block_channels, candidates, joining
 from tests.engine.attention.triton_cases import Shape, Step, make_step
 from tests.engine.triton_compile import compile_only, resources, use
 
 
 def cases(every: bool) -> Iterator[tuple[Shape, Kind]]:
-    """A tree of one sequence, which is split, and a chunk whose tiles are enough."""
+    """A tree of one sequence, which is split, a chunk whose tiles are enough, and a single row."""
     bf16 = {"dtype": torch.bfloat16}
     tree = Shape((3000,), 64, tree=True, group=4, kv_heads=8, head_dim=128, rotary="whole", **bf16)
     yield tree, Kind(128, False)
     yield Shape((100,), 700, tree=False, group=1, kv_heads=32, head_dim=128, **bf16), Kind(128, True)
+    # Everything as small as it gets: one block, one row, one head of fewer channels than a product takes.
+    yield Shape((3,), 1, tree=True, group=1, kv_heads=1, head_dim=8, rotary="whole", **bf16), Kind(16, False)
     if not every:
         return
     for head_dim in (64, 80, 96, 128, 256):
@@ -69,7 +70,7 @@ def main() -> int:
     for capability in capabilities:
         use(capability)
         for shape, kind in cases(every):
-            channels = triton.next_power_of_2(shape.head_dim)
+            channels = block_channels(shape.head_dim)
             tiles = candidates(kind, channels, shape.dtype.itemsize)
             step = make_step(shape)
             tiles = tiles if every else tiles[:1]

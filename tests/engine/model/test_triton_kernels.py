@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.attention.base import Rotary
 from engine.model.config import RopeConfig
 from engine.model.layers import HeadNorm, RotaryTable
+from tests.engine.conftest import compiles
 
 pytestmark = pytest.mark.cuda
 
@@ -210,6 +211,7 @@ def test_scale_sums(bias: bool, dtype: torch.dtype) -> None:
     near(kernels.scale_sums(sums, row, column, offset, dtype), wanted)
 
 
+@compiles
 def test_all_compile_for_hopper_and_none_spills() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.engine.model.compile_triton", "90"]
