@@ -151,7 +151,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     decoder.pack()
     kernels = _why_not_triton(device) is None
     if kernels:
-        decoder.fuse_triton()
+        decoder.fuse_triton(cache_root())
         if drafter is not None:
             drafter.fuse_triton()
 

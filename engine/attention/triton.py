@@ -19,6 +19,7 @@ from engine.attention.triton_join import join_kernel
 from engine.attention.triton_kernels import attend_kernel
 from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, block_channels, candidates, parts_at_once
 from engine.cache.pool import KVPool
+from engine.triton_dependent import launched_early
 
 __all__ = ["TritonAttention"]
 
@@ -156,6 +157,7 @@ class TritonAttention:
         if rotary is not None:
             norm, cos, sin, half = rotary.norm, rotary.cos, rotary.sin, rotary.cos.shape[1] // 2
         out = q.new_empty(plan.tokens, heads * head_dim)
+        early, options = launched_early(q.device)
         attend_kernel[triton.cdiv(num_rows * self._group, tile.rows), parts * kv_heads, sequences](
             q,
             k,
@@ -207,8 +209,10 @@ class TritonAttention:
             BLOCK_W=triton.next_power_of_2(triton.cdiv(tile.rows, self._group)),
             BLOCK_P=parts_at_once(tile, channels),
             PRECISION="ieee",
+            EARLY=early,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **options,
         )
         if parts > 1 and not tile.joins:
             block_parts = triton.next_power_of_2(parts)
@@ -222,7 +226,9 @@ class TritonAttention:
                 HEAD_DIM=head_dim,
                 BLOCK_P=block_parts,
                 BLOCK_D=channels,
-                num_warps=4 if block_parts * channels <= 8192 else 8,
+                EARLY=early,
+                num_warps=max(1, min(8, block_parts * channels // 512)),
+                **options,
             )
         return out
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.triton_dependent import launches_next, waits
+
 __all__ = ["join_kernel", "join_parts"]
 
 
@@ -69,8 +71,12 @@ def join_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The parts of `attend_kernel` weighted together, grid (T, HEADS); BLOCK_P is at least the parts."""
+    if EARLY:
+        waits()
+        launches_next()
     at_row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     channel = tl.arange(0, BLOCK_D)
     part = tl.arange(0, BLOCK_P)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from engine.attention.triton_join import join_parts
 from engine.attention.triton_rotary import turned
+from engine.triton_dependent import launches_next, waits
 
 __all__ = ["attend_kernel"]
 
@@ -290,6 +291,7 @@ def attend_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attention of a grid (tiles of num_rows * GROUP query rows, parts * KV_HEADS, sequences).
 
@@ -316,7 +318,11 @@ def attend_kernel(
         BLOCK_M, BLOCK_N, BLOCK_NEW: query rows, cached keys and new keys of a tile.
         BLOCK_W: at least the nodes that begin in a tile of BLOCK_M rows.
         BLOCK_P: parts that are joined at once.
+        EARLY: it is launched early (`triton_dependent`).
     """
+    if EARLY:
+        waits()
+        launches_next()
     tile = tl.program_id(0)
     if not TREE:
         tile = tl.num_programs(0) - 1 - tile  # the last rows of a chunk take longest: first

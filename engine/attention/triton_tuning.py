@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler.errors import CompilationError
 from triton.runtime import driver
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from engine.attention import triton_join, triton_kernels, triton_rotary
 from engine.attention.base import AttentionInput, Rotary
@@ -29,6 +20,7 @@ from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, block_channels,
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
+from engine.triton_measuring import REFUSALS, Kept, side_by_side
 
 __all__ = ["ModelShape", "tuned_tiles"]
 
@@ -42,9 +34,6 @@ _CHUNK = 512
 
 _MODULES = (triton_kernels, triton_join, triton_rotary)
 """The kernels' source."""
-
-_REFUSALS = (OutOfResources, PTXASError, CompilationError)
-"""Of a tile that does not fit a device."""
 
 _TRIES = 8
 """How often joining in the same kernel is held against a second kernel."""
@@ -93,9 +82,9 @@ def tuned_tiles(
     """
     kinds = sorted({Kind.of(nodes * shape.group, tree=True) for nodes in range(1, most_nodes + 1)})
     kinds.append(Kind(MOST_ROWS, chunk=True))
-    key = _key(shape, device)
-    file = folder / f"attention-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    known = _read(file)
+    key = {**asdict(shape), "dtype": str(shape.dtype)}
+    kept = Kept(folder, "attention", key, device, _MODULES)
+    known = {Kind(*kind): Tile(*tile) for kind, tile in kept.read() or []}
     missing = [kind for kind in kinds if kind not in known]
     if missing:
         started = time.monotonic()
@@ -105,7 +94,7 @@ def tuned_tiles(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free
         log.info("measured the attention kernels' tiles in %.1f s", time.monotonic() - started)
-        _write(file, key, known)
+        kept.write(list(known.items()))
     return known
 
 
@@ -156,7 +145,7 @@ class _Step:
         """Compile what these steps run, several at a time; the interpreter has nothing to compile."""
         if self._device.type == "cuda":
             driver.active.get_current_device()  # makes the driver, before threads do
-            _side_by_side(ways, lambda: torch.cuda.device(self._device))
+            side_by_side(ways, lambda: torch.cuda.device(self._device))
 
     def _rotary(self, positions: int) -> Rotary:
         """No rotation at all, which takes as long as any."""
@@ -204,7 +193,7 @@ def _measured(
                 log.warning("attention's kernel joins its parts wrongly on this device: a second one does it")
             elif in_graph(by_two) > in_graph(by_one):
                 best[kind] = joined[kind]
-        except _REFUSALS as error:
+        except REFUSALS as error:
             log.info("attention's kernel cannot join its parts: %s", str(error).splitlines()[0])
     return best
 
@@ -217,7 +206,7 @@ def _fastest(
     for tile, run in ways.items():
         try:
             times[tile] = clock(run)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             refused = str(error).splitlines()[0]
     if not times:
         raise ConfigError(
@@ -225,25 +214,6 @@ def _fastest(
             "set attention to sdpa"
         )
     return min(times, key=lambda tile: times[tile])
-
-
-def _side_by_side(
-    ways: Iterable[Callable[[], object]], here: Callable[[], AbstractContextManager[object]]
-) -> None:
-    """Run each once, as many at a time as there are cores; those that the device refuses are left out.
-
-    Nearly all of a kernel's first run is its compilation, most of which runs without Python's lock.
-
-    Args:
-        here: what each thread enters.
-    """
-
-    def once(way: Callable[[], object]) -> None:
-        with here(), suppress(*_REFUSALS):
-            way()
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(once, ways))
 
 
 def _agree(by_two: Callable[[], Tensor], by_one: Callable[[], Tensor]) -> bool:
@@ -266,40 +236,3 @@ def _milliseconds_in_graph(run: Callable[[], object]) -> float:
     """With the gaps between kernels that a captured step has."""
     found: float = triton.testing.do_bench_cudagraph(run, rep=20, return_mode="median")
     return found
-
-
-def _source(module: ModuleType) -> bytes:
-    return Path(str(module.__file__)).read_bytes()
-
-
-def _key(shape: ModelShape, device: torch.device) -> dict[str, object]:
-    """Whatever the result depends on."""
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": properties.name,
-        "processors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "kernels": hashlib.sha256(b"".join(map(_source, _MODULES))).hexdigest(),
-        **asdict(shape),
-        "dtype": str(shape.dtype),
-    }
-
-
-def _read(file: Path) -> dict[Kind, Tile]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["tiles"]
-        return {Kind(*kind): Tile(*tile) for kind, tile in rows}
-    except (OSError, ValueError, TypeError, KeyError):  # none yet, or not ours
-        return {}
-
-
-def _write(file: Path, key: dict[str, object], tiles: dict[Kind, Tile]) -> None:
-    text = json.dumps({**key, "tiles": list(tiles.items())}, indent=1)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            partial.write(text)
-        os.replace(partial.name, file)  # engines that start together write whole files
-    except OSError as error:
-        log.warning("the attention kernels' tiles are measured anew at each start: %s", error)

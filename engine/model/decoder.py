@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -62,6 +63,11 @@ class DecoderLayer(nn.Module):
         self.local = config.windows[index] is not None
         partial = 2 * len(config.rope.inv_freq) < config.head_dim
         self.rotate = apply_partial_rotary if partial else apply_rotary
+
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """In the order in which they run."""
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
         """x [tokens, hidden] in and out."""
@@ -220,8 +226,9 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             assert layer.input_norm is not None
             assert layer.mlp_norm is not None
-            linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
-            weights = [weight for linear in linears if isinstance(weight := linear.quantized, Int8Weight)]
+            weights = [
+                weight for linear in layer.linears if isinstance(weight := linear.quantized, Int8Weight)
+            ]
             if any(weight.large or weight.biased for weight in weights):
                 return None
             norms = (layer.input_norm.weight, layer.mlp_norm.weight)
@@ -240,8 +247,12 @@ class Decoder(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
 
-    def fuse_triton(self) -> None:
-        """From here on Triton kernels do what lies between the products, where they can run (on CUDA)."""
+    def fuse_triton(self, folder: Path | None = None) -> None:
+        """From here on Triton kernels do what lies between the products, where they can run (on CUDA).
+
+        Args:
+            folder: measure which products of few rows shall be such kernels too, and keep it there.
+        """
         from engine.model.fused_triton import FusedLayers  # only CUDA needs Triton
 
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
@@ -255,6 +266,10 @@ class Decoder(nn.Module):
             offset=self.config.norm_offset,
             activation=self.config.activation,
         )
+        if folder is not None:
+            from engine.model.products_tuning import tune_products
+
+            tune_products(self.fused_cuda, folder)
 
     def weight_map(self) -> dict[str, tuple[str, ...]]:
         """For each parameter, the Hugging Face tensors it concatenates along dimension 0."""

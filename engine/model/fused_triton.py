@@ -1,26 +1,38 @@
-"""The layers of a decoder on CUDA, with what lies between two products in Triton kernels."""
+"""The layers of a decoder on CUDA: what lies between two products, and products of few rows, in Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from copy import copy
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend, Rotary, RotatingAttention
 from engine.model import triton_kernels as kernels
-from engine.model.layers import HeadNorm, RMSNorm, RotaryTable
+from engine.model.layers import HeadNorm, Linear, RMSNorm, RotaryTable
+from engine.model.triton_products import Around, Shape, product
 
 if TYPE_CHECKING:
     from engine.model.decoder import DecoderLayer
 
-__all__ = ["FusedLayers"]
+__all__ = ["FusedLayers", "Ways"]
+
+
+class Ways(NamedTuple):
+    """How a layer's products are made in steps of so many rows: a kernel's shape, or None for torch's."""
+
+    qkv: Shape | None = None
+    o: Shape | None = None
+    gate_up: Shape | None = None
+    down: Shape | None = None
 
 
 class FusedLayers:
     """Embedding, all layers and the final norm; the same function as the plain path, for every family.
 
-    The norm that opens a block is computed by the kernel that closes the one before, across layers too.
+    A product of few rows may take in the norm before it, or the addition behind it (`ways`).
+    Where it does not, a norm is computed by the kernel that closes the block before, across layers too.
 
     Args:
         layers: from the first to the last; they keep their weights.
@@ -29,6 +41,9 @@ class FusedLayers:
         table: of the layers without a window; local: of those with one, None where it is the same.
         offset: norms multiply by 1 + weight.
         activation: of the MLP's gate.
+
+    Attributes:
+        ways: by the largest number of rows that they are for; more rows than any are torch's.
     """
 
     def __init__(
@@ -43,27 +58,95 @@ class FusedLayers:
         offset: bool,
         activation: Literal["silu", "gelu_tanh"],
     ) -> None:
-        self._layers, self._offset, self._activation = list(layers), offset, activation
+        self.layers, self._offset, self._activation = list(layers), offset, activation
         self._eps = final_norm.eps
         self._embedding, self._scale = embedding, embedding_scale
         self._table, self._local = table, table if local is None else local
-        self._opening = [_weight(layer.input_norm) for layer in self._layers]
+        self._opening = [_weight(layer.input_norm) for layer in self.layers]
         self._opening.append(final_norm.weight)
+        self.ways: dict[int, Ways] = {}
+
+    @property
+    def joinable(self) -> bool:
+        """Whether products may take in what is around them: norms come before, and weights are plain."""
+        before = all(x is not None for layer in self.layers for x in (layer.input_norm, layer.mlp_norm))
+        after = (x for layer in self.layers for x in (layer.attention_output_norm, layer.mlp_output_norm))
+        linears = (linear for layer in self.layers for linear in layer.linears)
+        plain = all(linear.quantized is None and linear.packed is None for linear in linears)
+        return before and plain and all(norm is None for norm in after)
+
+    def some(self, count: int) -> FusedLayers:
+        """The first `count` layers, and the final norm."""
+        found = copy(self)
+        found.layers, found._opening = self.layers[:count], [*self._opening[:count], self._opening[-1]]
+        return found
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, attention: AttentionBackend, out: Tensor | None = None
     ) -> Tensor:
         """See `Decoder.forward`."""
-        opening = self._opening
-        x, y = kernels.embed(tokens, self._embedding, self._scale, opening[0], self._eps, offset=self._offset)
-        for index, layer in enumerate(self._layers):
-            qkv = layer.qkv_proj(y).view(len(x), -1, layer.head_dim)
+        opening, ways, rows = self._opening, Ways(), len(tokens)
+        for most in sorted(self.ways, reverse=True):
+            if rows <= most:
+                ways = self.ways[most]
+        first = opening[0] if ways.qkv is None else None
+        x, y = kernels.embed(tokens, self._embedding, self._scale, first, self._eps, offset=self._offset)
+        for index, layer in enumerate(self.layers):
+            qkv = self._open(layer.qkv_proj, x, y, opening[index], ways.qkv).view(rows, -1, layer.head_dim)
             mixed = self._attended(layer, qkv, positions, attention)
-            y = self._add(layer, x, layer.o_proj(mixed), layer.attention_output_norm, _weight(layer.mlp_norm))
-            gated = kernels.gated_activation(layer.gate_up_proj(y), self._activation)
-            last = out if index + 1 == len(self._layers) else None
-            y = self._add(layer, x, layer.down_proj(gated), layer.mlp_output_norm, opening[index + 1], last)
+            norm, after = _weight(layer.mlp_norm), layer.attention_output_norm
+            y = self._close(
+                layer, layer.o_proj, x, mixed, after, norm if ways.gate_up is None else None, ways.o
+            )
+            gated = self._open(layer.gate_up_proj, x, y, norm, ways.gate_up, self._activation)
+            last = index + 1 == len(self.layers)
+            norm = opening[index + 1] if last or ways.qkv is None else None
+            to = out if last else None
+            y = self._close(layer, layer.down_proj, x, gated, layer.mlp_output_norm, norm, ways.down, to)
         return y
+
+    def _open(
+        self,
+        linear: Linear,
+        x: Tensor,
+        y: Tensor,
+        norm: Tensor | None,
+        shape: Shape | None,
+        activation: str = "",
+    ) -> Tensor:
+        """A block's first product, of x, whose norm is y unless the product norms x itself."""
+        if shape is not None:
+            around = Around(norm=norm is not None, offset=self._offset, activation=activation)
+            return product(x, linear.weight, linear.bias, shape, around, norm=norm, eps=self._eps)
+        out = linear(y)
+        return kernels.gated_activation(out, activation) if activation else out
+
+    def _close(
+        self,
+        layer: DecoderLayer,
+        linear: Linear,
+        x: Tensor,
+        inner: Tensor,
+        after: RMSNorm | None,
+        before: Tensor | None,
+        shape: Shape | None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """A block's last product, of `inner`, added to x in place; then x's norm, or x without `before`."""
+        scale = layer.residual_scale
+        if shape is None:
+            return kernels.add_norm(
+                x,
+                linear(inner),
+                after=_weight(after),
+                before=before,
+                eps=self._eps,
+                offset=self._offset,
+                residual_scale=scale,
+                y=y,
+            )
+        product(inner, linear.weight, linear.bias, shape, Around(adds=True), y=x, residual_scale=scale)
+        return x if before is None else kernels.rms_norm(x, before, self._eps, offset=self._offset, y=y)
 
     def _attended(
         self, layer: DecoderLayer, qkv: Tensor, positions: Tensor, attention: AttentionBackend
@@ -81,26 +164,6 @@ class FusedLayers:
             return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v, rotary)
         kernels.rotate(qk, positions, rotary)
         return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v)
-
-    def _add(
-        self,
-        layer: DecoderLayer,
-        x: Tensor,
-        out: Tensor,
-        norm: RMSNorm | None,
-        following: Tensor | None,
-        y: Tensor | None = None,
-    ) -> Tensor:
-        return kernels.add_norm(
-            x,
-            out,
-            after=_weight(norm),
-            before=following,
-            eps=self._eps,
-            offset=self._offset,
-            residual_scale=layer.residual_scale,
-            y=y,
-        )
 
 
 def _weight(norm: RMSNorm | None) -> Tensor | None:

@@ -15,8 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.attention.base import Rotary
+from engine.triton_dependent import launched_early, launches_next, waits
 
-__all__ = ["add_norm", "embed", "gated_activation", "quantize_rows", "rms_norm", "rotate", "scale_sums"]
+__all__ = [
+    "activated",
+    "add_norm",
+    "embed",
+    "gated_activation",
+    "quantize_rows",
+    "rms_norm",
+    "rotate",
+    "scale_sums",
+]
 
 _HEADS_PER_PROGRAM = 4
 _COLUMNS_PER_PROGRAM = 1024
@@ -50,7 +60,11 @@ def _add_norm_kernel(
     BEFORE: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        waits()
+        launches_next()
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -94,9 +108,11 @@ def add_norm(
     return _launch_add_norm(x, out, after, before, eps, offset, residual_scale, y)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: bool = False) -> Tensor:
-    """x [T, hidden] / rms(x) * weight [hidden], or * (1 + weight); a new tensor."""
-    return _launch_add_norm(x, None, None, weight, eps, offset, 1.0)
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, offset: bool = False, y: Tensor | None = None
+) -> Tensor:
+    """x [T, hidden] / rms(x) * weight [hidden], or * (1 + weight), in y; a new tensor without one."""
+    return _launch_add_norm(x, None, None, weight, eps, offset, 1.0, y)
 
 
 def _launch_add_norm(
@@ -117,6 +133,7 @@ def _launch_add_norm(
     if rows == 0:
         return y
     block = triton.next_power_of_2(size)
+    early, options = launched_early(x.device)
     _add_norm_kernel[(rows,)](
         x,
         x if out is None else out,
@@ -131,7 +148,9 @@ def _launch_add_norm(
         BEFORE=before is not None,
         OFFSET=offset,
         BLOCK=block,
+        EARLY=early,
         num_warps=_warps(block),
+        **options,
     )
     return y
 
@@ -150,7 +169,11 @@ def _embed_kernel(
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        waits()
+        launches_next()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -184,6 +207,7 @@ def embed(
     y = x if norm is None else torch.empty_like(x)
     if rows:
         block = triton.next_power_of_2(size)
+        early, options = launched_early(table.device)
         _embed_kernel[(rows,)](
             tokens,
             table,
@@ -197,7 +221,9 @@ def embed(
             NORM=norm is not None,
             OFFSET=offset,
             BLOCK=block,
+            EARLY=early,
             num_warps=_warps(block),
+            **options,
         )
     return x, y
 
@@ -285,18 +311,28 @@ def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
 
 
 @triton.jit
-def _gated_kernel(gate_up_ptr, y_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def activated(gate, GELU: tl.constexpr):
+    """silu, or gelu's tanh form, of any shape, computed in float32 and rounded back."""
+    kind = gate.dtype
+    gate = gate.to(tl.float32)
+    # tanh(z) = 2 sigmoid(2 z) - 1, so gelu's tanh form is x * sigmoid(2 z).
+    argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    # Beyond -80 the gate is shut, and exp would overflow.
+    return (gate / (1.0 + tl.exp(-tl.maximum(argument, -80.0)))).to(kind)
+
+
+@triton.jit
+def _gated_kernel(gate_up_ptr, y_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        waits()
+        launches_next()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + (row * 2 + 1) * width + column, mask=inside, other=0.0)
     kind = gate.dtype
-    gate = gate.to(tl.float32)
-    # tanh(z) = 2 sigmoid(2 z) - 1, so gelu's tanh form is x * sigmoid(2 z).
-    argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    # Beyond -80 the gate is shut, and exp would overflow.
-    active = (gate / (1.0 + tl.exp(-tl.maximum(argument, -80.0)))).to(kind).to(tl.float32)
+    active = activated(gate, GELU).to(tl.float32)
     tl.store(y_ptr + row * width + column, (active * up.to(tl.float32)).to(kind), mask=inside)
 
 
@@ -313,8 +349,16 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
     if rows:
+        early, options = launched_early(y.device)
         _gated_kernel[(rows, triton.cdiv(width, _COLUMNS_PER_PROGRAM))](
-            gate_up, y, width, GELU=activation == "gelu_tanh", BLOCK=_COLUMNS_PER_PROGRAM, num_warps=4
+            gate_up,
+            y,
+            width,
+            GELU=activation == "gelu_tanh",
+            BLOCK=_COLUMNS_PER_PROGRAM,
+            EARLY=early,
+            num_warps=4,
+            **options,
         )
     return y
 

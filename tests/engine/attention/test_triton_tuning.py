@@ -22,8 +22,9 @@ from triton.runtime.errors import OutOfResources
 from engine.attention import triton_tuning
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile, candidates
-from engine.attention.triton_tuning import ModelShape, _side_by_side, tuned_tiles
+from engine.attention.triton_tuning import ModelShape, tuned_tiles
 from engine.errors import ConfigError
+from engine.triton_measuring import side_by_side
 from tests.engine.attention.triton_cases import DEVICE
 
 SHAPE = ModelShape(group=4, kv_heads=1, head_dim=64, block_size=16, dtype=torch.float16)
@@ -169,7 +170,7 @@ def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
     assert "wrongly" in caplog.text
 
 
-def test_candidates_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_are_compiledside_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     together = threading.Barrier(2, timeout=60)
     entered: list[int] = []
@@ -183,14 +184,14 @@ def test_candidates_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -
         entered.append(threading.get_ident())
         yield
 
-    _side_by_side([together.wait, refused], here)
+    side_by_side([together.wait, refused], here)
     assert len(set(entered)) == 2
 
     def broken() -> None:
         raise ValueError("of ours")
 
     with pytest.raises(ValueError, match="of ours"):
-        _side_by_side([broken], nullcontext)
+        side_by_side([broken], nullcontext)
 
 
 def test_joining_that_does_not_fit_the_device_is_left_out(

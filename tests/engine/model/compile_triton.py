@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.attention.base import Rotary
 from engine.model import triton_kernels as kernels
+from engine.model.triton_products import Around, product, row_kernel, rows_kernel, shapes
 from tests.engine.triton_compile import compile_only, resources, use
 
 KERNELS = (
@@ -58,8 +59,26 @@ def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
         kernels.scale_sums(sums, scale[:4].view(4, 1), scale[:hidden].view(1, -1), bias, dtype)
 
 
+def call_products(dtype: torch.dtype, hidden: int, width: int) -> None:
+    """The products of a layer in every shape that is measured."""
+    bias, norm = torch.empty(2 * width, dtype=dtype), torch.empty(hidden, dtype=dtype)
+    for rows in (1, 2, 16, 48):
+        for size, outputs, around in (
+            (hidden, width, Around(norm=True)),
+            (hidden, 2 * width, Around(norm=True, offset=True, activation="gelu_tanh")),
+            (hidden, 2 * width, Around(norm=True, activation="silu")),
+            (width, hidden, Around(adds=True)),
+        ):
+            x, weight = torch.empty(rows, size, dtype=dtype), torch.empty(outputs, size, dtype=dtype)
+            for shape in shapes(rows, size, bool(around.activation)):
+                for given in (None, bias[:outputs]) if around.offset or around.adds else (None,):
+                    y = torch.empty(rows, outputs, dtype=dtype) if around.adds else None
+                    norm_given = norm if around.norm else None
+                    product(x, weight, given, shape, around, norm=norm_given, eps=1e-5, y=y)
+
+
 def main() -> int:
-    compiled = compile_only(*(getattr(kernels, name) for name in KERNELS))
+    compiled = compile_only(*(getattr(kernels, name) for name in KERNELS), row_kernel, rows_kernel)
     found: dict[str, Any] = {"compiled": {}, "spilled": {}}
     for capability in [int(word) for word in sys.argv[1:]] or [90]:
         use(capability)
@@ -68,6 +87,8 @@ def main() -> int:
             # Not only multiples of 16, which Triton compiles apart.
             for hidden in (576, 588, 4096) if dtype == torch.bfloat16 else (576, 4096):
                 call_all(dtype, hidden, fp8=capability >= 89)
+        for hidden, width in ((576, 1536), (4096, 11008)):
+            call_products(torch.bfloat16, hidden, width)
         found["compiled"][capability] = len(compiled)
         for kernel in compiled:
             if num_bytes := resources(kernel)["spilled"]:

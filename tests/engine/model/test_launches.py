@@ -17,9 +17,11 @@ from engine.attention.base import AttentionInput
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile
 from engine.cache.pool import KVPool
-from engine.model import triton_kernels
+from engine.model import triton_kernels, triton_products
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
+from engine.model.fused_triton import Ways
+from engine.model.triton_products import Shape
 from tests.engine.model.compile_triton import KERNELS
 from tests.support import save_model, tiny_llama
 
@@ -33,6 +35,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         kernels = [(triton_kernels, name) for name in KERNELS]
+        kernels += [(triton_products, name) for name in ("row_kernel", "rows_kernel")]
         for module, name in [*kernels, *((attention_module, n) for n in ("attend_kernel", "join_kernel"))]:
             monkeypatch.setattr(module, name, _Kernel(name, self.counts))
 
@@ -57,13 +60,21 @@ class _Kernel:
 
 @torch.inference_mode()
 def launches(
-    layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, joins: bool = False
+    layers: int,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    joins: bool = False,
+    ways: Ways | None = None,
 ) -> Counter[str]:
     """Of a step of one sequence with 4 nodes, whose keys are split."""
     config = ModelConfig.from_folder(save_model(tiny_llama(num_hidden_layers=layers), folder))
     decoder = Decoder(config, torch.float32, 512)
     decoder.randomize(torch.device("cpu"))
     decoder.fuse_triton()
+    if ways is not None:
+        assert decoder.fused_cuda is not None
+        decoder.fused_cuda.ways = {4: ways}
     pool = KVPool(
         num_layers=layers,
         num_blocks=2,
@@ -105,6 +116,16 @@ def test_a_layer_is_four_products_and_four_or_five_kernels(
         "_add_norm_kernel": 2,
         "_gated_kernel": 1,
     }
+
+
+def test_a_layer_is_as_few_kernels_as_products_and_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all products take in what is around them."""
+    shape = Shape(16, 16, 16, 4)
+    ways = Ways(shape, shape, shape, shape)
+    two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=True, ways=ways) for n in (2, 3))
+    assert three - two == {"rows_kernel": 4, "attend_kernel": 1}
 
 
 def test_around_the_layers_are_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

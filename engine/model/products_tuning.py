@@ -1,0 +1,130 @@
+"""Which products of few rows take in what is around them, measured once per device and model shape."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from engine import triton_dependent
+from engine.attention.base import AttentionInput
+from engine.cache.pool import KVPool
+from engine.model import triton_kernels, triton_products
+from engine.model.fused_triton import FusedLayers, Ways
+from engine.model.triton_products import MOST_ROWS, Shape, shapes
+from engine.triton_measuring import REFUSALS, Kept, side_by_side
+
+__all__ = ["tune_products"]
+
+log = logging.getLogger(__name__)
+
+_MODULES = (triton_kernels, triton_products, triton_dependent)
+"""The kernels' source."""
+
+_ROWS = (1, 16, MOST_ROWS)
+"""Steps of up to so many rows share their ways, and are measured by the largest of them."""
+
+_LAYERS = 12
+"""Layers that are measured: enough that their weights, or most of them, come from memory each time."""
+
+
+class _NoAttention:
+    """What is measured is around it."""
+
+    def __init__(self, mixed: Tensor) -> None:
+        self._mixed = mixed
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        """Nothing is shared by its layers."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        return self._mixed
+
+
+def tune_products(
+    layers: FusedLayers, folder: Path, *, clock: Callable[[Callable[[], object]], float] | None = None
+) -> None:
+    """Set `layers.ways`; nothing where the weights are not of 16 bits or the family's norms lie elsewhere.
+
+    Each product is tried as torch's and as each of its kernel's shapes, in a pass without attention, with the
+    others as good as known so far.
+
+    Args:
+        folder: where results are kept.
+        clock: milliseconds of a function's run; None is Triton's do_bench_cudagraph.
+    """
+    linear = layers.layers[0].qkv_proj
+    if linear.weight.element_size() != 2 or not layers.joinable:
+        return
+    device, first = linear.weight.device, layers.layers[0]
+    key: dict[str, object] = {
+        "products": [[*each.weight.shape, each.bias is not None] for each in first.linears],
+        "layers": len(layers.layers),
+        "dtype": str(linear.weight.dtype),
+        "rows": list(_ROWS),
+    }
+    kept = Kept(folder, "products", key, device, _MODULES)
+    known = kept.read()
+    if known is None:
+        started = time.monotonic()
+        measured = {rows: _best(layers, rows, clock or _milliseconds) for rows in _ROWS}
+        known = list(measured.items())
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the K/V pool is sized by what is free
+        log.info("measured the products of few rows in %.1f s", time.monotonic() - started)
+        kept.write(known)
+    layers.ways = {
+        rows: Ways(*(None if shape is None else Shape(*shape) for shape in ways)) for rows, ways in known
+    }
+
+
+@torch.inference_mode()
+def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]], float]) -> Ways:
+    first = layers.layers[0]
+    choices = {
+        name: shapes(rows, linear.in_features, gated=name == "gate_up")
+        for name, linear in zip(Ways._fields, first.linears, strict=True)
+    }
+    if not any(choices.values()):
+        return Ways()
+    device = first.qkv_proj.weight.device
+    tokens = torch.arange(rows, device=device) % 7
+    mixed = torch.randn(rows, first.o_proj.in_features, device=device).to(first.o_proj.weight.dtype)
+    attention = _NoAttention(mixed)
+
+    def run(some: FusedLayers, ways: Ways) -> None:
+        some.ways = {rows: ways}
+        some(tokens, tokens, attention)
+
+    alone = [Ways(**{name: shape}) for name, found in choices.items() for shape in found]
+    here = partial(torch.cuda.device, device) if device.type == "cuda" else nullcontext
+    side_by_side([partial(run, layers.some(1), ways) for ways in alone], here)
+    measured = layers.some(_LAYERS)
+    best = Ways()
+    time_of_best = clock(partial(run, measured, best))
+    log.info("%d rows: %.4f ms a pass of %d layers with torch's products", rows, time_of_best, _LAYERS)
+    # The largest products first; a product gains most between two others that are ours.
+    for name in ("gate_up", "down", "qkv", "o"):
+        for shape in choices[name]:
+            trial = best._replace(**{name: shape})
+            try:
+                found = clock(partial(run, measured, trial))
+            except REFUSALS:
+                continue
+            log.debug("%d rows: %.4f ms with %s", rows, found, trial)
+            if found < time_of_best:
+                best, time_of_best = trial, found
+    log.info("%d rows: %.4f ms with %s", rows, time_of_best, best)
+    return best
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    found: float = triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median")
+    return found

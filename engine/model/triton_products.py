@@ -1,0 +1,293 @@
+"""Matrix products of few rows with what lies around them, as one Triton kernel each. CUDA only.
+
+At one row a product is the reading of its weight, and of a small model's weight not even that: a kernel of
+torch's takes three to five microseconds for what memory gives in one, and the norm before it and the addition
+behind it are kernels too. Here they are one, and it asks for its weight before the kernel in front of it has
+ended (`triton_dependent`).
+
+Sums are in float32. Where a norm comes first, its factor is applied to the sums: a row is read once, and what
+the norm gives is not rounded to 16 bits on the way to one row's product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.model.triton_kernels import activated
+from engine.triton_dependent import launched_early, launches_next, waits
+
+__all__ = ["MOST_ROWS", "Around", "Shape", "product", "shapes"]
+
+MOST_ROWS = 64
+"""More of them are torch's."""
+
+_LEAST_ROWS = 16
+"""Of a tile on tensor cores."""
+
+_LONGEST = 2048
+"""Channels that a program of several rows holds at once."""
+
+
+class Around(NamedTuple):
+    """What a product does beside the product.
+
+    Args:
+        norm: the input passes through an RMSNorm; offset: by 1 + weight.
+        activation: of a gate, whose outputs come first in the weight; "" without: then all are outputs.
+        adds: the output is added to what is there.
+    """
+
+    norm: bool = False
+    offset: bool = False
+    activation: str = ""
+    adds: bool = False
+
+
+class Shape(NamedTuple):
+    """A kernel's shape.
+
+    Args:
+        rows: of a program.
+        outputs: of a program.
+        channels: of one row, taken at once; of several rows, those that a warp takes.
+        warps: of a program.
+    """
+
+    rows: int
+    outputs: int
+    channels: int
+    warps: int
+
+
+def shapes(rows: int, size: int, gated: bool) -> list[Shape]:
+    """Those worth measuring, the best guess first; none where torch's product is as good.
+
+    Args:
+        rows: of the input; size: channels of each.
+        gated: the product has two weights.
+    """
+    if size % 16:
+        return []  # rows of the weight would not begin where 16 bytes can be loaded at once
+    if rows == 1:
+        chunk = min(triton.next_power_of_2(size), 1024)
+        if size <= _LONGEST:
+            return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, chunk, 8)]
+        if gated:
+            return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 4, 512, 4), Shape(1, 8, 512, 8)]
+        return [Shape(1, 8, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, 512, 4), Shape(1, 4, 2 * chunk, 8)]
+    if rows > MOST_ROWS or size > _LONGEST:
+        return []
+    long = size > 1024
+    tiles = [(16, 16, 16), (16, 16, 8)] if long else [(16, 16, 8), (16, 16, 4), (16, 32, 8)]
+    if rows > 16:
+        tiles = (
+            [(32, 16, 16), (16, 16, 16), (16, 32, 16)] if long else [(32, 16, 8), (32, 32, 8), (16, 32, 8)]
+        )
+    found = []
+    for some, outputs, warps in tiles:
+        channels = max(16, triton.next_power_of_2(triton.cdiv(size, warps)))
+        # A thread holds the rows' and the weights' tiles, and the rows once more in float32 for their norm.
+        held = channels * (2 * some + outputs * (2 if gated else 1)) // 32
+        if held <= 400:
+            found.append(Shape(some, outputs, channels, warps))
+    return found
+
+
+@triton.jit
+def _finish(
+    sums, up, scale, bias_ptr, y_ptr, at, output, inside, width, residual_scale,
+    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """From sums to the output at `at`, each step rounded where an operator of torch's rounds."""
+    kind = y_ptr.dtype.element_ty
+    if NORM:
+        sums *= scale
+        up *= scale
+    if BIAS:
+        sums += tl.load(bias_ptr + output, mask=output < width, other=0.0).to(tl.float32)
+    y = sums.to(kind)
+    if GATE:
+        if BIAS:
+            up += tl.load(bias_ptr + width + output, mask=output < width, other=0.0).to(tl.float32)
+        y = (activated(y, GATE == 2).to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
+    if ADD:
+        x = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = (x + y.to(tl.float32) * residual_scale).to(kind)
+    tl.store(y_ptr + at, y, mask=inside)
+
+
+@triton.jit
+def row_kernel(
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, y_ptr, size, width, eps, residual_scale,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One row: a program of the grid (outputs / BLOCK_N) takes its weights BLOCK_K channels at a time."""
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = tl.arange(0, BLOCK_K)
+    there = (output < width)[:, None]
+    at = output.to(tl.int64)[:, None] * size + channel[None, :]
+    up_ptr = weight_ptr + tl.cast(width, tl.int64) * size
+    inside = channel < size
+    w = tl.load(weight_ptr + at, mask=there & inside[None, :], other=0.0)
+    u = w
+    if GATE:
+        u = tl.load(up_ptr + at, mask=there & inside[None, :], other=0.0)
+    g = channel.to(tl.float32)
+    if NORM:
+        g = tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        waits()
+        launches_next()
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up = sums
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, size, BLOCK_K):
+        inside = start + channel < size
+        x = tl.load(x_ptr + start + channel, mask=inside, other=0.0).to(tl.float32)
+        # The chunk behind this one is asked for before this one is used.
+        behind = start + BLOCK_K + channel < size
+        next_w = tl.load(weight_ptr + at + (start + BLOCK_K), mask=there & behind[None, :], other=0.0)
+        next_u = next_w
+        if GATE:
+            next_u = tl.load(up_ptr + at + (start + BLOCK_K), mask=there & behind[None, :], other=0.0)
+        if NORM:
+            squares += x * x
+            if OFFSET:
+                x *= 1.0 + g
+            else:
+                x *= g
+            g = tl.load(norm_ptr + start + BLOCK_K + channel, mask=behind, other=0.0).to(tl.float32)
+        sums += w.to(tl.float32) * x[None, :]
+        if GATE:
+            up += u.to(tl.float32) * x[None, :]
+        w = next_w
+        u = next_u
+    total = tl.sum(sums, 1)
+    total_up = total
+    if GATE:
+        total_up = tl.sum(up, 1)
+    scale = 1.0
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / size + eps)
+    _finish(
+        total, total_up, scale, bias_ptr, y_ptr, output, output, output < width, width, residual_scale,
+        NORM, GATE, BIAS, ADD,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rows_kernel(
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, y_ptr, rows, size, width, eps, residual_scale,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    WARPS: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows: each warp of a program multiplies its SHARE of the channels, and their sums are joined.
+
+    The grid is (outputs / BLOCK_N, rows / BLOCK_M).
+
+    All that a program reads it asks for at once: a loop would wait for memory at each turn.
+    """
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    warp = tl.arange(0, WARPS)
+    of_share = tl.arange(0, BLOCK_K)
+    channel = warp[:, None] * SHARE + of_share[None, :]
+    inside = (of_share < SHARE)[None, :] & (channel < size)
+    at = output.to(tl.int64)[None, :, None] * size + channel[:, None, :]
+    weighed = inside[:, None, :] & (output < width)[None, :, None]
+    w = tl.load(weight_ptr + at, mask=weighed, other=0.0)
+    u = w
+    if GATE:
+        u = tl.load(weight_ptr + tl.cast(width, tl.int64) * size + at, mask=weighed, other=0.0)
+    g = channel.to(tl.float32)
+    if NORM:
+        g = tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        if OFFSET:
+            g += 1.0
+    if EARLY:
+        waits()
+        launches_next()
+    x = tl.load(
+        x_ptr + row.to(tl.int64)[None, :, None] * size + channel[:, None, :],
+        mask=inside[:, None, :] & (row < rows)[None, :, None],
+        other=0.0,
+    )
+    scale = tl.zeros([BLOCK_M, 1], tl.float32)
+    if NORM:
+        value = x.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(tl.sum(value * value, 2), 0) / size + eps)[:, None]
+        x = (value * g[:, None, :]).to(x.dtype)
+    shares = tl.dot(x, tl.trans(w, 0, 2, 1), input_precision="ieee")
+    total = tl.sum(shares, 0)
+    total_up = total
+    if GATE:
+        total_up = tl.sum(tl.dot(x, tl.trans(u, 0, 2, 1), input_precision="ieee"), 0)
+    place = row.to(tl.int64)[:, None] * width + output[None, :]
+    kept = (row < rows)[:, None] & (output < width)[None, :]
+    _finish(
+        total, total_up, scale, bias_ptr, y_ptr, place, output[None, :], kept, width, residual_scale,
+        NORM, GATE, BIAS, ADD,
+    )  # fmt: skip
+
+
+_GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Shape,
+    around: Around,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    y: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """x W^T + b, with what is around it.
+
+    Args:
+        x: [T, size], contiguous, at most `MOST_ROWS` rows.
+        weight: [outputs, size], contiguous, with the gate's outputs before the others where there is one.
+        bias: [outputs].
+        shape: of the kernel, one of `shapes`.
+        around: what is around it.
+        norm: [size], weight of the norm; eps: added to its mean squares.
+        y: [T, outputs], contiguous, what is added to (in place).
+        residual_scale: factor on what is added to y.
+
+    Returns:
+        [T, outputs] (half of them with a gate): y where it was given.
+    """
+    rows, size = x.shape
+    width = len(weight) // 2 if around.activation else len(weight)
+    if y is None:
+        y = x.new_empty(rows, width)
+    early, options = launched_early(x.device)
+    flags = {
+        "NORM": around.norm,
+        "OFFSET": around.offset,
+        "GATE": _GATES[around.activation],
+        "BIAS": bias is not None,
+        "ADD": around.adds,
+        "BLOCK_N": shape.outputs,
+        "BLOCK_K": shape.channels,
+        "EARLY": early,
+        "num_warps": shape.warps,
+    }
+    pointers = (x, x if norm is None else norm, weight, x if bias is None else bias, y)
+    grid = (triton.cdiv(width, shape.outputs), triton.cdiv(rows, shape.rows))
+    if rows == 1:
+        row_kernel[grid](*pointers, size, width, eps, residual_scale, **flags, **options)
+    else:
+        share = triton.cdiv(triton.cdiv(size, shape.warps), 8) * 8
+        tile = {"WARPS": shape.warps, "SHARE": share, "BLOCK_M": shape.rows}
+        rows_kernel[grid](*pointers, rows, size, width, eps, residual_scale, **tile, **flags, **options)
+    return y

@@ -1,0 +1,241 @@
+"""Products of few rows with what lies around them against float64, and which the measurement takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from engine.model import products_tuning
+from engine.model.fused_triton import FusedLayers, Ways
+from engine.model.products_tuning import tune_products
+from engine.model.triton_products import MOST_ROWS, Around, Shape, product, shapes
+from tests.engine.model.test_fused_triton import Recorder, decoder
+
+pytestmark = pytest.mark.cuda
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
+"""The interpreter multiplies bfloat16 wrongly."""
+
+AROUND = [
+    Around(),
+    Around(norm=True),
+    Around(norm=True, offset=True),
+    Around(norm=True, activation="silu"),
+    Around(activation="gelu_tanh"),
+    Around(adds=True),
+]
+
+
+def wanted(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around, norm: Tensor, y: Tensor) -> Tensor:
+    x, weight, norm = x.double(), weight.double(), norm.double()
+    if around.norm:
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5) * (norm + (1 if around.offset else 0))
+    out = x @ weight.T + (0 if bias is None else bias.double())
+    if around.activation:
+        gate, up = out.chunk(2, 1)
+        out = (F.silu(gate) if around.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    return y.double() + 0.5 * out if around.adds else out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("around", AROUND, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "size", "outputs", "biased"),
+    [
+        (1, 64, 96, True),
+        (1, 208, 34, False),
+        (1, 2112, 30, True),
+        (2, 80, 50, False),
+        (16, 208, 64, True),
+        (16, 1104, 34, False),
+        (17, 80, 34, True),
+        (20, 1104, 16, True),
+        (MOST_ROWS, 96, 32, False),
+    ],
+)
+def test_every_shape_gives_the_product(
+    rows: int, size: int, outputs: int, biased: bool, around: Around, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(rows + size)
+
+    def some(*lengths: int) -> Tensor:
+        return torch.randn(lengths, generator=generator).to(dtype).to(DEVICE)
+
+    x, weight, norm = some(rows, size), some(outputs, size) / size**0.5, 1 + 0.5 * some(size)
+    bias, y = some(outputs) if biased else None, some(rows, outputs)
+    if around.adds:
+        want = wanted(x, weight, bias, around, norm, y)
+    else:
+        want = wanted(x, weight, bias, around, norm, y[:0])
+    tried = shapes(rows, size, bool(around.activation))
+    assert tried
+    for shape in tried:
+        kept = y.clone()
+        got = product(
+            x,
+            weight,
+            bias,
+            shape,
+            around,
+            norm=norm if around.norm else None,
+            eps=1e-5,
+            y=kept if around.adds else None,
+            residual_scale=0.5,
+        )
+        assert (got is kept) == around.adds
+        assert got.dtype == dtype
+        error = (got.double() - want).norm() / want.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), shape
+
+
+def test_rows_do_not_depend_on_one_another() -> None:
+    x, weight, norm = torch.randn(16, 80), torch.randn(48, 80), torch.ones(80)
+    x, weight, norm = x.to(DEVICE), weight.to(DEVICE), norm.to(DEVICE)
+    (shape, *_), around = shapes(16, 80, gated=True), Around(norm=True, activation="silu")
+    together = product(x, weight, None, shape, around, norm=norm, eps=1e-5)
+    for some in (torch.tensor([3, 9]), torch.tensor([15, 0, 4])):
+        alone = product(x[some].contiguous(), weight, None, shape, around, norm=norm, eps=1e-5)
+        # numpy's products, which the interpreter takes, depend on where a row stands.
+        bound = 0.0 if DEVICE.type == "cuda" else 1e-5
+        torch.testing.assert_close(alone, together[some], rtol=bound, atol=bound)
+
+
+def test_long_rows_and_odd_ones_are_torchs() -> None:
+    assert not shapes(1, 584, gated=False)
+    assert not shapes(2, 4096, gated=False)
+    assert not shapes(MOST_ROWS + 1, 576, gated=False)
+    assert shapes(1, 4096, gated=False)
+
+
+def fused(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Any, FusedLayers]:
+    model = decoder("llama", overrides, folder, dtype)
+    model.fuse_triton()
+    assert model.fused_cuda is not None
+    return model, model.fused_cuda
+
+
+def first_of(model: Any, rows: int) -> Ways:
+    layer = model.layers[0]
+    found = [
+        shapes(rows, linear.in_features, gated=index == 2)[0] for index, linear in enumerate(layer.linears)
+    ]
+    return Ways(*found)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@torch.inference_mode()
+def test_layers_are_the_same_whichever_products_join(rows: int, tmp_path: Path) -> None:
+    plain, layers = fused(tmp_path, attention_bias=True, mlp_bias=True)
+    tokens, positions = torch.arange(rows, device=DEVICE) * 5 % 61, torch.arange(rows, device=DEVICE)
+    reference = Recorder()
+    hidden = plain(tokens, positions, reference)
+    every = first_of(plain, rows)
+    some = [Ways(**{name: getattr(every, name)}) for name in Ways._fields]
+    for ways in [*some, every, every._replace(qkv=None), every._replace(gate_up=None)]:
+        layers.ways = {16: ways}
+        seen, given = Recorder(), torch.empty_like(hidden)
+        assert plain(tokens, positions, seen, given) is given
+        torch.testing.assert_close(given, hidden, atol=2e-5, rtol=2e-5)
+        for ours, theirs in zip(seen.given, reference.given, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@torch.inference_mode()
+def test_steps_take_the_ways_of_the_smallest_bucket_that_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layers = fused(tmp_path)
+    taken: list[int] = []
+    real = FusedLayers._open
+
+    def note(self: FusedLayers, linear: Any, x: Tensor, y: Any, norm: Any, shape: Any, *rest: Any) -> Tensor:
+        taken.append(0 if shape is None else shape.outputs)
+        return real(self, linear, x, y, norm, None if shape is None else shapes(len(x), 32, True)[0], *rest)
+
+    monkeypatch.setattr(FusedLayers, "_open", note)
+    shape = Shape(1, 1, 32, 4)
+    layers.ways = {
+        n: Ways(qkv=shape._replace(outputs=n), gate_up=shape._replace(outputs=n)) for n in (16, 1, 64)
+    }
+    for rows, bucket in ((1, 1), (2, 16), (16, 16), (17, 64), (64, 64), (65, 0)):
+        taken.clear()
+        tokens = torch.arange(rows, device=DEVICE) % 7
+        model(tokens, tokens, Recorder())
+        assert set(taken) == {bucket}
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        properties = SimpleNamespace(name="a GPU", multi_processor_count=4)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_the_measurement_takes_what_is_fastest_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    stand_in(monkeypatch)
+    monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
+    model, layers = fused(tmp_path / "model", torch.bfloat16)
+    liked = {rows: first_of(model, rows) for rows in (1, 16, MOST_ROWS)}
+    clocked: list[Ways] = []
+
+    def clock(run: Any) -> float:
+        _, ways = run.args
+        clocked.append(ways)
+        # The first shapes of qkv and down pay, whatever the others are, and nothing else does.
+        by_torch = 10.0 + sum(shape is not None for shape in (ways.o, ways.gate_up))
+        return by_torch - sum(
+            any(getattr(ways, n) == getattr(w, n) for w in liked.values()) for n in ("qkv", "down")
+        )
+
+    tune_products(layers, tmp_path / "kept", clock=clock)
+    assert set(layers.ways) == {1, 16, MOST_ROWS}
+    for rows, ways in layers.ways.items():
+        assert ways == Ways(qkv=liked[rows].qkv, down=liked[rows].down)
+    (file,) = (tmp_path / "kept").iterdir()
+    assert json.loads(file.read_text())["device"]
+    assert "measured the products" in caplog.text
+    found, layers.ways = layers.ways, {}
+    clocked.clear()
+    tune_products(layers, tmp_path / "kept", clock=clock)
+    assert not clocked
+    assert layers.ways == found
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("gemma3_text", torch.bfloat16), ("olmo2", torch.bfloat16), ("llama", torch.float32)],
+)
+def test_what_cannot_join_is_left_alone(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    model = decoder(family, {}, tmp_path / "model", dtype)
+    model.fuse_triton(tmp_path / "kept")
+    assert model.fused_cuda is not None
+    assert not model.fused_cuda.ways
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs an NVIDIA GPU")
+def test_a_gpu_measures_and_gives_the_same(tmp_path: Path) -> None:
+    plain, layers = fused(tmp_path / "model", torch.bfloat16)
+    tokens = torch.arange(5, device=DEVICE)
+    with torch.inference_mode():
+        hidden = plain(tokens, tokens, Recorder())
+        tune_products(layers, tmp_path / "kept")
+        assert set(layers.ways) == {1, 16, MOST_ROWS}
+        layers.ways = {16: first_of(plain, 5)}
+        torch.testing.assert_close(plain(tokens, tokens, Recorder()), hidden, atol=5e-2, rtol=5e-2)
