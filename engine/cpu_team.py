@@ -27,12 +27,15 @@ from engine.model.embedded import cache_root
 
 __all__ = [
     "JIT",
+    "SUMS",
     "Arguments",
     "Team",
     "bytes_",
     "compiles_for",
+    "exp2",
     "floats",
     "integers",
+    "multiply_add",
     "task_kernel",
     "words",
 ]
@@ -59,7 +62,22 @@ def _compiled_are_kept() -> bool:
 _KEEP = _compiled_are_kept()
 
 JIT: dict[str, Any] = {"nogil": True, "cache": _KEEP, "error_model": "numpy"}
-"""What kernels are compiled with."""
+"""What kernels are compiled with: each number is rounded as it is written down."""
+
+SUMS: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
+"""What a function is compiled with that adds up numbers, in any order, and stores none.
+
+A loop that stores is compiled twice, with vectors and without, and where its arrays lie in memory decides
+which of the two runs. If their numbers may be rounded in other ways, they are, in each of the two in its own,
+and a row's last bits depend on what else the process has allocated. So what is stored is computed under
+`JIT`, where a product and a sum that shall be rounded once are `multiply_add`. NaN stays NaN.
+"""
+
+# ln(2)^k / k! from k = 6 down to 0, the first two fitted.
+_EXP2 = tuple(
+    np.float32(c)
+    for c in (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+)
 
 _COUNTER, _TASKS = 0, 1
 
@@ -104,6 +122,28 @@ def _pointer_to(kind: Any) -> Any:
 
 _float_pointer, _integer_pointer = _pointer_to(types.float32), _pointer_to(types.int64)
 _word_pointer, _byte_pointer = _pointer_to(types.int32), _pointer_to(types.int8)
+
+
+@intrinsic
+def multiply_add(_typing: Any, _x: Any, _y: Any, _z: Any) -> Any:
+    """x * y + z in float32, rounded once; for use in kernels."""
+
+    def code(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.fma(*values)
+
+    return types.float32(types.float32, types.float32, types.float32), code
+
+
+@njit(**JIT)
+def exp2(f: Any) -> Any:
+    """2^f in float32 for f on [-0.5, 0.5], to 2e-7; for use in kernels."""
+    c6, c5, c4, c3, c2, c1, c0 = _EXP2
+    power = multiply_add(c6, f, c5)
+    power = multiply_add(power, f, c4)
+    power = multiply_add(power, f, c3)
+    power = multiply_add(power, f, c2)
+    power = multiply_add(power, f, c1)
+    return multiply_add(power, f, c0)
 
 
 @njit(**JIT)

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from engine.attention.cpu_vectors import LANES, MOST_ROWS, mix_keys, score_keys
-from engine.cpu_team import JIT, floats, integers, task_kernel
+from engine.cpu_team import JIT, SUMS, exp2, floats, integers, multiply_add, task_kernel
 
 __all__ = ["ROWS", "attend"]
 
@@ -39,49 +39,48 @@ ROWS = 32
 _HIDDEN = np.float32(-3.0e38)
 
 _F = np.float32
-# 2^f on [-0.5, 0.5] to 2e-7, as in int8_kernels.
-_EXP2 = tuple(
-    _F(c) for c in (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
-)
-
-_SUMS: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
-_CHAINS: dict[str, Any] = {**JIT, "fastmath": {"contract", "nsz"}}
-"""Sums over keys: in the order of the keys."""
 
 
-@njit(**_SUMS)
+@njit(**SUMS)
+def _sum(numbers: Any) -> Any:
+    total = _F(0.0)
+    for i in range(numbers.size):
+        total += numbers[i]
+    return total
+
+
+@njit(**SUMS)
+def _dot(x: Any, y: Any) -> Any:
+    total = _F(0.0)
+    for i in range(x.size):
+        total += x[i] * y[i]
+    return total
+
+
+@njit(**JIT)
 def _softmax(scores: Any, powers: Any, bits: Any) -> Any:
     """`scores` [n], in units of log2, to weights in place; returns their sum. Scratch [n]: one memory."""
-    c6, c5, c4, c3, c2, c1, c0 = _EXP2
     largest = _HIDDEN
     for i in range(scores.size):
         largest = max(largest, scores[i])
     for i in range(scores.size):
         y = scores[i] - largest
         n = np.rint(y if y > _F(-126.0) else _F(-126.0))
-        f = y - n  # NaN stays NaN: the sequence has to be noticed
-        power = (((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0
+        power = exp2(y - n)  # NaN stays NaN: the sequence has to be noticed
         scores[i] = _F(0.0) if y < _F(-126.0) else power
         bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
     for i in range(scores.size):
         scores[i] *= powers[i]
-    # A loop that stores too is run number by number where its arrays lie close together: another order.
-    total = _F(0.0)
-    for i in range(scores.size):
-        total += scores[i]
-    return total
+    return _sum(scores)
 
 
-@njit(**_SUMS)
+@njit(**JIT)
 def _score(query: Any, keys: Any, row: int, head: int, count: int, scores: Any, place: int) -> None:
     for i in range(count):
-        total = _F(0.0)
-        for d in range(query.size):
-            total += query[d] * keys[row + i, head, d]
-        scores[place + i] = total
+        scores[place + i] = _dot(query, keys[row + i, head])
 
 
-@njit(**_CHAINS)
+@njit(**JIT)
 def _mix(out: Any, values: Any, row: int, head: int, count: int, weights: Any, place: int) -> None:
     i = 0
     while i + 4 <= count:
@@ -92,15 +91,15 @@ def _mix(out: Any, values: Any, row: int, head: int, count: int, weights: Any, p
             weights[place + i + 3],
         )
         for d in range(out.size):
-            total = out[d] + a * values[row + i, head, d]
-            total = total + b * values[row + i + 1, head, d]
-            total = total + c * values[row + i + 2, head, d]
-            out[d] = total + e * values[row + i + 3, head, d]
+            total = multiply_add(a, values[row + i, head, d], out[d])
+            total = multiply_add(b, values[row + i + 1, head, d], total)
+            total = multiply_add(c, values[row + i + 2, head, d], total)
+            out[d] = multiply_add(e, values[row + i + 3, head, d], total)
         i += 4
     while i < count:
         a = weights[place + i]
         for d in range(out.size):
-            out[d] = out[d] + a * values[row + i, head, d]
+            out[d] = multiply_add(a, values[row + i, head, d], out[d])
         i += 1
 
 

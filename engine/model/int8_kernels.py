@@ -18,7 +18,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from engine.cpu_team import JIT, bytes_, floats, task_kernel, words
+from engine.cpu_team import JIT, SUMS, bytes_, exp2, floats, multiply_add, task_kernel, words
 
 __all__ = ["norm_quantize", "quantize", "residual", "residual_norm_quantize", "rotary", "silu_mul_quantize"]
 
@@ -39,16 +39,9 @@ _PASS = 4
 _INT = ir.IntType(64)
 _VECTOR = ir.VectorType(ir.FloatType(), _LANES)
 
-# Sums may be taken in another order and products fused, the same for every row; NaN stays NaN.
-_JIT: dict[str, Any] = {**JIT, "fastmath": {"reassoc", "contract", "nsz"}}
-
 _F = np.float32
 _LEVELS = _F(127.0)
 _LOG2_E = _F(1.4426950408889634)
-# 2^f on [-0.5, 0.5] to 2e-7: ln(2)^k / k!, the last two fitted.
-_EXP2 = tuple(
-    _F(c) for c in (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
-)
 
 
 @intrinsic
@@ -61,7 +54,7 @@ def _float_of(_typing: Any, _bits: Any) -> Any:
     return types.float32(types.int32), code
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _round_row(row: Any, bits: Any, out: Any) -> Any:
     """`row` [n] float32 to int8 `out` [n]; `bits` is the row's memory as int32. Returns the scale."""
     # Magnitudes of floats order as integers, where a maximum is one instruction; NaN is above infinity.
@@ -124,7 +117,7 @@ def _levels_of(builder: Any, levels: int, row: Any, size: Any, step: Any) -> Non
             builder.store(builder.select(inside, new, old), place, align=4)
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _mix(row: Any, block: int) -> None:
     """Sylvester's matrix of ±1 over the leading axis of `row` seen as [block, n / block], in place.
 
@@ -139,12 +132,17 @@ def _mix(row: Any, block: int) -> None:
         step <<= levels
 
 
-@njit(**_JIT)
-def _norm_row(x: Any, weight: Any, eps: Any, block: int, row: Any, bits: Any, out: Any) -> Any:
+@njit(**SUMS)
+def _sum_of_squares(x: Any) -> Any:
     total = _F(0.0)
     for i in range(x.size):
         total += x[i] * x[i]
-    inverse = _F(1.0) / np.sqrt(total / _F(x.size) + eps)
+    return total
+
+
+@njit(**JIT)
+def _norm_row(x: Any, weight: Any, eps: Any, block: int, row: Any, bits: Any, out: Any) -> Any:
+    inverse = _F(1.0) / np.sqrt(_sum_of_squares(x) / _F(x.size) + eps)
     for i in range(x.size):
         row[i] = x[i] * inverse * weight[i]
     _mix(row, block)
@@ -165,7 +163,7 @@ def _row_scratch(size: int) -> Any:
     return row, row.view(np.int32)
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _norm_quantize(arguments: Any, number: int) -> None:
     rows, size = arguments[ROWS], arguments[WIDTH]
     x = floats(arguments[X], (rows, size))
@@ -177,13 +175,13 @@ def _norm_quantize(arguments: Any, number: int) -> None:
         scale[t] = _norm_row(x[t], weight, eps, arguments[BLOCK], row, bits, out[t])
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _add_product(acc: Any, weight_scale: Any, scale: Any, x: Any) -> None:
     for i in range(x.size):
-        x[i] += _F(acc[i]) * weight_scale[i] * scale
+        x[i] = multiply_add(_F(acc[i]) * weight_scale[i], scale, x[i])
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _residual(arguments: Any, number: int) -> None:
     rows, size = arguments[ROWS], arguments[WIDTH]
     x, acc = floats(arguments[X], (rows, size)), words(arguments[ACC], (rows, size))
@@ -193,7 +191,7 @@ def _residual(arguments: Any, number: int) -> None:
         _add_product(acc[t], weight_scale, scale[t], x[t])
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _residual_norm_quantize(arguments: Any, number: int) -> None:
     rows, size = arguments[ROWS], arguments[WIDTH]
     x, acc = floats(arguments[X], (rows, size)), words(arguments[ACC], (rows, size))
@@ -207,17 +205,17 @@ def _residual_norm_quantize(arguments: Any, number: int) -> None:
         scale[t] = _norm_row(x[t], weight, eps, arguments[BLOCK], row, bits, out[t])
 
 
-@njit(**_JIT)
-def _rotate_head(acc: Any, weight_scale: Any, scale: Any, cos: Any, sin: Any, base: int, out: Any) -> None:
+@njit(**JIT)
+def _rotate_head(acc: Any, weight_scale: Any, scale: Any, cos: Any, sin: Any, out: Any) -> None:
     half = out.size // 2
     for i in range(half):
-        a = _F(acc[base + i]) * weight_scale[base + i] * scale
-        b = _F(acc[base + half + i]) * weight_scale[base + half + i] * scale
-        out[i] = a * cos[i] + b * sin[i]
-        out[half + i] = b * cos[half + i] + a * sin[half + i]
+        a = _F(acc[i]) * weight_scale[i] * scale
+        b = _F(acc[half + i]) * weight_scale[half + i] * scale
+        out[i] = multiply_add(a, cos[i], b * sin[i])
+        out[half + i] = multiply_add(b, cos[half + i], a * sin[half + i])
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _rotary(arguments: Any, number: int) -> None:
     rows, heads, dim, width = arguments[ROWS], arguments[HEADS], arguments[HEAD_DIM], arguments[WIDTH]
     acc, weight_scale = words(arguments[ACC], (rows, width)), floats(arguments[WEIGHT_SCALE], (width,))
@@ -226,13 +224,13 @@ def _rotary(arguments: Any, number: int) -> None:
     first, last = _range(arguments, number)
     for t in range(first, last):
         for head in range(heads):
-            base = head * dim
-            _rotate_head(acc[t], weight_scale, scale[t], cos[t], sin[t], base, out[t, base : base + dim])
+            own = slice(head * dim, (head + 1) * dim)
+            _rotate_head(acc[t, own], weight_scale[own], scale[t], cos[t], sin[t], out[t, own])
         for i in range(heads * dim, width):
             out[t, i] = _F(acc[t, i]) * weight_scale[i] * scale[t]
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _quantize(arguments: Any, number: int) -> None:
     rows, size = arguments[ROWS], arguments[WIDTH]
     x, bits = floats(arguments[X], (rows, size)), words(arguments[X], (rows, size))
@@ -242,19 +240,18 @@ def _quantize(arguments: Any, number: int) -> None:
         scale[t] = _round_row(x[t], bits[t], out[t])
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _silu_mul_row(
     acc: Any, weight_scale: Any, own: Any, block: int, row: Any, bits: Any, power: Any, out: Any
 ) -> Any:
     width = row.size
-    c6, c5, c4, c3, c2, c1, c0 = _EXP2
     # exp(-gate) = 2^f 2^n: 2^f into `power`, 2^n by its bits into `row`.
+    factor = own * -_LOG2_E
     for i in range(width):
-        y = _F(acc[i]) * weight_scale[i] * own * -_LOG2_E
+        y = _F(acc[i]) * weight_scale[i] * factor
         y = min(max(y, _F(-126.0)), _F(126.0))
         n = np.rint(y)
-        f = y - n
-        power[i] = (((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0
+        power[i] = exp2(y - n)
         bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
     for i in range(width):
         gate = _F(acc[i]) * weight_scale[i] * own
@@ -264,7 +261,7 @@ def _silu_mul_row(
     return _round_row(row, bits, out)
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _silu_mul_quantize(arguments: Any, number: int) -> None:
     rows, size = arguments[ROWS], arguments[WIDTH]
     acc = words(arguments[ACC], (rows, 2 * size))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numba import njit
+from numba.core.registry import CPUDispatcher
 
+import engine
 from engine.cpu_team import JIT, Arguments, Team, floats, integers, task_kernel
+from engine.model.quantize import blocked_runs_here
 
 OUT, SEEN, COUNT = 2, 3, 4
 
@@ -74,3 +79,33 @@ def test_a_later_process_compiles_nothing(tmp_path: Path) -> None:
     ]
     assert hits == ["0", "1"]
     assert len(list(tmp_path.glob("numba/*/*/*._all_tasks-*.nbc"))) == 1
+
+
+def compiled_functions() -> dict[str, CPUDispatcher]:
+    """All of the engine's, by their full names."""
+    root = Path(engine.__file__).parent
+    names = {
+        ".".join(("engine", *path.relative_to(root).with_suffix("").parts))
+        for path in root.rglob("*.py")
+        if b"numba" in path.read_bytes()
+    }
+    if not blocked_runs_here():
+        names.remove("engine.model.int8_products")  # must not be imported there
+    return {
+        f"{name}.{key}": value
+        for name in names
+        for key, value in vars(import_module(name)).items()
+        if isinstance(value, CPUDispatcher)
+    }
+
+
+def test_only_functions_that_store_nothing_may_round_as_they_like() -> None:
+    """Others run in one of two compiled forms, after where their arrays lie: see `engine.cpu_team.SUMS`."""
+    loose = {
+        name: {instruction.opname for instruction in dis.get_instructions(function.py_func)}
+        for name, function in compiled_functions().items()
+        if function.targetoptions.get("fastmath")
+    }
+    assert loose, "some are"
+    for name, operations in loose.items():
+        assert not operations & {"STORE_SUBSCR", "STORE_SLICE"}, name
