@@ -258,6 +258,8 @@ def _case(
             try:
                 with made_up_engine(loaded, **case) as engine:
                     times = step_times(run, engine, batch, count=30)
+                    if (batch, context) == _cases(run)[0]:
+                        row["kernels_us"] = _kernels(run, engine)
             except torch.AcceleratorError:
                 raise  # the device is lost
             except (ValueError, RuntimeError) as error:  # no room for it
@@ -275,8 +277,19 @@ def _case(
                 row["over_reading"] = round(seconds / (num_bytes / read), 4)
             if context == _cases(run)[0][1] and not drafting and nodes in (1, 4, 64):
                 row["products_ms"] = ms(_products(run, loaded, batch * nodes))
-            print(row, flush=True)
+            print({name: value for name, value in row.items() if name != "kernels_us"}, flush=True)
     return rows
+
+
+def _kernels(run: Run, engine: Engine, count: int = 10) -> dict[str, list[float]]:
+    """What a step takes longest with: microseconds of it, and how many launches, by kernel."""
+    found: dict[str, list[float]] = {}
+    for name, begin, end in _ran(run, engine, count):
+        total = found.setdefault(name[:80], [0.0, 0.0])
+        total[0] += (end - begin) / 1000 / count
+        total[1] += 1 / count
+    longest = sorted(found.items(), key=lambda item: -item[1][0])[:14]
+    return {name: [round(us, 2), round(launches, 1)] for name, (us, launches) in longest}
 
 
 def _drafting(run: Run, nodes: int) -> tuple[bool, ...]:
@@ -422,6 +435,16 @@ def idle(run: Run) -> dict[str, Any]:
 
 def _profile(run: Run, engine: Engine, count: int) -> tuple[float, float]:
     """Seconds a step: in which anything ran on the device, and from the first to the last of it."""
+    spans = sorted((begin, end) for _, begin, end in _ran(run, engine, count))
+    return covered(spans) / 1e9 / count, (max(end for _, end in spans) - spans[0][0]) / 1e9 / count
+
+
+def _ran(run: Run, engine: Engine, count: int) -> list[tuple[str, int, int]]:
+    """What ran on the device in so many steps: names, and nanoseconds of beginning and end.
+
+    Raises:
+        RuntimeError: nothing did.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -434,14 +457,14 @@ def _profile(run: Run, engine: Engine, count: int) -> tuple[float, float]:
         run.synchronize()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
-    spans = sorted(
-        (event.start_ns(), event.start_ns() + event.duration_ns())
+    found = [
+        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in events
         if event.device_type() == kind and event.duration_ns() > 0
-    )
-    if not spans:
+    ]
+    if not found:
         raise RuntimeError("the profiler saw nothing run on the device")
-    return covered(spans) / 1e9 / count, (max(end for _, end in spans) - spans[0][0]) / 1e9 / count
+    return found
 
 
 def covered(spans: list[tuple[int, int]]) -> int:

@@ -165,35 +165,29 @@ def divergences(run: Run) -> dict[str, Any]:
     by how little the best token led there (log p of the best two, plain decoding's own)."""
     new_tokens = 8 if run.tiny else 96
     found: dict[str, Any] = {}
-    for dtype in ("float32",) if run.tiny else ("bfloat16", "float32"):
+    for dtype in ("float32",) if run.tiny else ("float32", "bfloat16"):
         plain = LLM(run.args.model, progress=False, **_settings(run, tree="off", dtype=dtype))
         prompts = _prompts(run, plain)[: 2 if run.tiny else 16]
         sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=2)
         base = [_answers(plain, [prompt], sampling, f"alone-{i}")[1][0] for i, prompt in enumerate(prompts)]
+        greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        rows = {"off, together": first_divergences(base, _answers(plain, prompts, greedy, "off")[1])}
+        print(dtype, "off, together", rows["off, together"], flush=True)
         del plain
         run.free()
-        greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-        rows: dict[str, Any] = {}
-        variants = {
-            "off, together": ("off", True),
-            "tree 64, alone": (64, False),
-            "auto, together": ("auto", True),
-        }
+        variants = {"auto, together": ("auto", True), "tree 64, alone": (5 if run.tiny else 64, False)}
         for name, (tree, together) in variants.items():
-            lookup = {} if tree == "off" else {"lookup": "on"}
-            if tree == 64 and run.tiny:
-                tree = 5
-            llm = LLM(run.args.model, progress=False, **_settings(run, tree=tree, dtype=dtype, **lookup))
+            llm = LLM(run.args.model, progress=False, **_settings(run, tree=tree, dtype=dtype, lookup="on"))
             if together:
                 outputs = _answers(llm, prompts, greedy, name)[1]
             else:
                 outputs = [_answers(llm, [prompt], greedy, f"{i}")[1][0] for i, prompt in enumerate(prompts)]
             rows[name] = first_divergences(base, outputs)
             print(dtype, name, rows[name], flush=True)
+            found[dtype] = rows
+            run.record("divergences", found)
             del llm
             run.free()
-        found[dtype] = rows
-        run.record("divergences", found)
     return found
 
 
@@ -225,12 +219,14 @@ def http(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     streams = [1, 2] if run.tiny else [1, 8, 64]
     with tempfile.TemporaryDirectory() as temporary:
-        cases: dict[str, list[str]] = {} if run.tiny else {"model": [run.args.model]}
+        cases: dict[str, list[str]] = {}
         if run.tiny or run.args.model == "smollm2-135m":
             shape = TINY if run.tiny else SHAPES["llama-2-7b"]
             tokenizer = model_folder(run.args.model)
             folder = write_folder(shape, Path(temporary) / "shape", tokenizer=tokenizer)
             cases[f"{shape.name} with random weights"] = [str(folder), "--load-format", "dummy"]
+        if not run.tiny:
+            cases["model"] = [run.args.model]
         for name, (model, *options) in cases.items():
             if run.left() < 75:
                 found[name] = {"skipped": "no time left"}
