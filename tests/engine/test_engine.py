@@ -295,7 +295,9 @@ def test_one_choice_can_be_aborted(tiny: TinyModel) -> None:
     engine.add(Request("r", (1, 2, 3), SamplingParams(max_tokens=10, n=3)))
     engine.step()
     assert [delta.index for delta in engine.abort("r", 1)] == [1]
-    ended = [d.index for _ in range(12) for d in engine.step() if d.finish_reason]
+    ended = []
+    while engine.has_work:  # launched ahead, a step goes without who may have ended in the one before
+        ended += [delta.index for delta in engine.step() if delta.finish_reason]
     assert sorted(ended) == [0, 2]
     engine.check()
 
