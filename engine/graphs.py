@@ -269,7 +269,7 @@ class CapturedRunner(Runner):
         self._valid = buffer(torch.bool, rows)
         self._row_of = torch.arange(rows, device=self._device)
         self._states = buffer(self._pool.dtype, rows, config.hidden_size)
-        self._logits = buffer(torch.float32, rows, config.vocab_size)
+        self._logits = buffer(self._decoder.logits_dtype, rows, config.vocab_size)
         self._packed = buffer(torch.int64, max(buckets.batches) * width)
 
     @torch.inference_mode()

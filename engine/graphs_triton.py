@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionInput
 from engine.graphs import Bucket, CapturedRunner
+from engine.greedy_triton import GreedySearch
 from engine.sampler_triton import TreeSampler
 from engine.step_triton import Carried, Draws, Nodes, accept, move, prepare
 
@@ -37,6 +38,9 @@ class TritonRunner(CapturedRunner):
             max_rows=rows,
             vocab_size=self._decoder.config.vocab_size,
             device=self._device,
+        )
+        self._greedy = GreedySearch(
+            max_rows=rows, vocab_size=self._decoder.config.vocab_size, device=self._device
         )
         self._carried = Carried(self._root, self._hidden, self._lengths, self._tables, self._spare)
 
@@ -83,7 +87,7 @@ class TritonRunner(CapturedRunner):
             sampler.draw(slots, kept.logits, kept.draft.tokens, grid, kept.draft.topology.valid)
             draws = Draws(sampler.drawn, sampler.matched, sampler.log_p)
         else:
-            draws = Draws(kept.logits.argmax(-1))
+            draws = Draws(self._greedy.search(kept.logits))
         packed = self._packed_rows(bucket)
         accept(
             self._inputs,

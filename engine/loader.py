@@ -386,7 +386,7 @@ def _transient(
         )
         found = worst.measure()
         if not config.enforce_eager:  # captured steps keep logits from one half of a step to the other
-            found += config.max_step_tokens * decoder.config.vocab_size * torch.float32.itemsize
+            found += config.max_step_tokens * decoder.config.vocab_size * decoder.logits_dtype.itemsize
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the model leaves no memory for a step of {config.max_step_tokens} tokens; "

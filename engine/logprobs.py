@@ -18,7 +18,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> list[TokenLo
     """What the model's own distribution says about one token per row.
 
     Args:
-        logits: [R, vocab] float32.
+        logits: [R, vocab] of any floating type.
         tokens: [R] int64.
         num_top: best tokens reported beside it.
 
@@ -27,7 +27,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> list[TokenLo
     """
     found: list[TokenLogprobs] = []
     for part, chosen in zip(torch.split(logits, _ROWS), torch.split(tokens, _ROWS), strict=True):
-        logprobs = part.log_softmax(-1)
+        logprobs = part.float().log_softmax(-1)
         own = logprobs.gather(1, chosen.unsqueeze(1))
         rank = (logprobs > own).sum(1) + 1
         top = logprobs.topk(num_top, dim=1) if num_top else None

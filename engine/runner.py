@@ -81,7 +81,7 @@ class Verified:
     Args:
         draft: the trees.
         hidden: [T, hidden], after the final norm, of the T valid nodes.
-        logits: [T, vocab] float32.
+        logits: [T, vocab] float32, or of a dtype that holds them as exactly.
         rows: [B, N] int64, flat pool rows of the nodes.
     """
 

@@ -260,7 +260,7 @@ def verify(logits: Tensor, row_of: Tensor, tokens: Tensor, topology: Topology, r
     those of the parent's adjusted, tempered, truncated and renormalised distribution.
 
     Args:
-        logits: [T, vocab] float32, raw, of the nodes that were computed; left as they are.
+        logits: [T, vocab] of any floating type, raw, of the nodes that were computed; left as they are.
         row_of: [B, N] int64, the row of each valid node; any row for the others.
         tokens: [B, N] int64, node tokens.
         topology: the trees.
@@ -289,7 +289,7 @@ def verify(logits: Tensor, row_of: Tensor, tokens: Tensor, topology: Topology, r
 
         at = rows.select(frontier // size)
         at = replace(at, position=at.position + depth)
-        own = logits[row_of.reshape(-1)[frontier]]
+        own = logits[row_of.reshape(-1)[frontier]].float()
         at.adjust_(own, path)
         greedy, p = best_tokens(own), None
         if not rows.all_greedy:
@@ -325,7 +325,7 @@ def verify_all(logits: Tensor, tokens: Tensor, topology: Topology, rows: Samplin
     text; a typical row's path may end earlier.
 
     Args:
-        logits: [B * N, vocab] float32, raw, of all nodes in order; left as they are.
+        logits: [B * N, vocab] of any floating type, raw, of all nodes in order; left as they are.
         tokens: [B, N] int64, node tokens.
         topology: the trees.
         rows: parameters of the B sequences; `position` is that of the draw at the root.
@@ -393,7 +393,7 @@ def _draw_nodes(
     owner, depth = nodes // tokens.shape[1], topology.depths.flatten()[nodes]
     at = rows.select(owner)
     at = replace(at, position=at.position + depth)
-    own = logits[nodes]
+    own = logits[nodes].float()
     at.adjust_all_(own, path.flatten(0, 1)[nodes], depth)
     scaled = _scaled(own, at)
     if whole:

@@ -102,14 +102,16 @@ def _key(value, best, temperature):
 
 
 @triton.jit
-def _best(row_ptr, size, BLOCK: tl.constexpr):
-    """The largest of `size` values and the first place where it stands."""
+def _best(row_ptr, size, copy_ptr, copies, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest of `size` values and its first place; with COPIES they are copied unless `copies` is 0."""
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = lane
     for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
         column = start + lane
-        value = tl.load(row_ptr + column, mask=column < size, other=float("-inf"))
+        value = tl.load(row_ptr + column, mask=column < size, other=float("-inf")).to(tl.float32)
+        if COPIES:
+            tl.store(copy_ptr + column, value, mask=(column < size) & (copies != 0))
         better = value > best
         best = tl.where(better, value, best)
         where = tl.where(better, column, where)
@@ -300,6 +302,8 @@ def _draw_kernel(
     frequency = tl.load(frequency_ptr + slot)
     repetition = tl.load(repetition_ptr + slot)
     ROOM: tl.constexpr = CANDIDATES + _WIDTH
+    NARROW: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
+    own_ptr = adjusted_ptr + sequence * vocab
     # As torch's: below it only the best tokens keep any mass.
     heat = tl.maximum(temperature, 1e-5)
 
@@ -311,16 +315,16 @@ def _draw_kernel(
             here = lane == node
             node_depth = tl.sum(tl.where(here, depth, 0), 0)
             position = first_position + node_depth
-            row_ptr = logits_ptr + (sequence * nodes + node) * vocab
+            raw_ptr = logits_ptr + (sequence * nodes + node) * vocab
+            row_ptr = own_ptr if NARROW else raw_ptr
             early = waits & (position < tl.load(min_tokens_ptr + slot))
             if penalizes | biases | early | forbids:
-                raw_ptr = row_ptr
-                row_ptr = adjusted_ptr + sequence * vocab
+                row_ptr = own_ptr
                 tl.debug_barrier()  # nobody reads the last node's any more
                 for start in tl.range(0, vocab, BLOCK, num_stages=_STAGES):
                     column = start + tl.arange(0, BLOCK)
                     within = column < vocab
-                    value = tl.load(raw_ptr + column, mask=within, other=0.0)
+                    value = tl.load(raw_ptr + column, mask=within, other=0.0).to(tl.float32)
                     value = _adjusted(
                         value, column, within, 0, slot, vocab, early, penalizes, presence, frequency,
                         repetition, biases, in_output_ptr, in_prompt_ptr, bias_ptr, ends_ptr,
@@ -332,7 +336,7 @@ def _draw_kernel(
                 if penalizes:
                     same = (token[:, None] == token[None, :]) & on_path[None, :]
                     more = tl.sum(same.to(tl.int32), 1)
-                    value = tl.load(raw_ptr + token, mask=on_path, other=0.0)
+                    value = tl.load(raw_ptr + token, mask=on_path, other=0.0).to(tl.float32)
                     value = _adjusted(
                         value, token, on_path, more, slot, vocab, early, penalizes, presence, frequency,
                         repetition, biases, in_output_ptr, in_prompt_ptr, bias_ptr, ends_ptr,
@@ -346,7 +350,14 @@ def _draw_kernel(
                     )  # fmt: skip
                     tl.debug_barrier()
 
-            best, greedy = _best(row_ptr, vocab, BLOCK)
+                best, greedy = _best(row_ptr, vocab, own_ptr, 0, False, BLOCK)
+            else:
+                if NARROW:
+                    tl.debug_barrier()  # nobody reads the last node's any more
+                # A draw goes over them several times; a greedy one never again.
+                best, greedy = _best(raw_ptr, vocab, own_ptr, (temperature > 0.0).to(tl.int32), NARROW, BLOCK)
+                if NARROW:
+                    tl.debug_barrier()
             target = greedy.to(tl.int64)
             children = (parent == node) & (lane > 0) & valid
             follows = children & (token == target)
@@ -435,7 +446,8 @@ class TreeSampler:
 
         Args:
             slots: [B] int64.
-            logits: [B * N, vocab] float32, raw, contiguous, of all nodes in order; left as they are.
+            logits: [B * N, vocab] of any floating type, raw, contiguous, of all nodes in order; left as
+                they are.
             tokens: [B, N] int64, contiguous: node tokens.
             grid: [5, B, N] int64, contiguous: see `Drafter.grid`.
             valid: [B, N] bool, contiguous.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
+from engine.greedy_triton import LEAST_KEY, token_of
 from engine.medusa.lookup import CONTEXT, MOST_MATCHED, Lookup
 from engine.sampling_slots import SamplingSlots
 from engine.types import MAX_BAD_WORD_TOKENS
@@ -167,7 +168,7 @@ def _match_order(text_ptr, place, end, root, history_ptr, MATCHED: tl.constexpr)
 
 
 @triton.jit(
-    do_not_specialize=["nodes", "depth_bound", "spare", "packed_stride", "chain_size"],
+    do_not_specialize=["nodes", "num_parts", "depth_bound", "spare", "packed_stride", "chain_size"],
     do_not_specialize_on_alignment=["inputs_ptr", "best_ptr", "state_ptr", "packed_ptr"],
 )
 def _accept_kernel(
@@ -175,9 +176,9 @@ def _accept_kernel(
     root_ptr, hidden_ptr, length_ptr, position_ptr, packed_ptr, path_ptr,
     history_ptr, chain_ptr, prediction_ptr, prediction_length_ptr, num_prompt_ptr,
     penalizes_ptr, in_output_ptr, forbids_ptr, tail_ptr,
-    nodes, depth_bound, spare, packed_stride, hidden_size, history_size, chain_size, vocab,
-    DRAWN: tl.constexpr, LOOKUP: tl.constexpr, NODES: tl.constexpr, CHAIN: tl.constexpr,
-    PLACES: tl.constexpr, TAIL: tl.constexpr, TAIL_BLOCK: tl.constexpr,
+    nodes, num_parts, depth_bound, spare, packed_stride, hidden_size, history_size, chain_size, vocab,
+    DRAWN: tl.constexpr, LOOKUP: tl.constexpr, NODES: tl.constexpr, PARTS: tl.constexpr,
+    CHAIN: tl.constexpr, PLACES: tl.constexpr, TAIL: tl.constexpr, TAIL_BLOCK: tl.constexpr,
     MATCHED: tl.constexpr, CONTEXT_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A program of the grid (batch) accepts one sequence's nodes and carries its state over."""
@@ -204,7 +205,10 @@ def _accept_kernel(
         matched = inside & ((bits & bit) != 0)
     else:
         valid = tl.load(valid_ptr + first + node, mask=inside, other=0) != 0
-        drawn = tl.load(best_ptr + first + parent, mask=inside, other=-1)
+        part = tl.arange(0, PARTS)
+        key_ptr = best_ptr + (first + parent[:, None]) * num_parts + part[None, :]
+        there = inside[:, None] & (part < num_parts)[None, :]
+        drawn = token_of(tl.max(tl.load(key_ptr, mask=there, other=LEAST_KEY), 1))
         matched = inside & ((valid & (token == drawn)) | (node == 0))
         bits = tl.sum(tl.where(matched, bit, 0), 0)
     accepted = matched & ((ancestors & ~bits) == 0)
@@ -220,7 +224,11 @@ def _accept_kernel(
     path_bits = tl.sum(tl.where(node == last, ancestors, 0), 0)
     on_path = inside & ((path_bits & bit) != 0)
     emits = on_path & (depth > 0)
-    next_root = tl.load(best_ptr + first + last)
+    if DRAWN:
+        next_root = tl.load(best_ptr + first + last)
+    else:
+        key_ptr = best_ptr + (first + last) * num_parts + part
+        next_root = token_of(tl.max(tl.load(key_ptr, mask=part < num_parts, other=LEAST_KEY), 0))
     tl.store(path_ptr + first + depth, node, mask=on_path)
 
     packed_ptr += sequence * packed_stride
@@ -313,13 +321,14 @@ class Draws(NamedTuple):
     """What the model says of each node.
 
     Args:
-        tokens: [B * N] int64: its own token at each node, or at each reached one.
+        best: [B * N] int64, its own token at each reached node; without `matched` what `GreedySearch` finds
+            of all nodes, [B * N, parts] int64.
         matched: [B] int64 bit masks of the nodes that may follow their parents; None: those whose token is
-            their parent's.
+            their parent's best.
         log_p: [B * N] float32, what decides between equally long paths; None where nothing has to.
     """
 
-    tokens: Tensor
+    best: Tensor
     matched: Tensor | None = None
     log_p: Tensor | None = None
 
@@ -357,15 +366,17 @@ def accept(
         prediction = lookup.history if lookup.prediction is None else lookup.prediction
         tables = [lookup.history, lookup.tokens, prediction, lookup.prediction_length, lookup.num_prompt]
     size = 0 if lookup is None else lookup.size
+    parts = 1 if drawn else draws.best.shape[1]
     _accept_kernel[(nodes.batch,)](
-        inputs, nodes.tokens, nodes.valid, draws.tokens,
+        inputs, nodes.tokens, nodes.valid, draws.best,
         unused if draws.matched is None else draws.matched, unused if draws.log_p is None else draws.log_p,
         states, carried.root, carried.hidden, carried.lengths, sampling.position, packed, path, *tables,
         penalties.uses, penalties.in_output if drawn else unused,
         words.uses, words.tail if drawn else unused,
-        nodes.nodes, nodes.depth, carried.spare, packed.stride(0), states.shape[1],
+        nodes.nodes, parts, nodes.depth, carried.spare, packed.stride(0), states.shape[1],
         0 if lookup is None else lookup.history.shape[1], size, sampling.vocab_size,
-        DRAWN=drawn, LOOKUP=lookup is not None, NODES=MAX_TREE_NODES, CHAIN=MAX_TREE_NODES, PLACES=_PLACES,
+        DRAWN=drawn, LOOKUP=lookup is not None, NODES=MAX_TREE_NODES, PARTS=triton.next_power_of_2(parts),
+        CHAIN=MAX_TREE_NODES, PLACES=_PLACES,
         TAIL=MAX_BAD_WORD_TOKENS - 1, TAIL_BLOCK=triton.next_power_of_2(MAX_BAD_WORD_TOKENS - 1),
         MATCHED=MOST_MATCHED, CONTEXT_TOKENS=CONTEXT, num_warps=4,
     )  # fmt: skip

@@ -175,13 +175,25 @@ class Decoder(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden if out is None else out.copy_(hidden)
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """What holds logits as they are: the model's dtype, but float32 where they are divided."""
+        return self.embed.dtype if self.config.logits_divisor == 1.0 else torch.float32
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[..., hidden] to [..., vocab] in float32; into `out` where that is given, in one pass."""
-        logits: Tensor = self.lm_head(hidden)
+        """[..., hidden] to [..., vocab] in float32.
+
+        Args:
+            hidden: after the final norm; [T, hidden] with `out`.
+            out: [T, vocab], float32 or of `logits_dtype`, to be written to and returned.
+        """
         if self.config.logits_divisor != 1.0:
             # A tensor of one dimension, so that the quotient is float32.
-            return torch.div(logits, self.logits_divisor, out=out)
-        return logits.float() if out is None else out.copy_(logits)
+            return torch.div(self.lm_head(hidden), self.logits_divisor, out=out)
+        if out is not None:
+            return self.lm_head.into(hidden, out)
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
 
     def randomize(self, device: torch.device) -> None:
         """Random weights on `device`, in place of a checkpoint's: norms of one, the rest small.

@@ -96,6 +96,13 @@ class Linear(nn.Module):
             y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
         return y
 
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [T, in_features] to `out` [T, out_features], by the product itself where that is of its dtype."""
+        plain = self.quantized is None and self.packed is None and self.bias is None
+        if plain and out.dtype == x.dtype:
+            return torch.mm(x, self.weight.t(), out=out)
+        return out.copy_(self(x))
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, the mean square in float32."""

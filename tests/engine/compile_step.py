@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine import sampler_triton, step_triton
+from engine import greedy_triton, sampler_triton, step_triton
 from engine.cache.pool import KVPool
+from engine.greedy_triton import GreedySearch
 from engine.medusa import heads_triton
 from engine.medusa.heads_triton import add_silu, best_guesses
 from engine.medusa.lookup import Lookup
@@ -73,7 +74,9 @@ def call_all(case: Case, dtype: torch.dtype) -> None:
     rows = batch * nodes
     sampler = TreeSampler(slots, max_batch=batch, max_rows=rows, vocab_size=vocab, device=CPU)
     tokens, grid = ids(batch, nodes), ids(5, batch, nodes)
-    sampler.draw(ids(batch), torch.zeros(rows, vocab), tokens, grid, tokens.bool())
+    logits = some(rows, vocab)
+    best = GreedySearch(max_rows=rows, vocab_size=vocab, device=CPU).search(logits)
+    sampler.draw(ids(batch), logits, tokens, grid, tokens.bool())
 
     carried = Carried(ids(SLOTS), some(SLOTS, hidden), ids(SLOTS), ids(SLOTS, case.table), SLOTS - 1)
     of = Nodes(
@@ -92,7 +95,7 @@ def call_all(case: Case, dtype: torch.dtype) -> None:
     states, path = some(rows, hidden), ids(rows)
     for own in (lookup, None):
         packed = ids(batch, 5 + DEPTH + (2 + case.chain if own is not None else 0))
-        for draws in (Draws(ids(rows)), Draws(sampler.drawn, sampler.matched, sampler.log_p)):
+        for draws in (Draws(best), Draws(sampler.drawn, sampler.matched, sampler.log_p)):
             accept(inputs, of, draws, states, carried, slots, own, path=path, packed=packed)
     for kv_heads, head_dim in ((1, 8), (3, 64), (8, 128), (32, 128)):
         pool = KVPool(
@@ -105,6 +108,7 @@ def call_all(case: Case, dtype: torch.dtype) -> None:
 def main() -> int:
     compiled = compile_only(
         sampler_triton._draw_kernel,
+        greedy_triton._greedy_kernel,
         step_triton._prepare_kernel,
         step_triton._accept_kernel,
         step_triton._move_kernel,

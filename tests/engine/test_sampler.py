@@ -8,6 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from engine import sampler
+from engine.logprobs import token_logprobs
 from engine.medusa.accept import accept
 from engine.medusa.tree import Tree
 from engine.sampler import SamplingRows, best_tokens, draw, uniform, verify, verify_all
@@ -225,6 +226,29 @@ def test_all_nodes_at_once_are_accepted_as_those_that_are_reached(step: Step) ->
     assert torch.equal(first.path, second.path)
     assert torch.equal(first.tokens, second.tokens)
     assert torch.equal(first.nodes, second.nodes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(medusas=(MedusaParams(), *TYPICAL)))
+def test_logits_of_16_bits_are_what_they_say_in_32(step: Step) -> None:
+    """Draws, thresholds and logprobs are computed in float32, whatever holds the logits."""
+    slots = slot_ids(*step.sequences)
+    step.slots.allocate()
+    short = step.logits.bfloat16()
+    rows, all_rows = step.slots.rows(slots, step.sequences), step.slots.all_rows(slots)
+    narrow, wide = (
+        [
+            verify(logits, step.row_of, step.tokens, step.topology, rows),
+            verify_all(logits[step.row_of].flatten(0, 1), step.tokens, step.topology, all_rows),
+        ]
+        for logits in (short, short.float())
+    )
+    for first, second in zip(narrow, wide, strict=True):
+        assert torch.equal(first.tokens, second.tokens)
+        assert torch.equal(first.matched, second.matched)
+        assert first.log_p is second.log_p is None or torch.equal(first.log_p, second.log_p)
+    best = best_tokens(short)
+    assert token_logprobs(short, best, 2) == token_logprobs(short.float(), best, 2)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

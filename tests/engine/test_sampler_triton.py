@@ -79,9 +79,11 @@ def test_it_reaches_and_draws_what_the_tensor_code_does(
 
 
 @pytest.mark.parametrize(("vocab", "candidates"), [(5008, 2048), (5008, 64), (5003, 2048)])
-@pytest.mark.parametrize("steepness", [1.0, 6.0])
+@pytest.mark.parametrize(
+    ("steepness", "dtype"), [(1.0, torch.float32), (6.0, torch.float32), (3.0, torch.bfloat16)], ids=str
+)
 def test_roots_over_many_tokens(
-    vocab: int, candidates: int, steepness: float, monkeypatch: pytest.MonkeyPatch
+    vocab: int, candidates: int, steepness: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flat and steep rows under every filter: what `draw` draws, which sorts."""
     monkeypatch.setattr(sampler_triton, "_CANDIDATES", candidates)
@@ -101,7 +103,7 @@ def test_roots_over_many_tokens(
     logits = torch.randn(batch, vocab, generator=generator) * steepness
     logits[:, 11] = logits[:, 4000]  # equals, also at a cut
     logits[::7, 5] = float("-inf")
-    logits = logits.to(DEVICE)
+    logits = logits.to(DEVICE, dtype)
     ids = torch.arange(batch, device=DEVICE)
     one = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
     rows = SamplingRows(
@@ -111,7 +113,7 @@ def test_roots_over_many_tokens(
     sampler = TreeSampler(slots, max_batch=batch, max_rows=batch, vocab_size=vocab, device=DEVICE)
     planes = [one * 0, one * 0, one * 0, one, one]
     sampler.draw(ids, logits, one, torch.stack(planes), one.bool())
-    assert torch.equal(sampler.drawn.cpu(), draw(logits, rows).cpu())
+    assert torch.equal(sampler.drawn.cpu(), draw(logits.float(), rows).cpu())
     assert (sampler.matched == 1).all()
 
 

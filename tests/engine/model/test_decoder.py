@@ -273,9 +273,11 @@ def test_logits_and_states_go_where_they_shall(dtype: torch.dtype, divisor: floa
     hidden = torch.randn(3, config.hidden_size, dtype=dtype)
     wanted = decoder.lm_head(hidden).float() / divisor
     assert torch.equal(decoder.logits(hidden), wanted)
-    out = torch.empty_like(wanted)
-    assert decoder.logits(hidden, out) is out
-    assert torch.equal(out, wanted)
+    for kind in (torch.float32, decoder.logits_dtype):
+        out = torch.empty_like(wanted, dtype=kind)
+        assert decoder.logits(hidden, out) is out
+        assert torch.equal(out.float(), wanted)
+    assert decoder.logits_dtype == (dtype if divisor == 1.0 else torch.float32)
 
     tokens, states = torch.arange(3), torch.empty_like(hidden)
     assert decoder(tokens, tokens, Mixed(), states) is states

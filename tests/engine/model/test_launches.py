@@ -128,8 +128,8 @@ def test_a_layer_is_as_few_kernels_as_products_and_attention(
     assert three - two == {"rows_kernel": 4, "attend_kernel": 1}
 
 
-def test_around_the_layers_are_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding with the first norm before them; lm_head and its conversion behind."""
+def test_around_the_layers_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding with the first norm before them; lm_head behind, which writes where logits shall be."""
     one, two = (launches(layers, tmp_path / str(layers), monkeypatch) for layers in (1, 2))
     around = one - (two - one)
-    assert around == {"_embed_kernel": 1, "aten.linear.default": 1, "aten.copy_.default": 1}
+    assert around == {"_embed_kernel": 1, "aten.mm.out": 1}
