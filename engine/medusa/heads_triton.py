@@ -24,6 +24,7 @@ _BLOCK = 512
 _CHANNELS = 1024
 
 _LEAST: tl.constexpr = tl.constexpr(-(1 << 63))
+_LEAST_SHORT: tl.constexpr = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
@@ -64,13 +65,27 @@ def _best_kernel(logits_ptr, best_ptr, vocab, width, BLOCK: tl.constexpr):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
-    value = tl.load(logits_ptr + row * vocab + token, mask=inside, other=0.0).to(tl.float32)
-    key = tl.where(inside, _order(value, token), _LEAST)
+    value = tl.load(logits_ptr + row * vocab + token, mask=inside, other=0.0)
     best_ptr += (row * tl.num_programs(1) + block) * width
-    for rank in range(width):
-        best = tl.max(key, 0)
-        tl.store(best_ptr + rank, best)
-        key = tl.where(key == best, _LEAST, key)
+    if value.dtype.primitive_bitwidth == 16:
+        # Value and place fit 32 bits together, of which a warp finds the largest in few instructions.
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        place = tl.arange(0, BLOCK)
+        short = (bits ^ ((bits >> 31) & 0x7FFF)) * BLOCK + (BLOCK - 1 - place)
+        short = tl.where(inside, short, _LEAST_SHORT)
+        for rank in range(width):
+            most = tl.max(short, 0)
+            order = most & -BLOCK
+            found = block * BLOCK + BLOCK - 1 - (most & (BLOCK - 1))
+            best = (order.to(tl.int64) << 32) | (0x7FFFFFFF - found)
+            tl.store(best_ptr + rank, tl.where(most == _LEAST_SHORT, _LEAST, best))
+            short = tl.where(short == most, _LEAST_SHORT, short)
+    else:
+        key = tl.where(inside, _order(value.to(tl.float32), token), _LEAST)
+        for rank in range(width):
+            best = tl.max(key, 0)
+            tl.store(best_ptr + rank, best)
+            key = tl.where(key == best, _LEAST, key)
 
 
 @triton.jit(do_not_specialize=["width", "nodes", "count"])

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cuda
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(("vocab", "nodes"), [(40, 1), (40, 29), (1500, 63), (64, 63)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_they_are_topks(
     vocab: int, nodes: int, dtype: torch.dtype, mapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -31,15 +31,23 @@ def test_they_are_topks(
     generator = torch.Generator().manual_seed(nodes)
     # All different, also in 16 bits, of both signs.
     values = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(tree.depth * 3)])
-    logits = ((values - vocab // 2) / 8).to(dtype).view(tree.depth, 3, vocab).to(DEVICE)
+    logits = (values - vocab // 2) / 8
+    if dtype == torch.bfloat16:  # which tells fewer numbers apart: those are its bits themselves
+        bits = torch.where(logits < 0, -8 * logits - 0x8000, 8 * logits).to(torch.int16)
+        logits = (bits + 0x3F80).view(torch.bfloat16)
+    logits = logits.to(dtype).view(tree.depth, 3, vocab).to(DEVICE)
     token_map = torch.randperm(9000, generator=generator)[:vocab].to(DEVICE) if mapped else None
     choices = tree.choices(DEVICE)
     found = best_guesses(logits, tree.width, choices, token_map)
     assert torch.equal(found, _best_guesses(logits, tree.width, choices, token_map))
 
 
-def test_of_equals_the_first_comes_first_and_any_value_gives_a_token() -> None:
-    logits = torch.zeros(4, 9, device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_of_equals_the_first_comes_first_and_any_value_gives_a_token(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads_triton, "_BLOCK", 4)
+    logits = torch.zeros(4, 9, dtype=dtype, device=DEVICE)
     logits[1] = float("-inf")
     logits[2] = float("nan")
     logits[3] = -0.5
