@@ -54,6 +54,16 @@ def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
+def numbers(text: str) -> list[int]:
+    """`1,64` as numbers."""
+    return [int(part) for part in text.split(",")]
+
+
+def cases(text: str) -> list[tuple[int, int]]:
+    """`1x512,16x512` as (batch, context)."""
+    return [(int(batch), int(context)) for batch, context in (part.split("x") for part in text.split(","))]
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,6 +75,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="that answers: embedded name or folder")
     parser.add_argument("--heads", default=None, help="its heads; the shipped ones if unset")
     parser.add_argument("--shapes", type=names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--cases", type=cases, default=None, help="of `steps`, as 1x512,16x512: batch x context"
+    )
+    parser.add_argument("--nodes", type=numbers, default=None, help="of `steps`, as 1,64")
     parser.add_argument("--steps-share", type=float, default=0.55, help="of the time left, for `steps`")
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny model, few repeats: to run the script itself"
@@ -99,6 +113,10 @@ def again(args: argparse.Namespace, run: Run, parts: list[str]) -> list[str]:
         str(args.steps_share),
     ]
     given += ["--heads", args.heads] if args.heads else []
+    given += (
+        ["--cases", ",".join(f"{batch}x{context}" for batch, context in args.cases)] if args.cases else []
+    )
+    given += ["--nodes", ",".join(map(str, args.nodes))] if args.nodes else []
     given += ["--tiny"] if args.tiny else []
     return [*given, "--output", str(run.output), "--known", str(run.output)]
 

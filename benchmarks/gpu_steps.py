@@ -222,7 +222,7 @@ def steps(run: Run) -> dict[str, Any]:
         share = max(20.0, run.left() * run.args.steps_share / (len(shapes) - number))
         until = time.monotonic() + (1e9 if run.tiny else share)
         rows: list[dict[str, Any]] = []
-        with load_shape(run, shape) as (loaded, kind):
+        with load_shape(run, shape, tokens=_tokens(run)) as (loaded, kind):
             size = Bytes.of(loaded)
             found[shape.name] = {
                 "weights": kind,
@@ -235,6 +235,8 @@ def steps(run: Run) -> dict[str, Any]:
                     continue
                 rows += _case(run, loaded, size, batch, context, read)
                 run.record("steps", found)
+        del loaded  # its pool takes most of the memory, and the next one's is allocated before it lets go
+        run.free()
     return found
 
 
@@ -242,7 +244,23 @@ def _cases(run: Run) -> list[tuple[int, int]]:
     """(batch, context), what matters most first."""
     if run.tiny:
         return [(1, 24), (2, 24)]
+    if run.args.cases:
+        return list(run.args.cases)
     return [(batch, context) for context in CONTEXTS for batch in BATCHES]
+
+
+def _tokens(run: Run) -> int | None:
+    """Of a pool for the chosen cases; None is as many as fit."""
+    if not run.args.cases:
+        return None
+    block = 64  # or fewer
+    return (
+        max(
+            batch * (-(-(context + _STEPS + 2 * MAX_TREE_NODES) // block) + 1) * block
+            for batch, context in run.args.cases
+        )
+        + 5120
+    )
 
 
 def _case(
@@ -250,7 +268,7 @@ def _case(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     base: float | None = None
-    for nodes in (1, 4) if run.tiny else NODES:
+    for nodes in (1, 4) if run.tiny else run.args.nodes or NODES:
         for drafting in _drafting(run, nodes):
             case: dict[str, Any] = {"batch": batch, "context": context, "nodes": nodes, "drafting": drafting}
             row = dict(case)
@@ -337,6 +355,7 @@ def quantized_steps(run: Run) -> dict[str, Any]:
                             times = step_times(run, engine, batch, count=20)
                         rows.append({"batch": batch, "nodes": nodes, "ms": ms(statistics.median(times))})
                         print(name, rows[-1], flush=True)
+            del loaded  # see `steps`
             found["steps"][name] = rows
         except Exception as error:  # torchao may not have been carried
             found["steps"][name] = f"{type(error).__name__}: {error}"[:500]
@@ -404,6 +423,7 @@ def sampled_steps(run: Run) -> dict[str, Any]:
                         row[f"{name} ms"] = ms(statistics.median(step_times(run, engine, batch, count=20)))
                 rows.append(row)
                 print(shape.name, row, flush=True)
+        del loaded  # see `steps`
         found[shape.name] = rows
         run.record("sampled_steps", found)
     return found

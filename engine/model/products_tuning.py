@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 _MODULES = (triton_kernels, triton_products, triton_dependent)
 """The kernels' source."""
 
-_ROWS = (1, 16, MOST_ROWS)
+_ROWS = (1, 4, 8, 16, MOST_ROWS)
 """Steps of up to so many rows share their ways, and are measured by the largest of them."""
 
 _LAYERS = 12
@@ -53,7 +54,7 @@ def tune_products(
 ) -> None:
     """Set `layers.ways`; nothing where the weights are not of 16 bits or the family's norms lie elsewhere.
 
-    Each product is tried as torch's and as each of its kernel's shapes, in a pass without attention, with the
+    Each product is tried as each of its kernel's shapes and as torch's, in a pass without attention, with the
     others as good as known so far.
 
     Args:
@@ -107,21 +108,28 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
     here = partial(torch.cuda.device, device) if device.type == "cuda" else nullcontext
     side_by_side([partial(run, layers.some(1), ways) for ways in alone], here)
     measured = layers.some(_LAYERS)
-    best = Ways()
-    time_of_best = clock(partial(run, measured, best))
-    log.info("%d rows: %.4f ms a pass of %d layers with torch's products", rows, time_of_best, _LAYERS)
-    # The largest products first; a product gains most between two others that are ours.
-    for name in ("gate_up", "down", "qkv", "o"):
-        for shape in choices[name]:
+
+    def timed(ways: Ways) -> float:
+        try:
+            found = clock(partial(run, measured, ways))
+        except REFUSALS:
+            return math.inf
+        log.debug("%d rows: %.4f ms with %s", rows, found, ways)
+        return found
+
+    # A product of ours gains most between two others of ours, which begin early: so from all of them.
+    best = Ways(*(found[0] if found else None for found in choices.values()))
+    time_of_best = timed(best)
+    for name in ("gate_up", "down", "qkv", "o"):  # the largest first
+        for shape in (*choices[name][1:], None):
             trial = best._replace(**{name: shape})
-            try:
-                found = clock(partial(run, measured, trial))
-            except REFUSALS:
-                continue
-            log.debug("%d rows: %.4f ms with %s", rows, found, trial)
-            if found < time_of_best:
+            if trial != best and (found := timed(trial)) < time_of_best:
                 best, time_of_best = trial, found
-    log.info("%d rows: %.4f ms with %s", rows, time_of_best, best)
+    by_torch = timed(Ways())
+    if by_torch <= time_of_best:
+        best, time_of_best = Ways(), by_torch
+    text = "%d rows: a pass of %d layers takes %.4f ms, %.4f with torch's products: %s"
+    log.info(text, rows, len(measured.layers), time_of_best, by_torch, best)
     return best
 
 

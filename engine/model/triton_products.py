@@ -22,11 +22,11 @@ from engine.triton_dependent import launched_early, launches_next, waits
 
 __all__ = ["MOST_ROWS", "Around", "Shape", "product", "shapes"]
 
-MOST_ROWS = 64
+MOST_ROWS = 32
 """More of them are torch's."""
 
-_LEAST_ROWS = 16
-"""Of a tile on tensor cores."""
+_FEW = 4
+"""Rows of a product without tensor cores."""
 
 _LONGEST = 2048
 """Channels that a program of several rows holds at once."""
@@ -72,28 +72,35 @@ def shapes(rows: int, size: int, gated: bool) -> list[Shape]:
     """
     if size % 16:
         return []  # rows of the weight would not begin where 16 bytes can be loaded at once
+    whole = triton.next_power_of_2(size)
+    if rows == 1 and size > _LONGEST:
+        # Many small programs, each of which asks for all it reads at once, fill the time of those that end.
+        chunk = min(whole, 4096)
+        found = [Shape(1, 1, chunk, 4), Shape(1, 2, chunk, 8), Shape(1, 1, chunk, 2), Shape(1, 4, 1024, 4)]
+        return found if gated else [Shape(1, 2, chunk, 4), *found, Shape(1, 4, chunk, 8), Shape(1, 8, 512, 4)]
     if rows == 1:
-        chunk = min(triton.next_power_of_2(size), 1024)
-        if size <= _LONGEST:
-            return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, chunk, 8)]
-        if gated:
-            return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 4, 512, 4), Shape(1, 8, 512, 8)]
-        return [Shape(1, 8, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, 512, 4), Shape(1, 4, 2 * chunk, 8)]
+        chunk = min(whole, 1024)
+        return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, chunk, 8), Shape(1, 2, whole, 4)]
     if rows > MOST_ROWS or size > _LONGEST:
         return []
+    found = []
+    if rows <= _FEW:
+        found = [
+            Shape(triton.next_power_of_2(rows), outputs, whole, warps) for outputs, warps in ((2, 4), (4, 8))
+        ]
     long = size > 1024
-    tiles = [(16, 16, 16), (16, 16, 8)] if long else [(16, 16, 8), (16, 16, 4), (16, 32, 8)]
+    some = next((most for most in (8, 16) if rows <= most), 16)
+    tiles = [(some, 16, 16), (some, 16, 8)] if long else [(some, 16, 8), (some, 16, 4), (some, 32, 8)]
     if rows > 16:
         tiles = (
             [(32, 16, 16), (16, 16, 16), (16, 32, 16)] if long else [(32, 16, 8), (32, 32, 8), (16, 32, 8)]
         )
-    found = []
-    for some, outputs, warps in tiles:
+    for tokens, outputs, warps in tiles:
         channels = max(16, triton.next_power_of_2(triton.cdiv(size, warps)))
         # A thread holds the rows' and the weights' tiles, and the rows once more in float32 for their norm.
-        held = channels * (2 * some + outputs * (2 if gated else 1)) // 32
-        if held <= 400:
-            found.append(Shape(some, outputs, channels, warps))
+        held = channels * (2 * tokens + outputs * (2 if gated else 1)) // 32
+        if held <= 512:
+            found.append(Shape(tokens, outputs, channels, warps))
     return found
 
 
@@ -124,58 +131,109 @@ def _finish(
 def row_kernel(
     x_ptr, norm_ptr, weight_ptr, bias_ptr, y_ptr, size, width, eps, residual_scale,
     NORM: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    LOOP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One row: a program of the grid (outputs / BLOCK_N) takes its weights BLOCK_K channels at a time."""
+    """One row: a program of the grid (outputs / BLOCK_N) takes its weights BLOCK_K channels at a time.
+
+    LOOP: there are more channels than that.
+    """
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_K)
     there = (output < width)[:, None]
     at = output.to(tl.int64)[:, None] * size + channel[None, :]
     up_ptr = weight_ptr + tl.cast(width, tl.int64) * size
     inside = channel < size
-    w = tl.load(weight_ptr + at, mask=there & inside[None, :], other=0.0)
+    weighed = there & inside[None, :]
+    w = tl.load(weight_ptr + at, mask=weighed, other=0.0, eviction_policy="evict_first")
     u = w
     if GATE:
-        u = tl.load(up_ptr + at, mask=there & inside[None, :], other=0.0)
+        u = tl.load(up_ptr + at, mask=weighed, other=0.0, eviction_policy="evict_first")
     g = channel.to(tl.float32)
     if NORM:
         g = tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if EARLY:
         waits()
         launches_next()
-    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up = sums
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, size, BLOCK_K):
-        inside = start + channel < size
-        x = tl.load(x_ptr + start + channel, mask=inside, other=0.0).to(tl.float32)
-        # The chunk behind this one is asked for before this one is used.
-        behind = start + BLOCK_K + channel < size
-        next_w = tl.load(weight_ptr + at + (start + BLOCK_K), mask=there & behind[None, :], other=0.0)
-        next_u = next_w
+    x = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    squares = x * x
+    if NORM:
+        x = x * (1.0 + g) if OFFSET else x * g
+    if LOOP:
+        total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        total_up = total
+        for start in range(BLOCK_K, size, BLOCK_K):
+            # A chunk is asked for before the one in front of it is used.
+            inside = start + channel < size
+            weighed = there & inside[None, :]
+            next_w = tl.load(weight_ptr + at + start, mask=weighed, other=0.0, eviction_policy="evict_first")
+            total += w.to(tl.float32) * x[None, :]
+            w = next_w
+            if GATE:
+                next_u = tl.load(up_ptr + at + start, mask=weighed, other=0.0, eviction_policy="evict_first")
+                total_up += u.to(tl.float32) * x[None, :]
+                u = next_u
+            x = tl.load(x_ptr + start + channel, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                squares += x * x
+                g = tl.load(norm_ptr + start + channel, mask=inside, other=0.0).to(tl.float32)
+                x = x * (1.0 + g) if OFFSET else x * g
+        sums = tl.sum(total + w.to(tl.float32) * x[None, :], 1)
+        up = sums
         if GATE:
-            next_u = tl.load(up_ptr + at + (start + BLOCK_K), mask=there & behind[None, :], other=0.0)
-        if NORM:
-            squares += x * x
-            if OFFSET:
-                x *= 1.0 + g
-            else:
-                x *= g
-            g = tl.load(norm_ptr + start + BLOCK_K + channel, mask=behind, other=0.0).to(tl.float32)
-        sums += w.to(tl.float32) * x[None, :]
+            up = tl.sum(total_up + u.to(tl.float32) * x[None, :], 1)
+    else:
+        sums = tl.sum(w.to(tl.float32) * x[None, :], 1)
+        up = sums
         if GATE:
-            up += u.to(tl.float32) * x[None, :]
-        w = next_w
-        u = next_u
-    total = tl.sum(sums, 1)
-    total_up = total
-    if GATE:
-        total_up = tl.sum(up, 1)
+            up = tl.sum(u.to(tl.float32) * x[None, :], 1)
     scale = 1.0
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / size + eps)
     _finish(
-        total, total_up, scale, bias_ptr, y_ptr, output, output, output < width, width, residual_scale,
+        sums, up, scale, bias_ptr, y_ptr, output, output, output < width, width, residual_scale,
+        NORM, GATE, BIAS, ADD,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def few_rows_kernel(
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, y_ptr, rows, size, width, eps, residual_scale,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows and BLOCK_N outputs a program, all channels at once, without tensor cores."""
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK_K)
+    inside = channel < size
+    weighed = (output < width)[:, None] & inside[None, :]
+    at = output.to(tl.int64)[:, None] * size + channel[None, :]
+    w = tl.load(weight_ptr + at, mask=weighed, other=0.0)
+    u = w
+    if GATE:
+        u = tl.load(weight_ptr + tl.cast(width, tl.int64) * size + at, mask=weighed, other=0.0)
+    g = channel.to(tl.float32)
+    if NORM:
+        g = tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        if OFFSET:
+            g += 1.0
+    if EARLY:
+        waits()
+        launches_next()
+    read = (row < rows)[:, None] & inside[None, :]
+    x = tl.load(x_ptr + row[:, None] * size + channel[None, :], mask=read, other=0.0).to(tl.float32)
+    scale = tl.zeros([BLOCK_M, 1], tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / size + eps)[:, None]
+        x = x * g[None, :]
+    sums = tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], 2)
+    up = sums
+    if GATE:
+        up = tl.sum(x[:, None, :] * u.to(tl.float32)[None, :, :], 2)
+    place = row[:, None] * width + output[None, :]
+    kept = (row < rows)[:, None] & (output < width)[None, :]
+    _finish(
+        sums, up, scale, bias_ptr, y_ptr, place, output[None, :], kept, width, residual_scale,
         NORM, GATE, BIAS, ADD,
     )  # fmt: skip
 
@@ -189,9 +247,9 @@ def rows_kernel(
 ):  # fmt: skip
     """BLOCK_M rows: each warp of a program multiplies its SHARE of the channels, and their sums are joined.
 
-    The grid is (outputs / BLOCK_N, rows / BLOCK_M).
-
-    All that a program reads it asks for at once: a loop would wait for memory at each turn.
+    The grid is (outputs / BLOCK_N, rows / BLOCK_M). Outputs come first in the product: tensor cores take 16
+    of them with as few as 8 rows. All that a program reads it asks for at once: a loop would wait for memory
+    at each turn.
     """
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -218,20 +276,20 @@ def rows_kernel(
         mask=inside[:, None, :] & (row < rows)[None, :, None],
         other=0.0,
     )
-    scale = tl.zeros([BLOCK_M, 1], tl.float32)
+    scale = tl.zeros([1, BLOCK_M], tl.float32)
     if NORM:
         value = x.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(tl.sum(value * value, 2), 0) / size + eps)[:, None]
+        scale = 1.0 / tl.sqrt(tl.sum(tl.sum(value * value, 2), 0) / size + eps)[None, :]
         x = (value * g[:, None, :]).to(x.dtype)
-    shares = tl.dot(x, tl.trans(w, 0, 2, 1), input_precision="ieee")
-    total = tl.sum(shares, 0)
-    total_up = total
+    x = tl.trans(x, 0, 2, 1)
+    sums = tl.sum(tl.dot(w, x, input_precision="ieee"), 0)
+    up = sums
     if GATE:
-        total_up = tl.sum(tl.dot(x, tl.trans(u, 0, 2, 1), input_precision="ieee"), 0)
-    place = row.to(tl.int64)[:, None] * width + output[None, :]
-    kept = (row < rows)[:, None] & (output < width)[None, :]
+        up = tl.sum(tl.dot(u, x, input_precision="ieee"), 0)
+    place = row.to(tl.int64)[None, :] * width + output[:, None]
+    kept = (row < rows)[None, :] & (output < width)[:, None]
     _finish(
-        total, total_up, scale, bias_ptr, y_ptr, place, output[None, :], kept, width, residual_scale,
+        sums, up, scale, bias_ptr, y_ptr, place, output[:, None], kept, width, residual_scale,
         NORM, GATE, BIAS, ADD,
     )  # fmt: skip
 
@@ -285,9 +343,13 @@ def product(
     pointers = (x, x if norm is None else norm, weight, x if bias is None else bias, y)
     grid = (triton.cdiv(width, shape.outputs), triton.cdiv(rows, shape.rows))
     if rows == 1:
-        row_kernel[grid](*pointers, size, width, eps, residual_scale, **flags, **options)
+        loop = size > shape.channels
+        row_kernel[grid](*pointers, size, width, eps, residual_scale, LOOP=loop, **flags, **options)
+        return y
+    numbers, flags = (rows, size, width, eps, residual_scale), {**flags, "BLOCK_M": shape.rows}
+    if shape.channels >= size:
+        few_rows_kernel[grid](*pointers, *numbers, **flags, **options)
     else:
         share = triton.cdiv(triton.cdiv(size, shape.warps), 8) * 8
-        tile = {"WARPS": shape.warps, "SHARE": share, "BLOCK_M": shape.rows}
-        rows_kernel[grid](*pointers, rows, size, width, eps, residual_scale, **tile, **flags, **options)
+        rows_kernel[grid](*pointers, *numbers, WARPS=shape.warps, SHARE=share, **flags, **options)
     return y
