@@ -22,14 +22,14 @@ from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.triton_products import MOST_ROWS, Shape, shapes
 from engine.triton_measuring import REFUSALS, Kept, side_by_side
 
-__all__ = ["tune_products"]
+__all__ = ["ROWS", "tune_products"]
 
 log = logging.getLogger(__name__)
 
 _MODULES = (triton_kernels, triton_products, triton_dependent)
 """The kernels' source."""
 
-_ROWS = (1, 4, 8, 16, MOST_ROWS)
+ROWS = (1, 4, 8, 16, MOST_ROWS)
 """Steps of up to so many rows share their ways, and are measured by the largest of them."""
 
 _LAYERS = 12
@@ -69,13 +69,13 @@ def tune_products(
         "products": [[*each.weight.shape, each.bias is not None] for each in first.linears],
         "layers": len(layers.layers),
         "dtype": str(linear.weight.dtype),
-        "rows": list(_ROWS),
+        "rows": list(ROWS),
     }
     kept = Kept(folder, "products", key, device, _MODULES)
     known = kept.read()
     if known is None:
         started = time.monotonic()
-        measured = {rows: _best(layers, rows, clock or _milliseconds) for rows in _ROWS}
+        measured = {rows: _best(layers, rows, clock or _milliseconds) for rows in ROWS}
         known = list(measured.items())
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from engine.model import products_tuning
 from engine.model.fused_triton import FusedLayers, Ways
-from engine.model.products_tuning import tune_products
+from engine.model.products_tuning import ROWS, tune_products
 from engine.model.triton_products import MOST_ROWS, Around, Shape, product, shapes
 from tests.engine.model.test_fused_triton import Recorder, decoder
 
@@ -166,9 +166,9 @@ def test_steps_take_the_ways_of_the_smallest_bucket_that_holds_them(
     monkeypatch.setattr(FusedLayers, "_open", note)
     shape = Shape(1, 1, 32, 4)
     layers.ways = {
-        n: Ways(qkv=shape._replace(outputs=n), gate_up=shape._replace(outputs=n)) for n in (16, 1, 64)
+        n: Ways(qkv=shape._replace(outputs=n), gate_up=shape._replace(outputs=n)) for n in (16, 1, MOST_ROWS)
     }
-    for rows, bucket in ((1, 1), (2, 16), (16, 16), (17, 64), (64, 64), (65, 0)):
+    for rows, bucket in ((1, 1), (2, 16), (16, 16), (17, 32), (32, 32), (33, 0)):
         taken.clear()
         tokens = torch.arange(rows, device=DEVICE) % 7
         model(tokens, tokens, Recorder())
@@ -188,7 +188,7 @@ def test_the_measurement_takes_what_is_fastest_and_keeps_it(
     stand_in(monkeypatch)
     monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
     model, layers = fused(tmp_path / "model", torch.bfloat16)
-    liked = {rows: first_of(model, rows) for rows in (1, 16, MOST_ROWS)}
+    liked = {rows: first_of(model, rows) for rows in ROWS}
     clocked: list[Ways] = []
 
     def clock(run: Any) -> float:
@@ -201,7 +201,7 @@ def test_the_measurement_takes_what_is_fastest_and_keeps_it(
         )
 
     tune_products(layers, tmp_path / "kept", clock=clock)
-    assert set(layers.ways) == {1, 16, MOST_ROWS}
+    assert set(layers.ways) == set(ROWS)
     for rows, ways in layers.ways.items():
         assert ways == Ways(qkv=liked[rows].qkv, down=liked[rows].down)
     (file,) = (tmp_path / "kept").iterdir()
@@ -236,6 +236,6 @@ def test_a_gpu_measures_and_gives_the_same(tmp_path: Path) -> None:
     with torch.inference_mode():
         hidden = plain(tokens, tokens, Recorder())
         tune_products(layers, tmp_path / "kept")
-        assert set(layers.ways) == {1, 16, MOST_ROWS}
+        assert set(layers.ways) == set(ROWS)
         layers.ways = {16: first_of(plain, 5)}
         torch.testing.assert_close(plain(tokens, tokens, Recorder()), hidden, atol=5e-2, rtol=5e-2)
