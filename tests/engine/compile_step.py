@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case(1, 1, table=1, chain=1),
-    Case(1, 2, heads=1, guesses=1, chain=1, vocab=50257, aligned=False),
+    Case(1, 2, heads=1, guesses=1, chain=1, vocab=61, aligned=False),
     Case(2, 64),
     Case(16, 16, hidden=588, table=48, chain=16, vocab=50257, aligned=False),
 )
