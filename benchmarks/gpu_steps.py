@@ -33,8 +33,8 @@ from engine.medusa.buckets import Buckets
 from engine.medusa.heads import HeadDrafter
 from engine.model.layers import Linear
 from engine.model.quantize_cuda import RowwiseWeight
-from engine.runner import Prefilled
 from engine.scheduler import Chunk
+from engine.step_results import Prefilled
 from engine.types import Request, SamplingParams
 
 __all__ = ["idle", "load_shape", "quantized_steps", "sampled_steps", "step_times", "steps"]
@@ -183,10 +183,11 @@ def _skip_prefill(engine: Engine, tokens: int) -> None:
     """Let prompts be taken at once, and as if their K/V were in the pool."""
     runner = engine._runner
 
-    def prefill(chunk: Chunk) -> Prefilled | None:
-        chunk.sequence.num_cached = chunk.end
-        runner.place([chunk.sequence])
-        return Prefilled(chunk.sequence.token_ids[-1], None) if chunk.last else None
+    def prefill(chunks: list[Chunk]) -> list[Prefilled]:
+        for chunk in chunks:
+            chunk.sequence.num_cached = chunk.end
+            runner.place([chunk.sequence])
+        return [Prefilled(first=c.sequence.token_ids[-1] if c.last else None) for c in chunks]
 
     runner.prefill = prefill  # type: ignore[method-assign]
     engine._scheduler._max_step_tokens = max(tokens, engine._scheduler._max_step_tokens)

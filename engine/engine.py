@@ -13,16 +13,17 @@ from functools import partial
 import torch
 
 from engine import faults
-from engine.errors import MedusaError
+from engine.errors import told
 from engine.graphs import CapturedRunner, Graph, cuda_graphs
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
 from engine.medusa.buckets import Buckets
 from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
-from engine.runner import NOT_FINITE, Batch, Results, Runner, StepRow, Verified
+from engine.runner import Batch, Runner, Verified
 from engine.scheduler import Chunk, Plan, Scheduler
 from engine.stats import EngineStats
+from engine.step_results import NOT_FINITE, Prefilled, Results, StepRow
 from engine.types import (
     DraftSource,
     EngineInfo,
@@ -131,10 +132,10 @@ class Engine:
                 results = self._runner.targets_accept_compact(batch, verified)
                 launched = self._launch(batch, verified, results)
         deltas += self._land()  # while the step just launched runs; a prefill waits for that one
-        for chunk in plan.prefill:
-            with self._failing([chunk.sequence], deltas):
+        for chunks in self._runner.together(plan.prefill):
+            with self._failing([chunk.sequence for chunk in chunks], deltas):
                 faults.visit("prefill")
-                deltas += self._prefill(chunk)
+                deltas += self._prefill(chunks)
         self._flight = launched
         if not self._ahead or not self._scheduler.has_work:
             deltas += self._land()
@@ -210,28 +211,40 @@ class Engine:
             accepted=loaded.heads.accepted if loaded.heads is not None else None,
         )
 
-    def _prefill(self, chunk: Chunk) -> list[TokenDelta]:
-        sequence, started = chunk.sequence, time.perf_counter()
-        if sequence.queue_s < 0:
-            sequence.queue_s = time.monotonic() - sequence.request.arrived_s
-        result = self._runner.prefill(chunk)
+    def _prefill(self, chunks: list[Chunk]) -> list[TokenDelta]:
+        started = time.perf_counter()
+        for sequence in (chunk.sequence for chunk in chunks):
+            if sequence.queue_s < 0:
+                sequence.queue_s = time.monotonic() - sequence.request.arrived_s
+        results = self._runner.prefill(chunks)
         self._took("prefill", started)
-        sequence.num_cached = chunk.end
-        self._scheduler.publish(sequence)
-        if result is None:
-            return []
-        sequence.state = SequenceState.DECODE
         deltas = []
-        if result.first is not None:
-            if sequence.request.request_id in self._uncounted:  # once a request: not each choice
-                self._uncounted.discard(sequence.request.request_id)
-                self.stats.prompt_tokens += sequence.num_prompt
-            deltas = [self._append(sequence, [result.first], result.logprobs)]
-            deltas[0].cached_tokens, deltas[0].queue_s = sequence.num_reused, sequence.queue_s
-            deltas[0].prompt_logprobs = sequence.prompt_logprobs or None
-        if sequence.slot >= 0 and self.info.lookup:
-            self._lookup.propose(sequence.lookup, *self._runner.propose(sequence))
+        for chunk, result in zip(chunks, results, strict=True):
+            if result.error is not None:
+                deltas.append(self._fail(chunk.sequence, result.error))
+                continue
+            chunk.sequence.num_cached = chunk.end
+            self._scheduler.publish(chunk.sequence)
+            if chunk.last:
+                chunk.sequence.state = SequenceState.DECODE
+            if result.first is not None:
+                deltas.append(self._first(chunk.sequence, result))
+        ready = [chunk.sequence for chunk in chunks if chunk.last and chunk.sequence.slot >= 0]
+        if ready and self.info.lookup:
+            for sequence, proposed in zip(ready, self._runner.propose(ready), strict=True):
+                self._lookup.propose(sequence.lookup, *proposed)
         return deltas
+
+    def _first(self, sequence: Sequence, result: Prefilled) -> TokenDelta:
+        """What is emitted of a prompt's last chunk."""
+        assert result.first is not None
+        if sequence.request.request_id in self._uncounted:  # once a request: not each choice
+            self._uncounted.discard(sequence.request.request_id)
+            self.stats.prompt_tokens += sequence.num_prompt
+        delta = self._append(sequence, [result.first], result.logprobs)
+        delta.cached_tokens, delta.queue_s = sequence.num_reused, sequence.queue_s
+        delta.prompt_logprobs = sequence.prompt_logprobs or None
+        return delta
 
     def _plan(self) -> tuple[list[TokenDelta], Plan]:
         """The next step; while one is under way, one that need not wait for its outcome if there is such."""
@@ -383,12 +396,11 @@ class Engine:
         except Exception as error:
             log.exception("step failed for %d sequences", len(sequences))
             deltas += self._land()  # what they have emitted before
-            text = str(error) if isinstance(error, MedusaError) else f"internal error: {type(error).__name__}"
-            told = {(delta.request_id, delta.index) for delta in deltas if delta.finish_reason is not None}
+            known = {(delta.request_id, delta.index) for delta in deltas if delta.finish_reason is not None}
             deltas += [
-                self._fail(sequence, text)
+                self._fail(sequence, told(error))
                 for sequence in sequences
-                if (sequence.request.request_id, sequence.index) not in told
+                if (sequence.request.request_id, sequence.index) not in known
             ]
 
     def _path(self, shape: TreeShape, row: StepRow) -> list[int]:

@@ -28,8 +28,9 @@ from engine.medusa.accept import accept
 from engine.medusa.buckets import Buckets
 from engine.medusa.draft import Draft
 from engine.medusa.tree import Topology, TreeShape
-from engine.runner import Batch, Results, Runner, Verified
+from engine.runner import Batch, Runner, Verified
 from engine.sampler import verify_all, verify_greedy
+from engine.step_results import Results
 
 __all__ = ["Bucket", "CapturedRunner", "CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
 
@@ -325,7 +326,7 @@ class CapturedRunner(Runner):
         packed = self._packed_rows(verified.bucket)[: len(batch.sequences)]
         if self._device.type == "cpu":
             packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
-        return Results(packed, verified.bucket.depth, batch)
+        return Results(packed, verified.bucket.depth, started=batch.started, begun=batch.begun)
 
     def _bucket(self, batch: int, nodes: int) -> Bucket:
         most = self._most(nodes, heads=True)

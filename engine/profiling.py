@@ -14,14 +14,14 @@ from engine.config import MAX_TREE_NODES
 from engine.medusa.heads import HeadDrafter
 from engine.medusa.tree import Topology, Tree
 from engine.model.decoder import Decoder
-from engine.sampler import verify_all
+from engine.sampler import draw, verify_all
 from engine.sampling_slots import SamplingSlots
 
 __all__ = ["WorstCase"]
 
 
 class WorstCase:
-    """The largest prefill chunk and the largest decode steps of these settings, on a pool of their own.
+    """The largest pass over prompts and the largest decode steps of these settings, on a pool of their own.
 
     A decode step drafts, runs the model over all nodes of all sequences, and draws at each with everything
     on that a request may ask for. Roots are drawn by sorting their rows and the other nodes are not, so the
@@ -83,7 +83,7 @@ class WorstCase:
         """
         slots = self._slots()  # not counted here: see `engine.adjust.table_bytes`
         decode = [_peak(partial(self.decode, *step, slots), self._device) for step in self.steps]
-        return _peak(self.prefill, self._device) + max(decode)
+        return _peak(partial(self.prefill, slots), self._device) + max(decode)
 
     def _slots(self) -> SamplingSlots:
         slots = SamplingSlots(
@@ -96,8 +96,8 @@ class WorstCase:
         return slots
 
     @torch.inference_mode()
-    def prefill(self) -> None:
-        """A chunk of as many tokens as a pass may have."""
+    def prefill(self, slots: SamplingSlots | None = None) -> None:
+        """As many tokens as a pass may have, and as many first tokens drawn as there may be sequences."""
         count, device = self.prefill_rows, self._device
         rows = torch.arange(count, device=device) + self._pool.block_size
         tables = torch.arange(1, -(-count // self._pool.block_size) + 1, device=device).unsqueeze(0)
@@ -110,7 +110,11 @@ class WorstCase:
         self._attention.plan(plan, self._pool)
         positions = torch.arange(count, device=device)
         hidden = self._decoder(torch.zeros_like(positions), positions, self._attention)
-        self._decoder.logits(hidden[-MAX_TREE_NODES:])  # as many as prompt_logprobs takes at once
+        ends = min(count, self._max_num_seqs)
+        # At least as many as prompt_logprobs takes at once.
+        logits = self._decoder.logits(hidden[-max(MAX_TREE_NODES, ends) :])
+        slots = self._slots() if slots is None else slots
+        draw(logits[-ends:], slots.all_rows(torch.arange(ends, device=device)))
 
     @torch.inference_mode()
     def decode(self, batch: int, nodes: int, slots: SamplingSlots | None = None) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInput
+from engine.attention.base import AttentionBackend, AttentionInput, RaggedAttention
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
-from engine.errors import StepError
+from engine.errors import told
 from engine.logprobs import token_logprobs
 from engine.medusa.accept import Accepted, accept
 from engine.medusa.draft import Draft, Drafter
@@ -23,20 +25,17 @@ from engine.model.decoder import Decoder
 from engine.sampler import Targets, draw, verify
 from engine.sampling_slots import SamplingSlots
 from engine.scheduler import Chunk
+from engine.step_results import NOT_FINITE, Prefilled, Results, device_event
 from engine.types import Sequence, TokenLogprobs
 
 __all__ = [
-    "NOT_FINITE",
     "Batch",
-    "Prefilled",
-    "Results",
     "Runner",
-    "StepRow",
     "Verified",
-    "device_event",
 ]
 
-NOT_FINITE = "the model computed values that are not finite; a wider dtype may help"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +66,6 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefilled:
-    """What the last chunk of a prompt gave: the first token, unless it was drawn before preemption."""
-
-    first: int | None
-    logprobs: list[TokenLogprobs] | None
-
-
-@dataclass(frozen=True, slots=True)
 class Verified:
     """What the forward pass over the trees gave.
 
@@ -91,79 +82,10 @@ class Verified:
     rows: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """One sequence's share of a step, on the host.
-
-    Args:
-        sound: the carried hidden state has no NaN or infinity. One that is not finite spreads to all
-            later rows of its sequence, this one included.
-        length: accepted nodes without the root.
-        last: node at the accepted path's end.
-        nodes: bit mask of the nodes that matched together with all their ancestors, root bit 0.
-        tokens: what is emitted, length + 1 of them.
-        chain: what the lookup proposes for the next step.
-        kind: of the match that it follows.
-    """
-
-    sound: bool
-    length: int
-    last: int
-    nodes: int
-    tokens: list[int]
-    chain: list[int]
-    kind: int
-
-
-class Results:
-    """What the host reads of a step, on its way from the device from the moment this is made.
-
-    Args:
-        packed: [B, K] int64: finite, length, last, nodes, then D + 1 tokens, then kind, count and chain where
-            there is a lookup.
-        depth: D.
-        batch: whose step it was.
-    """
-
-    def __init__(self, packed: Tensor, depth: int, batch: Batch) -> None:
-        self._depth, self._begun = depth, batch.begun
-        self._ended: torch.cuda.Event | None = None
-        if packed.device.type == "cuda":
-            packed = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
-            self._ended = device_event()
-            self._ended.record()
-        self._packed = packed
-        self._seconds = time.perf_counter() - batch.started
-
-    @property
-    def seconds(self) -> float:
-        """What the step took; on CUDA, on the device. Waits for its end."""
-        if self._ended is None or self._begun is None:
-            return self._seconds
-        self._ended.synchronize()
-        return float(self._begun.elapsed_time(self._ended)) / 1000
-
-    def rows(self) -> list[StepRow]:
-        """One for each sequence. Waits for the step's end."""
-        if self._ended is not None:
-            self._ended.synchronize()
-        found, first = [], 5 + self._depth
-        for sound, length, last, nodes, *rest in self._packed.tolist():
-            kind, count = rest[first - 4 : first - 2] if len(rest) > first - 4 else (0, 0)
-            chain = rest[first - 2 : first - 2 + count]
-            found.append(StepRow(bool(sound), length, last, nodes, rest[: length + 1], chain, kind))
-        return found
-
-
 def _predicted(sequences: list[Sequence]) -> dict[int, int]:
     """For each sequence with a prediction, how many tokens that has."""
     lengths = (len(sequence.request.prediction_token_ids) for sequence in sequences)
     return {row: length for row, length in enumerate(lengths) if length}
-
-
-def device_event() -> torch.cuda.Event:
-    """An event that tells the time."""
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class Runner:
@@ -234,46 +156,106 @@ class Runner:
                 device=self._device,
             )
 
-    @torch.inference_mode()
-    def prefill(self, chunk: Chunk) -> Prefilled | None:
-        """Compute the K/V of a chunk; after the last chunk of a new sequence, draw its first token.
+    def together(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        """Chunks by the passes that compute them.
 
-        Returns:
-            None where the chunk is not the last.
+        One pass for all reads the weights once, and launches its kernels once. Where attention pays for rows
+        that are not there, each is a pass of its own.
         """
-        sequence, start, end = chunk.sequence, chunk.start, chunk.end
-        if chunk.first:
-            self._admit(sequence)
-        self._sync_table(sequence)
-        size = end - start
-        tokens = torch.tensor(sequence.token_ids[start:end], device=self._device)
-        slot = torch.tensor([sequence.slot], device=self._device)
-        lengths = torch.tensor([start], device=self._device)
-        attention_input = self._attention_input(slot, lengths, size, max_length=end)
+        if isinstance(self._attention, RaggedAttention) and chunks:
+            return [chunks]
+        return [[chunk] for chunk in chunks]
+
+    def prefill(self, chunks: list[Chunk]) -> list[Prefilled]:
+        """Compute the K/V of chunks of different sequences; after a new one's last, draw its first token.
+
+        Where a pass over several fails, each gets one of its own, so that one fails for no other's sake.
+
+        Raises:
+            Exception: the pass over a single chunk failed.
+        """
+        try:
+            return self._prefill(chunks)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            if len(chunks) == 1:
+                raise
+            log.exception("a pass over %d prompts failed; each is computed on its own", len(chunks))
+        found: list[Prefilled] = []
+        for chunk in chunks:
+            try:
+                # What the first try has left in the slot is written anew.
+                found += self._prefill([replace(chunk, first=True)])
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                log.exception("the prompt of a sequence failed")
+                found.append(Prefilled(error=told(error)))
+        return found
+
+    @torch.inference_mode()
+    def _prefill(self, chunks: list[Chunk]) -> list[Prefilled]:
+        for chunk in chunks:
+            if chunk.first:
+                self._admit(chunk.sequence)
+            self._sync_table(chunk.sequence)
+        hidden = self._chunks_forward(chunks)
+        ends = list(accumulate(chunk.end - chunk.start for chunk in chunks))
+        for chunk, end in zip(chunks, ends, strict=True):
+            self._prompt_logprobs(chunk, hidden[end - (chunk.end - chunk.start) : end])
+        last = hidden[self._ids(ends) - 1]
+        sound = last.isfinite().all(1)
+        carried = [i for i, chunk in enumerate(chunks) if chunk.last]
+        if carried:
+            slots = self._ids([chunks[i].sequence.slot for i in carried])
+            self._root[slots] = self._ids([chunks[i].sequence.token_ids[-1] for i in carried])
+            self._hidden[slots] = last[self._ids(carried)]
+            self._lengths[slots] = self._ids([chunks[i].end for i in carried])
+        drawn = [i for i in carried if chunks[i].sequence.num_output == 0]
+        if not drawn:
+            return [Prefilled(error=None if good else NOT_FINITE) for good in sound.tolist()]
+        logits = self._decoder.logits(last[self._ids(drawn)])
+        roots = self._draw_first([chunks[i].sequence for i in drawn], logits)
+        values = torch.cat((sound.long(), roots)).tolist()  # waits for the pass
+        found = [Prefilled(error=None if good else NOT_FINITE) for good in values[: len(chunks)]]
+        for row, i in enumerate(drawn):
+            logprobs, num_top = None, chunks[i].sequence.request.sampling.logprobs
+            if found[i].error is None and num_top is not None:
+                logprobs = token_logprobs(logits[row : row + 1], roots[row : row + 1], num_top)
+            found[i] = replace(found[i], first=values[len(chunks) + row], logprobs=logprobs)
+        return found
+
+    def _chunks_forward(self, chunks: list[Chunk]) -> Tensor:
+        """Final hidden states [T, hidden] of all their tokens, one chunk after the other."""
+        starts, sizes = ([chunk.start for chunk in chunks], [chunk.end - chunk.start for chunk in chunks])
+        longest, index = max(sizes), None
+        if min(sizes) < longest:
+            computed = torch.arange(longest) < torch.tensor(sizes).unsqueeze(1)
+            index = self._ids(computed.flatten().nonzero().flatten())
+        attention_input = self._attention_input(
+            self._ids([chunk.sequence.slot for chunk in chunks]),
+            self._ids(starts),
+            longest,
+            max_length=max(starts) + longest,
+            index=index,
+        )
         self._attention.plan(attention_input, self._pool)
-        positions = torch.arange(start, end, device=self._device)
-        hidden = self._decoder(tokens, positions, self._attention)
-        if not hidden[-1].isfinite().all():
-            raise StepError(NOT_FINITE)
-        self._prompt_logprobs(chunk, hidden)
-        if not chunk.last:
-            return None
-        first, logprobs = None, None
-        self._root[sequence.slot] = sequence.token_ids[-1]
-        self._hidden[sequence.slot] = hidden[-1]
-        self._lengths[sequence.slot] = end
-        if sequence.num_output == 0:
-            logits = self._decoder.logits(hidden[-1:])
-            root = draw(logits, self._sampling.rows(slot, [sequence]))
-            first = int(root.item())
-            if (num_top := sequence.request.sampling.logprobs) is not None:
-                logprobs = token_logprobs(logits, root, num_top)
-            self._root[sequence.slot] = first
-            one = torch.ones_like(slot)
-            self._sampling.advance(slot, root.unsqueeze(1), one)
-            if self._lookup is not None:
-                self._lookup.append(slot, lengths + size, root.unsqueeze(1), one)
-        return Prefilled(first, logprobs)
+        tokens = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
+        hidden: Tensor = self._decoder(self._ids(tokens), self._ids(positions), self._attention)
+        return hidden
+
+    def _draw_first(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        """[S] int64, the first tokens of sequences whose prompts are cached; their slots then hold them."""
+        slots = self._ids([sequence.slot for sequence in sequences])
+        roots = draw(logits, self._sampling.rows(slots, sequences))
+        self._root[slots] = roots
+        ones = torch.ones_like(slots)
+        self._sampling.advance(slots, roots.unsqueeze(1), ones)
+        if self._lookup is not None:
+            self._lookup.append(slots, self._lengths[slots], roots.unsqueeze(1), ones)
+        return roots
 
     def clear(self, blocks: list[int]) -> None:
         """Zero the K/V of a failed sequence: a NaN left behind would spread to the blocks' next owner."""
@@ -332,7 +314,8 @@ class Runner:
         targets = self.targets(batch, draft, verified.logits)
         accepted = accept(draft.tokens, targets, draft.topology)
         self.compact(batch, verified, accepted)
-        return Results(self.report(batch, accepted), draft.topology.max_depth, batch)
+        packed, depth = self.report(batch, accepted), draft.topology.max_depth
+        return Results(packed, depth, started=batch.started, begun=batch.begun)
 
     @torch.inference_mode()
     def draft(self, batch: Batch) -> Draft:
@@ -405,21 +388,19 @@ class Runner:
         return torch.column_stack(columns)
 
     @torch.inference_mode()
-    def propose(self, sequence: Sequence) -> tuple[list[int], int]:
-        """The lookup chain of a sequence's first decode step, and the kind of its match."""
+    def propose(self, sequences: list[Sequence]) -> list[tuple[list[int], int]]:
+        """For each, the lookup chain of its first decode step, and the kind of its match."""
         if self._lookup is None:
             raise ValueError("there is no lookup")
-        slots = self._ids([sequence.slot])
+        slots = self._ids([sequence.slot for sequence in sequences])
         proposal = self._lookup.propose(
             slots,
             self._lengths[slots],
-            max_length=sequence.num_cached,
-            predicted=_predicted([sequence]),
+            max_length=max(sequence.num_cached for sequence in sequences),
+            predicted=_predicted(sequences),
         )
-        [[kind, count, *chain]] = torch.column_stack(
-            (proposal.kind, proposal.count, proposal.tokens)
-        ).tolist()
-        return chain[:count], kind
+        packed = torch.column_stack((proposal.kind, proposal.count, proposal.tokens)).tolist()
+        return [(chain[:count], kind) for kind, count, *chain in packed]
 
     @torch.inference_mode()
     def logprobs(
@@ -429,11 +410,10 @@ class Runner:
         nodes = verified.draft.row_of[row][self._ids(path)]
         return token_logprobs(verified.logits[nodes], self._ids(tokens), num_top)
 
-    def _ids(self, values: list[int]) -> Tensor:
+    def _ids(self, values: list[int] | Tensor) -> Tensor:
         """int64 on the device, without waiting for it."""
-        if self._device.type == "cpu":
-            return torch.tensor(values)
-        return torch.tensor(values, pin_memory=True).to(self._device, non_blocking=True)
+        ids = values if isinstance(values, Tensor) else torch.tensor(values)
+        return ids if self._device.type == "cpu" else ids.pin_memory().to(self._device, non_blocking=True)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Append those of the prompt tokens that this chunk's rows predict."""
@@ -443,6 +423,7 @@ class Runner:
             return
         if start == 0:
             sequence.prompt_logprobs = [None]
+        del sequence.prompt_logprobs[start + 1 :]  # of a pass that failed
         follows = sequence.token_ids[start + 1 : min(chunk.end + 1, sequence.num_prompt)]
         for offset in range(0, len(follows), MAX_TREE_NODES):
             part = follows[offset : offset + MAX_TREE_NODES]

@@ -44,7 +44,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: prefill chunks, each its own pass, then one decode pass over `num_nodes` each."""
+    """One step: prefill chunks of different sequences, then one decode pass over `num_nodes` each."""
 
     prefill: list[Chunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.cache.pool import KVPool
 
-__all__ = ["AttentionBackend", "AttentionInput", "Rotary", "RotatingAttention"]
+__all__ = ["AttentionBackend", "AttentionInput", "RaggedAttention", "Rotary", "RotatingAttention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +111,10 @@ class RotatingAttention(AttentionBackend, Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
         """See `AttentionBackend.attend`. With `rotary`, q and k come as the layer's product gives them."""
+
+
+@runtime_checkable
+class RaggedAttention(AttentionBackend, Protocol):
+    """A backend in which rows that an index leaves out cost next to nothing, in prefill chunks too."""
+
+    ragged: bool

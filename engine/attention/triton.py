@@ -83,6 +83,8 @@ class TritonAttention:
         processors: multiprocessors to fill; None asks the device.
     """
 
+    ragged = True
+
     def __init__(
         self,
         group: int,

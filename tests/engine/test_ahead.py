@@ -60,9 +60,9 @@ def test_tokens_do_not_wait_for_a_prefill_launched_behind_them(
     prefill = engine._runner.prefill
     seen: list[tuple[int, int]] = []
 
-    def noted(chunk: Chunk) -> object:
+    def noted(chunks: list[Chunk]) -> object:
         seen.append((made.num_output, made.in_flight))
-        return prefill(chunk)
+        return prefill(chunks)
 
     monkeypatch.setattr(engine._runner, "prefill", noted)
     engine.add(greedy("other", [4, 5], 30))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.attention.sdpa import SdpaAttention
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.engine.test_engine import LOOKUP, SETTINGS, check_greedy, with_heads
@@ -18,6 +19,8 @@ from tests.engine.test_engine_ahead import *
 def _mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(support.MODE, "captured", True)
     monkeypatch.setitem(support.MODE, "ahead", True)
+    # As the attention of a GPU: prompts are computed together.
+    monkeypatch.setattr(SdpaAttention, "ragged", True, raising=False)
 
 
 # With one model and one order of arrival: repeating operators one by one takes its time.

@@ -161,9 +161,9 @@ def test_choices_share_one_prefill(narrow: TinyModel) -> None:
         prefill = engine._runner.prefill
         computed: list[int] = []
 
-        def counted(chunk, prefill=prefill, computed=computed):
-            computed.append(chunk.end - chunk.start)
-            return prefill(chunk)
+        def counted(chunks, prefill=prefill, computed=computed):
+            computed.extend(chunk.end - chunk.start for chunk in chunks)
+            return prefill(chunks)
 
         engine._runner.prefill = counted  # type: ignore[method-assign]
         request = Request("r", prompt, SamplingParams(temperature=0.8, seed=5, max_tokens=12, n=4))

@@ -1,0 +1,100 @@
+"""What the host reads of a pass over prompts and of a decode step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.types import TokenLogprobs
+
+__all__ = ["NOT_FINITE", "Prefilled", "Results", "StepRow", "device_event"]
+
+NOT_FINITE = "the model computed values that are not finite; a wider dtype may help"
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What a chunk of a prompt gave.
+
+    Args:
+        error: why there is nothing; the rest then means nothing.
+        first: the first token, after the last chunk of a sequence that has none from before a preemption.
+        logprobs: of that token, where they were asked for.
+    """
+
+    error: str | None = None
+    first: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One sequence's share of a step, on the host.
+
+    Args:
+        sound: the carried hidden state has no NaN or infinity. One that is not finite spreads to all
+            later rows of its sequence, this one included.
+        length: accepted nodes without the root.
+        last: node at the accepted path's end.
+        nodes: bit mask of the nodes that matched together with all their ancestors, root bit 0.
+        tokens: what is emitted, length + 1 of them.
+        chain: what the lookup proposes for the next step.
+        kind: of the match that it follows.
+    """
+
+    sound: bool
+    length: int
+    last: int
+    nodes: int
+    tokens: list[int]
+    chain: list[int]
+    kind: int
+
+
+class Results:
+    """What the host reads of a step, on its way from the device from the moment this is made.
+
+    Args:
+        packed: [B, K] int64: finite, length, last, nodes, then D + 1 tokens, then kind, count and chain where
+            there is a lookup.
+        depth: D.
+        begun: an event of the step's beginning on CUDA.
+        started: `time.perf_counter()` of it.
+    """
+
+    def __init__(self, packed: Tensor, depth: int, *, started: float, begun: torch.cuda.Event | None) -> None:
+        self._depth, self._begun = depth, begun
+        self._ended: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            packed = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
+            self._ended = device_event()
+            self._ended.record()
+        self._packed = packed
+        self._seconds = time.perf_counter() - started
+
+    @property
+    def seconds(self) -> float:
+        """What the step took; on CUDA, on the device. Waits for its end."""
+        if self._ended is None or self._begun is None:
+            return self._seconds
+        self._ended.synchronize()
+        return float(self._begun.elapsed_time(self._ended)) / 1000
+
+    def rows(self) -> list[StepRow]:
+        """One for each sequence. Waits for the step's end."""
+        if self._ended is not None:
+            self._ended.synchronize()
+        found, first = [], 5 + self._depth
+        for sound, length, last, nodes, *rest in self._packed.tolist():
+            kind, count = rest[first - 4 : first - 2] if len(rest) > first - 4 else (0, 0)
+            chain = rest[first - 2 : first - 2 + count]
+            found.append(StepRow(bool(sound), length, last, nodes, rest[: length + 1], chain, kind))
+        return found
+
+
+def device_event() -> torch.cuda.Event:
+    """An event that tells the time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
