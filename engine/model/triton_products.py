@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.model.triton_kernels import activated
-from engine.triton_dependent import launched_early, launches_next, waits
+from engine.triton_dependent import launched_early, launches_next, prefetches, waits
 
 __all__ = ["MOST_ROWS", "Around", "Shape", "product", "shapes"]
 
@@ -27,6 +27,9 @@ MOST_ROWS = 32
 
 _FEW = 4
 """Rows of a product without tensor cores."""
+
+_AHEAD = 12 << 20
+"""Bytes of weights between a program's and those it asks for: about what is under way at a time."""
 
 _LONGEST = 2048
 """Channels that a program of several rows holds at once."""
@@ -55,12 +58,14 @@ class Shape(NamedTuple):
         outputs: of a program.
         channels: of one row, taken at once; of several rows, those that a warp takes.
         warps: of a program.
+        ahead: of one long row: before it waits, a program asks for the weights of the one so many behind it.
     """
 
     rows: int
     outputs: int
     channels: int
     warps: int
+    ahead: int = 0
 
 
 def shapes(rows: int, size: int, gated: bool) -> list[Shape]:
@@ -76,8 +81,14 @@ def shapes(rows: int, size: int, gated: bool) -> list[Shape]:
     if rows == 1 and size > _LONGEST:
         # Many small programs, each of which asks for all it reads at once, fill the time of those that end.
         chunk = min(whole, 4096)
-        found = [Shape(1, 1, chunk, 4), Shape(1, 2, chunk, 8), Shape(1, 1, chunk, 2), Shape(1, 4, 1024, 4)]
-        return found if gated else [Shape(1, 2, chunk, 4), *found, Shape(1, 4, chunk, 8), Shape(1, 8, 512, 4)]
+        found = [Shape(1, 1, chunk, 4), Shape(1, 2, chunk, 8), Shape(1, 1, chunk, 2)]
+        if not gated:
+            found = [Shape(1, 2, chunk, 8), Shape(1, 8, 512, 4), Shape(1, 4, 1024, 4), Shape(1, 1, chunk, 2)]
+        two = 2 if gated else 1
+        return [
+            *found,
+            *(shape._replace(ahead=_AHEAD // (2 * two * shape.outputs * size)) for shape in found[:2]),
+        ]
     if rows == 1:
         chunk = min(whole, 1024)
         return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, chunk, 8), Shape(1, 2, whole, 4)]
@@ -131,11 +142,15 @@ def _finish(
 def row_kernel(
     x_ptr, norm_ptr, weight_ptr, bias_ptr, y_ptr, size, width, eps, residual_scale,
     NORM: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    LOOP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    LOOP: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row: a program of the grid (outputs / BLOCK_N) takes its weights BLOCK_K channels at a time.
 
-    LOOP: there are more channels than that.
+    While the kernel in front ends, memory would have nothing to do but to bring the first programs' weights:
+    so each asks for those of the program AHEAD of it too, LINES of 128 bytes or fewer.
+
+    LOOP: there are more channels than BLOCK_K.
     """
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_K)
@@ -151,6 +166,13 @@ def row_kernel(
     g = channel.to(tl.float32)
     if NORM:
         g = tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    if AHEAD:
+        line = tl.arange(0, LINES) * 64
+        first = (tl.program_id(0).to(tl.int64) + AHEAD) * BLOCK_N * size
+        wanted = (line < BLOCK_N * size) & (first + line < tl.cast(width, tl.int64) * size)
+        prefetches((weight_ptr + first + line).to(tl.int64, bitcast=True), wanted)
+        if GATE:
+            prefetches((up_ptr + first + line).to(tl.int64, bitcast=True), wanted)
     if EARLY:
         waits()
         launches_next()
@@ -344,7 +366,9 @@ def product(
     grid = (triton.cdiv(width, shape.outputs), triton.cdiv(rows, shape.rows))
     if rows == 1:
         loop = size > shape.channels
-        row_kernel[grid](*pointers, size, width, eps, residual_scale, LOOP=loop, **flags, **options)
+        lines = triton.next_power_of_2(triton.cdiv(shape.outputs * size, 64))
+        ways = {"LOOP": loop, "AHEAD": shape.ahead if early else 0, "LINES": lines}
+        row_kernel[grid](*pointers, size, width, eps, residual_scale, **ways, **flags, **options)
         return y
     numbers, flags = (rows, size, width, eps, residual_scale), {**flags, "BLOCK_M": shape.rows}
     if shape.channels >= size:
