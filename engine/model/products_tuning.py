@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _MODULES = (triton_kernels, triton_products, triton_dependent)
 """The kernels' source."""
 
-ROWS = (1, 4, 8, 16, MOST_ROWS)
+ROWS = (1, 8, 16, 32, MOST_ROWS)
 """Steps of up to so many rows share their ways, and are measured by the largest of them."""
 
 _LAYERS = 12

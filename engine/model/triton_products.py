@@ -22,11 +22,11 @@ from engine.triton_dependent import launched_early, launches_next, prefetches, w
 
 __all__ = ["MOST_ROWS", "Around", "Shape", "product", "shapes"]
 
-MOST_ROWS = 32
+MOST_ROWS = 64
 """More of them are torch's."""
 
-_FEW = 4
-"""Rows of a product without tensor cores."""
+_MOST_HELD = 768
+"""Numbers that a thread may hold of its tiles; more spill."""
 
 _AHEAD = 12 << 20
 """Bytes of weights between a program's and those it asks for: about what is under way at a time."""
@@ -94,24 +94,16 @@ def shapes(rows: int, size: int, gated: bool) -> list[Shape]:
         return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, chunk, 8), Shape(1, 2, whole, 4)]
     if rows > MOST_ROWS or size > _LONGEST:
         return []
+    # Few warps, each with a long share: joining what they have summed up takes as long as summing it up.
+    tokens = (8,) if rows <= 8 else (16,) if rows <= 16 else (16, 32)
     found = []
-    if rows <= _FEW:
-        found = [
-            Shape(triton.next_power_of_2(rows), outputs, whole, warps) for outputs, warps in ((2, 4), (4, 8))
-        ]
-    long = size > 1024
-    some = next((most for most in (8, 16) if rows <= most), 16)
-    tiles = [(some, 16, 16), (some, 16, 8)] if long else [(some, 16, 8), (some, 16, 4), (some, 32, 8)]
-    if rows > 16:
-        tiles = (
-            [(32, 16, 16), (16, 16, 16), (16, 32, 16)] if long else [(32, 16, 8), (32, 32, 8), (16, 32, 8)]
-        )
-    for tokens, outputs, warps in tiles:
+    for warps in (8, 4, 16) if size > 1024 else (4, 2, 8):
         channels = max(16, triton.next_power_of_2(triton.cdiv(size, warps)))
-        # A thread holds the rows' and the weights' tiles, and the rows once more in float32 for their norm.
-        held = channels * (2 * tokens + outputs * (2 if gated else 1)) // 32
-        if held <= 512:
-            found.append(Shape(tokens, outputs, channels, warps))
+        for some in tokens:
+            # Tiles of the rows and of the weights, and the rows in float32 for their norm.
+            held = channels * (2 * some + 16 * (2 if gated else 1)) // 32
+            if held <= _MOST_HELD:
+                found.append(Shape(some, 16, channels, warps))
     return found
 
 
@@ -213,49 +205,6 @@ def row_kernel(
         scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / size + eps)
     _finish(
         sums, up, scale, bias_ptr, y_ptr, output, output, output < width, width, residual_scale,
-        NORM, GATE, BIAS, ADD,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows"])
-def few_rows_kernel(
-    x_ptr, norm_ptr, weight_ptr, bias_ptr, y_ptr, rows, size, width, eps, residual_scale,
-    NORM: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M rows and BLOCK_N outputs a program, all channels at once, without tensor cores."""
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.arange(0, BLOCK_M)
-    channel = tl.arange(0, BLOCK_K)
-    inside = channel < size
-    weighed = (output < width)[:, None] & inside[None, :]
-    at = output.to(tl.int64)[:, None] * size + channel[None, :]
-    w = tl.load(weight_ptr + at, mask=weighed, other=0.0)
-    u = w
-    if GATE:
-        u = tl.load(weight_ptr + tl.cast(width, tl.int64) * size + at, mask=weighed, other=0.0)
-    g = channel.to(tl.float32)
-    if NORM:
-        g = tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        if OFFSET:
-            g += 1.0
-    if EARLY:
-        waits()
-        launches_next()
-    read = (row < rows)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + row[:, None] * size + channel[None, :], mask=read, other=0.0).to(tl.float32)
-    scale = tl.zeros([BLOCK_M, 1], tl.float32)
-    if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / size + eps)[:, None]
-        x = x * g[None, :]
-    sums = tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], 2)
-    up = sums
-    if GATE:
-        up = tl.sum(x[:, None, :] * u.to(tl.float32)[None, :, :], 2)
-    place = row[:, None] * width + output[None, :]
-    kept = (row < rows)[:, None] & (output < width)[None, :]
-    _finish(
-        sums, up, scale, bias_ptr, y_ptr, place, output[None, :], kept, width, residual_scale,
         NORM, GATE, BIAS, ADD,
     )  # fmt: skip
 
@@ -371,9 +320,6 @@ def product(
         row_kernel[grid](*pointers, size, width, eps, residual_scale, **ways, **flags, **options)
         return y
     numbers, flags = (rows, size, width, eps, residual_scale), {**flags, "BLOCK_M": shape.rows}
-    if shape.channels >= size:
-        few_rows_kernel[grid](*pointers, *numbers, **flags, **options)
-    else:
-        share = triton.cdiv(triton.cdiv(size, shape.warps), 8) * 8
-        rows_kernel[grid](*pointers, *numbers, WARPS=shape.warps, SHARE=share, **flags, **options)
+    share = triton.cdiv(triton.cdiv(size, shape.warps), 8) * 8
+    rows_kernel[grid](*pointers, *numbers, WARPS=shape.warps, SHARE=share, **flags, **options)
     return y

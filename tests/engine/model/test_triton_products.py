@@ -168,7 +168,7 @@ def test_steps_take_the_ways_of_the_smallest_bucket_that_holds_them(
     layers.ways = {
         n: Ways(qkv=shape._replace(outputs=n), gate_up=shape._replace(outputs=n)) for n in (16, 1, MOST_ROWS)
     }
-    for rows, bucket in ((1, 1), (2, 16), (16, 16), (17, 32), (32, 32), (33, 0)):
+    for rows, bucket in ((1, 1), (2, 16), (16, 16), (17, 64), (64, 64), (65, 0)):
         taken.clear()
         tokens = torch.arange(rows, device=DEVICE) % 7
         model(tokens, tokens, Recorder())
