@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents as launches_next, gdc_wait as waits
 
-__all__ = ["launched_early", "launches_next", "prefetches", "waits"]
+__all__ = ["ahead_of", "asks_ahead", "launched_early", "launches_next", "prefetches", "waits"]
 
 
 @triton.jit
@@ -31,6 +32,36 @@ def prefetches(pointer, wanted):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def asks_ahead(pointer, lines, program, LINES: tl.constexpr):
+    """One program's share of a weight's first `lines` lines of 128 bytes, LINES of them, asked for into L2.
+
+    Args:
+        pointer: to elements of 16 bits.
+        program: its number.
+    """
+    line = program * LINES + tl.arange(0, LINES)
+    prefetches((pointer + line.to(tl.int64) * 64).to(tl.int64, bitcast=True), line < lines)
+
+
+def ahead_of(weight: Tensor | None, num_bytes: int, programs: int) -> tuple[int, int]:
+    """How many lines of 128 bytes of a weight so many programs ask for, and how many each; see `asks_ahead`.
+
+    Args:
+        weight: contiguous, of 16 bits; None: nothing is asked for.
+        num_bytes: no more than that.
+    """
+    if weight is None or not num_bytes or weight.element_size() != 2:
+        return 0, 0
+    lines = min(num_bytes, weight.numel() * 2) // 128
+    each = min(triton.next_power_of_2(triton.cdiv(lines, programs)), _MOST_LINES)
+    return min(lines, each * programs), each
+
+
+_MOST_LINES = 4096
+"""That one program asks for."""
 
 
 def launched_early(device: torch.device) -> tuple[bool, dict[str, Any]]:

@@ -20,12 +20,17 @@ __all__ = ["FusedLayers", "Ways"]
 
 
 class Ways(NamedTuple):
-    """How a layer's products are made in steps of so many rows: a kernel's shape, or None for torch's."""
+    """How a layer's products are made in steps of so many rows: a kernel's shape, or None for torch's.
+
+    Args:
+        ahead: bytes of the weight behind it that a kernel in front of a product of torch's asks for into L2.
+    """
 
     qkv: Shape | None = None
     o: Shape | None = None
     gate_up: Shape | None = None
     down: Shape | None = None
+    ahead: int = 0
 
 
 class FusedLayers:
@@ -92,17 +97,41 @@ class FusedLayers:
         first = opening[0] if ways.qkv is None else None
         x, y = kernels.embed(tokens, self._embedding, self._scale, first, self._eps, offset=self._offset)
         for index, layer in enumerate(self.layers):
+            last = index + 1 == len(self.layers)
+            behind = None if last else self.layers[index + 1].qkv_proj
             qkv = self._open(layer.qkv_proj, x, y, opening[index], ways.qkv).view(rows, -1, layer.head_dim)
             mixed = self._attended(layer, qkv, positions, attention)
             norm, after = _weight(layer.mlp_norm), layer.attention_output_norm
             y = self._close(
-                layer, layer.o_proj, x, mixed, after, norm if ways.gate_up is None else None, ways.o
+                layer,
+                layer.o_proj,
+                x,
+                mixed,
+                after,
+                norm if ways.gate_up is None else None,
+                ways.o,
+                ahead=_ahead(layer.gate_up_proj, ways.gate_up, ways),
             )
-            gated = self._open(layer.gate_up_proj, x, y, norm, ways.gate_up, self._activation)
-            last = index + 1 == len(self.layers)
-            norm = opening[index + 1] if last or ways.qkv is None else None
-            to = out if last else None
-            y = self._close(layer, layer.down_proj, x, gated, layer.mlp_output_norm, norm, ways.down, to)
+            gated = self._open(
+                layer.gate_up_proj,
+                x,
+                y,
+                norm,
+                ways.gate_up,
+                self._activation,
+                _ahead(layer.down_proj, ways.down, ways),
+            )
+            y = self._close(
+                layer,
+                layer.down_proj,
+                x,
+                gated,
+                layer.mlp_output_norm,
+                opening[index + 1] if last or ways.qkv is None else None,
+                ways.down,
+                out if last else None,
+                _ahead(behind, ways.qkv, ways),
+            )
         return y
 
     def _open(
@@ -113,13 +142,14 @@ class FusedLayers:
         norm: Tensor | None,
         shape: Shape | None,
         activation: str = "",
+        ahead: tuple[Tensor | None, int] = (None, 0),
     ) -> Tensor:
         """A block's first product, of x, whose norm is y unless the product norms x itself."""
         if shape is not None:
             around = Around(norm=norm is not None, offset=self._offset, activation=activation)
             return product(x, linear.weight, linear.bias, shape, around, norm=norm, eps=self._eps)
         out = linear(y)
-        return kernels.gated_activation(out, activation) if activation else out
+        return kernels.gated_activation(out, activation, ahead) if activation else out
 
     def _close(
         self,
@@ -131,6 +161,7 @@ class FusedLayers:
         before: Tensor | None,
         shape: Shape | None,
         y: Tensor | None = None,
+        ahead: tuple[Tensor | None, int] = (None, 0),
     ) -> Tensor:
         """A block's last product, of `inner`, added to x in place; then x's norm, or x without `before`."""
         scale = layer.residual_scale
@@ -144,6 +175,7 @@ class FusedLayers:
                 offset=self._offset,
                 residual_scale=scale,
                 y=y,
+                ahead=ahead,
             )
         product(inner, linear.weight, linear.bias, shape, Around(adds=True), y=x, residual_scale=scale)
         return x if before is None else kernels.rms_norm(x, before, self._eps, offset=self._offset, y=y)
@@ -168,3 +200,10 @@ class FusedLayers:
 
 def _weight(norm: RMSNorm | None) -> Tensor | None:
     return None if norm is None else norm.weight
+
+
+def _ahead(linear: Linear | None, shape: Shape | None, ways: Ways) -> tuple[Tensor | None, int]:
+    """What to ask for in front of a product: its weight, if it is torch's."""
+    if linear is None or shape is not None or linear.quantized is not None:
+        return None, 0
+    return linear.weight, ways.ahead

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import triton_dependent
 from engine.attention.base import AttentionInput
 from engine.cache.pool import KVPool
-from engine.model import triton_kernels, triton_products
+from engine.model import fused_triton, triton_kernels, triton_products
 from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.triton_products import MOST_ROWS, Shape, shapes
 from engine.triton_measuring import REFUSALS, Kept, side_by_side
@@ -26,11 +26,14 @@ __all__ = ["ROWS", "tune_products"]
 
 log = logging.getLogger(__name__)
 
-_MODULES = (triton_kernels, triton_products, triton_dependent)
-"""The kernels' source."""
+_MODULES = (triton_kernels, triton_products, triton_dependent, fused_triton)
+"""The kernels' source, and what runs them."""
 
-ROWS = (1, 8, 16, 32, MOST_ROWS)
+ROWS = (1, 8, 16, 32, MOST_ROWS, 256)
 """Steps of up to so many rows share their ways, and are measured by the largest of them."""
+
+_AHEAD = (8 << 20, 24 << 20)
+"""Bytes to ask for ahead that are tried, beside none."""
 
 _LAYERS = 12
 """Layers that are measured: enough that their weights, or most of them, come from memory each time."""
@@ -82,7 +85,8 @@ def tune_products(
         log.info("measured the products of few rows in %.1f s", time.monotonic() - started)
         kept.write(known)
     layers.ways = {
-        rows: Ways(*(None if shape is None else Shape(*shape) for shape in ways)) for rows, ways in known
+        rows: Ways._make([*(None if shape is None else Shape(*shape) for shape in ways), ahead])
+        for rows, (*ways, ahead) in known
     }
 
 
@@ -91,10 +95,8 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
     first = layers.layers[0]
     choices = {
         name: shapes(rows, linear.in_features, gated=name == "gate_up")
-        for name, linear in zip(Ways._fields, first.linears, strict=True)
+        for name, linear in zip(Ways._fields[:4], first.linears, strict=True)
     }
-    if not any(choices.values()):
-        return Ways()
     device = first.qkv_proj.weight.device
     tokens = torch.arange(rows, device=device) % 7
     mixed = torch.randn(rows, first.o_proj.in_features, device=device).to(first.o_proj.weight.dtype)
@@ -104,7 +106,7 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
         some.ways = {rows: ways}
         some(tokens, tokens, attention)
 
-    alone = [Ways(**{name: shape}) for name, found in choices.items() for shape in found]
+    alone = [_with(Ways(), name, shape) for name, found in choices.items() for shape in found]
     here = partial(torch.cuda.device, device) if device.type == "cuda" else nullcontext
     side_by_side([partial(run, layers.some(1), ways) for ways in alone], here)
     measured = layers.some(_LAYERS)
@@ -118,19 +120,30 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
         return found
 
     # A product of ours gains most between two others of ours, which begin early: so from all of them.
-    best = Ways(*(found[0] if found else None for found in choices.values()))
+    best = Ways._make([*(found[0] if found else None for found in choices.values()), 0])
     time_of_best = timed(best)
     for name in ("gate_up", "down", "qkv", "o"):  # the largest first
         for shape in (*choices[name][1:], None):
-            trial = best._replace(**{name: shape})
+            trial = _with(best, name, shape)
             if trial != best and (found := timed(trial)) < time_of_best:
                 best, time_of_best = trial, found
     by_torch = timed(Ways())
     if by_torch <= time_of_best:
         best, time_of_best = Ways(), by_torch
+    if any(getattr(best, name) is None for name in choices):
+        for ahead in _AHEAD:
+            trial = best._replace(ahead=ahead)
+            if (found := timed(trial)) < time_of_best:
+                best, time_of_best = trial, found
     text = "%d rows: a pass of %d layers takes %.4f ms, %.4f with torch's products: %s"
     log.info(text, rows, len(measured.layers), time_of_best, by_torch, best)
     return best
+
+
+def _with(ways: Ways, name: str, shape: Shape | None) -> Ways:
+    return Ways._make(
+        shape if field == name else value for field, value in zip(ways._fields, ways, strict=True)
+    )
 
 
 def _milliseconds(run: Callable[[], object]) -> float:

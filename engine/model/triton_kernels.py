@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.attention.base import Rotary
-from engine.triton_dependent import launched_early, launches_next, waits
+from engine.triton_dependent import ahead_of, asks_ahead, launched_early, launches_next, waits
 
 __all__ = [
     "activated",
@@ -52,6 +52,8 @@ def _add_norm_kernel(
     after_ptr,
     before_ptr,
     y_ptr,
+    ahead_ptr,
+    lines,
     size,
     residual_scale,
     eps,
@@ -61,7 +63,10 @@ def _add_norm_kernel(
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
+    LINES: tl.constexpr,
 ):
+    if LINES:
+        asks_ahead(ahead_ptr, lines, tl.program_id(0), LINES)
     if EARLY:
         waits()
         launches_next()
@@ -90,6 +95,7 @@ def add_norm(
     offset: bool = False,
     residual_scale: float = 1.0,
     y: Tensor | None = None,
+    ahead: tuple[Tensor | None, int] = (None, 0),
 ) -> Tensor:
     """x += residual_scale * norm(out), in place; then norm(x).
 
@@ -101,11 +107,12 @@ def add_norm(
         eps: added to the mean squares.
         offset: norms multiply by 1 + weight.
         y: [T, hidden], contiguous: where norm(x) goes; None is a new tensor.
+        ahead: a weight of 16 bits and bytes: so much of it is asked for into L2 meanwhile, from Hopper on.
 
     Returns:
         [T, hidden], the next block's input; x itself without `before`.
     """
-    return _launch_add_norm(x, out, after, before, eps, offset, residual_scale, y)
+    return _launch_add_norm(x, out, after, before, eps, offset, residual_scale, y, ahead)
 
 
 def rms_norm(
@@ -124,6 +131,7 @@ def _launch_add_norm(
     offset: bool,
     residual_scale: float,
     y: Tensor | None = None,
+    ahead: tuple[Tensor | None, int] = (None, 0),
 ) -> Tensor:
     rows, size = x.shape
     if before is None:
@@ -134,12 +142,15 @@ def _launch_add_norm(
         return y
     block = triton.next_power_of_2(size)
     early, options = launched_early(x.device)
+    lines, each = ahead_of(*ahead, rows) if early else (0, 0)
     _add_norm_kernel[(rows,)](
         x,
         x if out is None else out,
         x if after is None else after,
         x if before is None else before,
         y,
+        x if ahead[0] is None else ahead[0],
+        lines,
         size,
         residual_scale,
         eps,
@@ -149,6 +160,7 @@ def _launch_add_norm(
         OFFSET=offset,
         BLOCK=block,
         EARLY=early,
+        LINES=each,
         num_warps=_warps(block),
         **options,
     )
@@ -322,7 +334,19 @@ def activated(gate, GELU: tl.constexpr):
 
 
 @triton.jit
-def _gated_kernel(gate_up_ptr, y_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _gated_kernel(
+    gate_up_ptr,
+    y_ptr,
+    ahead_ptr,
+    lines,
+    width,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    if LINES:
+        asks_ahead(ahead_ptr, lines, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), LINES)
     if EARLY:
         waits()
         launches_next()
@@ -336,12 +360,15 @@ def _gated_kernel(gate_up_ptr, y_ptr, width, GELU: tl.constexpr, BLOCK: tl.const
     tl.store(y_ptr + row * width + column, (active * up.to(tl.float32)).to(kind), mask=inside)
 
 
-def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+def gated_activation(
+    gate_up: Tensor, activation: str, ahead: tuple[Tensor | None, int] = (None, 0)
+) -> Tensor:
     """act(gate) * up.
 
     Args:
         gate_up: [T, 2 * width], contiguous, the gate first.
         activation: "silu" or "gelu_tanh".
+        ahead: see `add_norm`.
 
     Returns:
         [T, width].
@@ -350,13 +377,18 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     y = gate_up.new_empty(rows, width)
     if rows:
         early, options = launched_early(y.device)
-        _gated_kernel[(rows, triton.cdiv(width, _COLUMNS_PER_PROGRAM))](
+        grid = (rows, triton.cdiv(width, _COLUMNS_PER_PROGRAM))
+        lines, each = ahead_of(*ahead, grid[0] * grid[1]) if early else (0, 0)
+        _gated_kernel[grid](
             gate_up,
             y,
+            gate_up if ahead[0] is None else ahead[0],
+            lines,
             width,
             GELU=activation == "gelu_tanh",
             BLOCK=_COLUMNS_PER_PROGRAM,
             EARLY=early,
+            LINES=each,
             num_warps=4,
             **options,
         )

@@ -15,10 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from engine.model import products_tuning
+from engine.model import products_tuning, triton_kernels
 from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.products_tuning import ROWS, tune_products
 from engine.model.triton_products import MOST_ROWS, Around, Shape, product, shapes
+from engine.triton_dependent import ahead_of
 from tests.engine.model.test_fused_triton import Recorder, decoder
 
 pytestmark = pytest.mark.cuda
@@ -175,6 +176,60 @@ def test_steps_take_the_ways_of_the_smallest_bucket_that_holds_them(
         assert set(taken) == {bucket}
 
 
+@torch.inference_mode()
+def test_in_front_of_a_product_of_torchs_its_weight_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layers = fused(tmp_path, num_hidden_layers=2)
+    asked: list[tuple[Any, int]] = []
+    add_norm, gated = triton_kernels.add_norm, triton_kernels.gated_activation
+
+    def noted_norm(*args: Any, ahead: tuple[Any, int], **options: Any) -> Tensor:
+        asked.append(ahead)
+        return add_norm(*args, ahead=ahead, **options)
+
+    def noted_gate(gate_up: Tensor, activation: str, ahead: tuple[Any, int]) -> Tensor:
+        asked.append(ahead)
+        return gated(gate_up, activation, ahead)
+
+    monkeypatch.setattr(triton_kernels, "add_norm", noted_norm)
+    monkeypatch.setattr(triton_kernels, "gated_activation", noted_gate)
+    first, second = model.layers
+    every, tokens = first_of(model, 5), torch.arange(5, device=DEVICE)
+    behind = [
+        first.gate_up_proj,
+        first.down_proj,
+        second.qkv_proj,
+        second.gate_up_proj,
+        second.down_proj,
+        None,
+    ]
+    for ways, ours in ((Ways(), ()), (Ways(down=every.down), ("down",)), (Ways(qkv=every.qkv), ("qkv",))):
+        layers.ways = {8: ways._replace(ahead=4096)}
+        asked.clear()
+        model(tokens, tokens, Recorder())
+        wanted = [None if linear is None else linear.weight for linear in behind]
+        if "down" in ours:  # its kernel adds, and is not asked for
+            wanted = [first.gate_up_proj.weight, None, second.gate_up_proj.weight, None]
+        if "qkv" in ours:
+            wanted[2] = None
+        assert [weight is want for (weight, _), want in zip(asked, wanted, strict=True)] == [True] * len(
+            wanted
+        )
+        assert {size for weight, size in asked if weight is not None} == {4096}
+
+
+def test_so_many_lines_are_asked_for() -> None:
+    weight = torch.empty(64, 128, dtype=torch.bfloat16)  # 128 lines
+    assert ahead_of(weight, 1 << 20, 4) == (128, 32)
+    assert ahead_of(weight, 1280, 4) == (10, 4)
+    assert ahead_of(weight, 1 << 20, 100) == (128, 2)
+    assert ahead_of(weight, 0, 4) == ahead_of(None, 1 << 20, 4) == (0, 0)
+    assert ahead_of(weight.float(), 1 << 20, 4) == (0, 0)
+    wide = torch.empty(1 << 13, 1 << 8, dtype=torch.bfloat16)  # 32768 lines
+    assert ahead_of(wide, 1 << 30, 2) == (8192, 4096)
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         properties = SimpleNamespace(name="a GPU", multi_processor_count=4)
@@ -188,14 +243,14 @@ def test_the_measurement_takes_what_is_fastest_and_keeps_it(
     stand_in(monkeypatch)
     monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
     model, layers = fused(tmp_path / "model", torch.bfloat16)
-    liked = {rows: first_of(model, rows) for rows in ROWS}
+    liked = {rows: first_of(model, rows) for rows in ROWS if rows <= MOST_ROWS}
     clocked: list[Ways] = []
 
     def clock(run: Any) -> float:
         _, ways = run.args
         clocked.append(ways)
-        # The first shapes of qkv and down pay, whatever the others are, and nothing else does.
-        by_torch = 10.0 + sum(shape is not None for shape in (ways.o, ways.gate_up))
+        # The first shapes of qkv and down pay, whatever the others are, and so does a little ahead.
+        by_torch = 10.0 + sum(shape is not None for shape in (ways.o, ways.gate_up)) - (ways.ahead == 8 << 20)
         return by_torch - sum(
             any(getattr(ways, n) == getattr(w, n) for w in liked.values()) for n in ("qkv", "down")
         )
@@ -203,7 +258,10 @@ def test_the_measurement_takes_what_is_fastest_and_keeps_it(
     tune_products(layers, tmp_path / "kept", clock=clock)
     assert set(layers.ways) == set(ROWS)
     for rows, ways in layers.ways.items():
-        assert ways == Ways(qkv=liked[rows].qkv, down=liked[rows].down)
+        if rows <= MOST_ROWS:
+            assert ways == Ways(qkv=liked[rows].qkv, down=liked[rows].down, ahead=8 << 20)
+        else:
+            assert ways == Ways(ahead=8 << 20)
     (file,) = (tmp_path / "kept").iterdir()
     assert json.loads(file.read_text())["device"]
     assert "measured the products" in caplog.text
