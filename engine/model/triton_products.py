@@ -251,6 +251,9 @@ def rows_kernel(
     if NORM:
         value = x.to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(tl.sum(value * value, 2), 0) / size + eps)[None, :]
+        if x.dtype == tl.float16:  # without its scale it might not fit
+            value *= scale[:, :, None]
+            scale = tl.full([1, BLOCK_M], 1.0, tl.float32)
         x = (value * g[:, None, :]).to(x.dtype)
     x = tl.trans(x, 0, 2, 1)
     sums = tl.sum(tl.dot(w, x, input_precision="ieee"), 0)

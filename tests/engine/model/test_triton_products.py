@@ -100,6 +100,16 @@ def test_every_shape_gives_the_product(
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), shape
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_float16_does_not_overflow_where_the_norm_keeps_it_small(rows: int) -> None:
+    x, weight = 1e4 * torch.randn(rows, 208), torch.randn(32, 208) / 20
+    x, weight, norm = (tensor.half().to(DEVICE) for tensor in (x, weight, torch.full((208,), 20.0)))
+    want = wanted(x, weight, None, Around(norm=True), norm, x[:0])
+    for shape in shapes(rows, 208, gated=False):
+        got = product(x, weight, None, shape, Around(norm=True), norm=norm, eps=1e-5)
+        assert (got.double() - want).norm() / want.norm() < 1e-2, shape
+
+
 def test_rows_do_not_depend_on_one_another() -> None:
     x, weight, norm = torch.randn(16, 80), torch.randn(48, 80), torch.ones(80)
     x, weight, norm = x.to(DEVICE), weight.to(DEVICE), norm.to(DEVICE)
