@@ -17,7 +17,15 @@ from torch import Tensor
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton_join import join_kernel
 from engine.attention.triton_kernels import attend_kernel
-from engine.attention.triton_tiles import LEAST_ROWS, Kind, Tile, block_channels, candidates, parts_at_once
+from engine.attention.triton_tiles import (
+    LEAST_ROWS,
+    Kind,
+    Tile,
+    block_channels,
+    candidates,
+    join_shape,
+    joined_at_once,
+)
 from engine.cache.pool import KVPool
 from engine.triton_dependent import launched_early
 
@@ -29,12 +37,11 @@ _PROGRAMS_PER_PROCESSOR = 2
 _MOST_PARTS = 64
 """Parts of a query row's keys; the second kernel holds them all in registers."""
 
-_LEAST_KEYS = 128
-"""Fewer cached keys are not worth a part of their own."""
-
-
 _MOST_NODES = 32
-"""Nodes of a tree that are taken as keys at once."""
+"""Nodes of a tree that are taken as keys at once where they are rotated, which passes through registers."""
+
+_ROWS_EACH = 4
+"""Rows (of a token and head) for each multiprocessor up to which a program of the second kernel joins one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,7 @@ class _Plan:
         parts: how many parts the keys come in, for each window of a layer.
         mixed: [parts, T, heads, head_dim] float32, the parts' outputs; empty where no layer is split.
         weight: [parts, T, heads] float32, log2 of their weights' sums.
+        filled: [T, heads] int32, how many parts share a row's cached keys; empty where nobody asks.
         counts: int32, where programs count those that are done; all zeros between launches.
     """
 
@@ -65,6 +73,7 @@ class _Plan:
     parts: dict[int | None, int]
     mixed: Tensor
     weight: Tensor
+    filled: Tensor
     counts: Tensor
 
 
@@ -109,29 +118,32 @@ class TritonAttention:
             row_of.view(-1)[batch.index] = torch.arange(tokens, device=pool.device)
         query_rows = num_rows * self._group
         kind = Kind.of(query_rows, tree=batch.ancestors is not None)
-        channels = block_channels(head_dim)
-        untuned = candidates(kind, channels, pool.dtype.itemsize)[0]
+        untuned = candidates(kind, block_channels(head_dim), pool.dtype.itemsize)[0]
         tile = self._tiles.get(kind, untuned)
         programs = triton.cdiv(query_rows, tile.rows) * kv_heads * sequences
         cached = batch.max_length - num_rows
         parts = {
-            window: self._parts(programs, cached if window is None else min(cached, window), pool.device)
+            window: self._parts(
+                tile, programs, cached if window is None else min(cached, window), pool.device
+            )
             for window in (self._windows or (None,))
         }
         most = max(parts.values())
         shape = (most, tokens, kv_heads * self._group) if most > 1 else (0, 0, 0)
+        # In a chunk the same key is loaded by many programs.
+        rotates = batch.ancestors is not None and tile.rotates
         self._plan = _Plan(
             pool=pool,
             batch=batch,
             tokens=tokens,
             tile=tile,
-            new_keys=tile.keys if batch.ancestors is None else self._new_keys(kind, tile),
-            # Not in a chunk, where the same key is loaded by many programs, nor where registers are few.
-            rotates=batch.ancestors is not None and (channels <= 128 or tile.rows <= 32),
+            new_keys=tile.keys if batch.ancestors is None else self._new_keys(kind, tile, rotates),
+            rotates=rotates,
             row_of=row_of,
             parts=parts,
             mixed=torch.empty(*shape, head_dim, dtype=torch.float32, device=pool.device),
             weight=torch.empty(shape, dtype=torch.float32, device=pool.device),
+            filled=torch.empty(() if tile.joins else shape[1:], dtype=torch.int32, device=pool.device),
             counts=self._zeros(pool.device),
         )
 
@@ -160,13 +172,16 @@ class TritonAttention:
             norm, cos, sin, half = rotary.norm, rotary.cos, rotary.sin, rotary.cos.shape[1] // 2
         out = q.new_empty(plan.tokens, heads * head_dim)
         early, options = launched_early(q.device)
-        attend_kernel[triton.cdiv(num_rows * self._group, tile.rows), parts * kv_heads, sequences](
+        at_once = joined_at_once(tile, num_rows * self._group, channels) if tile.joins else (1, 1)
+        planes = parts + 1 if parts > 1 else 1
+        attend_kernel[triton.cdiv(num_rows * self._group, tile.rows), planes * kv_heads, sequences](
             q,
             k,
             v,
             out,
             plan.mixed,
             plan.weight,
+            plan.filled,
             plan.counts,
             k_pool,
             v_pool,
@@ -183,6 +198,7 @@ class TritonAttention:
             scale * math.log2(math.e),
             plan.tokens,
             num_rows,
+            tile.least_keys,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -203,13 +219,13 @@ class TritonAttention:
             NORM=norm is not None,
             OFFSET=rotary is not None and rotary.offset,
             BLOCK_SIZE=pool.block_size,
-            LEAST_KEYS=_LEAST_KEYS,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.keys,
             BLOCK_NEW=plan.new_keys,
             BLOCK_D=channels,
             BLOCK_W=triton.next_power_of_2(triton.cdiv(tile.rows, self._group)),
-            BLOCK_P=parts_at_once(tile, channels),
+            BLOCK_J=at_once[0],
+            BLOCK_P=at_once[1],
             PRECISION="ieee",
             EARLY=early,
             num_warps=tile.warps,
@@ -217,27 +233,29 @@ class TritonAttention:
             **options,
         )
         if parts > 1 and not tile.joins:
-            block_parts = triton.next_power_of_2(parts)
-            join_kernel[plan.tokens, heads](
+            rows = plan.tokens * heads
+            one = rows <= _ROWS_EACH * self._multiprocessors(q.device)
+            block_rows, block_parts = join_shape(channels, one=one)
+            join_kernel[(triton.cdiv(rows, block_rows),)](
                 plan.mixed,
                 plan.weight,
+                plan.filled,
                 out,
-                plan.tokens,
-                parts,
-                HEADS=heads,
+                rows,
                 HEAD_DIM=head_dim,
-                BLOCK_P=block_parts,
+                BLOCK_M=block_rows,
                 BLOCK_D=channels,
+                BLOCK_P=block_parts,
                 EARLY=early,
-                num_warps=max(1, min(8, block_parts * channels // 512)),
+                num_warps=4,
                 **options,
             )
         return out
 
-    def _new_keys(self, kind: Kind, tile: Tile) -> int:
-        """Nodes in a tile of keys: few, since what is rotated passes through registers."""
-        most: int = min(triton.next_power_of_2(triton.cdiv(kind.rows, self._group)), _MOST_NODES)
-        return min(tile.keys, max(LEAST_ROWS, most))
+    def _new_keys(self, kind: Kind, tile: Tile, rotates: bool) -> int:
+        """Nodes in a tile of keys: all of them, or few."""
+        nodes: int = triton.next_power_of_2(triton.cdiv(kind.rows, self._group))
+        return min(tile.keys, max(LEAST_ROWS, min(nodes, _MOST_NODES) if rotates else nodes))
 
     def _multiprocessors(self, device: torch.device) -> int:
         if self._processors is None:
@@ -251,7 +269,7 @@ class TritonAttention:
             self._counts = torch.zeros(size, dtype=torch.int32, device=device)
         return self._counts
 
-    def _parts(self, programs: int, cached: int, device: torch.device) -> int:
+    def _parts(self, tile: Tile, programs: int, cached: int, device: torch.device) -> int:
         """In how many parts to take keys, `cached` of which are in the pool at most.
 
         Args:
@@ -259,7 +277,7 @@ class TritonAttention:
         """
         processors = self._multiprocessors(device)
         idle = processors * _PROGRAMS_PER_PROCESSOR // programs
-        shares = min(idle, triton.cdiv(cached, _LEAST_KEYS), _MOST_PARTS - 1)
+        shares = min(idle, triton.cdiv(cached, tile.least_keys), _MOST_PARTS - 1)
         return 1 if shares < 2 else shares + 1  # the new rows are a part of their own
 
 

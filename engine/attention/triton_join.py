@@ -15,13 +15,12 @@ def join_parts(
     part_ptr,
     weight_ptr,
     out_ptr,
-    at_row,
+    row,
     valid,
     filled,
-    parts,
-    num_tokens,
+    most,
+    num_rows,
     channel,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -30,18 +29,17 @@ def join_parts(
     """The parts of a tile of query rows weighted together, always in the same order.
 
     Args:
-        at_row: [BLOCK_M], rows of [T, HEADS]; valid: [BLOCK_M].
-        filled: parts 0 .. filled - 1 have keys, and the last of all `parts`.
+        row: [BLOCK_M], of all `num_rows` rows of a part; valid: [BLOCK_M].
+        filled: [BLOCK_M], a row has parts 0 .. filled; most: the largest of these.
     """
-    stride = num_tokens.to(tl.int64) * HEADS
+    stride = num_rows.to(tl.int64)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, filled + 1, BLOCK_P):
-        turn = start + tl.arange(0, BLOCK_P)
-        part = tl.where(turn == filled, parts - 1, turn).to(tl.int64)
-        at = part[:, None] * stride + at_row[None, :]
-        there = (turn <= filled)[:, None] & valid[None, :]
+    for start in range(0, most + 1, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        at = part.to(tl.int64)[:, None] * stride + row[None, :]
+        there = (part[:, None] <= filled[None, :]) & valid[None, :]
         # From where the multiprocessors meet, not from this one's own cache.
         logarithm = tl.load(weight_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
         inside = there[:, :, None] & (channel < HEAD_DIM)[None, None, :]
@@ -54,42 +52,38 @@ def join_parts(
         total = total * shrink + tl.sum(weight, 0)
         mixed = mixed * shrink[:, None] + tl.sum(output * weight[:, :, None], 0)
         best = highest
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    mixed = mixed * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    out_at = at_row[:, None] * HEAD_DIM + channel[None, :]
+    out_at = row[:, None] * HEAD_DIM + channel[None, :]
     tl.store(out_ptr + out_at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "parts"])
+@triton.jit(do_not_specialize=["num_rows"])
 def join_kernel(
     part_ptr,
     weight_ptr,
+    filled_ptr,
     out_ptr,
-    num_tokens,
-    parts,
-    HEADS: tl.constexpr,
+    num_rows,
     HEAD_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The parts of `attend_kernel` weighted together, grid (T, HEADS); BLOCK_P is at least the parts."""
+    """The parts of `attend_kernel` weighted together, BLOCK_M of num_rows = T * heads rows a program.
+
+    Rows whose keys came in one part are left as they are.
+    """
     if EARLY:
         waits()
         launches_next()
-    at_row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    filled = tl.load(filled_ptr + row, mask=row < num_rows, other=0)
+    most = tl.max(filled, 0)
     channel = tl.arange(0, BLOCK_D)
-    part = tl.arange(0, BLOCK_P)
-    at = part.to(tl.int64) * num_tokens * HEADS + at_row
-    logarithm = tl.load(weight_ptr + at, mask=part < parts, other=float("-inf"))
-    # The new rows' part has keys, or the node is not valid.
-    highest = tl.max(logarithm, 0)
-    weight = tl.exp2(logarithm - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weight, 0)
-    # Parts without keys left nothing to read.
-    inside = (weight > 0.0)[:, None] & (channel < HEAD_DIM)[None, :]
-    mixed = tl.load(part_ptr + at[:, None] * HEAD_DIM + channel[None, :], mask=inside, other=0.0)
-    mixed = tl.sum(mixed * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(
-        out_ptr + at_row * HEAD_DIM + channel, mixed.to(out_ptr.dtype.element_ty), mask=channel < HEAD_DIM
-    )
+    if most > 0:
+        join_parts(
+            part_ptr, weight_ptr, out_ptr, row.to(tl.int64), filled > 0, filled, most, num_rows, channel,
+            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_P,
+        )  # fmt: skip

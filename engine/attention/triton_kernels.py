@@ -4,16 +4,18 @@ A program takes one K/V head of one sequence, a tile of its query rows and a par
 heads that share the K/V head are rows of the tile too (row m is head m % GROUP of node m // GROUP), so K/V
 are read once for all of them. Keys are the cached rows, read through the block table, and then the new
 ones, read from where the layer computed them; whoever attends to a new row need not wait for it to be
-written. Cached rows need no mask but in the last tile: every query sees all of them.
+written. Cached rows need no mask but in the last tile: every query sees all of them. In a chunk, which is
+long at work, a loop of its own takes the other tiles; in a tree one loop is enough, and less code to fetch.
 
 Queries and keys may come as the layer's product gives them. Whoever loads one then norms and rotates it, in
 its registers only: what lies in memory stays as it was, so nobody finds it turned already.
 
 Where the tiles alone would leave processors idle, the cached rows are split into parts (Dao et al. 2023,
 Flash-Decoding): each part leaves its output and the logarithm of its weights' sum, and a second kernel
-joins them, or with JOINS the last program to finish. How many parts there may be depends on shapes only; how
-many of them get keys depends on the lengths, which are read on the device. So all of it can be captured in a
-CUDA graph.
+joins them, or with JOINS the last program to finish. Where one part would get all cached rows, it takes the
+new ones too, and there is nothing to join. How many parts there may be depends on shapes only; how many of
+them get keys depends on the lengths, which are read on the device. So all of it can be captured in a CUDA
+graph.
 
 Softmax and sums are in float32, and logarithms are to base 2.
 """
@@ -156,7 +158,8 @@ def _new(
     Args:
         norm_ptr: the weight of the keys' head.
     """
-    for start in range(begin, end, BLOCK_N):
+    # A tree's nodes are a tile or two: a pipeline would only be more code.
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if TREE else None):
         key = start + tl.arange(0, BLOCK_N)
         token = tl.load(row_of_ptr + key, mask=key < end, other=-1) if INDEXED else first_token + key
         there = (key < end) & (token >= 0)
@@ -236,7 +239,14 @@ def _write(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_rows", "rows_stride", "ancestors_stride", "depths_stride"],
+    do_not_specialize=[
+        "num_tokens",
+        "num_rows",
+        "least_keys",
+        "rows_stride",
+        "ancestors_stride",
+        "depths_stride",
+    ],
     # Those of a captured step lie at places that depend on its bucket; each would be another compilation.
     do_not_specialize_on_alignment=["ancestors_ptr", "depths_ptr"],
 )
@@ -247,6 +257,7 @@ def attend_kernel(
     out_ptr,
     part_ptr,
     weight_ptr,
+    filled_ptr,
     count_ptr,
     k_pool_ptr,
     v_pool_ptr,
@@ -263,6 +274,7 @@ def attend_kernel(
     scale,
     num_tokens,
     num_rows,
+    least_keys,
     q_stride,
     k_stride,
     v_stride,
@@ -283,26 +295,30 @@ def attend_kernel(
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    LEAST_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_NEW: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attention of a grid (tiles of num_rows * GROUP query rows, parts * KV_HEADS, sequences).
 
-    With SPLIT the last part takes the new rows and the others share the cached ones; without, there is
-    one part for all. The program that takes the new rows also writes its share of them into the pool.
+    Without SPLIT there is one part for all, whose programs also write their share of the new rows into the
+    pool. With SPLIT the grid has one part more, the first, which does nothing but that, beside the others;
+    part 0 takes the new rows, and the others share the cached ones. Programs begin in about this order, so
+    that those without keys, the last, are in nobody's way.
 
     Args:
         q_ptr: [T, KV_HEADS * GROUP, HEAD_DIM]; k_ptr, v_ptr: [T, KV_HEADS, HEAD_DIM]; a token's heads follow
             one another. out_ptr: [T, KV_HEADS * GROUP * HEAD_DIM], where there is one part.
         part_ptr: [parts, T, KV_HEADS * GROUP, HEAD_DIM] float32 and weight_ptr: [parts, T, KV_HEADS * GROUP]
-            float32: each part's output and log2 of its weights' sum, -inf (and no output) without keys.
+            float32: each part's output and log2 of its weights' sum; nothing of parts without keys.
+        filled_ptr: [T, KV_HEADS * GROUP] int32, without JOINS: how many parts share the cached rows; 0: the
+            output is there already.
         count_ptr: int32, with JOINS as many zeros as the grid has programs of one part; zeros when it ends.
         k_pool_ptr, v_pool_ptr: [pool rows, KV_HEADS, HEAD_DIM] of this layer.
         table_ptr, length_ptr, rows_ptr, ancestors_ptr, depths_ptr: see `AttentionInput`.
@@ -314,10 +330,10 @@ def attend_kernel(
         num_tokens: T. num_rows: N.
         HALF: frequencies of the rotation; 0: q and k come as they enter the products.
         WINDOW: in positions; 0 without.
-        LEAST_KEYS: a part gets at least so many keys, so that short contexts come in few parts.
+        least_keys: a part gets at least so many cached rows, so that short contexts come in few parts.
         BLOCK_M, BLOCK_N, BLOCK_NEW: query rows, cached keys and new keys of a tile.
         BLOCK_W: at least the nodes that begin in a tile of BLOCK_M rows.
-        BLOCK_P: parts that are joined at once.
+        BLOCK_J, BLOCK_P: rows and parts that JOINS joins at once.
         EARLY: it is launched early (`triton_dependent`).
     """
     if EARLY:
@@ -328,7 +344,6 @@ def attend_kernel(
         tile = tl.num_programs(0) - 1 - tile  # the last rows of a chunk take longest: first
     head = tl.program_id(1) % KV_HEADS
     part = tl.program_id(1) // KV_HEADS
-    parts = tl.num_programs(1) // KV_HEADS
     sequence = tl.program_id(2)
     ROW: tl.constexpr = KV_HEADS * HEAD_DIM
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -359,40 +374,53 @@ def attend_kernel(
     length = tl.load(length_ptr + sequence).to(tl.int32)
     depth = tl.load(depths_ptr + node, mask=valid, other=0).to(tl.int32) if DEPTHS else node
     position = length + depth
+    channel = tl.arange(0, BLOCK_D)
+    key_norm_ptr = norm_ptr + (HEADS + head) * HEAD_DIM
+
+    if SPLIT:
+        part -= 1
+        if part < 0:
+            _write(
+                tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token,
+                row_of_ptr, rows_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
+                DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
+            )  # fmt: skip
+            return
 
     begin = 0
     if WINDOW:  # nobody looks at what lies before
         begin = tl.maximum(tl.min(tl.where(valid, position, length + num_rows), 0) - WINDOW + 1, 0)
         begin = tl.minimum(begin // BLOCK_N * BLOCK_N, length)
     end = length
+    filled = 0
     if SPLIT:
-        share = tl.maximum(tl.cdiv(end - begin, parts - 1), LEAST_KEYS)
+        shares = tl.num_programs(1) // KV_HEADS - 2
+        share = tl.maximum(tl.cdiv(end - begin, shares), least_keys)
         share = tl.cdiv(share, BLOCK_N) * BLOCK_N
         filled = tl.cdiv(end - begin, share)
-        begin += part * share
-        end = tl.minimum(begin + share, end)
-        last = part == parts - 1
-        if (begin >= end) & (part < parts - 1):
-            if not JOINS:
-                at_row += part.to(tl.int64) * num_tokens * HEADS
-                tl.store(weight_ptr + at_row, float("-inf"), mask=valid)
+        filled = tl.where(filled > 1, filled, 0)
+        if part > filled:
             return
+        if part > 0:
+            begin += (part - 1) * share
+            end = tl.minimum(begin + share, end)
+        elif filled > 0:
+            begin = end
 
-    channel = tl.arange(0, BLOCK_D)
+    # Looked up before the queries are turned, so that nobody waits for one after the other.
+    place = _places(table_ptr, begin + tl.arange(0, BLOCK_N), end, ROW, BLOCK_SIZE)
     inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
     norm_at = query_head * HEAD_DIM
     q = turned(
         q_ptr, token * q_stride + norm_at, valid, position, norm_ptr, norm_at, cos_ptr, sin_ptr, eps, channel,
         HEAD_DIM, HALF, NORM, OFFSET,
     )  # fmt: skip
-    norm_ptr += (HEADS + head) * HEAD_DIM
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     whole = begin
-    place = _places(table_ptr, begin + tl.arange(0, BLOCK_N), end, ROW, BLOCK_SIZE)
-    if not WINDOW:
+    if not (WINDOW or TREE):
         whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
         best, total, mixed, place = _cached(
             q, best, total, mixed, place, begin, whole, end, position, k_pool_ptr, v_pool_ptr, table_ptr,
@@ -408,7 +436,7 @@ def attend_kernel(
     if not TREE:
         new_end = tl.minimum(num_rows, (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
     if SPLIT:
-        new_end = tl.where(last, new_end, 0)
+        new_end = tl.where(part == 0, new_end, 0)
     if not TREE:
         first_node = tile * BLOCK_M // GROUP
         if WINDOW:
@@ -418,44 +446,60 @@ def attend_kernel(
             new_begin = tl.minimum((first_node + 1) // BLOCK_NEW * BLOCK_NEW, new_end)
             best, total, mixed = _new(
                 q, best, total, mixed, 0, new_begin, node, depth, 0, k_ptr, v_ptr, k_stride, v_stride,
-                first_token, row_of_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel, scale,
-                False, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW, PRECISION,
+                first_token, row_of_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
+                scale, False, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW,
+                PRECISION,
             )  # fmt: skip
     ancestors = tl.zeros([BLOCK_M], tl.int64)
     if TREE:
         ancestors = tl.load(ancestors_ptr + node, mask=valid, other=0)
     best, total, mixed = _new(
         q, best, total, mixed, new_begin, new_end, node, depth, ancestors, k_ptr, v_ptr, k_stride, v_stride,
-        first_token, row_of_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel, scale,
-        True, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW, PRECISION,
+        first_token, row_of_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
+        scale, True, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW, PRECISION,
     )  # fmt: skip
 
     # A node that is not valid may have no key at all.
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    mixed = mixed * (1.0 / total)[:, None]
     if SPLIT:
-        at_part = at_row + part.to(tl.int64) * num_tokens * HEADS
-        tl.store(weight_ptr + at_part, best + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=valid)
-        tl.store(part_ptr + at_part[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
-        if JOINS:
-            # The barrier orders all threads' stores before one thread's addition, which releases them to the
-            # device. The addition that comes last acquires what all the others released, and Triton hands its
-            # result to the other threads behind a barrier, so all of them see every part. In whatever order
-            # programs run, one of them is last; nobody waits for another.
-            tl.debug_barrier()
-            count_ptr += (sequence * tl.num_programs(0) + tile) * KV_HEADS + head
-            if tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == filled:
-                tl.store(count_ptr, 0)  # the next launch begins when this one has ended
-                join_parts(
-                    part_ptr, weight_ptr, out_ptr, at_row, valid, filled, parts, num_tokens, channel,
-                    HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_P,
-                )  # fmt: skip
+        if not JOINS:
+            tl.store(filled_ptr + at_row, filled, mask=valid & (part == 0))
+        if filled > 0:
+            at_part = at_row + part.to(tl.int64) * num_tokens * HEADS
+            tl.store(weight_ptr + at_part, best + tl.log2(total), mask=valid)
+            tl.store(part_ptr + at_part[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
+            if JOINS:
+                # The barrier orders all threads' stores before one thread's addition, which releases them to
+                # the device. The addition that comes last acquires what all the others released, and Triton
+                # hands its result to the other threads behind a barrier, so all of them see every part. In
+                # whatever order programs run, one of them is last; nobody waits for another.
+                tl.debug_barrier()
+                count_ptr += (sequence * tl.num_programs(0) + tile) * KV_HEADS + head
+                if tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == filled:
+                    tl.store(count_ptr, 0)  # the next launch begins when this one has ended
+                    for first in range(0, tl.minimum(BLOCK_M, num_rows * GROUP - tile * BLOCK_M), BLOCK_J):
+                        join_row = tile * BLOCK_M + first + tl.arange(0, BLOCK_J)
+                        join_valid = join_row < num_rows * GROUP
+                        if INDEXED:
+                            join_token = tl.load(row_of_ptr + join_row // GROUP, mask=join_valid, other=-1)
+                            join_valid = join_token >= 0
+                        else:
+                            join_token = first_token + join_row // GROUP
+                        join_at = join_token * HEADS + head * GROUP + join_row % GROUP
+                        join_parts(
+                            part_ptr, weight_ptr, out_ptr, join_at, join_valid,
+                            filled + tl.zeros_like(join_row), filled, num_tokens * HEADS, channel,
+                            HEAD_DIM, BLOCK_J, BLOCK_D, BLOCK_P,
+                        )  # fmt: skip
+        else:
+            at_out = at_row[:, None] * HEAD_DIM + channel[None, :]
+            tl.store(out_ptr + at_out, mixed.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        mixed = mixed.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at_row[:, None] * HEAD_DIM + channel[None, :], mixed, mask=inside)
-
-    if new_end > 0:
+        at_out = at_row[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(out_ptr + at_out, mixed.to(out_ptr.dtype.element_ty), mask=inside)
         _write(
             tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token, row_of_ptr,
-            rows_ptr, depths_ptr, length, norm_ptr, cos_ptr, sin_ptr, eps, channel,
+            rows_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
             DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
         )  # fmt: skip

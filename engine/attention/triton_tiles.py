@@ -11,8 +11,9 @@ __all__ = [
     "Tile",
     "block_channels",
     "candidates",
-    "joining",
-    "parts_at_once",
+    "join_shape",
+    "joined_at_once",
+    "others",
 ]
 
 MOST_ROWS = 128
@@ -21,12 +22,19 @@ MOST_ROWS = 128
 LEAST_ROWS = 16
 """Of a matrix product on tensor cores, and the least it can sum over."""
 
+_FEW_ROWS = 8
+"""Of a sequence and K/V head without a tree, or with a small one, which waits for latencies only."""
+
+
+_MOST_JOINED = 32
+"""Query rows that one program may join: of more, many programs of a second kernel do each their share."""
+
 
 class Kind(NamedTuple):
     """Steps that share a tile.
 
     Args:
-        rows: query rows of a sequence and K/V head, rounded up to a power of two from 16 to 128.
+        rows: query rows of a sequence and K/V head, rounded up to a power of two from 8 to 128.
         chunk: more than that, of a prefill chunk. A short chunk is like a tree.
     """
 
@@ -36,7 +44,7 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, rows: int, *, tree: bool) -> Kind:
         """That of `rows` query rows."""
-        size = LEAST_ROWS
+        size = _FEW_ROWS
         while size < min(rows, MOST_ROWS):
             size *= 2
         return cls(size, chunk=not tree and rows > MOST_ROWS)
@@ -49,6 +57,8 @@ class Tile(NamedTuple):
         rows: query rows of a tile; keys: cached keys of it.
         warps: of a program; stages: of its loop's pipeline.
         joins: where keys are split, the last program to finish joins the parts, not a second kernel.
+        rotates: whoever loads queries or keys of a tree norms and rotates them, not a kernel before.
+        least_keys: cached keys that a part gets at least, where keys are split.
     """
 
     rows: int
@@ -56,6 +66,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     joins: bool = False
+    rotates: bool = True
+    least_keys: int = 128
 
 
 def block_channels(head_dim: int) -> int:
@@ -70,26 +82,55 @@ def candidates(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
         channels: see `block_channels`.
         itemsize: bytes of an element of K and V.
     """
+    # In a chunk the same key is loaded by many programs; for large tiles of many channels registers are few.
+    rotates = not kind.chunk and (channels <= 128 or kind.rows <= 32 or itemsize > 2)
+    return [tile._replace(rotates=rotates) for tile in _shapes(kind, channels, itemsize)]
+
+
+def _shapes(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
     if itemsize > 2:  # float32, with exact products: not on tensor cores, and registers are few
         return [Tile(16, 32 if channels <= 128 else 16, 8, 2), Tile(16, 16, 4, 2)]
     # A stage holds K and V of a tile's keys: 64 keys of 128 channels in 16 bits take 32 KiB.
     wide, narrow, warps = (64, 32, 4) if channels <= 128 else (32, 16, 8)
     if kind.rows <= 32:
         shapes = [(wide, warps, 3), (wide, warps, 4), (narrow, warps // 2, 4)]
-        return [Tile(kind.rows, *shape) for shape in shapes]
+        return [Tile(max(kind.rows, LEAST_ROWS), *shape) for shape in shapes]
     tiles = [Tile(64, wide, warps, 3), Tile(64, wide, warps, 4), Tile(64, narrow, warps, 4)]
     if kind.rows == MOST_ROWS:
         tiles = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3), *tiles[:2]]
     return tiles
 
 
-def joining(kind: Kind, tile: Tile, channels: int) -> Tile | None:
-    """The same tile with parts joined by the last program; None where registers are too few for it."""
-    fits = not kind.chunk and tile.rows * channels <= 64 * 32 * tile.warps
-    return tile._replace(joins=True) if fits else None
+def others(kind: Kind, tile: Tile, *, rotary: bool) -> list[Tile]:
+    """A tree's tile with queries and keys rotated by a kernel before, or the parts of few rows joined by the
+    last program, or both: what else to measure when a shape is found; none for a chunk.
+
+    Args:
+        rotary: there is a rotation at all.
+    """
+    if kind.chunk:
+        return []
+    apart = [tile._replace(rotates=False)] if tile.rotates and rotary else []
+    if kind.rows > _MOST_JOINED:
+        return apart
+    return [*apart, *(one._replace(joins=True) for one in (tile, *apart))]
 
 
-def parts_at_once(tile: Tile, channels: int) -> int:
-    """How many parts a program that joins them loads at a time: a thread holds 32 of their numbers, or 64."""
-    numbers = (64 if tile.rows == LEAST_ROWS else 32) * 32 * tile.warps
-    return max(1, min(16, numbers // (tile.rows * channels)))
+def joined_at_once(tile: Tile, rows: int, channels: int) -> tuple[int, int]:
+    """Rows and parts that a program loads at a time which joins a tile; a thread holds 64 of their numbers.
+
+    Args:
+        rows: query rows of a sequence and K/V head.
+    """
+    block: int = min(1 << (rows - 1).bit_length(), LEAST_ROWS)
+    return block, max(1, min(32, 64 * 32 * tile.warps // (block * channels)))
+
+
+def join_shape(channels: int, *, one: bool) -> tuple[int, int]:
+    """Rows and parts that a program of the second kernel loads at a time, 32 numbers a thread of four warps.
+
+    Args:
+        one: programs take one row each, so that there are many.
+    """
+    rows = 1 if one else 4
+    return rows, max(1, min(64, 4096 // (rows * channels)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,13 +14,22 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from engine.attention import triton_join, triton_kernels, triton_rotary
+from engine.attention import triton_join, triton_kernels, triton_rotary, triton_tiles
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton import TritonAttention
-from engine.attention.triton_tiles import MOST_ROWS, Kind, Tile, block_channels, candidates, joining
+from engine.attention.triton_tiles import (
+    LEAST_ROWS,
+    MOST_ROWS,
+    Kind,
+    Tile,
+    block_channels,
+    candidates,
+    others,
+)
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
+from engine.model.triton_kernels import rotate
 from engine.triton_measuring import REFUSALS, Kept, side_by_side
 
 __all__ = ["ModelShape", "tuned_tiles"]
@@ -29,11 +39,26 @@ log = logging.getLogger(__name__)
 _CACHED = 2048
 """Cached rows of the sequence that is measured."""
 
+_SHORT = 512
+"""Fewer of them: what concerns all that is not reading is measured with these too."""
+
+_BOUND = 4608
+"""On its length, as a captured step has it: how many parts may be, with keys or without, follows from it."""
+
+_COLD = 512 << 20
+"""Bytes of K and V that are read in turn, so that few are in the cache, as in a model of many layers."""
+
+_MOST_LAYERS = 256
+"""That share these bytes."""
+
+_LEAST_KEYS = (64, 256, 512)
+"""Of a part, beside a tile's own."""
+
 _CHUNK = 512
 """New rows of the prefill chunk that is measured."""
 
-_MODULES = (triton_kernels, triton_join, triton_rotary)
-"""The kernels' source."""
+_MODULES = (triton_kernels, triton_join, triton_rotary, triton_tiles)
+"""The kernels' source, and what a tile's fields are."""
 
 _TRIES = 8
 """How often joining in the same kernel is held against a second kernel."""
@@ -99,13 +124,18 @@ def tuned_tiles(
 
 
 class _Step:
-    """One made-up sequence whose new rows all go to block 0, so that what is cached stays as it is."""
+    """One made-up sequence whose new rows all go to block 0, so that what is cached stays as it is.
+
+    The layers hold the same, and each run takes the next one.
+    """
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         self._shape, self._device = shape, device
         blocks = -(-_CACHED // shape.block_size)
+        layer = 2 * _CACHED * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        layers = min(_MOST_LAYERS, -(-_COLD // layer)) if device.type == "cuda" else 1
         self._pool = KVPool(
-            num_layers=1,
+            num_layers=layers,
             num_blocks=1 + blocks,
             block_size=shape.block_size,
             kv_heads=shape.kv_heads,
@@ -113,33 +143,47 @@ class _Step:
             dtype=shape.dtype,
             device=device,
         )
-        self._pool.data.normal_()
+        self._pool.data[0].normal_()
+        self._pool.data[1:] = self._pool.data[0]
         self._qkv: dict[int, Tensor] = {}
         self._tables = 1 + torch.randperm(blocks, device=device).unsqueeze(0)
 
-    def run(self, kind: Kind, tile: Tile, nodes: int) -> Callable[[], Tensor]:
-        """Attention of one layer with `nodes` new rows, the same for all tiles."""
+    def run(self, kind: Kind, tile: Tile, nodes: int, cached: int) -> Callable[[], Tensor]:
+        """Attention of one layer with `nodes` new rows, the same for all tiles.
+
+        Where a tree's queries and keys are not rotated as they are loaded, this is done before.
+        """
         shape, device = self._shape, self._device
         chain = (torch.tensor(2) << torch.arange(nodes, device=device)) - 1
         attention = TritonAttention(shape.group, tiles={kind: tile})
-        attention.plan(
-            AttentionInput(
-                block_tables=self._tables,
-                lengths=torch.tensor([_CACHED], device=device),
-                rows=torch.zeros(1, nodes, dtype=torch.int64, device=device),
-                max_length=_CACHED + nodes,
-                ancestors=None if kind.chunk else chain.unsqueeze(0),
-                depths=None if kind.chunk else torch.arange(nodes, device=device).unsqueeze(0),
-            ),
-            self._pool,
+        batch = AttentionInput(
+            block_tables=self._tables,
+            lengths=torch.tensor([cached], device=device),
+            rows=torch.zeros(1, nodes, dtype=torch.int64, device=device),
+            max_length=_BOUND,
+            ancestors=None if kind.chunk else chain.unsqueeze(0),
+            depths=None if kind.chunk else torch.arange(nodes, device=device).unsqueeze(0),
         )
+        attention.plan(batch, self._pool)
         heads = shape.kv_heads * shape.group
         if nodes not in self._qkv:
             size = (nodes, heads + 2 * shape.kv_heads, shape.head_dim)
             self._qkv[nodes] = torch.randn(size, dtype=shape.dtype, device=device)
         q, k, v = torch.split(self._qkv[nodes], [heads, shape.kv_heads, shape.kv_heads], dim=1)
-        rotary = self._rotary(_CACHED + nodes) if attention.rotates and shape.frequencies else None
-        return lambda: attention.attend(0, q, k, v, rotary)
+        layers = itertools.cycle(range(len(self._pool.data)))
+        if kind.chunk or not shape.frequencies:
+            return lambda: attention.attend(next(layers), q, k, v)
+        rotary = self._rotary(cached + nodes)
+        if attention.rotates:
+            return lambda: attention.attend(next(layers), q, k, v, rotary)
+        # Of others, since a norm of what it has given rounds anew.
+        qk, positions = self._qkv[nodes][:, : heads + shape.kv_heads].clone(), batch.positions().flatten()
+
+        def apart() -> Tensor:
+            rotate(qk, positions, rotary)
+            return attention.attend(next(layers), q, k, v)
+
+        return apart
 
     def compile(self, ways: Iterable[Callable[[], object]]) -> None:
         """Compile what these steps run, several at a time; the interpreter has nothing to compile."""
@@ -168,34 +212,56 @@ def _measured(
     clock: Callable[[Callable[[], object]], float],
     in_graph: Callable[[Callable[[], object]], float],
 ) -> dict[Kind, Tile]:
-    """The best tile of each kind, and then whether its last program shall join the parts."""
+    """The best shape of each kind, and then what else is said of a tree's tile."""
     channels = block_channels(shape.head_dim)
 
-    def way(kind: Kind, tile: Tile) -> Callable[[], Tensor]:
+    def way(kind: Kind, tile: Tile, cached: int) -> Callable[[], Tensor]:
         most = _CHUNK if kind.chunk else most_nodes
         # The largest kind has no upper end: the largest tree stands for it.
         nodes = most if kind.rows == MOST_ROWS else max(1, min(most, kind.rows // shape.group))
-        return step.run(kind, tile, nodes)
+        return step.run(kind, tile, nodes, cached)
 
-    ways = {
-        kind: {tile: way(kind, tile) for tile in candidates(kind, channels, shape.dtype.itemsize)}
+    def ways(kind: Kind, tile: Tile) -> list[Callable[[], Tensor]]:
+        return [way(kind, tile, cached) for cached in (min(_SHORT, _CACHED), _CACHED)]
+
+    shapes = {
+        kind: {tile: way(kind, tile, _CACHED) for tile in candidates(kind, channels, shape.dtype.itemsize)}
         for kind in kinds
     }
-    step.compile([run for tiles in ways.values() for run in tiles.values()])
-    best = {kind: _fastest(kind, tiles, clock) for kind, tiles in ways.items()}
-    joined = {kind: tile for kind in kinds if (tile := joining(kind, best[kind], channels)) is not None}
-    joins = {kind: way(kind, tile) for kind, tile in joined.items()}
-    step.compile(list(joins.values()))
-    for kind, by_one in joins.items():
-        by_two = ways[kind][best[kind]]
-        try:
-            if not _agree(by_two, by_one):
-                log.warning("attention's kernel joins its parts wrongly on this device: a second one does it")
-            elif in_graph(by_two) > in_graph(by_one):
-                best[kind] = joined[kind]
-        except REFUSALS as error:
-            log.info("attention's kernel cannot join its parts: %s", str(error).splitlines()[0])
+    # The fewest rows run the next kind's kernels, but threads would compile them side by side.
+    next_kind = Kind(LEAST_ROWS, chunk=False)
+    compiled = [kind for kind in kinds if kind.rows >= LEAST_ROWS or next_kind not in kinds]
+    step.compile([run for kind in compiled for run in shapes[kind].values()])
+    best = {kind: _fastest(kind, tiles, clock) for kind, tiles in shapes.items()}
+    variants = {
+        kind: {tile: ways(kind, tile) for tile in others(kind, best[kind], rotary=shape.frequencies > 0)}
+        for kind in kinds
+        if not kind.chunk
+    }
+    step.compile([runs[0] for tiles in variants.values() for runs in tiles.values()])
+    for kind, tiles in variants.items():
+        tile = _fastest_in_graph({best[kind]: ways(kind, best[kind]), **tiles}, in_graph)
+        # Nothing that is compiled depends on a part's least keys.
+        tries = [tile, *(tile._replace(least_keys=keys) for keys in _LEAST_KEYS)]
+        best[kind] = _fastest_in_graph({one: ways(kind, one) for one in tries}, in_graph)
     return best
+
+
+def _fastest_in_graph(
+    ways: Mapping[Tile, Sequence[Callable[[], Tensor]]], in_graph: Callable[[Callable[[], object]], float]
+) -> Tile:
+    """That whose ways take least together; the first has run before."""
+    times: dict[Tile, float] = {}
+    for tile, runs in ways.items():
+        try:
+            apart = ways.get(tile._replace(joins=False))
+            if tile.joins and apart is not None and not all(map(_agree, apart, runs)):
+                log.warning("attention's kernel joins its parts wrongly on this device: a second one does it")
+                continue
+            times[tile] = sum(map(in_graph, runs))
+        except REFUSALS as error:
+            log.info("attention's kernel does not run as %s: %s", tile, str(error).splitlines()[0])
+    return min(times, key=lambda tile: times[tile], default=next(iter(ways)))
 
 
 def _fastest(
@@ -234,5 +300,5 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 def _milliseconds_in_graph(run: Callable[[], object]) -> float:
     """With the gaps between kernels that a captured step has."""
-    found: float = triton.testing.do_bench_cudagraph(run, rep=20, return_mode="median")
+    found: float = triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median")
     return found

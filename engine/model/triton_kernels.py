@@ -256,7 +256,11 @@ def _rotate_kernel(
     OFFSET: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        waits()
+        launches_next()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     channel = tl.arange(0, BLOCK_HALF)[None, :]
@@ -303,6 +307,7 @@ def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
         raise ValueError("heads that are normed must be rotated whole")
     if tokens == 0:
         return
+    early, options = launched_early(qk.device)
     _rotate_kernel[(tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM))](
         qk,
         positions,
@@ -318,7 +323,9 @@ def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
         OFFSET=rotary.offset,
         BLOCK_HEADS=_HEADS_PER_PROGRAM,
         BLOCK_HALF=triton.next_power_of_2(half),
+        EARLY=early,
         num_warps=4,
+        **options,
     )
 
 

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from engine.attention import triton as module
 from engine.attention.triton import TritonAttention
-from engine.attention.triton_tiles import Kind, block_channels, candidates, joining
+from engine.attention.triton_tiles import Kind, block_channels, candidates, others
 from tests.engine.attention.triton_cases import Shape, Step, make_step
 from tests.engine.triton_compile import compile_only, resources, use
 
 
 def cases(every: bool) -> Iterator[tuple[Shape, Kind]]:
-    """A tree of one sequence, which is split, a chunk whose tiles are enough, and a single row."""
+    """A tree and a node of one sequence, which are split, a chunk whose tiles are enough, a single row."""
     bf16 = {"dtype": torch.bfloat16}
     tree = Shape((3000,), 64, tree=True, group=4, kv_heads=8, head_dim=128, rotary="whole", **bf16)
     yield tree, Kind(128, False)
     yield Shape((100,), 700, tree=False, group=1, kv_heads=32, head_dim=128, **bf16), Kind(128, True)
+    yield replace(tree, size=1, group=3, kv_heads=3, head_dim=64), Kind(8, False)
     # Everything as small as it gets: one block, one row, one head of fewer channels than a product takes.
-    yield Shape((3,), 1, tree=True, group=1, kv_heads=1, head_dim=8, rotary="whole", **bf16), Kind(16, False)
+    yield Shape((3,), 1, tree=True, group=1, kv_heads=1, head_dim=8, rotary="whole", **bf16), Kind(8, False)
     if not every:
         return
     for head_dim in (64, 80, 96, 128, 256):
@@ -74,8 +75,9 @@ def main() -> int:
             tiles = candidates(kind, channels, shape.dtype.itemsize)
             step = make_step(shape)
             tiles = tiles if every else tiles[:1]
-            joined = [found for tile in tiles if (found := joining(kind, tile, channels))]
-            for tile in [*tiles, *joined]:
+            for one in list(tiles):
+                tiles += others(kind, one, rotary=bool(shape.rotary))
+            for tile in tiles:
                 compiled.clear()
                 attention = TritonAttention(shape.group, tiles={kind: tile}, processors=132, **step.options())
                 attention.plan(step.batch, step.pool)

@@ -10,6 +10,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,12 +41,17 @@ FEW, MANY = 1, 132
 
 pytestmark = pytest.mark.cuda
 
-SMALL = {Kind(rows, chunk): Tile(min(rows, 32), 16, 4, 2) for rows in (16, 32, 64, 128) for chunk in (0, 1)}
+SMALL = {
+    Kind(rows, chunk): Tile(max(16, min(rows, 32)), 16, 4, 2)
+    for rows in (8, 16, 32, 64, 128)
+    for chunk in (False, True)
+}
 """Small tiles, so that small cases have edges of all sorts."""
 
 
-def backend(step: Step, processors: int = MANY, *, joins: bool = False) -> TritonAttention:
-    tiles = {kind: tile._replace(joins=joins) for kind, tile in SMALL.items()}
+def backend(step: Step, processors: int = MANY, **fields: Any) -> TritonAttention:
+    """With small tiles, of which some `fields` are given."""
+    tiles = {kind: tile._replace(**fields) for kind, tile in SMALL.items()}
     return TritonAttention(step.shape.group, tiles=tiles, processors=processors, **step.options())
 
 
@@ -55,6 +61,8 @@ TREES = [
     Shape((256, 127), 8, tree=True, kv_heads=1, group=4, head_dim=96, block_size=32),
     Shape((130, 17), 33, tree=True, kv_heads=1, group=1, head_dim=256, block_size=8),
     Shape((260,), 64, tree=True, kv_heads=1, group=1, scale=0.3),
+    Shape((300, 140), 1, tree=True, group=3),
+    Shape((300, 270), 2, tree=True, computed=(1, 2), kv_heads=1, group=3),
     Shape((140,), 5, tree=True, kv_heads=1, group=8),
     Shape((400, 20, 0), 9, tree=True, computed=(9, 1, 4), group=3, block_size=64),
     Shape((140, 300), 8, tree=True, computed=(8, 0), kv_heads=1, head_dim=128, block_size=1),
@@ -142,6 +150,7 @@ def test_queries_and_keys_are_rotated_as_they_are_loaded(shape: Shape, processor
         (Shape((3,), 64, tree=True, head_dim=128), True),
         (Shape((3,), 16, tree=True, head_dim=256), True),
         (Shape((3,), 64, tree=True, head_dim=256), False),
+        (Shape((3,), 64, tree=False, head_dim=64, group=4), False),
     ],
     ids=str,
 )
@@ -153,15 +162,84 @@ def test_it_rotates_in_trees_where_registers_are_enough(shape: Shape, rotates: b
     assert attention.rotates == rotates
 
 
+def test_a_tile_may_have_queries_and_keys_rotated_before() -> None:
+    """Then all of a tree's nodes are one tile of keys; they are few where they pass through registers."""
+    step = make_step(Shape((140,), 64, tree=True, kv_heads=1, group=1))
+    wide = {Kind(64, chunk=False): Tile(64, 64, 4, 2)}
+    for rotates, nodes in ((True, 32), (False, 64)):
+        tiles = {kind: tile._replace(rotates=rotates) for kind, tile in wide.items()}
+        attention = TritonAttention(1, tiles=tiles, processors=MANY)
+        check(make_step(step.shape), attention)
+        assert attention.rotates == rotates
+        assert attention._plan is not None
+        assert attention._plan.new_keys == nodes
+
+
 @pytest.mark.parametrize("shape", CHUNKS, ids=str)
 def test_chunks_of_a_prompt(shape: Shape) -> None:
     step = make_step(shape)
     check(step, backend(step, FEW))
 
 
-def test_a_chunk_whose_prefix_is_split() -> None:
-    step = make_step(Shape((270,), 20, tree=False, kv_heads=1))
-    check(step, backend(step))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape((270,), 20, tree=False, kv_heads=1),
+        Shape((270, 0, 140), 20, tree=False, computed=(3, 20, 0), kv_heads=1, group=3),
+        Shape((270, 0), 20, tree=False, computed=(20, 3), kv_heads=1, window=200),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("joins", [False, True])
+def test_chunks_whose_prefix_is_split(shape: Shape, joins: bool) -> None:
+    """Of one sequence, or of several that differ in length."""
+    step = make_step(shape)
+    check(step, backend(step, joins=joins))
+
+
+@pytest.mark.parametrize(
+    ("least", "window", "filled"),
+    [(64, None, (5, 3, 0)), (128, None, (3, 2, 0)), (256, None, (2, 0, 0)), (300, None, (0, 0, 0)),
+     (64, 200, (4, 3, 0))],
+)  # fmt: skip
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_part_has_its_least_keys_and_one_alone_is_not_joined(
+    least: int, window: int | None, filled: tuple[int, ...], joins: bool
+) -> None:
+    """Cached keys of the window begin at a tile of 16 of them."""
+    step = make_step(Shape((300, 130, 64), 3, tree=True, kv_heads=1, window=window))
+    step.batch = replace(step.batch, max_length=5000)
+    attention = backend(step, least_keys=least, joins=joins)
+    check(step, attention)
+    assert attention._plan is not None
+    assert attention._plan.parts[window] > max(filled)
+    if not joins:
+        wanted = torch.tensor(filled).repeat_interleave(3)[:, None].expand(-1, 2)
+        assert torch.equal(attention._plan.filled.cpu(), wanted.int())
+
+
+def test_short_contexts_have_no_parts_that_nobody_fills() -> None:
+    """As far as the bound on lengths says."""
+    step = make_step(Shape((300,), 3, tree=True, kv_heads=1))
+    attention = backend(step, least_keys=64)
+    attention.plan(step.batch, step.pool)
+    assert attention._plan is not None
+    assert attention._plan.parts == {None: 6}  # and the new rows'
+
+
+@pytest.mark.parametrize(("shape", "processors"), [
+    (Shape((300,), 33, tree=True, kv_heads=1, group=3), 8),
+    (Shape((300, 20, 140), 5, tree=True, computed=(5, 1, 3), group=2, head_dim=96), 8),
+])  # fmt: skip
+def test_the_second_kernel_joins_several_rows_where_there_are_many(shape: Shape, processors: int) -> None:
+    """Not a multiple of them, some of which have nothing to join."""
+    step = make_step(shape)
+    attention = backend(step, processors)
+    check(step, attention)
+    assert attention._plan is not None
+    rows = attention._plan.filled.numel()
+    assert rows > 4 * processors
+    assert rows % 4 != 0 or shape.computed is not None
 
 
 def test_a_tile_may_be_longer_than_a_mask() -> None:
@@ -258,10 +336,12 @@ def test_attend_without_a_plan_says_so() -> None:
 
 
 def test_kinds_cover_every_number_of_rows() -> None:
-    assert [Kind.of(rows, tree=True).rows for rows in (1, 16, 17, 64, 65, 512)] == [16, 16, 32, 64, 128, 128]
+    assert [Kind.of(rows, tree=True).rows for rows in (1, 8, 9, 16, 17, 64, 65, 512)] == [
+        8, 8, 16, 16, 32, 64, 128, 128,
+    ]  # fmt: skip
     assert Kind.of(128, tree=False) == Kind.of(128, tree=True)
     assert Kind.of(129, tree=False) == Kind(128, chunk=True)
-    for kind in (Kind(16, False), Kind(128, True)):
+    for kind in (Kind(8, False), Kind(16, False), Kind(128, True)):
         for channels in (64, 128, 256):
             tiles = candidates(kind, channels, 2)
             assert len(set(tiles)) == len(tiles)
@@ -293,7 +373,8 @@ def test_the_kernels_compile_for_a_gpu_without_spills(tmp_path: Path) -> None:
     """In bfloat16, for compute capability 9.0, which need not be at hand."""
     kernels = [json.loads(line) for line in compile_kernels("90", cache=tmp_path).splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
-    assert names == ["attend_kernel", "join_kernel", *["attend_kernel"] * 4]
-    assert [kernel["spilled"] for kernel in kernels[:4]] == [0, 0, 0, 0]
-    # With few channels Triton 3.7 keeps a number or two in memory though registers are free.
+    split = ["attend_kernel", "join_kernel"] * 2
+    assert names == [*split, "attend_kernel", *split, *["attend_kernel"] * 6]
+    assert [kernel["spilled"] for kernel in kernels[:5]] == [0] * 5
+    # With few channels Triton keeps a number or two in memory though registers are free.
     assert all(kernel["spilled"] <= 8 for kernel in kernels)

@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from engine.attention import triton_tuning
+from engine import triton_measuring
+from engine.attention import triton_join, triton_tiles, triton_tuning
+from engine.attention.base import AttentionInput
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile, candidates
 from engine.attention.triton_tuning import ModelShape, tuned_tiles
+from engine.cache.pool import KVPool
 from engine.errors import ConfigError
 from engine.triton_measuring import side_by_side
 from tests.engine.attention.triton_cases import DEVICE
@@ -32,16 +36,20 @@ SHAPE = ModelShape(group=4, kv_heads=1, head_dim=64, block_size=16, dtype=torch.
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's stands for a GPU where there is none."""
+    """The interpreter's stands for a GPU where there is none, and contexts are as short as are split."""
     if torch.cuda.is_available():
         return
+    monkeypatch.setattr(triton_tuning, "_SHORT", 130)
+    monkeypatch.setattr(triton_tuning, "_CACHED", 200)
+    monkeypatch.setattr(triton_tuning, "_CHUNK", 140)
     properties = SimpleNamespace(name="interpreter", multi_processor_count=2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
-    """The tiles of all steps that were made to be measured."""
+    """The tiles of all steps that were made to be measured, none of which runs."""
+    monkeypatch.setattr(triton_tuning, "_agree", lambda by_two, by_one: True)
     tiles: list[Tile] = []
     plan = TritonAttention.plan
 
@@ -60,19 +68,114 @@ def slowest_first() -> Callable[[Callable[[], object]], float]:
     return lambda run: float(next(calls))
 
 
+TREES = [Kind(rows, chunk=False) for rows in (8, 16, 32, 64, 128)]
+CHUNK = Kind(128, chunk=True)
+
+
+def last_of_all(kind: Kind) -> Tile:
+    """What `slowest_first` chooses."""
+    tile = candidates(kind, 64, 2)[-1]
+    return tile if kind.chunk else tile._replace(joins=kind.rows <= 32, least_keys=512)
+
+
+def tries(kind: Kind, best: Tile) -> list[Tile]:
+    """Of a tree's best shape."""
+    apart = best._replace(rotates=False)
+    joined = [tile._replace(joins=True) for tile in (best, apart)]
+    return [apart, *joined] if kind.rows <= 32 else [apart]
+
+
 def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Tile]) -> None:
-    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first())
-    trees = [Kind(16, False), Kind(32, False), Kind(64, False), Kind(128, False)]
-    chunk = Kind(128, True)
-    fastest = {kind: candidates(kind, 64, 2)[-1] for kind in [*trees, chunk]}
-    assert tiles == {kind: tile._replace(joins=not kind.chunk) for kind, tile in fastest.items()}
-    wanted = [tile for kind in [*trees, chunk] for tile in candidates(kind, 64, 2)]
-    assert measured == [*wanted, *(tiles[kind] for kind in trees)]
+    """The shape, then who rotates and who joins, each with two contexts, then the least keys of a part."""
+    shape = replace(SHAPE, group=1, frequencies=32)
+    tiles = tuned_tiles(shape, DEVICE, tmp_path / "new", clock=slowest_first())
+    kinds = [*TREES[:4], CHUNK]
+    last = {kind: last_of_all(kind) for kind in kinds}
+    assert tiles == {kind: tile._replace(rotates=False) for kind, tile in last.items()}
+    best = {kind: candidates(kind, 64, 2)[-1] for kind in kinds}
+    wanted = [tile for kind in kinds for tile in candidates(kind, 64, 2)]
+    wanted += [tile for kind in TREES[:4] for tile in tries(kind, best[kind]) for _ in range(2)]
+    for kind in TREES[:4]:
+        chosen = tries(kind, best[kind])[-1]
+        keys = [chosen._replace(least_keys=keys) for keys in (128, 64, 256, 512)]
+        wanted += [tile for tile in (best[kind], *keys) for _ in range(2)]
+    assert measured == wanted
     measured.clear()
-    assert tuned_tiles(SHAPE, DEVICE, tmp_path / "new", clock=slowest_first()) == tiles
+    assert tuned_tiles(shape, DEVICE, tmp_path / "new", clock=slowest_first()) == tiles
     assert not measured
     (file,) = (tmp_path / "new").iterdir()
     assert json.loads(file.read_text())["device"] == torch.cuda.get_device_properties(DEVICE).name
+
+
+@pytest.mark.parametrize("changed", [triton_tiles, triton_join])
+def test_files_of_other_kernels_or_other_fields_of_a_tile_are_not_read(
+    changed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Tile]
+) -> None:
+    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
+    source = triton_measuring._source
+    monkeypatch.setattr(
+        triton_measuring, "_source", lambda module: source(module) + b"#" * (module is changed)
+    )
+    measured.clear()
+    tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
+    assert measured
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+ALONE = candidates(Kind(8, chunk=False), 64, 2)[0]
+
+
+@pytest.mark.parametrize(
+    ("joined", "keys", "wanted"),
+    [
+        ((5.0, 5.0), ((2.0, 9.0), (5.0, 5.0)), ALONE._replace(joins=True, least_keys=64)),
+        ((9.0, 3.0), ((2.0, 9.0), (1.0, 11.0)), ALONE),
+    ],
+    ids=["the second time", "neither time"],
+)
+def test_both_contexts_decide_together(
+    joined: tuple[float, float],
+    keys: tuple[tuple[float, float], tuple[float, float]],
+    wanted: Tile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Milliseconds with few cached rows and with many: 2 and 9 of the best shape; joined; 128 and 64 keys."""
+    contexts: set[tuple[int, int]] = set()
+    plan = TritonAttention.plan
+
+    def note(self: TritonAttention, batch: AttentionInput, pool: KVPool) -> None:
+        plan(self, batch, pool)
+        contexts.add((int(batch.lengths), batch.max_length))
+
+    monkeypatch.setattr(TritonAttention, "plan", note)
+    shapes = [1.0, 2.0, 2.0] + [1.0] * len(candidates(CHUNK, 64, 2))
+    longer = [9.0] * 4
+    times = iter([*shapes, 2.0, 9.0, *joined, *(time for both in keys for time in both), *longer])
+    found = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=lambda run: next(times))
+    assert found[Kind(8, chunk=False)] == wanted
+    assert next(times, None) is None
+    assert contexts == {(triton_tuning._SHORT, 4608), (triton_tuning._CACHED, 4608)}
+
+
+def test_what_rotates_apart_is_measured_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions: list[Tensor] = []
+    monkeypatch.setattr(triton_tuning, "rotate", lambda qk, at, rotary: positions.append(at))
+    monkeypatch.setattr(triton_tuning, "_agree", lambda by_two, by_one: True)
+    counts: list[int] = []
+
+    def clock(run: Callable[[], object]) -> float:
+        before = len(positions)
+        run()
+        counts.append(len(positions) - before)
+        return 1.0
+
+    shape = replace(SHAPE, frequencies=32)
+    tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
+    shapes = len(candidates(Kind(8, chunk=False), 64, 2)) + len(candidates(CHUNK, 64, 2))
+    # In two contexts each: as it was, rotated apart, joined, both; then the first with other least keys.
+    assert counts == [0] * shapes + [0, 0, 1, 1, 0, 0, 1, 1] + [0] * 8
+    assert {int(at) for at in positions} == {triton_tuning._SHORT, triton_tuning._CACHED}
 
 
 def test_another_model_shape_and_a_damaged_file_are_measured_anew(
@@ -93,8 +196,10 @@ def test_larger_trees_add_only_their_own_kinds(tmp_path: Path, measured: list[Ti
     tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=4, clock=slowest_first())
     measured.clear()
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=8, clock=slowest_first())
-    assert measured[:-1] == candidates(Kind(32, False), 64, 2)
-    assert len(tiles) == 3
+    new = Kind(32, chunk=False)
+    assert measured[:3] == candidates(new, 64, 2)
+    assert {tile.rows for tile in measured} == {32}
+    assert len(tiles) == 4
 
 
 def test_a_tile_too_large_for_the_device_is_passed_over(
@@ -108,7 +213,7 @@ def test_a_tile_too_large_for_the_device_is_passed_over(
         return 1.0
 
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=clock)
-    assert tiles[Kind(16, False)] == candidates(Kind(16, False), 64, 2)[1]  # as fast as with joins
+    assert tiles[Kind(8, False)] == candidates(Kind(8, False), 64, 2)[1]  # as fast as with joins
 
     def never(run: Callable[[], object]) -> float:
         raise OutOfResources(200_000, 100_000, "shared memory")
@@ -135,7 +240,8 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     outputs: list[torch.Tensor] = []
 
     def clock(run: Callable[[], object]) -> float:
-        if len(outputs) in (0, 3, 8):  # one of each: a tree, a chunk, a tree whose parts are joined
+        # One of each: a tree, a chunk, a tree rotated apart, whose parts are joined, both, with longer parts.
+        if len(outputs) in (0, 3, 9, 11, 13, 21):
             found = run()
             assert isinstance(found, torch.Tensor)
             assert found.isfinite().all()
@@ -146,7 +252,7 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     shape = replace(SHAPE, frequencies=32, head_norm=head_norm)
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
-    assert [len(found) for found in outputs if len(found)] == [1, 40, 1]
+    assert [len(found) for found in outputs if len(found)] == [1, 40, 1, 1, 1, 1]
 
 
 def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
@@ -202,4 +308,4 @@ def test_joining_that_does_not_fit_the_device_is_left_out(
 
     monkeypatch.setattr(triton_tuning, "_agree", refuse)
     tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
-    assert tiles == {kind: candidates(kind, 64, 2)[-1] for kind in (Kind(16, False), Kind(128, True))}
+    assert tiles == {kind: last_of_all(kind)._replace(joins=False) for kind in (Kind(8, False), CHUNK)}

@@ -89,11 +89,13 @@ def test_attention_that_rotates_gives_the_same(
     options: dict[str, Any] = {"scale": config.attention_scale, "windows": config.windows_within(512)}
     found = run_both(plain, SdpaAttention(config.group, **options))
     plain.fuse_triton()
-    attention = TritonAttention(config.group, tiles=SMALL, processors=4, **options)
-    got = run_both(plain, attention)
-    assert attention.rotates
-    for ours, theirs in zip(got, found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=5e-5)
+    for rotates in (True, False):
+        tiles = {kind: tile._replace(rotates=rotates) for kind, tile in SMALL.items()}
+        attention = TritonAttention(config.group, tiles=tiles, processors=4, **options)
+        got = run_both(plain, attention)
+        assert attention.rotates == rotates
+        for ours, theirs in zip(got, found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=5e-5)
 
 
 def run_both(decoder: Decoder, attention: AttentionBackend) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,6 +65,7 @@ def launches(
     monkeypatch: pytest.MonkeyPatch,
     *,
     joins: bool = False,
+    rotates: bool = True,
     ways: Ways | None = None,
 ) -> Counter[str]:
     """Of a step of one sequence with 4 nodes, whose keys are split."""
@@ -84,7 +85,7 @@ def launches(
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    tiles = {Kind(16, chunk=False): Tile(16, 16, 4, 2, joins)}
+    tiles = {Kind(rows, chunk=False): Tile(16, 16, 4, 2, joins, rotates) for rows in (8, 16)}
     attention = TritonAttention(config.group, tiles=tiles, processors=MANY)
     nodes = torch.arange(4)
     positions = 300 + nodes
@@ -103,16 +104,17 @@ def launches(
     return found.counts
 
 
-@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize(("joins", "rotates"), [(False, True), (True, True), (True, False)])
 def test_a_layer_is_four_products_and_four_or_five_kernels(
-    joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joins: bool, rotates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts of attention may be joined by a kernel of their own."""
-    two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=joins) for n in (2, 3))
+    """The parts of attention may be joined, and queries and keys rotated, by kernels of their own."""
+    two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=joins, rotates=rotates) for n in (2, 3))
     assert three - two == {
         "aten.linear.default": 4,
         "attend_kernel": 1,
         **({} if joins else {"join_kernel": 1}),
+        **({} if rotates else {"_rotate_kernel": 1}),
         "_add_norm_kernel": 2,
         "_gated_kernel": 1,
     }
