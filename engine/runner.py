@@ -201,9 +201,9 @@ class Runner:
                 self._admit(chunk.sequence)
             self._sync_table(chunk.sequence)
         hidden = self._chunks_forward(chunks)
-        ends = list(accumulate(chunk.end - chunk.start for chunk in chunks))
+        ends = list(accumulate(chunk.size for chunk in chunks))
         for chunk, end in zip(chunks, ends, strict=True):
-            self._prompt_logprobs(chunk, hidden[end - (chunk.end - chunk.start) : end])
+            self._prompt_logprobs(chunk, hidden[end - chunk.size : end])
         last = hidden[self._ids(ends) - 1]
         sound = last.isfinite().all(1)
         carried = [i for i, chunk in enumerate(chunks) if chunk.last]
@@ -228,7 +228,7 @@ class Runner:
 
     def _chunks_forward(self, chunks: list[Chunk]) -> Tensor:
         """Final hidden states [T, hidden] of all their tokens, one chunk after the other."""
-        starts, sizes = ([chunk.start for chunk in chunks], [chunk.end - chunk.start for chunk in chunks])
+        starts, sizes = [chunk.start for chunk in chunks], [chunk.size for chunk in chunks]
         longest, index = max(sizes), None
         if min(sizes) < longest:
             computed = torch.arange(longest) < torch.tensor(sizes).unsqueeze(1)

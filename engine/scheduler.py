@@ -41,6 +41,11 @@ class Chunk:
     last: bool
     first: bool
 
+    @property
+    def size(self) -> int:
+        """Tokens of it."""
+        return self.end - self.start
+
 
 @dataclass(slots=True)
 class Plan:

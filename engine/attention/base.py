@@ -10,7 +10,14 @@ from torch import Tensor
 
 from engine.cache.pool import KVPool
 
-__all__ = ["AttentionBackend", "AttentionInput", "RaggedAttention", "Rotary", "RotatingAttention"]
+__all__ = [
+    "AttentionBackend",
+    "AttentionInput",
+    "NoAttention",
+    "RaggedAttention",
+    "Rotary",
+    "RotatingAttention",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +125,21 @@ class RaggedAttention(AttentionBackend, Protocol):
     """A backend in which rows that an index leaves out cost next to nothing, in prefill chunks too."""
 
     ragged: bool
+
+
+class NoAttention:
+    """Stands for attention where what lies around it is measured.
+
+    Args:
+        mixed: [T, heads * head_dim], what each layer is given.
+    """
+
+    def __init__(self, mixed: Tensor) -> None:
+        self._mixed = mixed
+
+    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
+        """Nothing is shared by its layers."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        """`mixed`."""
+        return self._mixed

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from engine.attention.triton_join import join_parts
-from engine.attention.triton_rotary import turned
+from engine.attention.triton_rotary import turned, write_new
 from engine.triton_dependent import launches_next, waits
 
 __all__ = ["attend_kernel"]
@@ -184,60 +184,6 @@ def _new(
     return best, total, mixed
 
 
-@triton.jit
-def _write(
-    tile,
-    num_rows,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
-    k_pool_ptr,
-    v_pool_ptr,
-    first_token,
-    row_of_ptr,
-    rows_ptr,
-    depth_ptr,
-    length,
-    norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    channel,
-    DEPTHS: tl.constexpr,
-    INDEXED: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """K/V of the nodes whose first query row is in this tile, into the pool."""
-    node = tl.cdiv(tile * BLOCK_M, GROUP) + tl.arange(0, BLOCK_W)
-    keep = (node < tl.cdiv((tile + 1) * BLOCK_M, GROUP)) & (node < num_rows)
-    if INDEXED:
-        token = tl.load(row_of_ptr + node, mask=keep, other=-1)
-        keep = keep & (token >= 0)
-    else:
-        token = first_token + node
-    row = tl.load(rows_ptr + node, mask=keep, other=0).to(tl.int64)
-    at = row[:, None] * ROW + channel[None, :]
-    inside = keep[:, None] & (channel < HEAD_DIM)[None, :]
-    depth = node
-    if DEPTHS and HALF:
-        depth = tl.load(depth_ptr + node, mask=keep, other=0).to(tl.int32)
-    k = turned(
-        k_ptr, token * k_stride, keep, length + depth, norm_ptr, tl.zeros_like(node), cos_ptr, sin_ptr, eps,
-        channel, HEAD_DIM, HALF, NORM, OFFSET,
-    )  # fmt: skip
-    v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
-    tl.store(k_pool_ptr + at, k, mask=inside)
-    tl.store(v_pool_ptr + at, v, mask=inside)
-
-
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
@@ -380,7 +326,7 @@ def attend_kernel(
     if SPLIT:
         part -= 1
         if part < 0:
-            _write(
+            write_new(
                 tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token,
                 row_of_ptr, rows_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
                 DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
@@ -498,7 +444,7 @@ def attend_kernel(
     else:
         at_out = at_row[:, None] * HEAD_DIM + channel[None, :]
         tl.store(out_ptr + at_out, mixed.to(out_ptr.dtype.element_ty), mask=inside)
-        _write(
+        write_new(
             tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token, row_of_ptr,
             rows_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
             DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,

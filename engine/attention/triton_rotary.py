@@ -1,11 +1,11 @@
-"""Queries and keys as Triton kernels load them: normed and rotated in registers."""
+"""Queries and keys as Triton kernels load them: normed and rotated in registers; and into the pool so."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["turned"]
+__all__ = ["turned", "write_new"]
 
 
 @triton.jit
@@ -58,3 +58,57 @@ def turned(
         sin = tl.load(sin_ptr + angle, mask=turning, other=0.0).to(tl.float32)
         x = (x * cos + y * sin).to(kind)
     return x
+
+
+@triton.jit
+def write_new(
+    tile,
+    num_rows,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    k_pool_ptr,
+    v_pool_ptr,
+    first_token,
+    row_of_ptr,
+    rows_ptr,
+    depth_ptr,
+    length,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    channel,
+    DEPTHS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """K/V of the nodes whose first query row is in this tile, into the pool."""
+    node = tl.cdiv(tile * BLOCK_M, GROUP) + tl.arange(0, BLOCK_W)
+    keep = (node < tl.cdiv((tile + 1) * BLOCK_M, GROUP)) & (node < num_rows)
+    if INDEXED:
+        token = tl.load(row_of_ptr + node, mask=keep, other=-1)
+        keep = keep & (token >= 0)
+    else:
+        token = first_token + node
+    row = tl.load(rows_ptr + node, mask=keep, other=0).to(tl.int64)
+    at = row[:, None] * ROW + channel[None, :]
+    inside = keep[:, None] & (channel < HEAD_DIM)[None, :]
+    depth = node
+    if DEPTHS and HALF:
+        depth = tl.load(depth_ptr + node, mask=keep, other=0).to(tl.int32)
+    k = turned(
+        k_ptr, token * k_stride, keep, length + depth, norm_ptr, tl.zeros_like(node), cos_ptr, sin_ptr, eps,
+        channel, HEAD_DIM, HALF, NORM, OFFSET,
+    )  # fmt: skip
+    v = tl.load(v_ptr + token[:, None] * v_stride + channel[None, :], mask=inside, other=0.0)
+    tl.store(k_pool_ptr + at, k, mask=inside)
+    tl.store(v_pool_ptr + at, v, mask=inside)

@@ -29,7 +29,7 @@ from engine.attention.triton_tiles import (
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
-from engine.model.triton_kernels import rotate
+from engine.model import triton_kernels as model_kernels
 from engine.triton_measuring import REFUSALS, Kept, side_by_side
 
 __all__ = ["ModelShape", "tuned_tiles"]
@@ -57,7 +57,7 @@ _LEAST_KEYS = (64, 256, 512)
 _CHUNK = 512
 """New rows of the prefill chunk that is measured."""
 
-_MODULES = (triton_kernels, triton_join, triton_rotary, triton_tiles)
+_MODULES = (triton_kernels, triton_join, triton_rotary, triton_tiles, model_kernels)
 """The kernels' source, and what a tile's fields are."""
 
 _TRIES = 8
@@ -180,7 +180,7 @@ class _Step:
         qk, positions = self._qkv[nodes][:, : heads + shape.kv_heads].clone(), batch.positions().flatten()
 
         def apart() -> Tensor:
-            rotate(qk, positions, rotary)
+            model_kernels.rotate(qk, positions, rotary)
             return attention.attend(next(layers), q, k, v)
 
         return apart

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.config import MAX_TREE_NODES
+from engine.greedy_triton import LEAST_KEY, key_of, ordered, token_of
+from engine.model.triton_kernels import activated
 
 __all__ = ["add_silu", "best_guesses"]
 
@@ -23,7 +25,6 @@ _BLOCK = 512
 
 _CHANNELS = 1024
 
-_LEAST: tl.constexpr = tl.constexpr(-(1 << 63))
 _LEAST_SHORT: tl.constexpr = tl.constexpr(-(1 << 31))
 
 
@@ -35,11 +36,7 @@ def _add_silu_kernel(x_ptr, y_ptr, head_stride, row_stride, batch, size, BLOCK: 
     at = (row // batch) * head_stride + (row % batch) * row_stride + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + row * size + column, mask=inside, other=0.0)
-    kind = y.dtype
-    y = y.to(tl.float32)
-    # Beyond -80 nothing is left, and exp would overflow.
-    y = (y / (1.0 + tl.exp(-tl.maximum(y, -80.0)))).to(kind).to(tl.float32)
-    tl.store(y_ptr + row * size + column, (x + y).to(kind), mask=inside)
+    tl.store(y_ptr + row * size + column, (x + activated(y, False).to(tl.float32)).to(y.dtype), mask=inside)
 
 
 def add_silu(x: Tensor, y: Tensor) -> Tensor:
@@ -48,14 +45,6 @@ def add_silu(x: Tensor, y: Tensor) -> Tensor:
     grid = (heads * batch, triton.cdiv(size, _CHANNELS))
     _add_silu_kernel[grid](x, y, x.stride(0), x.stride(1), batch, size, BLOCK=_CHANNELS, num_warps=4)
     return y
-
-
-@triton.jit
-def _order(value, token):
-    """int64 that order as float32 values, and among equals as falling tokens; NaN is anywhere."""
-    bits = value.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - token)
 
 
 # The sizes of a tree's prefixes are numbers like others: each would be another compilation.
@@ -77,15 +66,15 @@ def _best_kernel(logits_ptr, best_ptr, vocab, width, BLOCK: tl.constexpr):
             most = tl.max(short, 0)
             order = most & -BLOCK
             found = block * BLOCK + BLOCK - 1 - (most & (BLOCK - 1))
-            best = (order.to(tl.int64) << 32) | (0x7FFFFFFF - found)
-            tl.store(best_ptr + rank, tl.where(most == _LEAST_SHORT, _LEAST, best))
+            best = key_of(order, found)
+            tl.store(best_ptr + rank, tl.where(most == _LEAST_SHORT, LEAST_KEY, best))
             short = tl.where(short == most, _LEAST_SHORT, short)
     else:
-        key = tl.where(inside, _order(value.to(tl.float32), token), _LEAST)
+        key = tl.where(inside, key_of(ordered(value.to(tl.float32)), token), LEAST_KEY)
         for rank in range(width):
             best = tl.max(key, 0)
             tl.store(best_ptr + rank, best)
-            key = tl.where(key == best, _LEAST, key)
+            key = tl.where(key == best, LEAST_KEY, key)
 
 
 @triton.jit(do_not_specialize=["width", "nodes", "count"])
@@ -97,13 +86,13 @@ def _choose_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     at = (head * tl.num_programs(0) + row) * count + lane
-    key = tl.load(best_ptr + at, mask=lane < count, other=_LEAST)
+    key = tl.load(best_ptr + at, mask=lane < count, other=LEAST_KEY)
     node = tl.arange(0, NODES)
     choice = tl.load(choice_ptr + node, mask=node < nodes, other=-1)
     for rank in range(width):
         best = tl.max(key, 0)
-        key = tl.where(key == best, _LEAST, key)
-        token = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+        key = tl.where(key == best, LEAST_KEY, key)
+        token = token_of(best)
         token = tl.minimum(tl.maximum(token, 0), vocab - 1)
         if MAPPED:
             token = tl.load(map_ptr + token)

@@ -90,10 +90,8 @@ class FusedLayers:
         self, tokens: Tensor, positions: Tensor, attention: AttentionBackend, out: Tensor | None = None
     ) -> Tensor:
         """See `Decoder.forward`."""
-        opening, ways, rows = self._opening, Ways(), len(tokens)
-        for most in sorted(self.ways, reverse=True):
-            if rows <= most:
-                ways = self.ways[most]
+        opening, rows = self._opening, len(tokens)
+        ways = next((self.ways[most] for most in sorted(self.ways) if rows <= most), Ways())
         first = opening[0] if ways.qkv is None else None
         x, y = kernels.embed(tokens, self._embedding, self._scale, first, self._eps, offset=self._offset)
         for index, layer in enumerate(self.layers):

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
 
 from engine import triton_dependent
-from engine.attention.base import AttentionInput
-from engine.cache.pool import KVPool
+from engine.attention.base import NoAttention
 from engine.model import fused_triton, triton_kernels, triton_products
 from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.triton_products import MOST_ROWS, Shape, shapes
@@ -37,19 +35,6 @@ _AHEAD = (8 << 20, 24 << 20)
 
 _LAYERS = 12
 """Layers that are measured: enough that their weights, or most of them, come from memory each time."""
-
-
-class _NoAttention:
-    """What is measured is around it."""
-
-    def __init__(self, mixed: Tensor) -> None:
-        self._mixed = mixed
-
-    def plan(self, batch: AttentionInput, pool: KVPool) -> None:
-        """Nothing is shared by its layers."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return self._mixed
 
 
 def tune_products(
@@ -100,7 +85,7 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
     device = first.qkv_proj.weight.device
     tokens = torch.arange(rows, device=device) % 7
     mixed = torch.randn(rows, first.o_proj.in_features, device=device).to(first.o_proj.weight.dtype)
-    attention = _NoAttention(mixed)
+    attention = NoAttention(mixed)
 
     def run(some: FusedLayers, ways: Ways) -> None:
         some.ways = {rows: ways}

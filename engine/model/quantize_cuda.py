@@ -119,11 +119,11 @@ class RowwiseWeight:
 
 
 def _quantize_rows(rows: Tensor, dtype: torch.dtype, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """See `triton_kernels.quantize_rows`; in torch's operators where Triton does not run."""
+    """See `triton_quantize.quantize_rows`; in torch's operators where Triton does not run."""
     if rows.device.type == "cuda":
-        from engine.model import triton_kernels
+        from engine.model import triton_quantize
 
-        return triton_kernels.quantize_rows(rows, dtype, count)
+        return triton_quantize.quantize_rows(rows, dtype, count)
     largest = _LARGEST["int8" if dtype == torch.int8 else "fp8"]
     wide = rows.float()
     scale = wide.abs().amax(1, keepdim=True) / largest
@@ -141,8 +141,8 @@ def _scaled(
 ) -> Tensor:
     """sums [T, out] times row_scale [T, 1] and column_scale [1, out], plus bias [out], in `dtype`."""
     if sums.device.type == "cuda":
-        from engine.model import triton_kernels
+        from engine.model import triton_quantize
 
-        return triton_kernels.scale_sums(sums, row_scale, column_scale, bias, dtype)
+        return triton_quantize.scale_sums(sums, row_scale, column_scale, bias, dtype)
     y = sums.float() * row_scale * column_scale
     return (y if bias is None else y + bias.float()).to(dtype)

@@ -160,7 +160,7 @@ def test_both_contexts_decide_together(
 
 def test_what_rotates_apart_is_measured_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     positions: list[Tensor] = []
-    monkeypatch.setattr(triton_tuning, "rotate", lambda qk, at, rotary: positions.append(at))
+    monkeypatch.setattr(triton_tuning.model_kernels, "rotate", lambda qk, at, rotary: positions.append(at))
     monkeypatch.setattr(triton_tuning, "_agree", lambda by_two, by_one: True)
     counts: list[int] = []
 

@@ -20,6 +20,7 @@ from tests.engine.conftest import compiles
 pytestmark = pytest.mark.cuda
 
 kernels = pytest.importorskip("engine.model.triton_kernels", exc_type=ImportError)
+eight_bits = pytest.importorskip("engine.model.triton_quantize", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,7 +166,7 @@ def test_quantize_rows_is_the_definition(kind: torch.dtype, dtype: torch.dtype) 
         x[:, 5] = 448
     x[2] *= 1000 if kind == torch.int8 else 1024
     x[3] *= 2.0**-13
-    q, scale = kernels.quantize_rows(x, kind, rows=32)
+    q, scale = eight_bits.quantize_rows(x, kind, rows=32)
     assert (q.shape, q.dtype, scale.shape) == ((32, 576), kind, (32, 1))
     largest = 127.0 if kind == torch.int8 else 448.0
     torch.testing.assert_close(scale[:6], x.float().abs().amax(1, keepdim=True) / largest)
@@ -180,10 +181,10 @@ def test_quantize_rows_is_the_definition(kind: torch.dtype, dtype: torch.dtype) 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_a_quantized_row_knows_no_other_and_shows_what_is_not_finite(kind: torch.dtype) -> None:
     x = random(5, 96)
-    alone_q, alone_scale = kernels.quantize_rows(x[1:2], kind)
+    alone_q, alone_scale = eight_bits.quantize_rows(x[1:2], kind)
     x[0] *= 1e4
     x[2], x[3, 7], x[4, 7] = 0.0, float("nan"), float("inf")
-    q, scale = kernels.quantize_rows(x, kind)
+    q, scale = eight_bits.quantize_rows(x, kind)
     assert torch.equal(q[1:2].view(torch.int8), alone_q.view(torch.int8))
     assert torch.equal(scale[1:2], alone_scale)
     assert not q[2].float().any()
@@ -198,7 +199,7 @@ def test_no_rows_are_no_launch() -> None:
     assert kernels.embed(none.long()[:, 0], random(9, 32), 1.0, None, 0.0)[0].shape == (0, 32)
     assert kernels.gated_activation(none, "silu").shape == (0, 16)
     kernels.rotate(none.view(0, 2, 16), none, Rotary(random(1, 16), random(1, 16)))
-    assert kernels.quantize_rows(none, torch.int8, rows=8)[0].shape == (8, 32)
+    assert eight_bits.quantize_rows(none, torch.int8, rows=8)[0].shape == (8, 32)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -208,7 +209,7 @@ def test_scale_sums(bias: bool, dtype: torch.dtype) -> None:
     row, column = random(3, 1, seed=1).abs() * 1e-3, random(1, 1100, seed=2).abs() * 1e-3
     offset = random(1100, dtype=dtype, seed=3) if bias else None
     wanted = sums.double() * row.double() * column.double() + (0 if offset is None else offset.double())
-    near(kernels.scale_sums(sums, row, column, offset, dtype), wanted)
+    near(eight_bits.scale_sums(sums, row, column, offset, dtype), wanted)
 
 
 @compiles

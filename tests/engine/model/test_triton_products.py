@@ -15,6 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
+from engine import triton_dependent
 from engine.model import products_tuning, triton_kernels
 from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.products_tuning import ROWS, tune_products
@@ -280,6 +283,43 @@ def test_the_measurement_takes_what_is_fastest_and_keeps_it(
     tune_products(layers, tmp_path / "kept", clock=clock)
     assert not clocked
     assert layers.ways == found
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_torchs_products_stay_where_no_other_is_faster(
+    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours gain only beside one another here, and all of them together are still no faster, or do not run."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
+    _, layers = fused(tmp_path / "model", torch.bfloat16)
+
+    def clock(run: Any) -> float:
+        ours = sum(shape is not None for shape in run.args[1][:4])
+        if ours and refused:
+            raise OutOfResources(1, 0, "shared memory")
+        return 10.0 if ours == 0 else 14.0 - ours
+
+    tune_products(layers, tmp_path / "kept", clock=clock)
+    assert set(layers.ways.values()) == {Ways()}
+
+
+@pytest.mark.parametrize(
+    ("capability", "interprets", "early"),
+    [((9, 0), False, True), ((8, 9), False, False), ((9, 0), True, False)],
+)
+def test_kernels_begin_early_from_hopper_on(
+    capability: tuple[int, int], interprets: bool, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interprets else "0")
+    triton_dependent._launched_early.cache_clear()
+    try:
+        found = triton_dependent.launched_early(torch.device("cuda", 0))
+        assert found == (early, {"launch_pdl": True} if early else {})
+        assert triton_dependent.launched_early(torch.device("cpu")) == (False, {})
+    finally:
+        triton_dependent._launched_early.cache_clear()
 
 
 @pytest.mark.parametrize(
