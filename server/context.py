@@ -29,6 +29,9 @@ __all__ = ["Context", "RequestRecord", "ServerContext", "record_of"]
 
 T = TypeVar("T")
 
+_AT_ONCE_BYTES = 4096
+"""Whose encoding takes about a millisecond."""
+
 
 @dataclass(slots=True)
 class ServerContext:
@@ -44,11 +47,14 @@ class ServerContext:
     text_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
     )
+    model_names: tuple[str, ...] = field(init=False)
+    """All names clients may use, the main one first."""
     fingerprint: str = field(init=False)
     """`system_fingerprint`: equal where a seed gives the same text, as far as the server knows."""
 
     def __post_init__(self) -> None:
         described = json.dumps([__version__, asdict(self.engine.info)], sort_keys=True)
+        self.model_names = self.settings.model_names  # which looks at the disk
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 
     @property
@@ -80,9 +86,18 @@ class ServerContext:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.text_thread, partial(work, *args, **options))
 
+    async def encoded(self, record: RequestRecord, work: Callable[..., T], *args: Any, **options: Any) -> T:
+        """The result of `work` on a request's text: at once where its body is small, in the thread where not.
+
+        To hand a short prompt over and back takes longer than to encode it, above all when many come.
+        """
+        if record.body_bytes <= _AT_ONCE_BYTES:
+            return work(*args, **options)
+        return await self.in_thread(work, *args, **options)
+
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError if `name` is none of the served model's."""
-        if name not in self.settings.model_names:
+        if name not in self.model_names:
             raise ModelNotFoundError(f"The model '{name}' does not exist.", param="model")
 
 
@@ -94,6 +109,7 @@ class RequestRecord:
         request_id: the client's X-Request-Id, or one made here.
         engine_id: the same made unique, since a client may use its id again while the first request runs.
         started: `time.monotonic()` at its arrival.
+        body_bytes: how much of its body has been read.
         cut_short: the client left before its body was whole.
         fields: what the route adds to the line; never any text of the prompt or the output.
     """
@@ -101,6 +117,7 @@ class RequestRecord:
     request_id: str
     engine_id: str
     started: float = field(default_factory=time.monotonic)
+    body_bytes: int = 0
     cut_short: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +129,7 @@ def record_of(request: Request) -> RequestRecord:
     return record
 
 
-def _context(request: Request) -> ServerContext:
+async def _context(request: Request) -> ServerContext:  # FastAPI runs what is not async in a thread
     context = request.app.state.context
     assert isinstance(context, ServerContext)
     return context

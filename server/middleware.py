@@ -75,12 +75,12 @@ class RequestMiddleware:
         """`receive` with bounds on the body's size and time. What is left of a refused body is not read."""
         length = Headers(scope=scope).get("content-length", "")
         announced = length.isdecimal() and int(length) > self._max_body_bytes
-        received, complete = 0, False
+        complete = False
         deadline = asyncio.get_running_loop().time() + self._read_timeout
         close = {"Connection": "close"}
 
         async def bounded() -> Message:
-            nonlocal received, complete
+            nonlocal complete
             if complete:  # what follows the body is the client's going away
                 return await receive()
             message: Message = {}
@@ -91,8 +91,8 @@ class RequestMiddleware:
                 except TimeoutError:
                     late = f"The request's body did not arrive within {self._read_timeout:g} s."
                     raise HTTPException(408, late, close) from None
-            received += len(message.get("body", b""))
-            if announced or received > self._max_body_bytes:
+            record.body_bytes += len(message.get("body", b""))
+            if announced or record.body_bytes > self._max_body_bytes:
                 large = f"The request body is larger than {self._max_body_bytes} bytes."
                 raise HTTPException(413, large, close)
             complete = not message.get("more_body", False)

@@ -38,10 +38,11 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
     sampling = await sampling_of(body, context)
     prediction: list[int] = []
     if body.prediction_text:
-        prediction = await context.in_thread(
-            text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
+        prediction = await context.encoded(
+            record, text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
         )
-    prompt = await context.in_thread(text.encode_chat, body.template_input(), **body.template_options())
+    messages, options = body.template_input(), body.template_options()
+    prompt = await context.encoded(record, text.encode_chat, messages, **options)
     request = engine_request(body, context, record.engine_id, prompt, sampling, prediction)
     try:
         return Generation(context, record, request, text_options(body))

@@ -46,7 +46,7 @@ async def completions(body: CompletionRequest, http: HttpRequest, context: Conte
     echoes: list[_Echo] = []
     for i, prompt in enumerate(body.prompts):
         try:
-            tokens = await _encode(body, context, prompt)
+            tokens = await _encode(body, context, record, prompt)
             name = record.engine_id if i == 0 else f"{record.engine_id}-{i}"
             request = engine_request(body, context, name, tokens, sampling)
             context.engine.info.check(request)
@@ -61,11 +61,13 @@ async def completions(body: CompletionRequest, http: HttpRequest, context: Conte
     return await respond(http, batch, _Answer(body, context, record, batch, echoes), bool(body.stream))
 
 
-async def _encode(body: CompletionRequest, context: ServerContext, prompt: PromptInput) -> Sequence[int]:
+async def _encode(
+    body: CompletionRequest, context: ServerContext, record: RequestRecord, prompt: PromptInput
+) -> Sequence[int]:
     if not isinstance(prompt, str):
         return prompt
-    special = body.add_special_tokens is not False
-    return await context.in_thread(context.text.encode, prompt, add_special_tokens=special, param="prompt")
+    options = {"add_special_tokens": body.add_special_tokens is not False, "param": "prompt"}
+    return await context.encoded(record, context.text.encode, prompt, **options)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(context: Context) -> ModelList:
     """The model this server serves, under each of its names."""
-    return ModelList(data=[_card(context, name) for name in context.settings.model_names])
+    return ModelList(data=[_card(context, name) for name in context.model_names])
 
 
 @router.get("/v1/models/{name:path}", responses={404: ERRORS[404], "4XX": ERRORS["4XX"]})
@@ -30,6 +30,6 @@ def _card(context: ServerContext, name: str) -> ModelCard:
     return ModelCard(
         id=name,
         created=context.created,
-        root=context.settings.model_name,
+        root=context.model_names[0],
         max_model_len=context.engine.info.max_model_len,
     )

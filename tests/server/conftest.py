@@ -27,6 +27,7 @@ from engine.fake import FakeEngine, Reply
 from engine.text import TextProcessor
 from engine.types import Request
 from server.app import create_app
+from server.context import ServerContext
 from server.lifecycle import bind
 from server.logs import configure_logging
 from server.protocol import ServerConfig
@@ -105,6 +106,7 @@ class RunningServer:
         self.engine = engine
         settings = Settings(served_model_name=MODEL, **options)
         app = create_app(engine, TEXT, settings, defaults)
+        self.context: ServerContext = app.state.context
         self.server = LoopServer(ServerConfig(app, settings))
         self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

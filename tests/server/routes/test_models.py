@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from engine.errors import ConfigError
-from server.settings import Settings, load_settings
+from server.settings import load_settings
 from tests.server.conftest import MODEL, RunningServer
 
 
@@ -18,7 +18,7 @@ def test_official_client_lists_and_retrieves_the_model(hello: RunningServer) -> 
 
 
 def test_every_name_is_served_and_listed(hello: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Settings, "model_names", property(lambda _: (MODEL, "gpt-4o", "org/alias")))
+    monkeypatch.setattr(hello.context, "model_names", (MODEL, "gpt-4o", "org/alias"))
     assert [card.id for card in hello.openai.models.list()] == [MODEL, "gpt-4o", "org/alias"]
     card = hello.openai.models.retrieve("org/alias")
     assert (card.id, card.model_dump()["root"]) == ("org/alias", MODEL)
