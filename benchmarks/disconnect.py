@@ -19,9 +19,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
-from benchmarks.common import Server, chat, hardware, kv_blocks, metrics, new_client, print_result
+from benchmarks.common import (
+    Server,
+    chat,
+    first_model,
+    hardware,
+    kv_blocks,
+    metrics,
+    new_client,
+    print_result,
+)
 
 SETTLE_S = 10.0
 """Longest wait, after the last answer, for the server to be idle."""
@@ -73,7 +82,7 @@ async def run_plan(url: str, model: str, plan: Plan) -> tuple[str, str]:
             return "left", ""
         try:
             got = answer.result()
-        except (httpx.HTTPError, RuntimeError) as error:
+        except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
             return "failed", f"request {plan.number}: {type(error).__name__}: {error}"
     if (got.completion_tokens, got.finish_reason) != (plan.max_tokens, "length"):
         found = f"{got.completion_tokens} tokens, {got.finish_reason}"
@@ -82,8 +91,8 @@ async def run_plan(url: str, model: str, plan: Plan) -> tuple[str, str]:
 
 
 async def page(url: str) -> dict[str, float]:
-    async with new_client(url) as client:
-        return metrics((await client.get("/metrics")).text)
+    async with new_client(url) as client, client.get("metrics") as answer:
+        return metrics(await answer.text())
 
 
 def is_idle(found: dict[str, float], total: int) -> bool:
@@ -99,8 +108,7 @@ def is_idle(found: dict[str, float], total: int) -> bool:
 
 async def drive(args: argparse.Namespace, url: str) -> dict[str, Any]:
     """Run the plans and wait for the server to come to rest; the result's measured part."""
-    async with new_client(url) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+    model = await first_model(url)
     total = sum(kv_blocks(await page(url)).values())
 
     # How long a request takes with all the others around it: a first wave that stays to its end.

