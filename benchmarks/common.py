@@ -128,15 +128,19 @@ class Server:
     Args:
         args: what follows `serve`, without the port.
         threads: CPU threads for the model; None leaves the default.
+        command: what of Python's modules is run.
 
     Raises:
         RuntimeError: it died or was not ready in time; the text ends with its log.
     """
 
-    def __init__(self, args: Sequence[str], *, threads: int | None = None) -> None:
+    def __init__(
+        self, args: Sequence[str], *, threads: int | None = None, command: Sequence[str] = ("server.cli",)
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.args = [*args, "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command = [sys.executable, "-m", *command, "serve"]
         self._env = {**os.environ, **thread_environment(threads)}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -149,7 +153,7 @@ class Server:
         # A file, not a pipe: nobody reads while the server runs, and a full pipe would stop it.
         self._log = tempfile.NamedTemporaryFile(prefix="medusa-serve-", suffix=".log")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", *self.args],
+            [*self._command, *self.args],
             cwd=ROOT,
             env=self._env,
             stdin=subprocess.DEVNULL,

@@ -6,6 +6,8 @@ The server is a process of its own; the offline engine lives in this one, as the
 turns, A B B A, with new prompts of equal length in every round. The share lost is
 1 - (tokens/s over HTTP) / (tokens/s offline), the median over rounds with its interval. Options of `serve`
 may follow and go to both.
+
+With --step-ms the device is simulated, on both sides: what remains is what the host does beside a fast one.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from benchmarks.common import (
     print_result,
 )
 from benchmarks.side_by_side import IDLE_SHARE, ours
+from benchmarks.simulated_device import SimulatedDevice, install
 from engine.llm import LLM
 from engine.types import Request, SamplingParams
 
@@ -112,6 +115,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--prompt-tokens", type=int, default=60)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--step-ms", type=float, help="simulate a device that takes so long a decode step")
+    parser.add_argument("--token-us", type=float, default=25.0, help="and so long for a token of a prompt")
+    parser.add_argument("--accepted", type=int, default=0, help="and accepts so many nodes beside the root")
     parser.add_argument("--most", type=float, default=0.10, help="largest share lost that passes")
     parser.add_argument("--seed", type=int, default=0)
     args, options = parse_with_engine_options(parser, argv)
@@ -122,8 +128,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 def main() -> int:
     args, options = parse()
+    command, threads, simulated = ["server.cli"], cores(), None
+    if args.step_ms is not None:
+        simulated = {"step_ms": args.step_ms, "token_us": args.token_us, "accepted": args.accepted}
+        install(SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))
+        command, threads = ["benchmarks.simulated_device", *map(str, simulated.values())], 1
     llm = LLM(engine_config(options, model=args.model))
-    with Server([args.model, *options], threads=cores()) as server:
+    with Server([args.model, *options], threads=threads, command=command) as server:
         rows, busy = measure(args, server, llm)
     ok = all(row["share_lost_median"] <= args.most for row in rows)
     print_result(
@@ -132,6 +143,7 @@ def main() -> int:
             "passed": ok,
             "most": args.most,
             "model": args.model,
+            "simulated": simulated,
             "serve": options,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import pytest
 
 from benchmarks import acceptance, adaptive, http_cost, peers, soak, tree_http
 from benchmarks.common import Item, engine_config, read_items, word_prompt
+from benchmarks.simulated_device import SimulatedDevice, SimulatedEngine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.llm import LLM
+from engine.loader import load
+from engine.types import Request, SamplingParams
 from tests.support import save_model, save_random_heads, tiny_llama
 
 DATA = Path(__file__).parents[2] / "benchmarks" / "data"
@@ -242,6 +246,27 @@ def test_the_share_lost() -> None:
 
 def test_offline_side_gives_every_token(off: LLM) -> None:
     assert http_cost.offline(off, ["t1 t2", "t3"], 5, "s") > 0
+
+
+def test_a_simulated_device_takes_its_time_and_computes_nothing(folder: Path) -> None:
+    settings = {"tree": 3, "lookup": 2, "kv_cache_tokens": 1024, "max_num_seqs": 4, "block_size": 4}
+    loaded = load(EngineConfig(model=str(folder), device="cpu", **settings), progress=False)
+    engine = SimulatedEngine(loaded, device=SimulatedDevice(step_s=0.02, token_s=0.005, accepted=1))
+    sampling = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    start = time.perf_counter()
+    for number in range(3):
+        engine.add(Request(str(number), (1, 2, 3, 4), sampling))
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for delta in engine.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    # Twelve tokens of prompts, then one token and two a step.
+    assert time.perf_counter() - start >= 12 * 0.005 + 4 * 0.02
+    assert list(map(len, tokens.values())) == [9, 9, 9]
+    assert engine.stats.acceptance_counts[2] == 3 * 4
+    engine.check()
+    with pytest.raises(ValueError, match="cannot be accepted of a tree of 3"):
+        SimulatedEngine(loaded, device=SimulatedDevice(0.0, accepted=3))
 
 
 def test_peers_that_are_not_there_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+"""An engine whose device computes nothing and takes a set time, to see what the host costs beside a fast one.
+
+    python -m benchmarks.http_cost --step-ms 7 --token-us 25 --streams 64 -- --max-num-seqs 64 --dtype float32
+    python -m benchmarks.simulated_device 7 25 1 serve smollm2-135m --port 8011
+
+The host does all it does for captured steps that are launched ahead: it schedules, fills the graphs' inputs,
+reads results, makes text and events of them. What it launches ends without work at a time on the device's own
+clock: a decode step after `step_s`, a pass over prompts after `token_s` for each of its tokens, each after
+what was launched before. Text is one token over and over, `accepted` + 1 times a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import engine.llm
+import engine.loop
+from engine.engine import Engine
+from engine.graphs import CapturedRunner
+from engine.loader import Loaded
+from engine.runner import Batch, Verified
+from engine.scheduler import Chunk
+from engine.step_results import Prefilled, Results, StepRow
+
+__all__ = ["SimulatedDevice", "SimulatedEngine", "install"]
+
+_TOKEN = 1000
+"""What every step emits, where the vocabulary has it."""
+
+
+@dataclass
+class SimulatedDevice:
+    """The clock.
+
+    Args:
+        step_s: seconds of a decode step.
+        token_s: seconds of each token of a pass over prompts.
+        accepted: nodes accepted in each step, the root not counted; the tree must have them.
+    """
+
+    step_s: float
+    token_s: float = 0.0
+    accepted: int = 0
+    _free: float = 0.0
+
+    def launch(self, seconds: float) -> float:
+        """The `time.perf_counter()` at which work launched now ends."""
+        self._free = max(self._free, time.perf_counter()) + seconds
+        return self._free
+
+
+def _wait(end: float) -> None:
+    if (left := end - time.perf_counter()) > 0:
+        time.sleep(left)  # as a wait for the device, it lets other threads run
+
+
+class _Late(Results):
+    """Results that are there when the device has made them."""
+
+    def __init__(self, packed: Tensor, depth: int, device: SimulatedDevice) -> None:
+        super().__init__(packed, depth, started=time.perf_counter(), begun=None)
+        self._end, self._step_s = device.launch(device.step_s), device.step_s
+
+    @property
+    def seconds(self) -> float:
+        return self._step_s
+
+    def rows(self) -> list[StepRow]:
+        _wait(self._end)
+        return super().rows()
+
+
+class _NoGraph:
+    def capture(self, run: Callable[[], None]) -> None:
+        """Nothing is recorded."""
+
+    def replay(self) -> None:
+        """Nothing is done."""
+
+
+class SimulatedEngine(Engine):
+    """An engine on a simulated device; of the model only the tokenizer and the sizes matter.
+
+    Args:
+        loaded: on the CPU.
+        device: the clock.
+
+    Raises:
+        ValueError: no tree has as many nodes as shall be accepted.
+    """
+
+    def __init__(self, loaded: Loaded, *, device: SimulatedDevice) -> None:
+        if device.accepted >= loaded.info.tree_size:
+            raise ValueError(
+                f"{device.accepted} nodes cannot be accepted of a tree of {loaded.info.tree_size}"
+            )
+        super().__init__(loaded, ahead=True, graph=_NoGraph)
+        runner = self._runner
+        assert isinstance(runner, CapturedRunner)
+        token = min(_TOKEN, loaded.info.vocab_size - 1)
+
+        def prefill(chunks: list[Chunk]) -> list[Prefilled]:
+            for chunk in chunks:
+                if chunk.first:
+                    runner._admit(chunk.sequence)
+                runner._sync_table(chunk.sequence)
+            slots = torch.tensor([chunk.sequence.slot for chunk in chunks])
+            runner._lengths[slots] = torch.tensor([chunk.end for chunk in chunks])
+            _wait(device.launch(device.token_s * sum(chunk.size for chunk in chunks)))
+            return [Prefilled(first=token if chunk.last else None) for chunk in chunks]
+
+        def results(batch: Batch, verified: Verified) -> Results:
+            bucket = verified.bucket  # type: ignore[attr-defined]
+            packed = runner._packed_rows(bucket)[: len(batch.sequences)].clone()
+            packed.zero_()
+            packed[:, 0] = 1  # finite
+            packed[:, 1:3] = device.accepted
+            packed[:, 3] = (2 << device.accepted) - 1
+            packed[:, 4 : 5 + device.accepted] = token
+            return _Late(packed, bucket.depth, device)
+
+        runner.prefill = prefill  # type: ignore[method-assign]
+        runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
+        runner.targets_accept_compact = results  # type: ignore[method-assign]
+
+
+def install(device: SimulatedDevice) -> None:
+    """From here on every engine of this process runs on the simulated device."""
+    made = partial(SimulatedEngine, device=device)
+    engine.llm.Engine = engine.loop.Engine = made  # type: ignore[assignment, misc]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step_ms", type=float)
+    parser.add_argument("token_us", type=float)
+    parser.add_argument("accepted", type=int)
+    args, command = parser.parse_known_args()
+    torch.set_num_threads(1)
+    install(SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))
+    from server.cli import main as serve
+
+    sys.argv = ["medusa-serve", *command]
+    serve()
+
+
+if __name__ == "__main__":
+    main()
