@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -15,31 +14,10 @@ from torch import Tensor
 from engine.errors import ConfigError
 from training.backbone import Backbone, packs
 from training.data import Row
-from training.hidden import HiddenCache, top_tokens
+from training.hidden import Batch, HiddenCache, top_tokens
+from training.resident import ResidentCache
 
-__all__ = ["Batch", "CachedBatches", "OnlineBatches", "Source", "gather"]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Positions whose future is known. Prompts and padding are not among them: only answers have rows.
-
-    Args:
-        hidden: [T, hidden], the state that chose each position's token.
-        targets: [heads, T] int64; head i's is the token i + 1 places after the position's; -1 where the
-            answer has ended before.
-        teacher_ids: [heads, T, k] int64, the model's best tokens at that place; None without a KL term.
-        teacher_log_p: [heads, T, k] float32.
-    """
-
-    hidden: Tensor
-    targets: Tensor
-    teacher_ids: Tensor | None
-    teacher_log_p: Tensor | None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.hidden.shape[0]
+__all__ = ["CachedBatches", "OnlineBatches", "ResidentBatches", "Source"]
 
 
 class Source(Protocol):
@@ -50,18 +28,23 @@ class Source(Protocol):
     def step(self, epoch: int, index: int) -> Iterator[Batch]: ...
 
 
-def gather(cache: HiddenCache, positions: NDArray[np.int64], num_heads: int, teacher: bool) -> Batch:
-    """The batch of these positions, on the CPU."""
-    ahead = positions + 1 + np.arange(num_heads)[:, None]
-    known = ahead < cache.ends[positions]
-    ahead = np.where(known, ahead, 0)
-    targets = np.where(known, cache.tokens[ahead], -1).astype(np.int64)
-    return Batch(
-        hidden=torch.from_numpy(np.asarray(cache.hidden[positions])),
-        targets=torch.from_numpy(targets),
-        teacher_ids=torch.from_numpy(cache.top_ids[ahead].astype(np.int64)) if teacher else None,
-        teacher_log_p=torch.from_numpy(cache.top_log_p[ahead].astype(np.float32)) if teacher else None,
-    )
+def _with_a_next(
+    cache: HiddenCache | ResidentCache, chosen: NDArray[np.bool_], batch_tokens: int
+) -> NDArray[np.int64]:
+    """Positions in the chosen rows to learn from, rising.
+
+    Raises:
+        ConfigError: fewer than one batch.
+    """
+    place = np.arange(len(cache))
+    # The last token of an answer has no next one: not even the first head has a target.
+    found = place[chosen[cache.row_of] & (cache.ends - place > 1)]
+    if len(found) < batch_tokens:
+        raise ConfigError(
+            f"the data holds {len(found)} training positions and a batch takes {batch_tokens}; "
+            "distill more, or lower batch_tokens"
+        )
+    return found
 
 
 class CachedBatches:
@@ -93,15 +76,8 @@ class CachedBatches:
     ) -> None:
         self._cache, self._num_heads, self._seed, self._teacher = cache, num_heads, seed, teacher
         self._batch, self._micro = batch_tokens, micro_tokens
-        place = np.arange(len(cache))
-        # The last token of an answer has no next one: not even the first head has a target.
-        self._positions = place[chosen[cache.row_of] & (cache.ends - place > 1)]
+        self._positions = _with_a_next(cache, chosen, batch_tokens)
         self.steps_per_epoch = len(self._positions) // batch_tokens
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"the data holds {len(self._positions)} training positions and a batch takes {batch_tokens}; "
-                "distill more, or lower batch_tokens"
-            )
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
     def step(self, epoch: int, index: int) -> Iterator[Batch]:
@@ -109,10 +85,49 @@ class CachedBatches:
         for start in range(0, len(chosen), self._micro):
             # Rising positions read the memory map forwards.
             part = np.sort(chosen[start : start + self._micro])
-            yield gather(self._cache, part, self._num_heads, self._teacher)
+            yield self._cache.gather(part, self._num_heads, self._teacher)
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, epoch]).permutation(self._positions)
+
+
+class ResidentBatches:
+    """`CachedBatches` on the device: neither the order nor the batches pass the CPU, and nothing waits.
+
+    Args: as `CachedBatches`.
+
+    Raises:
+        ConfigError: fewer positions than one batch.
+    """
+
+    def __init__(
+        self,
+        cache: ResidentCache,
+        chosen: NDArray[np.bool_],
+        *,
+        num_heads: int,
+        batch_tokens: int,
+        micro_tokens: int,
+        seed: int,
+        teacher: bool,
+    ) -> None:
+        self._cache, self._num_heads, self._seed, self._teacher = cache, num_heads, seed, teacher
+        self._batch, self._micro = batch_tokens, micro_tokens
+        positions = _with_a_next(cache, chosen, batch_tokens)
+        self.steps_per_epoch = len(positions) // batch_tokens
+        self._positions = torch.from_numpy(positions).to(cache.device)
+        self._order = lru_cache(maxsize=1)(self._shuffled)
+
+    def step(self, epoch: int, index: int) -> Iterator[Batch]:
+        chosen = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
+        for part in torch.split(chosen, self._micro):
+            yield self._cache.gather_there(part, self._num_heads, self._teacher)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        seed = int(np.random.default_rng([self._seed, epoch]).integers(1 << 62))
+        generator = torch.Generator(self._cache.device).manual_seed(seed)
+        order = torch.randperm(len(self._positions), generator=generator, device=self._cache.device)
+        return self._positions[order]
 
 
 class OnlineBatches:

@@ -112,12 +112,17 @@ def distill(
         str, typer.Option(metavar="I/N", help="Only the I-th of N disjoint parts, for N processes.")
     ] = "1/1",
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a full token shard.")] = 4096,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Stop after so long; the same command goes on where it was."),
+    ] = None,
     revision: Revision = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
     device: Device = None,
     max_num_seqs: Annotated[int, typer.Option(metavar="INT", help="Conversations answered together.")] = 64,
     max_step_tokens: Annotated[int | None, engine_option("max_step_tokens", "INT")] = None,
+    kv_cache_tokens: Annotated[int | None, engine_option("kv_cache_tokens", "INT")] = None,
 ) -> None:
     """Let MODEL answer prompts: the rows its heads are trained on.
 
@@ -141,6 +146,7 @@ def distill(
             limit=limit,
             part=part,
             shard_rows=shard_rows,
+            minutes=minutes,
         )
         config = engine_config(
             model=model,
@@ -150,6 +156,7 @@ def distill(
             device=device,
             max_num_seqs=max_num_seqs,
             max_step_tokens=max_step_tokens,
+            kv_cache_tokens=kv_cache_tokens,
             max_model_len=max_prompt_tokens + max_tokens,
             tree="off",  # a full batch leaves no room for speculation
         )

@@ -36,6 +36,12 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's.")
     warmup_steps: int = Field(40, ge=0, description="Steps over which the rate rises.")
     epochs: float = Field(2.0, gt=0.0, description="Passes over the data.")
+    minutes: float | None = Field(
+        None,
+        gt=0.0,
+        description="End after so long, if the passes take longer; hidden states count (at most half goes to "
+        "them: rows beyond are left out), and the rate reaches zero then.",
+    )
     batch_tokens: int = Field(
         512, ge=1, description="Tokens of an optimizer step; prompts count where nothing is cached."
     )
@@ -63,10 +69,10 @@ class TrainConfig(BaseModel):
     backbone_bits: Literal[16, 8, 4] = Field(
         16, description="8 or 4: linear layers of the backbone by bitsandbytes, for a small GPU."
     )
-    cache: Literal["auto", "on", "off"] = Field(
+    cache: Literal["auto", "on", "off", "memory"] = Field(
         "auto",
         description="Keep the hidden states of all answers on disk; 'auto': up to 64 GiB and a quarter of "
-        "the free disk.",
+        "the free disk. 'memory': on the device instead, for this run alone: the fastest on a GPU.",
     )
     cache_dir: Path | None = Field(
         None, description="Where; `<output>/cache` if unset. Several runs may share one."

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +52,7 @@ class DistillOptions:
     limit: int | None = None
     part: tuple[int, int] = (0, 1)
     shard_rows: int = 4096
+    minutes: float | None = None
 
     @classmethod
     def parse(cls, *, temperature: str, part: str, **given: Any) -> DistillOptions:
@@ -116,7 +120,7 @@ class _Talk:
 
 
 def run(config: EngineConfig, options: DistillOptions, output: Path) -> dict[str, Any]:
-    """Answer everything that is not answered yet; returns the manifest.
+    """Answer everything that is not answered yet, or until the time is over; returns the manifest.
 
     Raises:
         ConfigError: settings that cannot work, or an output folder of another run.
@@ -126,9 +130,10 @@ def run(config: EngineConfig, options: DistillOptions, output: Path) -> dict[str
     asked = read_asked(options.prompts)[: options.limit]
     asked += [self_prompted(number, options.seed) for number in range(options.self_prompt)]
     asked = asked[options.part[0] :: options.part[1]]
+    until = math.inf if options.minutes is None else time.monotonic() + 60.0 * options.minutes
     book = _Book(output, config, options)
     try:
-        _Distiller(LLM(config, progress=True), options, asked, book).run()
+        _Distiller(LLM(config, progress=True), options, asked, book).run(until)
     finally:
         book.close()
     return book.manifest
@@ -160,6 +165,9 @@ class _Book:
         self.manifest["prompts"] = [path.name for path in options.prompts]
         self.manifest["seconds"] = float(self._before.get("seconds", 0.0))
         self._started, self._seconds = time.monotonic(), self.manifest["seconds"]
+        # Compressing a shard takes seconds, in which no step would be made.
+        self._writer = ThreadPoolExecutor(1, "shards")
+        self._shards: list[Future[None]] = []
         self._file = self._read()
 
     def add(self, talk: _Talk, answer: str, temperature: float, seed: int, reason: FinishReason) -> None:
@@ -185,9 +193,16 @@ class _Book:
         self.manifest["counts"]["skipped"] += 1
 
     def close(self) -> None:
-        """Write the last shard and the manifest."""
+        """Write the last shard and the manifest.
+
+        Raises:
+            OSError: a shard could not be written.
+        """
         self._file.close()
         self._write_shard()
+        self._writer.shutdown()
+        for shard in self._shards:
+            shard.result()
 
     def _refuse_other(self, identity: dict[str, Any]) -> None:
         path = self._folder / "manifest.json"
@@ -241,7 +256,8 @@ class _Book:
             about = {
                 name: self.manifest[name] for name in ("model", "weights_sha256", "quantization", "seed")
             }
-            write_shard(path, self._open_rows, vocab_size=self._vocab_size, **about)
+            write = partial(write_shard, path, self._open_rows, vocab_size=self._vocab_size, **about)
+            self._shards.append(self._writer.submit(write))
         self.manifest["seconds"] = round(self._seconds + time.monotonic() - self._started, 1)
         write_json(self._folder / "manifest.json", self.manifest)
 
@@ -258,13 +274,19 @@ class _Distiller:
         rows = sum(self._turns(item) for item in asked) * options.samples
         done = book.manifest["counts"]["rows"]
         self._bar = tqdm(total=rows, initial=done, unit="row", smoothing=0.05, mininterval=2.0)
+        self._refill = _refill(llm)
+        self._filling = True
 
-    def run(self) -> None:
+    def run(self, until: float = math.inf) -> None:
+        """Answer what there is, or until `time.monotonic()` says so; what is under way then is dropped."""
         started, before = time.monotonic(), self._book.manifest["counts"]["answer_tokens"]
         with self._bar as bar:
             for deltas in self._llm.stream(self._take):
                 for delta in deltas:
                     self._receive(delta)
+                if time.monotonic() >= until:
+                    break
+                self._filling = self._llm.info.max_num_seqs - len(self._active) >= self._refill
                 made = self._book.manifest["counts"]["answer_tokens"] - before
                 rate = made / (time.monotonic() - started)
                 bar.set_postfix_str(f"{rate:.0f} answer tokens/s, {before + made} in all", refresh=False)
@@ -290,8 +312,8 @@ class _Distiller:
         return len(asked.users) if most is None else min(most, len(asked.users))
 
     def _take(self) -> Request | None:
-        """The next request, None where no conversation can go on right now."""
-        while True:
+        """The next request, None where no conversation can go on right now, or few slots are free."""
+        while self._filling:
             talk = self._going.popleft() if self._going else next(self._fresh, None)
             if talk is None:
                 return None
@@ -299,6 +321,7 @@ class _Distiller:
                 self._active[request.request_id] = talk
                 return request
             self._skip(talk)
+        return None
 
     def _request(self, talk: _Talk) -> Request | None:
         """What to ask the engine for next in `talk`; None where that is too long."""
@@ -362,6 +385,15 @@ class _Distiller:
     def _seed(self, talk: _Talk) -> int:
         kind = "user" if talk.asking else "answer"
         return hash64(kind, self._options.seed, talk.asked.key, talk.sample, talk.turn) & _MAX_SEED
+
+
+def _refill(llm: LLM) -> int:
+    """Slots that are free together before new conversations take them.
+
+    On a GPU a pass over one prompt takes as long as one over sixteen, and longer than a step of hundreds of
+    sequences; with as many slots busy, some sequence ends at nearly every step.
+    """
+    return 1 if llm.info.device == "cpu" else max(1, llm.info.max_num_seqs // 16)
 
 
 def hash_weights(folder: Path) -> str:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.medusa.tree import Tree
-from training.batches import gather
 from training.hidden import HiddenCache
+from training.objective import CHUNK_BYTES
+from training.resident import ResidentCache
 
 __all__ = ["MISS", "NONE", "Ranks", "accepted_lengths", "rank_targets", "replay", "visits"]
 
@@ -63,7 +64,7 @@ class Ranks:
 @torch.inference_mode()
 def rank_targets(
     logits_of: Callable[[Tensor], Tensor],
-    cache: HiddenCache,
+    cache: HiddenCache | ResidentCache,
     chosen: NDArray[np.bool_],
     rows: Tensor,
     *,
@@ -95,9 +96,9 @@ def rank_targets(
             else positions[cache.ends[positions] == cache.ends[positions[0]]]
         )
     found, summed = [], torch.zeros(2, num_heads, device=rows.device)
-    step = max(16, (32 << 20) // (4 * vocabulary * num_heads))
+    step = max(16, CHUNK_BYTES[rows.device.type] // (4 * vocabulary * num_heads))
     for start in range(0, len(positions), step):
-        batch = gather(cache, positions[start : start + step], num_heads, teacher=False)
+        batch = cache.gather(positions[start : start + step], num_heads, teacher=False)
         targets = batch.targets.to(rows.device)
         mapped = torch.where(targets >= 0, rows[targets.clamp(min=0)], -1)
         logits = logits_of(batch.hidden.to(rows.device, dtype)).float()
@@ -156,13 +157,11 @@ def visits(ranks: Ranks, tree: Tree, starts: int = 8) -> NDArray[np.int64]:
 def _walk(ranks: Ranks, accepted: NDArray[np.int64], start: int) -> NDArray[np.int64]:
     """[N] 0 or 1: the positions where steps of decoding stand, from the start-th token of each answer on."""
     stands = np.zeros(len(ranks), dtype=np.int64)
-    first = 0
-    while first < len(ranks):
-        end = int(ranks.ends[first])
-        position = first + start
-        # The state at a position chose its token, which is the root; the step emits what follows it.
-        while position < end - 1:
-            stands[position] = 1
-            position += 1 + int(accepted[position])
-        first = end
+    first = np.flatnonzero(np.diff(ranks.ends, prepend=-1))
+    position, end = first + start, ranks.ends[first]  # of all answers at once
+    # The state at a position chose its token, which is the root; the step emits what follows it.
+    while (going := position < end - 1).any():
+        position, end = position[going], end[going]
+        stands[position] = 1
+        position = position + 1 + accepted[position]
     return stands

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +20,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.errors import ConfigError
 from training.backbone import Backbone, packs
 from training.data import Row
 
-__all__ = ["TOP_K", "HiddenCache", "cache_hidden", "missing_rows", "row_key", "top_tokens"]
+__all__ = [
+    "TOP_K",
+    "AnswerStates",
+    "Batch",
+    "HiddenCache",
+    "cache_hidden",
+    "logits_rows",
+    "missing_rows",
+    "row_key",
+    "row_keys",
+    "top_tokens",
+]
 
 TOP_K = 16
 """Best tokens of the model that are kept per position; the rest of the probability is left out."""
@@ -39,6 +53,28 @@ _FILES: dict[str, tuple[str, type]] = {
     "top_log_p": ("top_log_p.f16", np.float16),
     "keys": ("keys.u64", np.uint64),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Positions whose future is known. Prompts and padding are not among them: only answers have rows.
+
+    Args:
+        hidden: [T, hidden], the state that chose each position's token.
+        targets: [heads, T] int64; head i's is the token i + 1 places after the position's; -1 where the
+            answer has ended before.
+        teacher_ids: [heads, T, k] int64, the model's best tokens at that place; None without a KL term.
+        teacher_log_p: [heads, T, k] float32.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    teacher_ids: Tensor | None
+    teacher_log_p: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +104,21 @@ class HiddenCache:
 
     def select(self, rows: Sequence[Row]) -> NDArray[np.bool_]:
         """[R] bool: which of the cache's rows are among these."""
-        found: NDArray[np.bool_] = np.isin(
-            self.keys, np.array([row_key(row) for row in rows], dtype=np.uint64)
-        )
+        found: NDArray[np.bool_] = np.isin(self.keys, row_keys(rows))
         return found
+
+    def gather(self, positions: NDArray[np.int64], num_heads: int, teacher: bool) -> Batch:
+        """The batch of these positions, on the CPU."""
+        ahead = positions + 1 + np.arange(num_heads)[:, None]
+        known = ahead < self.ends[positions]
+        ahead = np.where(known, ahead, 0)
+        targets = np.where(known, self.tokens[ahead], -1).astype(np.int64)
+        return Batch(
+            hidden=torch.from_numpy(np.asarray(self.hidden[positions])),
+            targets=torch.from_numpy(targets),
+            teacher_ids=torch.from_numpy(self.top_ids[ahead].astype(np.int64)) if teacher else None,
+            teacher_log_p=torch.from_numpy(self.top_log_p[ahead].astype(np.float32)) if teacher else None,
+        )
 
 
 @dataclass(slots=True)
@@ -102,10 +149,20 @@ def row_key(row: Row) -> int:
     return int.from_bytes(text.digest()[:8], "little")
 
 
+def row_keys(rows: Sequence[Row]) -> NDArray[np.uint64]:
+    """[R] uint64, `row_key` of each."""
+    return np.array([row_key(row) for row in rows], dtype=np.uint64)
+
+
+def logits_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits over the whole vocabulary at a time; on a GPU enough of them to keep all of it busy."""
+    return 256 if device.type == "cpu" else max(256, (256 << 20) // (4 * vocab_size))
+
+
 def top_tokens(hidden: Tensor, lm_head: Tensor, count: int = TOP_K) -> tuple[Tensor, Tensor]:
     """The model's best tokens: ids [T, count] and log-probabilities [T, count] float32, falling."""
     ids, log_p = [], []
-    for part in torch.split(hidden, 256):
+    for part in torch.split(hidden, logits_rows(hidden.device, len(lm_head))):
         logits = (part.to(lm_head.dtype) @ lm_head.T).float()
         best = logits.topk(min(count, logits.shape[1]), dim=1)
         ids.append(best.indices)
@@ -134,6 +191,7 @@ def cache_hidden(
     make_backbone: Callable[[], tuple[Backbone, Tensor]],
     pack_tokens: int = 512,
     progress: bool = True,
+    until: float = math.inf,
 ) -> HiddenCache:
     """A cache in `folder` that holds these rows (and others, maybe); what is not there yet is computed.
 
@@ -144,6 +202,7 @@ def cache_hidden(
         top_k: best tokens kept per position.
         make_backbone: the model and its whole lm_head [vocab, hidden]; called only where rows are missing.
         pack_tokens: tokens of a pass.
+        until: `time.monotonic()` after which no pass begins; rows that come later are not in the cache.
 
     Raises:
         ConfigError: the folder holds the cache of another model, or is damaged.
@@ -157,7 +216,7 @@ def cache_hidden(
             with (folder / file).open("r+b") as out:
                 out.truncate(int(np.prod(state.shape(name), dtype=np.int64)) * np.dtype(dtype).itemsize)
         backbone, lm_head = make_backbone()
-        _extend(folder, state, missing, backbone, lm_head, pack_tokens, progress)
+        _extend(folder, state, missing, backbone, lm_head, pack_tokens, progress, until)
     return HiddenCache(**{name: _array(folder, state, name) for name in _FILES})
 
 
@@ -169,13 +228,14 @@ def _extend(
     lm_head: Tensor,
     pack_tokens: int,
     progress: bool,
+    until: float,
 ) -> None:
-    from tqdm import tqdm
-
     weight = lm_head.to(device=backbone.device, dtype=backbone.dtype)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     bar = tqdm(total=sum(lengths), desc="hidden states", unit="tok", disable=None if progress else True)
     for pack in packs(lengths, pack_tokens):
+        if time.monotonic() >= until:
+            break
         chosen = [rows[i] for i in pack]
         arrays = _arrays(state, chosen, backbone, weight)
         for name, (file, dtype) in _FILES.items():
@@ -195,25 +255,46 @@ def _arrays(
     state: _State, rows: Sequence[Row], backbone: Backbone, lm_head: Tensor
 ) -> dict[str, NDArray[Any]]:
     """The arrays' next entries for a pack of rows."""
-    states = backbone.hidden([np.concatenate((row.prompt, row.answer)).tolist() for row in rows])
-    prompts = np.array([len(row.prompt) for row in rows])
+    found = AnswerStates.of(rows, backbone, lm_head, state.top_k)
     answers = np.array([len(row.answer) for row in rows])
-    starts = np.cumsum(prompts + answers) - answers
-    # The state at a token chose the next one.
-    places = np.concatenate(
-        [np.arange(start - 1, start - 1 + length) for start, length in zip(starts, answers, strict=True)]
-    )
-    hidden = states[torch.from_numpy(places).to(states.device)]
-    ids, log_p = top_tokens(hidden, lm_head, state.top_k)
     return {
-        "hidden": hidden.to(torch.float16).cpu().numpy(),
+        "hidden": found.hidden.to(torch.float16).cpu().numpy(),
         "tokens": np.concatenate([row.answer for row in rows]),
         "ends": np.repeat(state.tokens + np.cumsum(answers), answers),
         "row_of": np.repeat(state.rows + np.arange(len(rows)), answers),
-        "top_ids": ids.cpu().numpy(),
-        "top_log_p": log_p.cpu().numpy(),
-        "keys": np.array([row_key(row) for row in rows], dtype=np.uint64),
+        "top_ids": found.ids.cpu().numpy(),
+        "top_log_p": found.log_p.cpu().numpy(),
+        "keys": row_keys(rows),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStates:
+    """What the model says at every answer token of some rows, on its device.
+
+    Args:
+        hidden: [N, hidden], the state that chose each token.
+        ids: [N, top_k] int64, its best tokens there.
+        log_p: [N, top_k] float32.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    log_p: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], backbone: Backbone, lm_head: Tensor, top_k: int) -> AnswerStates:
+        """One pass over whole rows; `lm_head` [vocab, hidden] is on the backbone's device, in its dtype."""
+        states = backbone.hidden([np.concatenate((row.prompt, row.answer)).tolist() for row in rows])
+        prompts = np.array([len(row.prompt) for row in rows])
+        answers = np.array([len(row.answer) for row in rows])
+        starts = np.cumsum(prompts + answers) - answers
+        # The state at a token chose the next one.
+        places = np.concatenate(
+            [np.arange(start - 1, start - 1 + length) for start, length in zip(starts, answers, strict=True)]
+        )
+        hidden = states[torch.from_numpy(places).to(states.device)]
+        return cls(hidden, *top_tokens(hidden, lm_head, top_k))
 
 
 def _load_state(folder: Path, model: str, hidden_size: int, top_k: int) -> _State:

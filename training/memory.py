@@ -12,6 +12,8 @@ import torch
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint
+from training.hidden import logits_rows
+from training.objective import CHUNK_BYTES
 
 __all__ = ["MemoryPlan", "available_bytes", "free_disk", "plan"]
 
@@ -60,6 +62,7 @@ def plan(
     ema: bool,
     teacher_online: bool,
     cached_tokens: int,
+    resident: bool,
     top_k: int,
 ) -> MemoryPlan:
     """An estimate from shapes: weights and optimizer exactly, activations from above.
@@ -69,7 +72,8 @@ def plan(
         vocabulary: rows of the heads' part of the lm_head.
         pack_tokens: tokens of a pass of the backbone.
         teacher_online: the whole lm_head is needed beside the heads' part.
-        cached_tokens: positions that the cache will hold.
+        cached_tokens: positions that will be added to the cache.
+        resident: the cache is in the device's memory and not on disk.
     """
     hidden, size = model.hidden_size, dtype.itemsize
     found = MemoryPlan(str(device))
@@ -82,17 +86,22 @@ def plan(
         found.parts["backbone"] = weights
         widest = 2 * model.intermediate_size + 8 * hidden
         kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 * pack_tokens + 128) * size
-        logits = 256 * model.vocab_size * (size + 4)
+        logits = logits_rows(device, model.vocab_size) * model.vocab_size * (size + 4)
         found.parts["backbone's activations"] = pack_tokens * widest * size * 2 + kv + logits
     rows = vocabulary + (model.vocab_size if teacher_online or (needs_backbone and cached_tokens) else 0)
     found.parts["lm_head"] = rows * hidden * size
     parameters = heads * layers * (hidden * hidden + hidden)
     # Weights, gradients, two moments, the average, all in float32; the cast copy of each layer.
     found.parts["heads and optimizer"] = parameters * (4 * (4 + ema) + (size if size < 4 else 0))
-    # Per layer: input, linear, SiLU; the gradient from the loss; loss in chunks of 32 MiB of logits.
-    found.parts["heads' activations"] = heads * micro_tokens * hidden * size * (3 * layers + 3) + (96 << 20)
+    # Per layer: input, linear, SiLU; the gradient from the loss; loss in chunks of logits.
+    activations = heads * micro_tokens * hidden * size * (3 * layers + 3)
+    found.parts["heads' activations"] = activations + 3 * CHUNK_BYTES[device.type]
     found.parts["runtime"] = _RUNTIME[device.type]
-    found.disk = cached_tokens * (2 * hidden + 16 + 6 * top_k)
+    kept = cached_tokens * (2 * hidden + 16 + 6 * top_k)
+    if resident:
+        found.parts["hidden states"] = kept
+    else:
+        found.disk = kept
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,12 @@ from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
 from training.backbone import Backbone, make_backbone, read_lm_head
-from training.batches import CachedBatches, OnlineBatches, Source
+from training.batches import CachedBatches, OnlineBatches, ResidentBatches, Source
 from training.config import TrainConfig
 from training.data import Row, held_out, load_shards
-from training.hidden import TOP_K, HiddenCache, cache_hidden, missing_rows, row_key
+from training.hidden import TOP_K, HiddenCache, cache_hidden, missing_rows, row_keys
 from training.memory import available_bytes, free_disk, plan
+from training.resident import ResidentCache, keep_hidden
 from training.vocabulary import Vocabulary
 
 __all__ = [
@@ -50,7 +53,7 @@ class Setup:
     """
 
     source: Source
-    held: HiddenCache
+    held: HiddenCache | ResidentCache
     held_rows: NDArray[np.bool_]
     vocabulary: Vocabulary
     lm_head: Tensor
@@ -81,17 +84,23 @@ def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
 
 def fingerprint(rows: list[Row]) -> str:
     """Identity of a data set, whatever the order of its rows."""
-    keys = np.sort(np.array([row_key(row) for row in rows], dtype=np.uint64))
+    keys = np.sort(row_keys(rows))
     return f"{len(rows)} rows {hashlib.sha256(keys.tobytes()).hexdigest()[:16]}"
 
 
-def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
+def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: float | None = None) -> Setup:
     """Say what it takes, refuse what cannot fit, and load or compute what the run needs.
+
+    Args:
+        started: `time.monotonic()` when the run's minutes began; now if None.
 
     Raises:
         ConfigError: it does not fit, or settings that contradict each other.
         ModelError: the base model cannot be used.
     """
+    until = math.inf
+    if config.minutes is not None:
+        until = (time.monotonic() if started is None else started) + 60.0 * config.minutes / 2
     folder = resolve_model(config.model)
     model, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
     device = training_device(config.device)
@@ -104,6 +113,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
 
     cached = _cached(config, model, train, held)
     # Held-out rows first: a pass that is cut short can be measured on.
+    resident = config.cache == "memory"
     rows = [*held, *train] if cached else held
     cache_dir = config.cache_dir or config.output / "cache"
     identity: dict[str, Any] = {
@@ -111,7 +121,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
         "hidden_size": model.hidden_size,
         "top_k": min(TOP_K, model.vocab_size),
     }
-    missing = missing_rows(cache_dir, rows, **identity)
+    missing = rows if resident else missing_rows(cache_dir, rows, **identity)
     longest = max(len(row.prompt) + len(row.answer) for row in (*train, *held))
     online_pack = max(config.micro_tokens, longest)
     pack = (512 if device.type == "cpu" else 8192) if cached else online_pack
@@ -130,6 +140,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
         ema=config.ema > 0,
         teacher_online=not cached and config.kl > 0,
         cached_tokens=sum(len(row.answer) for row in missing),
+        resident=resident,
         top_k=TOP_K,
     )
     available = available_bytes(device)
@@ -166,25 +177,42 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
             )
         return made[0]
 
-    cache = cache_hidden(
-        cache_dir,
-        rows,
-        **identity,
-        make_backbone=lambda: (backbone(), read_lm_head(config.model)),
-        pack_tokens=pack,
-    )
+    cache: HiddenCache | ResidentCache
+    if resident:
+        cache = keep_hidden(
+            rows,
+            top_k=identity["top_k"],
+            backbone=backbone(),
+            lm_head=read_lm_head(config.model),
+            pack_tokens=pack,
+            until=until,
+        )
+    else:
+        cache = cache_hidden(
+            cache_dir,
+            rows,
+            **identity,
+            make_backbone=lambda: (backbone(), read_lm_head(config.model)),
+            pack_tokens=pack,
+            until=until,
+        )
+    of_held, of_train = cache.select(held), cache.select(train)
+    if (left := len(rows) - int((of_held | of_train).sum())) > 0:
+        tqdm.write(f"half of the time is over: {left} of {len(rows)} rows are left out")
     source: Source
     if cached:
         made.clear()  # its memory is the heads' now
-        source = CachedBatches(
-            cache,
-            cache.select(train),
-            num_heads=config.heads,
-            batch_tokens=config.batch_tokens,
-            micro_tokens=config.micro_tokens,
-            seed=config.seed,
-            teacher=config.kl > 0,
-        )
+        settings: dict[str, Any] = {
+            "num_heads": config.heads,
+            "batch_tokens": config.batch_tokens,
+            "micro_tokens": config.micro_tokens,
+            "seed": config.seed,
+            "teacher": config.kl > 0,
+        }
+        if isinstance(cache, ResidentCache):
+            source = ResidentBatches(cache, of_train, **settings)
+        else:
+            source = CachedBatches(cache, of_train, **settings)
     else:
         whole = read_lm_head(config.model).to(device=device, dtype=dtype) if config.kl > 0 else None
         source = OnlineBatches(
@@ -199,7 +227,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
     return Setup(
         source,
         cache,
-        cache.select(held),
+        of_held,
         vocabulary,
         read_lm_head(config.model, vocabulary.token_map).to(device=device, dtype=dtype),
         vocabulary.rows(device),
@@ -208,7 +236,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row]) -> Setup:
 
 def _cached(config: TrainConfig, model: ModelConfig, train: list[Row], held: list[Row]) -> bool:
     if config.cache != "auto":
-        return config.cache == "on"
+        return config.cache != "off"
     size = sum(len(row.answer) for row in (*train, *held)) * (2 * model.hidden_size + 6 * TOP_K + 16)
     room = free_disk(config.cache_dir or config.output)
     return size <= min(_MOST_CACHED, room // 4)

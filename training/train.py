@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.medusa.tree import Tree
-from training.batches import Batch
 from training.calibrate import calibrate
 from training.checkpoint import RunLog, RunState, load_checkpoint, save_checkpoint
 from training.config import TrainConfig
 from training.evaluate import Ranks, rank_targets, replay
 from training.heads import PlainHeads, num_parameters
+from training.hidden import Batch
 from training.objective import Targets, loss_weights, soft_cross_entropy
 from training.plots import draw_curves
 from training.setup import Setup, fingerprint, prepare, read_rows
@@ -50,6 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ConfigError: settings or data that cannot work, or do not fit this machine.
         ModelError: the base model cannot be used.
     """
+    started = time.monotonic()
     config.output.mkdir(parents=True, exist_ok=True)
     rows, held = read_rows(config)
     described = {
@@ -58,8 +59,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     found = load_checkpoint(config.output, described) if config.resume else None
     if not config.resume and (config.output / "checkpoint.pt").is_file():
         raise ConfigError(f"{config.output} holds a run; go on with --resume, or name another folder")
-    setup = prepare(config, rows, held)
-    trainer = Trainer(config, setup)
+    setup = prepare(config, rows, held, started)
+    trainer = Trainer(config, setup, started)
     if found is not None:
         trainer.restore(*found)
         tqdm.write(f"going on from step {trainer.state.step} of {trainer.total_steps}")
@@ -73,10 +74,13 @@ class Trainer:
     Args:
         config: settings.
         setup: what they were made into (data, lm_head, vocabulary).
+        started: `time.monotonic()` when the command's minutes began; now if None.
     """
 
-    def __init__(self, config: TrainConfig, setup: Setup) -> None:
+    def __init__(self, config: TrainConfig, setup: Setup, started: float | None = None) -> None:
         self.config, self.setup, self.state = config, setup, RunState()
+        spent = 0.0 if started is None else time.monotonic() - started
+        self._seconds = math.inf if config.minutes is None else max(0.0, 60.0 * config.minutes - spent)
         device = setup.lm_head.device
         self.heads = PlainHeads(config.heads, config.layers, setup.lm_head.shape[1]).to(device)
         self.average = PlainHeads(config.heads, config.layers, setup.lm_head.shape[1]).to(device)
@@ -89,9 +93,12 @@ class Trainer:
             ],
             lr=config.lr,
             betas=(0.9, 0.99),
+            fused=device.type == "cuda",
         )
         self.total_steps = max(1, round(config.epochs * setup.source.steps_per_epoch))
-        self._weights = loss_weights(config.heads, config.decay)
+        self._weights = torch.tensor(loss_weights(config.heads, config.decay), device=device).unsqueeze(1)
+        # Since the last look, on the device: asking for each step's loss would wait for each step.
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the signal that ends it."""
@@ -107,14 +114,16 @@ class Trainer:
         )
         started, before = time.monotonic(), state.seconds
         with _stop_signals() as stopped:
-            while state.step < self.total_steps and state.stale < config.patience and not stopped.is_set():
+            while not self._done() and state.stale < config.patience and not stopped.is_set():
                 loss, tokens = self._step()
-                state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
+                self._loss += loss
                 state.step, state.tokens = state.step + 1, state.tokens + tokens
+                state.loss_steps += 1
                 state.seconds = before + time.monotonic() - started
-                if state.step % config.eval_every == 0 or state.step == self.total_steps:
-                    line = self._look(state.loss_sum / state.loss_steps)
-                    state.loss_sum, state.loss_steps = 0.0, 0
+                if state.step % config.eval_every == 0 or self._done():
+                    line = self._look(float(self._loss) / state.loss_steps)
+                    self._loss.zero_()
+                    state.loss_steps = 0
                     run_log.write(line)
                     bar.set_postfix_str(
                         f"loss {line['loss']:.3f} top-1 {line['top1'][0]:.3f} replay {line['replay']:.3f}"
@@ -131,17 +140,22 @@ class Trainer:
     def restore(self, state: RunState, tensors: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.state = state
+        self._loss.fill_(state.loss_sum)
         for name in ("heads", "average", "best"):
             getattr(self, name).load_state_dict(tensors[name])
         self.optimizer.load_state_dict(tensors["optimizer"])
 
-    def _step(self) -> tuple[float, int]:
-        """One optimizer step; its loss per token, and its tokens."""
+    def _done(self) -> bool:
+        """After so many steps, or so long."""
+        return self.state.step >= self.total_steps or self.state.seconds >= self._seconds
+
+    def _step(self) -> tuple[Tensor, int]:
+        """One optimizer step; its loss per token, a float64 on the device, and its tokens."""
         source, step = self.setup.source, self.state.step
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(step)
+            group["lr"] = self._rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, tokens = 0.0, 0
+        loss, tokens = torch.zeros_like(self._loss), 0
         for batch in source.step(step // source.steps_per_epoch, step % source.steps_per_epoch):
             loss += self._backward(batch)
             tokens += batch.num_tokens
@@ -153,7 +167,7 @@ class Trainer:
         self._update_average(step)
         return loss / tokens, tokens
 
-    def _backward(self, batch: Batch) -> float:
+    def _backward(self, batch: Batch) -> Tensor:
         """Add the gradient of the loss summed over the batch's tokens; returns that loss."""
         lm_head, rows, kl = self.setup.lm_head, self.setup.rows, self.config.kl
         device = lm_head.device
@@ -168,7 +182,7 @@ class Trainer:
             mapped = torch.where(known.unsqueeze(2), rows[batch.teacher_ids.to(device)], -1)
             ids.append(mapped)
             weights.append(kl * batch.teacher_log_p.to(device).exp())
-        scale = torch.tensor(self._weights, device=device).unsqueeze(1).expand_as(targets)
+        scale = self._weights.expand_as(targets)
         loss, _ = soft_cross_entropy(
             outputs.flatten(0, 1),
             lm_head,
@@ -176,13 +190,16 @@ class Trainer:
             scale.flatten(),
         )
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        return loss.detach()
 
-    def _rate(self, step: int) -> float:
-        config = self.config
+    def _rate(self) -> float:
+        """The next step's learning rate; it reaches zero with the last step, or sooner with the time."""
+        config, step = self.config, self.state.step
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
         done = (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
+        if self._seconds < math.inf:
+            done = max(done, min(1.0, self.state.seconds / max(self._seconds, 1e-9)))
         return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
     @torch.no_grad()
@@ -217,7 +234,7 @@ class Trainer:
             "epoch": round(epoch, 3),
             "seconds": round(state.seconds, 1),
             "tokens": state.tokens,
-            "lr": self._rate(state.step),
+            "lr": self._rate(),
             "loss": loss,
             "held_out_loss": ranks.losses,
             **{f"top{count}": ranks.top(count) for count in (1, 3, 5, 10)},
@@ -225,6 +242,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        self.state.loss_sum = float(self._loss)
         tensors = {name: getattr(self, name).state_dict() for name in ("heads", "average", "best")}
         save_checkpoint(self.config.output, self.state, {**tensors, "optimizer": self.optimizer.state_dict()})
 

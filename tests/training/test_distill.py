@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.llm import LLM
+from engine.types import Request
 from server.cli import app
 from tests.support import greedy
+from training import distill
 from training.data import load_shards
 from training.distill import DistillOptions, hash_weights, run
 from training.pack import main as pack_main, pack
@@ -174,6 +176,36 @@ def test_a_finished_run_has_nothing_left_to_do_and_more_prompts_are_added(
     assert hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).digest() == digest.digest()
     run(config(chat_model), options(prompts, max_prompt_tokens=64), tmp_path)
     assert items(tmp_path) == items(done)
+
+
+def test_stopped_by_the_clock_the_same_command_goes_on(
+    chat_model: Path, prompts: Path, done: Path, tmp_path: Path
+) -> None:
+    manifest = run(config(chat_model), options(prompts, max_prompt_tokens=64, minutes=1e-6), tmp_path)
+    assert manifest["counts"]["rows"] < 4  # the first step was over too late
+    run(config(chat_model), options(prompts, max_prompt_tokens=64, minutes=60.0), tmp_path)
+    assert items(tmp_path) == items(done)
+    assert {row.key for row in load_shards([tmp_path])} == {row.key for row in load_shards([done])}
+
+
+def test_new_conversations_begin_together_where_a_pass_is_dear(
+    chat_model: Path, prompts: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of four slots have to be free; what is answered does not change."""
+    busy: list[int] = []
+    request = distill._Distiller._request
+
+    def noted(self: distill._Distiller, talk: distill._Talk) -> Request | None:
+        if (made := request(self, talk)) is not None:
+            busy.append(len(self._active))
+        return made
+
+    monkeypatch.setattr(distill, "_refill", lambda _: 3)
+    monkeypatch.setattr(distill._Distiller, "_request", noted)
+    run(config(chat_model), options(prompts, max_prompt_tokens=64), tmp_path)
+    assert items(tmp_path) == items(done)
+    assert all(now == before + 1 or now <= 1 for before, now in zip([-1, *busy], busy, strict=False))
+    assert busy.count(3) < len(busy) / 3
 
 
 def test_another_setting_in_the_same_folder_is_refused_by_name(

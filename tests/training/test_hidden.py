@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from engine.errors import ConfigError
 from tests.support import save_model, tiny_llama
 from tests.training.support import random_rows
 from training.backbone import Backbone, make_backbone, packs, read_lm_head
-from training.batches import OnlineBatches, gather
+from training.batches import OnlineBatches, ResidentBatches
 from training.data import Row
 from training.hidden import HiddenCache, cache_hidden, missing_rows
+from training.resident import ResidentCache, keep_hidden
 
 VOCAB = 61
 
@@ -140,13 +142,78 @@ def test_batches_from_the_cache_and_from_the_backbone_say_the_same(
         # Each batch is one whole answer here; find it by its first state.
         distance = np.abs(np.asarray(cache.hidden, dtype=np.float32) - batch.hidden[0].numpy()).sum(1)
         start = int(distance.argmin())
-        expected = gather(cache, np.arange(start, start + batch.num_tokens), 3, teacher=True)
+        expected = cache.gather(np.arange(start, start + batch.num_tokens), 3, teacher=True)
         np.testing.assert_allclose(batch.hidden, expected.hidden, rtol=2e-3, atol=2e-3)
         assert torch.equal(batch.targets, expected.targets)
         assert batch.teacher_ids is not None
         assert expected.teacher_ids is not None
         known = batch.targets >= 0
         assert torch.equal(batch.teacher_ids[..., :8][known], expected.teacher_ids[known])
+
+
+def kept(base: Path, rows: list[Row], **values: float) -> ResidentCache:
+    weight = read_lm_head(str(base))
+    return keep_hidden(rows, top_k=8, backbone=backbone(base), lm_head=weight, pack_tokens=64, **values)
+
+
+def test_batches_from_the_devices_memory_are_those_from_the_disk(
+    model: tuple[LlamaForCausalLM, Path], tmp_path: Path
+) -> None:
+    rows = random_rows(9, VOCAB)
+    cache, resident = cached(tmp_path, model[1], rows), kept(model[1], rows)
+    assert len(resident) == len(cache)
+    positions = np.arange(len(cache))
+    for teacher in (True, False):
+        one, other = (each.gather(positions, 3, teacher) for each in (cache, resident))
+        assert torch.equal(one.hidden, other.hidden)
+        assert torch.equal(one.targets, other.targets)
+        known = one.targets >= 0
+        if not teacher:
+            assert (other.teacher_ids, other.teacher_log_p) == (None, None)
+            continue
+        assert one.teacher_ids is not None
+        assert other.teacher_ids is not None
+        assert other.teacher_log_p is not None
+        assert one.teacher_log_p is not None
+        assert torch.equal(one.teacher_ids[known], other.teacher_ids[known])
+        assert torch.equal(one.teacher_log_p[known], other.teacher_log_p[known])
+    np.testing.assert_array_equal(cache.select(rows[2:4]), resident.select(rows[2:4]))
+
+
+def test_an_epoch_in_the_devices_memory_has_every_position_once(model: tuple[LlamaForCausalLM, Path]) -> None:
+    rows = random_rows(9, VOCAB)
+    cache = kept(model[1], rows)
+    cache = replace(cache, hidden=torch.arange(len(cache)).unsqueeze(1))  # each says where it is
+    chosen = cache.select(rows[1:])
+    settings = {"num_heads": 2, "batch_tokens": 8, "micro_tokens": 4, "seed": 1, "teacher": False}
+    batches = ResidentBatches(cache, chosen, **settings)
+    place = np.arange(len(cache))
+    learned = place[chosen[cache.row_of] & (cache.ends - place > 1)]
+    assert batches.steps_per_epoch == len(learned) // 8
+    orders = []
+    for epoch in (0, 1, 0):
+        parts = [b for i in range(batches.steps_per_epoch) for b in batches.step(epoch, i)]
+        assert all(part.num_tokens == 4 for part in parts)
+        orders.append(torch.cat([part.hidden for part in parts]).flatten().tolist())
+    assert orders[0] == orders[2] != orders[1]
+    assert len(set(orders[0])) == len(orders[0]) == 8 * batches.steps_per_epoch
+    assert set(orders[0]) <= set(learned.tolist())
+    with pytest.raises(ConfigError, match="a batch takes 4096"):
+        ResidentBatches(cache, chosen, **(settings | {"batch_tokens": 4096}))
+
+
+def test_a_pass_that_is_out_of_time_leaves_the_other_rows_out(
+    model: tuple[LlamaForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(9, VOCAB)
+    now = iter(range(100))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    cache = cached(tmp_path, model[1], rows, until=2.0)
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    assert cache.select(rows).sum() == len(cache.keys) == 4  # two packs of two
+    assert len(cached(tmp_path, model[1], rows).keys) == 9
+    resident = kept(model[1], rows, until=0.0)
+    assert (len(resident), len(resident.hidden), len(resident.keys)) == (0, 0, 0)
 
 
 def test_a_pack_that_does_not_fit_the_pool_is_split(model: tuple[LlamaForCausalLM, Path]) -> None:

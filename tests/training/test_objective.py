@@ -13,7 +13,7 @@ ROWS, HIDDEN, VOCAB = 37, 8, 23
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen rows a chunk: 37 rows are three of them."""
-    monkeypatch.setattr(objective, "_CHUNK_BYTES", 4 * VOCAB * 16)
+    monkeypatch.setitem(objective.CHUNK_BYTES, "cpu", 4 * VOCAB * 16)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

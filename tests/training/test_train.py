@@ -98,7 +98,7 @@ def test_a_signal_ends_a_run_between_steps_and_it_can_be_resumed(
     config = train_config(model, data, tmp_path / "run", kl=0.0, epochs=3, cache_dir=trained[0] / "cache")
     real = Trainer._step
 
-    def stopping(self: Trainer) -> tuple[float, int]:
+    def stopping(self: Trainer) -> tuple[torch.Tensor, int]:
         if self.state.step == 11:
             signal.raise_signal(signal.SIGTERM)
         return real(self)
@@ -115,6 +115,33 @@ def test_a_signal_ends_a_run_between_steps_and_it_can_be_resumed(
     with pytest.raises(ConfigError, match="data"):
         train(config.model_copy(update={"resume": True, "data": (data, more)}))
     assert train(config.model_copy(update={"resume": True}))["step"] > 12
+
+
+def test_a_run_ends_by_the_clock_with_its_rate_at_zero(
+    model: Path, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = train_config(
+        model, data, tmp_path / "run", epochs=1e6, minutes=0.05, cache_dir=trained[0] / "cache"
+    )
+    started = time.monotonic()
+    result = train(config.model_copy(update={"patience": 10**6}))
+    assert 2.5 < time.monotonic() - started < 30
+    lines = [json.loads(line) for line in (config.output / "train.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == result["step"]  # a last look, wherever the clock stopped it
+    assert lines[-1]["lr"] < 1e-3 * config.lr
+    rates = [line["lr"] for line in lines]
+    assert rates == sorted(rates, reverse=True)
+    assert load_file(config.output / HEADS_FILE)
+
+
+def test_a_run_whose_states_stay_in_memory_learns_the_same(
+    model: Path, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = train_config(model, data, tmp_path / "run", kl=0.0, epochs=8, cache="memory")
+    result = train(config)
+    assert result["step"] == trained[1]["step"]
+    assert result["top1"][0] == pytest.approx(trained[1]["top1"][0], abs=0.1)
+    assert not (config.output / "cache").exists()
 
 
 def gradients(model: Path, data: Path, output: Path, **settings: Any) -> list[torch.Tensor]:
