@@ -3,6 +3,7 @@
     python -m benchmarks.acceptance --prompts mt_bench.jsonl -- --tree 9 --lookup 8
     python -m benchmarks.acceptance --prompts benchmarks/data/code_editing.jsonl --prediction
     python -m benchmarks.acceptance --prompts mt_bench.jsonl --typical --temperature 0.7 -- --tree 64
+    python -m benchmarks.acceptance --prompts mt_bench.jsonl --against OLD -- --heads NEW --tree 64
 
 The first line of use is lookup alone, a chain of 8; any option of `serve` may follow. Two engines in this
 process, one with these options and one with the tree off, answer every prompt in turn, A B B A, at
@@ -196,6 +197,38 @@ def measure_typical(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     return row | {"typical_to_exact": ratio_interval(lengths[Acceptance.TYPICAL], lengths[Acceptance.EXACT])}
 
 
+def measure_against(args: argparse.Namespace, new: LLM, old: LLM) -> dict[str, Any]:
+    """Tokens a step with two sets of heads, prompt by prompt; how many answers differ, which none should.
+
+    Steps are counted, not timed: greedy answers take as many whenever they are asked for.
+    """
+    work = batches(read_items(args.prompts, args.limit), args.streams)
+    sides = {"new": new, "old": old}
+    turns: dict[str, list[Turn]] = {name: [] for name in sides}
+    for number, batch in enumerate(work):
+        for name, llm in sides.items():
+            found = run_turn(llm, batch, args.max_tokens, prediction=args.prediction, salt=str(number))
+            turns[name].append(found)
+    rows: dict[str, Any] = {}
+    for category in [*dict.fromkeys(batch[0].category for batch in work), "all"]:
+        chosen = [i for i, batch in enumerate(work) if category in ("all", batch[0].category)]
+        row: dict[str, Any] = {}
+        lengths = {}
+        for name, done in turns.items():
+            some = [done[i] for i in chosen]
+            row[name] = summary(category, some, [])["acceptance_length"]
+            lengths[name] = [turn.decoded / max(1, turn.sequence_steps) for turn in some]
+        row |= ratio_interval(lengths["new"], lengths["old"])
+        row["answers_differ"] = sum(
+            a != b
+            for i in chosen
+            for a, b in zip(turns["new"][i].answers, turns["old"][i].answers, strict=True)
+        )
+        rows[category] = row
+        print(f"{category:16} {row}", flush=True)
+    return {"rows": rows}
+
+
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -212,9 +245,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         "--typical", action="store_true", help="the rule `typical` against `exact` instead of the tree off"
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="of --typical")
+    parser.add_argument(
+        "--against", help="other heads to compare with, with the tree beside them, instead of the tree off"
+    )
     args, options = parse_with_engine_options(parser, argv)
     if args.rounds < 1 or args.streams < 1:
         parser.error("--rounds and --streams must be at least 1")
+    if args.typical and args.against:
+        parser.error("--typical compares rules and --against heads: one of them")
     if args.typical and args.temperature <= 0.0:
         parser.error("--typical: at temperature 0 both rules are the same; give --temperature")
     if args.prediction and not any(item.prediction for item in read_items(args.prompts)):
@@ -231,6 +269,10 @@ def main() -> int:
     on = LLM(config)
     if args.typical:
         return _report(args, on, config, {"temperature": args.temperature, **measure_typical(args, on)})
+    if args.against:
+        old = LLM(engine_config([*options, "--heads", args.against], **values))
+        found = measure_against(args, on, old)
+        return _report(args, on, config, {"temperature": 0, "against": Path(args.against).name, **found})
     off = None if args.no_off else LLM(engine_config(options, **values, **TREE_OFF))
     rows = measure(args, on, off)
     _report(args, on, config, {"temperature": 0, "order": "ABBA", "rows": rows})

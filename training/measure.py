@@ -115,6 +115,8 @@ def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device:
     kind = training_dtype(dtype, base, on)
     tensors = read_heads(source, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
 
+    pack = 512 if on.type == "cpu" else 8192
+
     def make() -> tuple[Backbone, Tensor]:
         longest = max(len(row.prompt) + len(row.answer) for row in rows)
         backbone = make_backbone(
@@ -122,7 +124,7 @@ def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device:
             device=str(on),
             dtype=str(kind).removeprefix("torch."),
             bits=16,
-            pack_tokens=max(512, longest),
+            pack_tokens=max(pack, longest),
             longest=longest,
         )
         return backbone, read_lm_head(model)
@@ -134,6 +136,7 @@ def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device:
         hidden_size=base.hidden_size,
         top_k=min(TOP_K, base.vocab_size),
         make_backbone=make,
+        pack_tokens=pack,
     )
     heads = MedusaHeads.from_tensors(tensors, hidden_size=base.hidden_size, dtype=kind, device=on)
     token_map = tensors.token_map

@@ -90,6 +90,22 @@ def test_typical_acceptance_is_compared_with_exact_at_the_same_temperature(
         acceptance.parse(["--prompts", str(file), "--typical", "--temperature", "0"])
 
 
+def test_heads_are_compared_with_heads_prompt_by_prompt(off: LLM, lookup: LLM, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    lines = [{"category": c, "turns": [f"t1 t2 t{i}"]} for i, c in enumerate("xxyx")]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--prompts", str(file), "--against", "old", "--max-tokens", "24"]
+    args, _ = acceptance.parse(argv)
+    rows = acceptance.measure_against(args, lookup, off)["rows"]
+    assert {name: row["rounds"] for name, row in rows.items()} == {"x": 3, "y": 1, "all": 4}
+    assert rows["all"]["old"] == 1.0
+    assert rows["all"]["new"] > 1.05
+    assert rows["all"]["ratio_mean"] == pytest.approx(rows["all"]["new"], rel=0.3)
+    assert rows["all"]["answers_differ"] == 0
+    with pytest.raises(SystemExit):
+        acceptance.parse([*argv, "--typical"])
+
+
 def test_a_prediction_that_comes_true_shortens_the_way(off: LLM, lookup: LLM) -> None:
     plain = acceptance.run_turn(off, [Item("x", "t3 t1")], 24, prediction=False, salt="a")
     item = Item("x", "t3 t1", prediction=lookup.text.decode(plain.answers[0]))

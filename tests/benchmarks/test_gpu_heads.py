@@ -1,0 +1,160 @@
+"""benchmarks.gpu_heads in its tiny form, and gpu.sh: both have to run when a GPU is there for ten minutes."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks import gpu, gpu_heads
+from benchmarks.gpu_run import Run
+from engine.config import EngineConfig
+from engine.llm import LLM
+from tests.support import save_model, save_random_heads, tiny_llama
+from tests.training.support import random_rows, write_rows
+from training.data import load_shards, read_shard
+
+ROOT = Path(__file__).parents[2]
+STAGES = ["warm", "distil", "train", "calibrate", "collect"]
+
+
+def make(folder: Path, device: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """New heads for a tiny model that can chat; the exit code and what the results say."""
+    model = save_model(tiny_llama(vocab_size=64, eos_token_id=2), folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}t1 {{ m.content }} t2 {% endfor %}"
+    tokenizer.save_pretrained(model)
+    baseline = save_random_heads(model / "baseline.safetensors", hidden=32, vocab=64, own_lm_head=False)
+    prompts = folder / "prompts.jsonl.xz"
+    lines = [json.dumps({"prompt": f"t{i % 61} t{i // 61} t{i % 7}"}) for i in range(150)]
+    prompts.write_bytes(lzma.compress("\n".join(lines).encode()))
+    given = ["--device", device, "--tiny", "--model", str(model), "--baseline", str(baseline)]
+    given += ["--prompts", str(prompts), "--output", str(folder / "out"), "--self-prompt", "4"]
+    code = gpu_heads.main([*given, "--workers", "1", *arguments])
+    return code, json.loads((folder / "out" / "gpu-heads.json").read_text())
+
+
+def unpacked(folder: Path, name: str) -> Path:
+    """What came back in this file."""
+    with tarfile.open(folder / "out" / name) as tar:
+        tar.extractall(folder / name.removesuffix(".tar"), filter="data")
+    return folder / name.removesuffix(".tar")
+
+
+def held_to_what_comes_back(folder: Path, code: int, results: dict[str, Any], device: str) -> None:
+    parts, out = results["parts"], folder / "out"
+    assert {name: part.get("error") for name, part in parts.items()} == dict.fromkeys(STAGES)
+    assert code == 0
+    assert parts["warm"]["hidden_state_tokens_per_s"] > 0
+    assert parts["distil"]["rows"] >= 50
+    assert parts["distil"]["exit_codes"] == [0]
+    assert parts["train"]["step"] > 5
+    # As good as heads are that were trained: random ones are next to useless.
+    new, baseline = parts["calibrate"]["new"], parts["calibrate"]["baseline"]
+    assert new["held_out_tokens"] == baseline["held_out_tokens"] > 0
+    assert new["replayed"][-1] > 1.0
+    heads = unpacked(folder, "heads.tar")
+    assert {file.name for file in heads.iterdir()} >= {
+        "medusa_lm_head.safetensors",
+        "medusa_tree.json",
+        "medusa_calibration.json",
+        "train.jsonl",
+        "curves.svg",
+    }
+    model = str(folder / "model")
+    llm = LLM(EngineConfig(model=model, heads=str(heads), device=device, max_model_len=64))
+    assert llm.generate("t5 t6")[0].token_ids
+    rows = read_shard(out / "held-out.tokens.xz")[1]
+    assert len(rows) == parts["collect"]["held_out_rows"] > 0
+    keys = {row.key for row in load_shards([unpacked(folder, "data-0.tar")])}
+    assert len(keys) == parts["distil"]["rows"]
+    assert {row.key for row in rows} < keys
+
+
+def test_from_prompts_to_heads_that_serve(tmp_path: Path) -> None:
+    code, results = make(tmp_path, "cpu", "--minutes", "3")
+    held_to_what_comes_back(tmp_path, code, results, "cpu")
+
+
+def test_a_stage_that_fails_costs_no_figures_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    def answered(stages: gpu_heads.Stages, _run: Run) -> dict[str, Any]:
+        write_rows(stages.work / "data" / "1", random_rows(30, 64), 64)
+        return {"rows": 30}
+
+    monkeypatch.setattr(gpu_heads, "train", failing)
+    monkeypatch.setattr(gpu_heads.Stages, "distil", answered)
+    code, results = make(tmp_path, "cpu", "--minutes", "3")
+    assert code == 1
+    assert "the device is lost" in results["parts"]["train"]["error"]
+    assert len(load_shards([unpacked(tmp_path, "data-0.tar")])) == 30
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_on_a_gpu(tmp_path: Path) -> None:
+    code, results = make(tmp_path, "cuda", "--minutes", "1", "--workers", "2")
+    results["parts"]["distil"]["exit_codes"] = sorted(set(results["parts"]["distil"]["exit_codes"]))
+    held_to_what_comes_back(tmp_path, code, results, "cuda")
+
+
+def shell(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """gpu.sh with a `python3` that writes down how it was called, in a folder of its own."""
+    stand_in = root / "bin" / "python3"
+    stand_in.parent.mkdir(exist_ok=True)
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH|$*" >>{root}/calls\n')
+    stand_in.chmod(0o755)
+    (root / "benchmarks").mkdir(exist_ok=True)
+    (root / "benchmarks" / "gpu.sh").write_bytes((ROOT / "benchmarks" / "gpu.sh").read_bytes())
+    (root / "there").mkdir(exist_ok=True)
+    environment = {
+        "PATH": f"{stand_in.parent}:{os.environ['PATH']}",
+        "TMPDIR": str(root / "there"),
+        "OUT": str(root / "out"),
+    }
+    command = ["bash", "benchmarks/gpu.sh", *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def called(root: Path) -> list[tuple[str, list[str]]]:
+    """PYTHONPATH and arguments of each call so far."""
+    lines = (root / "calls").read_text().splitlines()
+    return [(path, rest.split()) for path, rest in (line.split("|", 1) for line in lines)]
+
+
+def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two calls put the model together and start what our own parsers take."""
+    (tmp_path / ".gpu" / "whl").mkdir(parents=True)
+    (tmp_path / ".gpu" / "whl" / "some.whl").touch()
+    for number, half in enumerate((b"first half, ", b"second half")):
+        (tmp_path / ".gpu" / f"half0{number}").write_bytes(half)
+    (tmp_path / ".gpu" / "prompts.jsonl.xz").touch()
+    assert "another machine" in shell(tmp_path, "heads").stdout
+    assert not (tmp_path / "calls").exists()
+
+    assert shell(tmp_path, "heads0").returncode == 0
+    (tmp_path / ".gpu" / "half00").unlink()
+    assert shell(tmp_path, "heads", "--minutes", "7").returncode == 0
+    site = tmp_path / "there" / "medusa-serve-gpu" / "site"
+    (_, install), (path, steps), (_, tests), (_, model), (_, heads) = called(tmp_path)
+    assert install[-1] == ".gpu/whl/some.whl"
+    assert path == f"{site}:{tmp_path}"
+    assert tests[:2] == ["-m", "pytest"]
+    assert gpu.parse([*steps[2:], "--device", "cpu", "--tiny"]).cases == [(256, 256)]
+    assert Path(model[-1]).read_bytes() == b"first half, second half"
+    monkeypatch.chdir(tmp_path)
+    args = gpu_heads.parse([*heads[2:], "--device", "cpu"])
+    assert (args.minutes, args.output) == (7.0, tmp_path / "out")
+    assert args.prompts.is_file()
