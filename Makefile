@@ -52,7 +52,7 @@ format: $(VENV)/.dev ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 heads: $(VENV)/.dev ## train and calibrate the default model's heads anew; ARGS="--epochs 6"
-	$(BIN)/medusa-serve train --data $(DATA) --output build/heads $(ARGS)
+	$(BIN)/medusa-serve train --data $(DATA) --output build/heads --layers 3 --lr 2e-3 $(ARGS)
 	$(BIN)/medusa-serve calibrate --heads build/heads --data $(DATA) --cache-dir build/heads/cache
 
 equality: $(VENV)/.dev ## long check against transformers; ARGS="--prompts benchmarks/data/questions.jsonl"

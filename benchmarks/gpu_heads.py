@@ -321,7 +321,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--distil-share", type=float, default=0.5, help="of the time after the warm-up")
     parser.add_argument("--model", default="smollm2-135m", help="embedded name or folder")
     parser.add_argument("--baseline", default=None, help="heads to compare with; the shipped ones if unset")
-    parser.add_argument("--layers", type=int, default=TrainConfig.model_fields["layers"].default)
+    parser.add_argument("--layers", type=int, default=3, help="residual layers per head")
     parser.add_argument("--workers", type=int, default=4, help="processes that answer")
     parser.add_argument("--self-prompt", type=int, default=200_000, help="conversations after the prompts")
     parser.add_argument("--temperature", default="0,0,0,0.7", help="as of `distill`")
