@@ -149,15 +149,15 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     if config.quantization != "none":
         decoder.quantize(config.quantization)
     decoder.pack()
-    kernels = _why_not_triton(device) is None
-    if kernels:
-        decoder.fuse_triton(cache_root())
-        if drafter is not None:
-            drafter.fuse_triton()
-
     tree_size = _tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)
     attention = _attention(config, model_config, dtype, device, windows, tree_size)
+    kernels = _why_not_triton(device) is None
+    if kernels:
+        decoder.fuse_triton(cache_root(), attention)
+        if drafter is not None:
+            drafter.fuse_triton()
+
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
         transient = _transient(config, decoder, attention, drafter, tree_size, device, kernels)

@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents as launches_next, gdc_wait as waits
 
-__all__ = ["ahead_of", "asks_ahead", "launched_early", "launches_next", "prefetches", "waits"]
+__all__ = [
+    "ahead_of",
+    "asks_ahead",
+    "asks_in_turns",
+    "launched_early",
+    "launches_next",
+    "lines_of",
+    "prefetches",
+    "waits",
+]
 
 
 @triton.jit
@@ -46,6 +55,26 @@ def asks_ahead(pointer, lines, program, LINES: tl.constexpr):
     prefetches((pointer + line.to(tl.int64) * 64).to(tl.int64, bitcast=True), line < lines)
 
 
+@triton.jit
+def asks_in_turns(pointer, lines, LINES: tl.constexpr):
+    """What `asks_ahead` does, by all programs of a grid, LINES of them in each one's turn.
+
+    However many programs there are, the kernel is the same.
+    """
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    for turn in range((row * tl.num_programs(0) + tl.program_id(0)) * LINES, lines, programs * LINES):
+        line = turn + tl.arange(0, LINES)
+        prefetches((pointer + line.to(tl.int64) * 64).to(tl.int64, bitcast=True), line < lines)
+
+
+def lines_of(weight: Tensor | None, num_bytes: int) -> int:
+    """How many lines of 128 bytes of a weight there are to ask for; see `ahead_of`."""
+    if weight is None or weight.element_size() != 2:
+        return 0
+    return min(num_bytes, weight.numel() * 2) // 128
+
+
 def ahead_of(weight: Tensor | None, num_bytes: int, programs: int) -> tuple[int, int]:
     """How many lines of 128 bytes of a weight so many programs ask for, and how many each; see `asks_ahead`.
 
@@ -53,9 +82,9 @@ def ahead_of(weight: Tensor | None, num_bytes: int, programs: int) -> tuple[int,
         weight: contiguous, of 16 bits; None: nothing is asked for.
         num_bytes: no more than that.
     """
-    if weight is None or not num_bytes or weight.element_size() != 2:
+    lines = lines_of(weight, num_bytes)
+    if not lines:
         return 0, 0
-    lines = min(num_bytes, weight.numel() * 2) // 128
     each = min(triton.next_power_of_2(triton.cdiv(lines, programs)), _MOST_LINES)
     return min(lines, each * programs), each
 

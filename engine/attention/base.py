@@ -110,14 +110,27 @@ class Rotary(NamedTuple):
 
 @runtime_checkable
 class RotatingAttention(AttentionBackend, Protocol):
-    """A backend that can norm and rotate queries and keys while it loads them."""
+    """A backend on a GPU: it can norm and rotate queries and keys while it loads them."""
 
     @property
     def rotates(self) -> bool:
         """Whether it does so in the step that was planned."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """See `AttentionBackend.attend`. With `rotary`, q and k come as the layer's product gives them."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary | None = None,
+        ahead: tuple[Tensor | None, int] = (None, 0),
+    ) -> Tensor:
+        """See `AttentionBackend.attend`.
+
+        Args:
+            rotary: q and k come as the layer's product gives them; None: they are rotated.
+            ahead: a weight that is read next, and how many bytes of it may be brought nearer meanwhile.
+        """
 
 
 @runtime_checkable

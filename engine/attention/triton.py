@@ -27,7 +27,7 @@ from engine.attention.triton_tiles import (
     joined_at_once,
 )
 from engine.cache.pool import KVPool
-from engine.triton_dependent import launched_early
+from engine.triton_dependent import launched_early, lines_of
 
 __all__ = ["TritonAttention"]
 
@@ -151,7 +151,15 @@ class TritonAttention:
     def rotates(self) -> bool:
         return self._plan is not None and self._plan.rotates
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary | None = None,
+        ahead: tuple[Tensor | None, int] = (None, 0),
+    ) -> Tensor:
         plan = self._plan
         if plan is None:
             raise RuntimeError("plan() must be called before attend()")
@@ -194,11 +202,13 @@ class TritonAttention:
             q if norm is None else norm,
             cos,
             sin,
+            q if ahead[0] is None else ahead[0],
             0.0 if rotary is None else rotary.eps,
             scale * math.log2(math.e),
             plan.tokens,
             num_rows,
             tile.least_keys,
+            lines_of(*ahead) if early else 0,
             q.stride(0),
             k.stride(0),
             v.stride(0),

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from engine.attention.triton_join import join_parts
 from engine.attention.triton_rotary import turned, write_new
-from engine.triton_dependent import launches_next, waits
+from engine.triton_dependent import asks_in_turns, launches_next, waits
 
 __all__ = ["attend_kernel"]
 
@@ -189,12 +189,13 @@ def _new(
         "num_tokens",
         "num_rows",
         "least_keys",
+        "ahead_lines",
         "rows_stride",
         "ancestors_stride",
         "depths_stride",
     ],
     # Those of a captured step lie at places that depend on its bucket; each would be another compilation.
-    do_not_specialize_on_alignment=["ancestors_ptr", "depths_ptr"],
+    do_not_specialize_on_alignment=["ancestors_ptr", "depths_ptr", "ahead_ptr"],
 )
 def attend_kernel(
     q_ptr,
@@ -216,11 +217,13 @@ def attend_kernel(
     norm_ptr,
     cos_ptr,
     sin_ptr,
+    ahead_ptr,
     eps,
     scale,
     num_tokens,
     num_rows,
     least_keys,
+    ahead_lines,
     q_stride,
     k_stride,
     v_stride,
@@ -272,6 +275,7 @@ def attend_kernel(
         norm_ptr: [(KV_HEADS * GROUP + KV_HEADS) * HEAD_DIM], weights of the norm of each query and key head,
             where there is one (NORM; OFFSET: they are less by 1); eps is added to its mean squares.
         cos_ptr, sin_ptr: [positions, 2 * HALF], see `RotaryTable`.
+        ahead_ptr: of 16 bits; ahead_lines: so many lines of 128 bytes of it shall lie in L2 when this ends.
         scale: factor on q k^T times log2(e).
         num_tokens: T. num_rows: N.
         HALF: frequencies of the rotation; 0: q and k come as they enter the products.
@@ -283,6 +287,7 @@ def attend_kernel(
         EARLY: it is launched early (`triton_dependent`).
     """
     if EARLY:
+        asks_in_turns(ahead_ptr, ahead_lines, 256)
         waits()
         launches_next()
     tile = tl.program_id(0)

@@ -259,11 +259,12 @@ class Decoder(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
 
-    def fuse_triton(self, folder: Path | None = None) -> None:
+    def fuse_triton(self, folder: Path | None = None, attention: AttentionBackend | None = None) -> None:
         """From here on Triton kernels do what lies between the products, where they can run (on CUDA).
 
         Args:
             folder: measure which products of few rows shall be such kernels too, and keep it there.
+            attention: between them as served.
         """
         from engine.model.fused_triton import FusedLayers  # only CUDA needs Triton
 
@@ -281,7 +282,7 @@ class Decoder(nn.Module):
         if folder is not None:
             from engine.model.products_tuning import tune_products
 
-            tune_products(self.fused_cuda, folder)
+            tune_products(self.fused_cuda, folder, attention)
 
     def weight_map(self) -> dict[str, tuple[str, ...]]:
         """For each parameter, the Hugging Face tensors it concatenates along dimension 0."""

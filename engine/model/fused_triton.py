@@ -24,6 +24,7 @@ class Ways(NamedTuple):
 
     Args:
         ahead: bytes of the weight behind it that a kernel in front of a product of torch's asks for into L2.
+        during: bytes of `o`'s weight that attention asks for, which leaves most of the memory's rate idle.
     """
 
     qkv: Shape | None = None
@@ -31,6 +32,7 @@ class Ways(NamedTuple):
     gate_up: Shape | None = None
     down: Shape | None = None
     ahead: int = 0
+    during: int = 0
 
 
 class FusedLayers:
@@ -80,6 +82,11 @@ class FusedLayers:
         plain = all(linear.quantized is None and linear.packed is None for linear in linears)
         return before and plain and all(norm is None for norm in after)
 
+    @property
+    def positions(self) -> int:
+        """That the tables of the rotation hold."""
+        return len(self._table.cos)
+
     def some(self, count: int) -> FusedLayers:
         """The first `count` layers, and the final norm."""
         found = copy(self)
@@ -98,7 +105,7 @@ class FusedLayers:
             last = index + 1 == len(self.layers)
             behind = None if last else self.layers[index + 1].qkv_proj
             qkv = self._open(layer.qkv_proj, x, y, opening[index], ways.qkv).view(rows, -1, layer.head_dim)
-            mixed = self._attended(layer, qkv, positions, attention)
+            mixed = self._attended(layer, qkv, positions, attention, ways.during)
             norm, after = _weight(layer.mlp_norm), layer.attention_output_norm
             y = self._close(
                 layer,
@@ -179,7 +186,12 @@ class FusedLayers:
         return x if before is None else kernels.rms_norm(x, before, self._eps, offset=self._offset, y=y)
 
     def _attended(
-        self, layer: DecoderLayer, qkv: Tensor, positions: Tensor, attention: AttentionBackend
+        self,
+        layer: DecoderLayer,
+        qkv: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+        during: int,
     ) -> Tensor:
         """Attention over qkv [T, heads + 2 * kv_heads, head_dim], which may be overwritten."""
         heads, rotated = layer.num_heads, layer.num_heads + layer.num_kv_heads
@@ -190,10 +202,16 @@ class FusedLayers:
             rotary = Rotary(table.cos, table.sin, norm.weight, norm.eps, norm.offset)
         elif norm is not None:
             qk = norm(qk)
-        if isinstance(attention, RotatingAttention) and attention.rotates:
-            return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v, rotary)
-        kernels.rotate(qk, positions, rotary)
-        return attention.attend(layer.index, qk[:, :heads], qk[:, heads:], v)
+        q, k = qk[:, :heads], qk[:, heads:]
+        if not isinstance(attention, RotatingAttention):
+            kernels.rotate(qk, positions, rotary)
+            return attention.attend(layer.index, q, k, v)
+        if not attention.rotates:
+            kernels.rotate(qk, positions, rotary)
+        later = rotary if attention.rotates else None
+        return attention.attend(
+            layer.index, q, k, v, later, (layer.o_proj.weight if during else None, during)
+        )
 
 
 def _weight(norm: RMSNorm | None) -> Tensor | None:

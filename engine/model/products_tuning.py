@@ -14,10 +14,13 @@ import torch
 import triton
 
 from engine import triton_dependent
-from engine.attention.base import NoAttention
+from engine.attention.base import AttentionBackend, AttentionInput, NoAttention, RotatingAttention
+from engine.cache.pool import KVPool
+from engine.config import MAX_TREE_NODES
 from engine.model import fused_triton, triton_kernels, triton_products
 from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.triton_products import MOST_ROWS, Shape, shapes
+from engine.triton_dependent import launched_early
 from engine.triton_measuring import REFUSALS, Kept, side_by_side
 
 __all__ = ["ROWS", "tune_products"]
@@ -33,20 +36,36 @@ ROWS = (1, 8, 16, 32, MOST_ROWS, 256)
 _AHEAD = (8 << 20, 24 << 20)
 """Bytes to ask for ahead that are tried, beside none."""
 
+_DURING = (8 << 20, 16 << 20, 32 << 20)
+"""Bytes that attention asks for that are tried, beside none; an H100's L2 has 50 MiB."""
+
+_CACHED = 512
+"""Rows in the cache of attention."""
+
+_BOUND = 4608
+"""On a sequence's length, as a captured step has it."""
+
+_BLOCK_SIZE = 16
+
 _LAYERS = 12
 """Layers that are measured: enough that their weights, or most of them, come from memory each time."""
 
 
 def tune_products(
-    layers: FusedLayers, folder: Path, *, clock: Callable[[Callable[[], object]], float] | None = None
+    layers: FusedLayers,
+    folder: Path,
+    attention: AttentionBackend | None = None,
+    *,
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> None:
     """Set `layers.ways`; nothing where the weights are not of 16 bits or the family's norms lie elsewhere.
 
     Each product is tried as each of its kernel's shapes and as torch's, in a pass without attention, with the
-    others as good as known so far.
+    others as good as known so far. What attention asks for ahead is tried in a pass with it.
 
     Args:
         folder: where results are kept.
+        attention: a `RotatingAttention`; what others could ask for is not measured.
         clock: milliseconds of a function's run; None is Triton's do_bench_cudagraph.
     """
     linear = layers.layers[0].qkv_proj
@@ -58,20 +77,24 @@ def tune_products(
         "layers": len(layers.layers),
         "dtype": str(linear.weight.dtype),
         "rows": list(ROWS),
+        "attention": isinstance(attention, RotatingAttention),
     }
     kept = Kept(folder, "products", key, device, _MODULES)
     known = kept.read()
     if known is None:
         started = time.monotonic()
         measured = {rows: _best(layers, rows, clock or _milliseconds) for rows in ROWS}
+        if isinstance(attention, RotatingAttention) and launched_early(device)[0]:
+            for rows, ways in measured.items():
+                measured[rows] = _asking(layers.some(_LAYERS), rows, ways, attention, clock or _milliseconds)
         known = list(measured.items())
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free
         log.info("measured the products of few rows in %.1f s", time.monotonic() - started)
         kept.write(known)
     layers.ways = {
-        rows: Ways._make([*(None if shape is None else Shape(*shape) for shape in ways), ahead])
-        for rows, (*ways, ahead) in known
+        rows: Ways._make([*(None if shape is None else Shape(*shape) for shape in found), ahead, during])
+        for rows, (*found, ahead, during) in known
     }
 
 
@@ -105,7 +128,7 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
         return found
 
     # A product of ours gains most between two others of ours, which begin early: so from all of them.
-    best = Ways._make([*(found[0] if found else None for found in choices.values()), 0])
+    best = Ways._make([*(found[0] if found else None for found in choices.values()), 0, 0])
     time_of_best = timed(best)
     for name in ("gate_up", "down", "qkv", "o"):  # the largest first
         for shape in (*choices[name][1:], None):
@@ -123,6 +146,51 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
     text = "%d rows: a pass of %d layers takes %.4f ms, %.4f with torch's products: %s"
     log.info(text, rows, len(measured.layers), time_of_best, by_torch, best)
     return best
+
+
+@torch.inference_mode()
+def _asking(
+    layers: FusedLayers,
+    rows: int,
+    ways: Ways,
+    attention: RotatingAttention,
+    clock: Callable[[Callable[[], object]], float],
+) -> Ways:
+    """These ways, and how much attention shall ask for: of sequences with trees as large as there are."""
+    first, device = layers.layers[0], layers.layers[0].qkv_proj.weight.device
+    nodes = min(rows, MAX_TREE_NODES)
+    cached = max(0, min(_CACHED, layers.positions - nodes))
+    blocks = -(-(cached + nodes) // _BLOCK_SIZE)
+    pool = KVPool(
+        num_layers=len(layers.layers),
+        num_blocks=1 + blocks,
+        block_size=_BLOCK_SIZE,
+        kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        dtype=first.qkv_proj.weight.dtype,
+        device=device,
+    )
+    depths = torch.arange(nodes, device=device).expand(rows // nodes, -1)
+    batch = AttentionInput(
+        block_tables=torch.arange(1, 1 + blocks, device=device).expand(rows // nodes, -1),
+        lengths=torch.full((rows // nodes,), cached, device=device),
+        rows=torch.zeros_like(depths),  # of block 0, where nobody looks
+        max_length=max(_BOUND, cached + nodes),
+        ancestors=(torch.tensor(2, device=device) << depths) - 1,
+        depths=depths.contiguous(),
+    )
+    attention.plan(batch, pool)
+    positions = batch.positions().flatten()
+    tokens = positions % 7
+
+    def run(during: int) -> None:
+        layers.ways = {rows: ways._replace(during=during)}
+        layers(tokens, positions, attention)
+
+    times = {during: clock(partial(run, during)) for during in (0, *_DURING)}
+    best = min(times, key=lambda during: times[during])
+    log.info("%d rows with attention: %s ms by the bytes that it asks for: %d", rows, times, best)
+    return ways._replace(during=best)
 
 
 def _with(ways: Ways, name: str, shape: Shape | None) -> Ways:
