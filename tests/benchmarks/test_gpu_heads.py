@@ -147,13 +147,18 @@ def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.Monke
     assert shell(tmp_path, "heads0").returncode == 0
     (tmp_path / ".gpu" / "half00").unlink()
     assert shell(tmp_path, "heads", "--minutes", "7").returncode == 0
+    (tmp_path / ".gpu" / "prompts.jsonl.xz").rename(tmp_path / "prompts")
+    assert shell(tmp_path, "second", "--parts", "http").returncode == 0
     site = tmp_path / "there" / "medusa-serve-gpu" / "site"
-    (_, install), (path, steps), (_, tests), (_, model), (_, heads) = called(tmp_path)
+    (_, install), (path, steps), (_, tests), (_, model), (_, heads), *more = called(tmp_path)
     assert install[-1] == ".gpu/whl/some.whl"
     assert path == f"{site}:{tmp_path}"
     assert tests[:2] == ["-m", "pytest"]
     assert gpu.parse([*steps[2:], "--device", "cpu", "--tiny"]).cases == [(256, 256)]
     assert Path(model[-1]).read_bytes() == b"first half, second half"
+    assert more[0][1] == model
+    assert gpu.parse([*more[1][1][2:], "--device", "cpu", "--tiny"]).parts == ["http"]
+    (tmp_path / "prompts").rename(tmp_path / ".gpu" / "prompts.jsonl.xz")
     monkeypatch.chdir(tmp_path)
     args = gpu_heads.parse([*heads[2:], "--device", "cpu"])
     assert (args.minutes, args.output) == (7.0, tmp_path / "out")
