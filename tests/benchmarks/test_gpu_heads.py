@@ -154,6 +154,7 @@ def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.Monke
     assert install[-1] == ".gpu/whl/some.whl"
     assert path == f"{site}:{tmp_path}"
     assert tests[:2] == ["-m", "pytest"]
+    assert (ROOT / tests[-1]).samefile(__file__)
     assert gpu.parse([*steps[2:], "--device", "cpu", "--tiny"]).cases == [(256, 256)]
     assert Path(model[-1]).read_bytes() == b"first half, second half"
     assert more[0][1] == model
