@@ -97,8 +97,8 @@ class EngineConfig(BaseModel):
     )
     enforce_eager: bool = Field(
         False,
-        description="On a GPU, run decode steps operator by operator, not as CUDA graphs: a faster start, "
-        "slower steps.",
+        description="On a GPU, run decode steps operator by operator, not as CUDA graphs, and compile "
+        "kernels when they are first needed: a faster start, slower steps and first prompts.",
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of GPU memory for weights, activations and the K/V pool."

@@ -466,6 +466,10 @@ def _make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buc
     )
     if graph is None and isinstance(runner, CapturedRunner):
         runner.capture()
+        if loaded.kernels:
+            from engine.warmup_triton import warm_prompts
+
+            warm_prompts(runner, loaded)
     return runner
 
 

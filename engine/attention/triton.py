@@ -7,8 +7,9 @@ of it. With TRITON_INTERPRET=1 in the environment before Triton is imported, it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -44,6 +45,19 @@ _ROWS_EACH = 4
 """Rows (of a token and head) for each multiprocessor up to which a program of the second kernel joins one."""
 
 
+class _Cut(NamedTuple):
+    """How the work of a step is cut up.
+
+    Args:
+        kind: of its query rows; tile: for these.
+        parts: how many parts the keys come in, for each window of a layer.
+    """
+
+    kind: Kind
+    tile: Tile
+    parts: dict[int | None, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What the layers of a step share.
@@ -53,6 +67,7 @@ class _Plan:
         batch: of the step.
         tokens: T.
         tile: for its query rows.
+        at_once: rows and parts that a program joins at a time, where the tile joins.
         new_keys: of a tile of new rows.
         rotates: the kernel takes q and k as the layer's product gives them.
         row_of: [B, N] int64, the token of each new row or -1; read only where the batch has an index.
@@ -67,6 +82,7 @@ class _Plan:
     batch: AttentionInput
     tokens: int
     tile: Tile
+    at_once: tuple[int, int]
     new_keys: int
     rotates: bool
     row_of: Tensor
@@ -116,28 +132,20 @@ class TritonAttention:
             tokens = len(batch.index)
             row_of = torch.full((sequences, num_rows), -1, dtype=torch.int64, device=pool.device)
             row_of.view(-1)[batch.index] = torch.arange(tokens, device=pool.device)
-        query_rows = num_rows * self._group
-        kind = Kind.of(query_rows, tree=batch.ancestors is not None)
-        untuned = candidates(kind, block_channels(head_dim), pool.dtype.itemsize)[0]
-        tile = self._tiles.get(kind, untuned)
-        programs = triton.cdiv(query_rows, tile.rows) * kv_heads * sequences
-        cached = batch.max_length - num_rows
-        parts = {
-            window: self._parts(
-                tile, programs, cached if window is None else min(cached, window), pool.device
-            )
-            for window in (self._windows or (None,))
-        }
+        tree = batch.ancestors is not None
+        kind, tile, parts = self._cut(sequences, num_rows, batch.max_length - num_rows, pool, tree=tree)
         most = max(parts.values())
         shape = (most, tokens, kv_heads * self._group) if most > 1 else (0, 0, 0)
         # In a chunk the same key is loaded by many programs.
-        rotates = batch.ancestors is not None and tile.rotates
+        rotates = tree and tile.rotates
+        joined = num_rows * self._group if tree else kind.rows  # of chunks, the same for all of a kind
         self._plan = _Plan(
             pool=pool,
             batch=batch,
             tokens=tokens,
             tile=tile,
-            new_keys=tile.keys if batch.ancestors is None else self._new_keys(kind, tile, rotates),
+            at_once=joined_at_once(tile, joined, block_channels(head_dim)) if tile.joins else (1, 1),
+            new_keys=self._new_keys(kind, tile, rotates) if tree else tile.keys,
             rotates=rotates,
             row_of=row_of,
             parts=parts,
@@ -180,7 +188,6 @@ class TritonAttention:
             norm, cos, sin, half = rotary.norm, rotary.cos, rotary.sin, rotary.cos.shape[1] // 2
         out = q.new_empty(plan.tokens, heads * head_dim)
         early, options = launched_early(q.device)
-        at_once = joined_at_once(tile, num_rows * self._group, channels) if tile.joins else (1, 1)
         planes = parts + 1 if parts > 1 else 1
         attend_kernel[triton.cdiv(num_rows * self._group, tile.rows), planes * kv_heads, sequences](
             q,
@@ -234,8 +241,8 @@ class TritonAttention:
             BLOCK_NEW=plan.new_keys,
             BLOCK_D=channels,
             BLOCK_W=triton.next_power_of_2(triton.cdiv(tile.rows, self._group)),
-            BLOCK_J=at_once[0],
-            BLOCK_P=at_once[1],
+            BLOCK_J=plan.at_once[0],
+            BLOCK_P=plan.at_once[1],
             PRECISION="ieee",
             EARLY=early,
             num_warps=tile.warps,
@@ -244,8 +251,7 @@ class TritonAttention:
         )
         if parts > 1 and not tile.joins:
             rows = plan.tokens * heads
-            one = rows <= _ROWS_EACH * self._multiprocessors(q.device)
-            block_rows, block_parts = join_shape(channels, one=one)
+            block_rows, block_parts = join_shape(channels, one=self._one_each(rows, q.device))
             join_kernel[(triton.cdiv(rows, block_rows),)](
                 plan.mixed,
                 plan.weight,
@@ -261,6 +267,45 @@ class TritonAttention:
                 **options,
             )
         return out
+
+    def forms(self, sizes: Sequence[int], cached: int, pool: KVPool) -> set[Hashable]:
+        """What kernels a pass over prompts launches: equal elements are one compilation.
+
+        Args:
+            sizes: new rows of each sequence.
+            cached: most rows that one of them has in the pool.
+        """
+        ragged = min(sizes) < max(sizes)
+        kind, tile, parts = self._cut(len(sizes), max(sizes), cached, pool, tree=False)
+        found: set[Hashable] = {(kind, window, some > 1, ragged) for window, some in parts.items()}
+        if max(parts.values()) > 1 and not tile.joins:
+            found.add(self._one_each(sum(sizes) * pool.data.shape[-2] * self._group, pool.device))
+        return found
+
+    def undivided(self, pool: KVPool) -> int:
+        """Cached rows of a prompt up to which they are never split."""
+        return max(self._tile(kind, pool).least_keys for kind in Kind.of_prompts())
+
+    def _tile(self, kind: Kind, pool: KVPool) -> Tile:
+        untuned = candidates(kind, block_channels(pool.data.shape[-1]), pool.dtype.itemsize)[0]
+        return self._tiles.get(kind, untuned)
+
+    def _cut(self, sequences: int, num_rows: int, cached: int, pool: KVPool, *, tree: bool) -> _Cut:
+        query_rows = num_rows * self._group
+        kind = Kind.of(query_rows, tree=tree)
+        tile = self._tile(kind, pool)
+        programs = triton.cdiv(query_rows, tile.rows) * pool.data.shape[-2] * sequences
+        parts = {
+            window: self._parts(
+                tile, programs, cached if window is None else min(cached, window), pool.device
+            )
+            for window in (self._windows or (None,))
+        }
+        return _Cut(kind, tile, parts)
+
+    def _one_each(self, rows: int, device: torch.device) -> bool:
+        """Whether programs of the second kernel join one of so many rows each."""
+        return rows <= _ROWS_EACH * self._multiprocessors(device)
 
     def _new_keys(self, kind: Kind, tile: Tile, rotates: bool) -> int:
         """Nodes in a tile of keys: all of them, or few."""

@@ -190,6 +190,7 @@ def _new(
         "num_rows",
         "least_keys",
         "ahead_lines",
+        "table_stride",
         "rows_stride",
         "ancestors_stride",
         "depths_stride",

@@ -25,6 +25,8 @@ LEAST_ROWS = 16
 _FEW_ROWS = 8
 """Of a sequence and K/V head without a tree, or with a small one, which waits for latencies only."""
 
+_MOST_SHORT = 64
+"""Query rows of a short chunk: more of them fill a long one's tiles as well as a tree's."""
 
 _MOST_JOINED = 32
 """Query rows that one program may join: of more, many programs of a second kernel do each their share."""
@@ -35,7 +37,8 @@ class Kind(NamedTuple):
 
     Args:
         rows: query rows of a sequence and K/V head, rounded up to a power of two from 8 to 128.
-        chunk: more than that, of a prefill chunk. A short chunk is like a tree.
+        chunk: of a prefill chunk of more than 64 query rows. A short one is like a tree of at least 16: each
+            kind is another compilation, and a prompt waits for few rows less than a tree does.
     """
 
     rows: int
@@ -44,10 +47,17 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, rows: int, *, tree: bool) -> Kind:
         """That of `rows` query rows."""
-        size = _FEW_ROWS
+        if not tree and rows > _MOST_SHORT:
+            return cls(MOST_ROWS, chunk=True)
+        size = _FEW_ROWS if tree else LEAST_ROWS
         while size < min(rows, MOST_ROWS):
             size *= 2
-        return cls(size, chunk=not tree and rows > MOST_ROWS)
+        return cls(size, chunk=False)
+
+    @classmethod
+    def of_prompts(cls) -> list[Kind]:
+        """All that a prefill chunk may be of."""
+        return list(dict.fromkeys(cls.of(rows, tree=False) for rows in range(1, MOST_ROWS + 1)))
 
 
 class Tile(NamedTuple):

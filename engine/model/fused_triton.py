@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ from engine.attention.base import AttentionBackend, Rotary, RotatingAttention
 from engine.model import triton_kernels as kernels
 from engine.model.layers import HeadNorm, Linear, RMSNorm, RotaryTable
 from engine.model.triton_products import Around, Shape, product
+from engine.triton_dependent import ahead_of, launched_early
 
 if TYPE_CHECKING:
     from engine.model.decoder import DecoderLayer
@@ -98,14 +99,14 @@ class FusedLayers:
     ) -> Tensor:
         """See `Decoder.forward`."""
         opening, rows = self._opening, len(tokens)
-        ways = next((self.ways[most] for most in sorted(self.ways) if rows <= most), Ways())
+        ways = self._ways_of(rows)
         first = opening[0] if ways.qkv is None else None
         x, y = kernels.embed(tokens, self._embedding, self._scale, first, self._eps, offset=self._offset)
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
             behind = None if last else self.layers[index + 1].qkv_proj
             qkv = self._open(layer.qkv_proj, x, y, opening[index], ways.qkv).view(rows, -1, layer.head_dim)
-            mixed = self._attended(layer, qkv, positions, attention, ways.during)
+            mixed = self.attended(layer, qkv, positions, attention, ways.during)
             norm, after = _weight(layer.mlp_norm), layer.attention_output_norm
             y = self._close(
                 layer,
@@ -138,6 +139,22 @@ class FusedLayers:
                 _ahead(behind, ways.qkv, ways),
             )
         return y
+
+    def forms(self, rows: int) -> Hashable:
+        """What kernels a pass of so many rows launches: where it is equal, the same compilations."""
+        ways, layer = self._ways_of(rows), self.layers[0]
+        if not launched_early(layer.qkv_proj.weight.device)[0]:
+            return rows == 1, ways
+        gates = rows * kernels.programs_a_gate(layer.down_proj.in_features)
+        asked = (
+            ahead_of(*_ahead(layer.gate_up_proj, ways.gate_up, ways), rows),
+            ahead_of(*_ahead(layer.down_proj, ways.down, ways), gates),
+            ahead_of(*_ahead(layer.qkv_proj, ways.qkv, ways), rows),
+        )
+        return rows == 1, ways, tuple(each for _, each in asked)
+
+    def _ways_of(self, rows: int) -> Ways:
+        return next((self.ways[most] for most in sorted(self.ways) if rows <= most), Ways())
 
     def _open(
         self,
@@ -185,15 +202,25 @@ class FusedLayers:
         product(inner, linear.weight, linear.bias, shape, Around(adds=True), y=x, residual_scale=scale)
         return x if before is None else kernels.rms_norm(x, before, self._eps, offset=self._offset, y=y)
 
-    def _attended(
+    def attended(
         self,
         layer: DecoderLayer,
         qkv: Tensor,
         positions: Tensor,
         attention: AttentionBackend,
-        during: int,
+        during: int = 0,
     ) -> Tensor:
-        """Attention over qkv [T, heads + 2 * kv_heads, head_dim], which may be overwritten."""
+        """Attention of a layer, and what queries and keys pass through before.
+
+        Args:
+            qkv: [T, heads + 2 * kv_heads, head_dim], which may be overwritten.
+            positions: [T] int64.
+            attention: a backend whose `plan` was called for these rows.
+            during: see `Ways`.
+
+        Returns:
+            [T, heads * head_dim].
+        """
         heads, rotated = layer.num_heads, layer.num_heads + layer.num_kv_heads
         table, norm = self._local if layer.local else self._table, layer.qk_norm
         qk, v = qkv[:, :rotated], qkv[:, rotated:]

@@ -17,7 +17,16 @@ from torch import Tensor
 from engine.attention.base import Rotary
 from engine.triton_dependent import ahead_of, asks_ahead, launched_early, launches_next, waits
 
-__all__ = ["activated", "add_norm", "embed", "gated_activation", "rms_norm", "rotate", "warps_for"]
+__all__ = [
+    "activated",
+    "add_norm",
+    "embed",
+    "gated_activation",
+    "programs_a_gate",
+    "rms_norm",
+    "rotate",
+    "warps_for",
+]
 
 _HEADS_PER_PROGRAM = 4
 _COLUMNS_PER_PROGRAM = 1024
@@ -33,7 +42,7 @@ def _normed(value, weight_ptr, column, inside, size, eps, OFFSET: tl.constexpr):
     return value * scale * weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _add_norm_kernel(
     x_ptr,
     out_ptr,
@@ -328,7 +337,7 @@ def activated(gate, GELU: tl.constexpr):
     return (gate / (1.0 + tl.exp(-tl.maximum(argument, -80.0)))).to(kind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _gated_kernel(
     gate_up_ptr,
     y_ptr,
@@ -372,7 +381,7 @@ def gated_activation(
     y = gate_up.new_empty(rows, width)
     if rows:
         early, options = launched_early(y.device)
-        grid = (rows, triton.cdiv(width, _COLUMNS_PER_PROGRAM))
+        grid = (rows, programs_a_gate(width))
         lines, each = ahead_of(*ahead, grid[0] * grid[1]) if early else (0, 0)
         _gated_kernel[grid](
             gate_up,
@@ -388,6 +397,12 @@ def gated_activation(
             **options,
         )
     return y
+
+
+def programs_a_gate(width: int) -> int:
+    """Programs of `gated_activation` for each row of so many outputs."""
+    found: int = triton.cdiv(width, _COLUMNS_PER_PROGRAM)
+    return found
 
 
 def warps_for(block: int) -> int:

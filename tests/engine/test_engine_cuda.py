@@ -7,6 +7,7 @@ In float32, against the same references. `cuda` marks them; where there is no GP
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +56,24 @@ def test_default_buckets_are_captured_and_timed(narrow: TinyModel, caplog: pytes
     assert len(engine._runner._first) == sum(1 if nodes == 1 else 2 for _, nodes in sizes)
     assert "captured" in caplog.text
     engine.check()
+
+
+def test_prompts_find_their_kernels_compiled(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever length, alone and with others, behind a prefix or not: Triton has done its work before."""
+    if not support.MODE["captured"]:
+        pytest.skip("with --enforce-eager kernels are compiled when they are needed")
+    from triton import knobs
+
+    engine = support.make_engine(narrow.folder, heads=str(narrow.heads), dtype="bfloat16", tree=8)
+    compiled: list[str] = []
+
+    def note(**about: Any) -> None:
+        compiled.append(about["repr"])
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    for count, longest in ((1, 20), (1, 450), (3, 40), (8, 120), (8, 12)):
+        for first in range(1, 30, 4):
+            lengths = [first + (longest - first) * i // count for i in range(count)]
+            prompts = [[(first + i * i) % 12 for i in range(max(1, length))] for length in lengths]
+            support.run_all(engine, [support.greedy(f"{i}", prompt, 3) for i, prompt in enumerate(prompts)])
+    assert not compiled

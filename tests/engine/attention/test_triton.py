@@ -339,8 +339,11 @@ def test_kinds_cover_every_number_of_rows() -> None:
     assert [Kind.of(rows, tree=True).rows for rows in (1, 8, 9, 16, 17, 64, 65, 512)] == [
         8, 8, 16, 16, 32, 64, 128, 128,
     ]  # fmt: skip
-    assert Kind.of(128, tree=False) == Kind.of(128, tree=True)
-    assert Kind.of(129, tree=False) == Kind(128, chunk=True)
+    assert Kind.of_prompts() == [*(Kind(rows, chunk=False) for rows in (16, 32, 64)), Kind(128, chunk=True)]
+    for rows in (1, 16, 17, 64, 65, 999):
+        assert Kind.of(rows, tree=False) in Kind.of_prompts()
+    assert Kind.of(64, tree=False) == Kind.of(64, tree=True)
+    assert Kind.of(65, tree=False) == Kind(128, chunk=True)
     for kind in (Kind(8, False), Kind(16, False), Kind(128, True)):
         for channels in (64, 128, 256):
             tiles = candidates(kind, channels, 2)
