@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from engine import engine as engine_module, warmup_triton
+from engine import engine as engine_module, triton_dependent, warmup_triton
 from engine.attention import triton as attention_module
 from engine.attention.sdpa import SdpaAttention
 from engine.attention.triton import TritonAttention
@@ -59,6 +59,7 @@ class Launches:
             monkeypatch.setattr(module, name, _Kernel(getattr(module, name), self.seen))
         for module in (triton_kernels, triton_products, attention_module, fused_triton):
             monkeypatch.setattr(module, "launched_early", lambda device: (True, {"launch_pdl": True}))
+        monkeypatch.setattr(triton_dependent, "_MOST_LINES", 4)
 
     def of(self, run: Callable[[], object]) -> set[Any]:
         """What `run` launches."""
@@ -107,15 +108,23 @@ OURS = Shape(1, 16, 32, 4)
 WAYS = {
     1: Ways(OURS, OURS, OURS, OURS),
     8: Ways(*[OURS._replace(rows=8)] * 4),
-    16: Ways(None, OURS._replace(rows=16), None, None, 2048),
+    16: Ways(None, OURS._replace(rows=16), None, None, 1 << 20),
     32: Ways(None, None, OURS._replace(rows=16), None),
     64: Ways(),
-    256: Ways(None, None, None, None, 4096),
+    256: Ways(None, None, None, None, 1 << 20),
 }
 """Products of few rows as they might have been measured; behind those of some, weights are asked for."""
 
 
-def made(folder: Path, monkeypatch: pytest.MonkeyPatch, *, joins: bool = True, **settings: Any) -> Loaded:
+def made(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    joins: bool = True,
+    processors: int = 8,
+    ways: dict[int, Ways] | None = None,
+    **settings: Any,
+) -> Loaded:
     """What the loader makes on CUDA, on the CPU."""
     monkeypatch.setattr(Decoder, "pack", Decoder.fuse_triton)
     values = {"device": "cpu", "dtype": "bfloat16", "kv_cache_tokens": 8192, "tree": "off"}
@@ -129,11 +138,10 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch, *, joins: bool = True, *
         scale=config.attention_scale,
         windows=config.windows_within(576),
         tiles=tiles,
-        processors=8,
+        processors=processors,
     )
     assert loaded.decoder.fused_cuda is not None
-    if loaded.decoder.fused_cuda.joinable:
-        loaded.decoder.fused_cuda.ways = WAYS
+    loaded.decoder.fused_cuda.ways = ways or {}
     return replace(loaded, attention=attention, kernels=True)
 
 
@@ -190,14 +198,15 @@ def prefill(runner: Runner, loaded: Loaded, chunks: list[tuple[int, int]]) -> No
 
 
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 1}
-WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 100}
+WIDE = {"hidden_size": 64, "intermediate_size": 256}
+WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 50}
 
 
 @pytest.mark.parametrize(
     ("family", "overrides", "settings"),
     [
-        ("llama", {}, {}),
-        ("llama", GQA, {"joins": False, "max_step_tokens": 128}),
+        ("llama", WIDE, {"ways": WAYS}),
+        ("llama", GQA, {"joins": False, "processors": 32, "max_step_tokens": 128}),
         ("gemma3_text", WINDOWS, {"max_num_seqs": 16, "block_size": 8}),
         ("olmo2", {"num_key_value_heads": 4}, {"max_model_len": 90}),
     ],
@@ -215,8 +224,6 @@ def test_prompts_launch_nothing_else(
     save_model(tiny_model(family, **overrides), tmp_path)
     loaded = made(tmp_path, monkeypatch, **settings)
     runner, passes = runner_of(loaded), prompt_passes(loaded)
-    assert all(sum(each.sizes) <= loaded.max_step_tokens for each in passes)
-    assert all(each.cached + each.sizes[0] <= loaded.info.max_model_len for each in passes)
     each = [launches.of(partial(warmup_triton._run, runner, loaded, one)) for one in passes]
     wanted = set[Any]().union(
         *(launches.of(partial(prefill, runner, loaded, chunks)) for chunks in served(loaded))
@@ -236,6 +243,7 @@ def test_attention_is_compiled_as_it_is_launched(
     save_model(tiny_model("gemma3_text", **WINDOWS), tmp_path)
     loaded = made(tmp_path, monkeypatch)
     runner, passes = runner_of(loaded), prompt_passes(loaded)
+    passes += passes[:3]
     alone: list[PromptPass] = []
     attend = warmup_triton._attend
 
@@ -249,6 +257,45 @@ def test_attention_is_compiled_as_it_is_launched(
     ours = ("attend_kernel", "join_kernel", "_rotate_kernel")
     assert {form for form in run if form[0] in ours} == compiled
     assert len(alone) == len({warmup_triton._attention_forms(loaded, each) for each in passes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"max_num_seqs": 1}, 1),
+        ({"max_step_tokens": 64}, 2),
+        ({"max_model_len": 40, "block_size": 128, "kv_cache_tokens": 128}, 1),
+    ],
+    ids=str,
+)
+def test_passes_are_within_the_bounds(
+    settings: dict[str, Any], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: Launches
+) -> None:
+    """Of sequences, of a step, of the context and of the K/V pool, which here holds one of the longest."""
+    save_model(tiny_model("llama"), tmp_path)
+    values = {"max_model_len": 200, "kv_cache_tokens": 272} | settings
+    loaded = made(tmp_path, monkeypatch, ways=WAYS, **values)
+    possible = list(warmup_triton._possible(loaded))
+    assert max(len(each.sizes) for each in possible) == most
+    assert max(sum(each.sizes) for each in possible) <= loaded.max_step_tokens
+    assert max(each.sizes[0] + each.cached for each in possible) <= loaded.info.max_model_len
+    runner = runner_of(loaded)
+    for each in possible[:: len(possible) // 20]:
+        warmup_triton._run(runner, loaded, each)  # raises where the pool has no room
+    assert loaded.blocks.free == loaded.blocks.total
+
+
+def test_the_first_pass_is_run_before_threads_compile_and_the_rest_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tiny_model("llama"), tmp_path)
+    loaded = made(tmp_path, monkeypatch)
+    order: list[Any] = []
+    monkeypatch.setattr(warmup_triton, "_run", lambda runner, loaded, each: order.append(each))
+    monkeypatch.setattr(warmup_triton, "_compile", lambda loaded, passes: order.append(passes))
+    warm_prompts(runner_of(loaded), loaded)
+    first, *rest = prompt_passes(loaded)
+    assert order == [first, rest, *rest]
 
 
 def test_what_was_compiled_to_be_measured_is_not_compiled_again(
@@ -302,6 +349,14 @@ def test_nothing_is_left_behind(
         return forward(self, chunks)
 
     monkeypatch.setattr(Runner, "_chunks_forward", noted)
+    proposed: list[int] = []
+    propose = Runner.propose
+
+    def noted_too(self: Runner, sequences: list[Sequence]) -> Any:
+        proposed.append(len(sequences))
+        return propose(self, sequences)
+
+    monkeypatch.setattr(Runner, "propose", noted_too)
     settings = {"tree": "3", "lookup": "on"} if lookup == "on" else {"tree": "off"}
     config = EngineConfig(
         model=str(narrow.folder), device="cpu", attention="sdpa", block_size=4, max_num_seqs=2,
@@ -311,6 +366,7 @@ def test_nothing_is_left_behind(
     engine = Engine(loaded)
     assert isinstance(engine._runner, TritonRunner)
     assert sizes == [[3], [9, 1], [4, 4]]
+    assert proposed == ([1, 2, 2] if lookup == "on" else [])
     assert "ran 3 passes over prompts" in caplog.text
     engine.check()
     assert loaded.blocks.cached == loaded.blocks.used == 0
