@@ -119,7 +119,7 @@ def _work(each: PromptPass) -> int:
 def _forms(loaded: Loaded, each: PromptPass) -> frozenset[Hashable]:
     found = _attention_forms(loaded, each)
     if loaded.decoder.fused_cuda is not None:
-        found = found | {("layers", loaded.decoder.fused_cuda.forms(sum(each.sizes)))}
+        found = found | loaded.decoder.fused_cuda.forms(sum(each.sizes))
     return found
 
 

@@ -140,18 +140,18 @@ class FusedLayers:
             )
         return y
 
-    def forms(self, rows: int) -> Hashable:
-        """What kernels a pass of so many rows launches: where it is equal, the same compilations."""
+    def forms(self, rows: int) -> set[Hashable]:
+        """What kernels a pass of so many rows launches: equal elements are the same compilations."""
         ways, layer = self._ways_of(rows), self.layers[0]
         if not launched_early(layer.qkv_proj.weight.device)[0]:
-            return ways
+            return {ways}
         gates = rows * kernels.programs_a_gate(layer.down_proj.in_features)
-        asked = (
-            ahead_of(*_ahead(layer.gate_up_proj, ways.gate_up, ways), rows),
-            ahead_of(*_ahead(layer.down_proj, ways.down, ways), gates),
-            ahead_of(*_ahead(layer.qkv_proj, ways.qkv, ways), rows),
-        )
-        return ways, tuple(each for _, each in asked)
+        asked = {
+            ("norm", ahead_of(*_ahead(layer.gate_up_proj, ways.gate_up, ways), rows)[1]),
+            ("gate", ahead_of(*_ahead(layer.down_proj, ways.down, ways), gates)[1]),
+            ("norm", ahead_of(*_ahead(layer.qkv_proj, ways.qkv, ways), rows)[1]),
+        }
+        return {ways, *asked}
 
     def _ways_of(self, rows: int) -> Ways:
         return next((self.ways[most] for most in sorted(self.ways) if rows <= most), Ways())

@@ -59,7 +59,6 @@ class Launches:
             monkeypatch.setattr(module, name, _Kernel(getattr(module, name), self.seen))
         for module in (triton_kernels, triton_products, attention_module, fused_triton):
             monkeypatch.setattr(module, "launched_early", lambda device: (True, {"launch_pdl": True}))
-        monkeypatch.setattr(triton_dependent, "_MOST_LINES", 4)
 
     def of(self, run: Callable[[], object]) -> set[Any]:
         """What `run` launches."""
@@ -198,7 +197,7 @@ def prefill(runner: Runner, loaded: Loaded, chunks: list[tuple[int, int]]) -> No
 
 
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 1}
-WIDE = {"hidden_size": 64, "intermediate_size": 256}
+WIDE = {"intermediate_size": 2100}
 WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 50}
 
 
@@ -316,6 +315,23 @@ def test_what_was_compiled_to_be_measured_is_not_compiled_again(
     attention = {form for form in measured if form[0] == "attend_kernel"}
     assert attention
     assert attention < run
+
+
+def test_how_much_is_asked_for_ahead_is_no_form_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, launches: Launches
+) -> None:
+    """By 9 rows 36 lines, and by 12 rows 48, a multiple of 16."""
+    monkeypatch.setattr(triton_dependent, "_MOST_LINES", 4)
+    ahead = (torch.zeros(128, 64, dtype=torch.bfloat16), 1 << 20)
+
+    def run(rows: int) -> None:
+        x, gates = (torch.zeros(rows, size, dtype=torch.bfloat16) for size in (64, 128))
+        triton_kernels.add_norm(x, x, after=None, before=x[0], eps=1e-6, ahead=ahead)
+        triton_kernels.gated_activation(gates, "silu", ahead)
+
+    nine, twelve = (launches.of(partial(run, rows)) for rows in (9, 12))
+    assert len(nine) == 2
+    assert nine == twelve
 
 
 def test_attention_alone_writes_where_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
