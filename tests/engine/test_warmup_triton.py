@@ -110,7 +110,7 @@ WAYS = {
     16: Ways(None, OURS._replace(rows=16), None, None, 1 << 20),
     32: Ways(None, None, OURS._replace(rows=16), None),
     64: Ways(),
-    256: Ways(None, None, None, None, 1 << 20),
+    256: Ways(None, None, None, None, 1 << 20, 1 << 12),
 }
 """Products of few rows as they might have been measured; behind those of some, weights are asked for."""
 
