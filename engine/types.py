@@ -323,20 +323,13 @@ class LookupState:
         chain: tokens that may follow the root, nearest first; empty where nothing in the history matches.
         kind: how good the match is: tokens that matched up to the root, 0 for none; plus 8 where it lies
             in the prediction.
-        watched: an earlier chain, held against what is emitted until its first miss.
-        watched_kind: its kind.
-        watched_depth: tokens of it that have come true.
-        first: log-odds by which this sequence's chains begin right more often than the average of all.
-        deeper: the same for going on right.
+        own: log-odds by which the next token of this sequence's chains is right more often than the average
+            of all.
     """
 
     chain: list[int] = field(default_factory=list)
     kind: int = 0
-    watched: list[int] = field(default_factory=list)
-    watched_kind: int = 0
-    watched_depth: int = 0
-    first: float = 0.0
-    deeper: float = 0.0
+    own: float = 0.0
 
     @property
     def from_prediction(self) -> bool:

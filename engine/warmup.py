@@ -39,8 +39,8 @@ _WARM_S = 0.5
 """Seconds of steps before the first that counts: a process's first steps are slow, and those of the smallest
 batches, which are measured first, would make larger trees look cheap."""
 
-_RAGGED = 9
-"""Nodes of the one larger tree in the batch that shows what padding costs."""
+_RAGGED = (2, 9)
+"""Nodes of the one larger tree in the batch, which show what trees of different sizes cost."""
 
 
 @torch.inference_mode()
@@ -74,6 +74,7 @@ def measure(
     points: dict[int, list[tuple[int, float]]] = {}
     drafts: dict[int, list[float]] = {}
     padding: dict[int, float] = {}
+    uneven: dict[int, float] = {}
     for batch in _BATCHES if buckets is None else buckets.batches:
         sequences = _sequences(blocks, batch, context) if batch <= max_num_seqs else None
         if sequences is None:
@@ -84,36 +85,41 @@ def measure(
         if isinstance(runner, CapturedRunner):
             points[batch], drafts[batch] = _captured(runner, sequences, sizes)
         else:
-            points[batch], drafts[batch], padding[batch] = _eager(runner, sequences, sizes, most_rows)
+            points[batch], drafts[batch], padding[batch], uneven[batch] = _eager(
+                runner, sequences, sizes, most_rows
+            )
         for sequence in reversed(sequences):  # so that the free list ends as it began
             blocks.release(sequence.blocks)
     log.info("measured decode steps of up to %d sequences in %.1f s", max(points), time.monotonic() - started)
-    return StepTimes(points, drafts, padding, context, buckets)
+    return StepTimes(points, drafts, padding, uneven, context, buckets)
 
 
 def _eager(
     runner: Runner, sequences: list[Sequence], sizes: list[int], most_rows: int
-) -> tuple[list[tuple[int, float]], list[float], float]:
-    """(rows, seconds) points, seconds of drafting each size of the heads' branch, and of a padded cell."""
+) -> tuple[list[tuple[int, float]], list[float], float, float]:
+    """(rows, seconds) points, seconds of drafting each size of the heads' branch, of a padded cell, and of
+    trees of different sizes whatever they are."""
     batch = len(sequences)
     shapes = [nodes for nodes in _NODES if nodes == 1 or batch * nodes <= most_rows]
     best = dict.fromkeys(shapes, float("inf"))
     cost = dict.fromkeys(sizes, float("inf"))
-    ragged = float("inf")
+    ragged = dict.fromkeys(_RAGGED, float("inf"))
     for _ in range(_ROUNDS):
         for nodes in shapes:
             best[nodes] = min(best[nodes], _step(runner, sequences, [nodes] * batch))
-        if batch > 1:
-            ragged = min(ragged, _step(runner, sequences, [_RAGGED, *[1] * (batch - 1)]))
+        for nodes in _RAGGED * _IN_A_ROW if batch > 1 else ():
+            # As in serving, hardly one of them follows its like.
+            took = _step(runner, sequences, [nodes, *[1] * (batch - 1)], in_a_row=1)
+            ragged[nodes] = min(ragged[nodes], took)
         for size in cost:
             cost[size] = min(cost[size], _draft(runner, sequences, size))
     points = [(batch * nodes, best[nodes]) for nodes in shapes]
-    padding = 0.0
-    if batch > 1:
-        rows = batch + _RAGGED - 1
-        even = float(np.interp(rows, [float(r) for r, _ in points], [t for _, t in points]))
-        padding = max(0.0, ragged - even) / (batch * _RAGGED - rows)
-    return points, list(cost.values()), padding
+    if batch == 1:
+        return points, list(cost.values()), 0.0, 0.0
+    rows, cells = batch + np.array(_RAGGED) - 1, (batch - 1) * (np.array(_RAGGED) - 1)
+    few, many = np.array([*ragged.values()]) - np.interp(rows, *np.array(points).T)
+    padding = max(0.0, float((many - few) / (cells[1] - cells[0])))
+    return points, list(cost.values()), padding, max(0.0, float(few - cells[0] * padding))
 
 
 def _warm(runner: Runner, sequences: list[Sequence]) -> None:
@@ -160,13 +166,14 @@ def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence]
     return made
 
 
-def _step(runner: Runner, sequences: list[Sequence], nodes: list[int]) -> float:
+def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_row: int = _IN_A_ROW) -> float:
     """Seconds of a step that verifies chains; what the tokens are does not matter to the time.
 
-    As in serving, a step follows one of its own size: after another one it takes longer.
+    As in serving, a step follows one of its own size: after another one it takes longer. So of `in_a_row` of
+    them the fastest counts.
     """
     best = float("inf")
-    for _ in range(_IN_A_ROW):
+    for _ in range(in_a_row):
         batch = runner.place(sequences)
         draft = _chains(batch.slots, nodes)
         _wait(batch.slots.device)

@@ -42,8 +42,9 @@ _HYSTERESIS = 1.03
 """Another size of the heads' branch has to promise this much more to be taken."""
 
 _ANY_DEPTH = np.array([MAX_TREE_NODES])
-_CHAIN_DEPTHS = np.array([1, 2, 4, 8, MAX_TREE_NODES])
-"""Bounds on the depth of lookup chains that are tried where padding costs."""
+_CHAIN_DEPTHS = np.array([1, 2, 3, 4, 7, 8, 15, MAX_TREE_NODES])
+"""Bounds on the depth of lookup chains that are tried where one long chain costs something for all: powers of
+two, and what fills a captured step of so many nodes."""
 
 _MARGIN = 1.02
 """Speculation has to promise this much more than plain decoding: the best of many estimates is too good."""
@@ -213,7 +214,7 @@ class AdaptiveTree:
         self.expected = Expected()
         """Of the step chosen last."""
         # Compile it now, not under the first request.
-        self._search(times.costs(1, 1, max_step_tokens), 1, 1, np.zeros((1, 4)))
+        self._search(times.costs(1, 1, max_step_tokens), 1, 1, np.zeros((1, 3)))
 
     @property
     def explored_steps(self) -> int:
@@ -229,7 +230,10 @@ class AdaptiveTree:
         choice, counts, added, plain_s = self._search(costs, batch, context, states)
         head_nodes = int(self._sizes[choice])
         for sequence, count in zip(sequences, counts.tolist(), strict=True):
-            self._caps.apply(sequence, head_nodes, count)
+            if head_nodes or count:
+                self._caps.apply(sequence, head_nodes, count)
+            else:
+                sequence.head_nodes = sequence.lookup_nodes = 0
         # From here on by what the caps have left of it.
         nodes, beyond = max(sequence.head_nodes for sequence in sequences), 0.0
         if nodes and counts.any():
@@ -293,9 +297,8 @@ class AdaptiveTree:
         """
         batch = len(shapes)
         rows, largest = sum(s.num_nodes for s in shapes), max(s.num_nodes for s in shapes)
-        other_s = expected.draft_s + (batch * largest - rows) * self._times.padding(batch, context)
-        computed = self._times.rows(batch, rows, largest)
-        self._times.observe(batch, context, computed, seconds, other_s)
+        computed, cells = self._times.rows(batch, rows, largest), batch * largest - rows
+        self._times.observe(batch, context, computed, seconds, expected.draft_s, cells)
         self._explored.earn(seconds)
         if self._heads is None:
             return

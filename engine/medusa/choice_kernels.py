@@ -33,6 +33,7 @@ class Costs(NamedTuple):
         seconds: [K] of the forward pass and all that follows, at the knots.
         drafts: [C] seconds of drafting.
         padding: seconds of a cell of the grid that holds no node.
+        uneven: seconds more where not all trees are of one size.
         outside: seconds of a step besides all that.
         grid_batch: B of the captured steps' bucket; 0 without.
         grid_nodes: [G] N of these buckets, rising.
@@ -43,6 +44,7 @@ class Costs(NamedTuple):
     seconds: Array
     drafts: Array
     padding: float
+    uneven: float
     outside: float
     grid_batch: float
     grid_nodes: Array
@@ -84,14 +86,15 @@ def learn(
     rows: float,
     seconds: float,
     rate: float,
-) -> float:
+    local_rate: float,
+) -> tuple[float, float]:
     """Move the correction of the knots beside `rows` towards what a step took.
 
     Args:
         values: [K] `corrected`, which is made anew in place; so is `local` [K].
 
     Returns:
-        The new shift.
+        The new shift, and the error that was learned from: log seconds.
     """
     error = np.log(seconds / predict(knots, values, rows))
     error = min(max(error, -0.3), 0.3)  # a hiccup of the machine is not the step's time
@@ -100,11 +103,11 @@ def learn(
         i += 1
     place = min(max((rows - knots[i]) / (knots[i + 1] - knots[i]), 0.0), 1.0)
     local *= 0.999
-    local[i] += rate * error * (1.0 - place)
-    local[i + 1] += rate * error * place
+    local[i] += local_rate * error * (1.0 - place)
+    local[i + 1] += local_rate * error * place
     shift += rate * error
     values[:] = corrected(base, shift, local)
-    return shift
+    return shift, error
 
 
 @njit(**_JIT)
@@ -113,15 +116,13 @@ def survival(odds: Array, states: Array) -> Array:
 
     Args:
         odds: [kinds, D] log-odds of each token, given those before it.
-        states: [B, 4]: kind, length of the chain, and what the sequence adds to the first token's odds and
-            to the others'.
+        states: [B, 3]: kind, length of the chain, and what the sequence adds to the odds.
     """
     found = np.zeros((len(states), odds.shape[1]))
     for b in range(len(states)):
         kind, length, chance = int(states[b, 0]), int(states[b, 1]), 1.0
         for d in range(min(length, odds.shape[1])):
-            own = states[b, 3] if d else states[b, 2]
-            chance *= min(1.0 / (1.0 + np.exp(-odds[kind, d] - own)), 0.99)
+            chance *= min(1.0 / (1.0 + np.exp(-odds[kind, d] - states[b, 2])), 0.99)
             found[b, d] = chance
     return found
 
@@ -188,7 +189,8 @@ def _seconds(costs: Costs, batch: int, choice: int, rows: float, largest: float)
     """Of a step, up to the accepted tokens."""
     computed = _computed(costs, rows, largest)
     seconds = predict(costs.rows, costs.seconds, computed) + costs.drafts[choice]
-    return seconds + costs.padding * (batch * largest - rows)
+    cells = batch * largest - rows  # of the grid that hold no node
+    return seconds + (costs.padding * cells + costs.uneven if cells > 0.0 else 0.0)
 
 
 @njit(**_JIT)
@@ -294,8 +296,13 @@ def choose(
     found = _best(costs, chains, sizes[choice], choice, reach[choice], beyond, margin, bounds)
     if forced < 0:
         kept, kept_rate = found, found[0] if current == 0 else 0.0
+        none, more = found[0], max(beyond - 1.0, 0.0) * chains.sum()
         for c in range(1, sizes.size):
-            if plain[c] > 0.0:
+            # Whatever chains are beside them, nodes of the heads bring no more than this, for their drafting
+            # at least: where that is less than the best rate without them, no chains can make it more. So
+            # useless heads do not cost the time of looking for the best chains beside them.
+            hopeless = len(states) * reach[c].sum() + more <= none * costs.drafts[c]
+            if plain[c] > 0.0 and (c == current or not hopeless):
                 scored = _best(costs, chains, sizes[c], c, reach[c], beyond, margin, bounds)
                 if c == current:
                     kept, kept_rate = scored, scored[0]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.medusa.choice_kernels import survival
-from engine.medusa.lookup import NUM_KINDS
+from engine.medusa.lookup import MOST_MATCHED, NUM_KINDS
 from engine.medusa.tree import Tree
 from engine.types import LookupState
 
@@ -23,6 +23,12 @@ Array = NDArray[np.float64]
 _HEAD_NODES = (0, 1, 2, 3, 5, 7, 9, 11, 15, 19, 23, 31, 39, 47, 63)
 """Sizes of the heads' branch that are considered."""
 
+_USUAL = (0, 1, 2, 3, 5, 8), (0.02, 0.2, 0.45, 0.6, 0.75, 0.9)
+"""Tokens matched, and how often the next one then came true in SmolLM2-135M's answers to MT-bench."""
+
+_LONGEST = MOST_MATCHED, NUM_KINDS - 1
+"""Kinds of match that grow no longer: in the history, and in the prediction."""
+
 
 def considered_sizes(heads: Tree | None) -> list[int]:
     """Sizes of the heads' branch that are considered, rising from 0, the root not counted."""
@@ -31,69 +37,70 @@ def considered_sizes(heads: Tree | None) -> list[int]:
 
 
 class LookupRecord:
-    """How often lookup chains come true: by kind of match and depth, given that the tokens before did.
+    """How often the token that a lookup chain proposes next comes true, by kind of match.
 
-    What a sequence does better or worse than the average is a shift of these log-odds, learned online
-    (logistic regression with one weight for the first token and one for the others). Each sequence watches
-    one chain at a time, verified or not, from its root to its first miss.
+    Each token of a chain that comes true makes the match one longer, so deeper tokens are as likely as the
+    next one of a longer match. What is counted is what is decided on: the chain of every step, verified or
+    not. (Following a few chains to their ends would count the beginnings and the ends of what repeats more
+    seldom than its middle, and promise too much.)
+
+    What a sequence does better or worse than the average is a shift of the log-odds, learned online (logistic
+    regression with one weight), slowly: nodes go where the most is promised, so every error of the shifts
+    that promises too much is acted upon.
+
+    Args:
+        size: D, most tokens of a chain.
     """
 
     _DECAY = 0.998
-    _OWN_RATE = 0.4
+    _OWN_RATE = 0.1
 
     def __init__(self, size: int) -> None:
         self.size = size
-        kind = np.arange(NUM_KINDS) % 8
-        kind = np.where((np.arange(NUM_KINDS) > 0) & (kind == 0), 8, kind)
-        first = np.interp(kind, (0, 1, 2, 3, 6), (0.0, 0.2, 0.4, 0.55, 0.7))
-        self._trials = np.full((NUM_KINDS, max(1, size)), 4.0)
-        share = np.clip(first[:, None] + 0.15 * (np.arange(max(1, size)) > 0), 0.02, 0.9)
-        self._hits, self._odds = self._trials * share, np.log(share / (1.0 - share))
+        kinds = np.arange(NUM_KINDS)
+        longest = np.where(kinds > MOST_MATCHED, NUM_KINDS - 1, MOST_MATCHED)
+        self._grown = np.minimum(kinds[:, None] + np.arange(max(1, size)), longest[:, None])
+        matched = np.where(kinds > MOST_MATCHED, kinds - MOST_MATCHED, kinds)
+        share = np.interp(matched, *_USUAL)
+        self._trials = [4.0] * NUM_KINDS
+        self._hits = [4.0 * chance for chance in share.tolist()]
+        self._odds = np.log(share / (1.0 - share)).tolist()
 
     @property
     def odds(self) -> Array:
         """[kinds, D], see `choice_kernels.survival`."""
-        return self._odds
+        found: Array = np.array(self._odds)[self._grown]
+        return found
 
     def states(self, states: Sequence[LookupState]) -> Array:
-        """[B, 4], see `choice_kernels.survival`."""
-        # A sequence that copies does better than the average, one that invents does worse.
-        return np.array([(s.kind, len(s.chain), s.first, s.deeper) for s in states], dtype=np.float64)
+        """[B, 3], see `choice_kernels.survival`."""
+        return np.array([(s.kind, len(s.chain), s.own) for s in states], dtype=np.float64)
 
     def survival(self, states: Sequence[LookupState]) -> Array:
         """[B, D]: the chance that each sequence's chain is right down to each of its tokens."""
-        found: Array = survival(self._odds, self.states(states))
+        found: Array = survival(self.odds, self.states(states))
         return found
 
     def observe(self, state: LookupState, emitted: Iterable[int]) -> None:
-        """Hold the watched chain against emitted tokens; call before the next chain is set."""
-        for token in emitted:
-            depth = state.watched_depth
-            if depth >= len(state.watched):
-                break
-            cell = state.watched_kind, depth
-            hit = float(state.watched[depth] == token)
-            own = state.deeper if depth else state.first
-            error = hit - 1.0 / (1.0 + math.exp(-(self._odds[cell] + own)))
-            own = min(max(own + self._OWN_RATE * error, -5.0), 5.0)
-            if depth:
-                state.deeper = own
-            else:
-                state.first = own
-            self._hits[cell] = self._DECAY * self._hits[cell] + hit
-            self._trials[cell] = self._DECAY * self._trials[cell] + 1.0
-            share = min(max(self._hits[cell] / self._trials[cell], 0.005), 0.995)
-            self._odds[cell] = math.log(share / (1.0 - share))
-            state.watched_depth += 1
+        """Hold the chain against what was emitted in its place; call before the next one is set."""
+        kind, own = state.kind, state.own
+        for proposed, token in zip(state.chain, emitted, strict=False):
+            hit = 1.0 if proposed == token else 0.0
+            own += self._OWN_RATE * (hit - 1.0 / (1.0 + math.exp(-self._odds[kind] - own)))
+            own = min(max(own, -5.0), 5.0)
+            self._hits[kind] = hits = self._DECAY * self._hits[kind] + hit
+            self._trials[kind] = trials = self._DECAY * self._trials[kind] + 1.0
+            share = min(max(hits / trials, 0.005), 0.995)
+            self._odds[kind] = math.log(share / (1.0 - share))
             if not hit:
-                state.watched = []
                 break
+            if kind not in _LONGEST:
+                kind += 1
+        state.own = own
 
     def propose(self, state: LookupState, chain: list[int], kind: int) -> None:
-        """Set the chain of the next step, and watch it if none is being watched."""
+        """Set the chain of the next step."""
         state.chain, state.kind = chain, kind
-        if state.watched_depth >= len(state.watched):
-            state.watched, state.watched_kind, state.watched_depth = chain, kind, 0
 
 
 class HeadRecord:

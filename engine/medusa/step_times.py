@@ -38,31 +38,41 @@ class StepTimes:
     """Seconds of a decode step by batch size, rows (nodes of all its sequences) and longest context.
 
     Measured points hold for an idle machine and a short context; what serving takes corrects them, by
-    context bucket, as a whole and point by point. What a step takes besides (planning it, handing out its
-    tokens) is learned while serving: it is the same for any tree, so the larger it is the larger a tree pays.
+    context bucket, as a whole and, more slowly, point by point: how busy the machine is changes fast, and
+    what one size takes more than another does not, so there noise counts for less. What a step takes besides
+    (planning it, handing out its tokens) is learned while serving: it is the same for any tree, so the larger
+    it is the larger a tree pays.
 
     Args:
         measured: for each batch bucket, (rows, seconds) points, rows rising.
         draft: for each batch bucket, seconds the heads take for each considered size; empty without.
         padding: for each batch bucket, seconds a cell of the grid takes that holds no node: where trees
             differ in size, attention works on as many nodes for each sequence as the largest tree has.
+        uneven: for each batch bucket, seconds that a step takes more where trees differ in size, however
+            little: rows are gathered, and no two such steps are alike.
         context: of the measured sequences, in tokens; padding costs in proportion to it.
         buckets: of captured steps, which take what their bucket takes; None without.
     """
 
     _RATE = 0.05
+    _LOCAL_RATE = 0.03
+    _FORGET = 0.0005
+    """Of what uneven trees were seen to take, in a step without them: or one hiccup might end them."""
 
     def __init__(
         self,
         measured: dict[int, list[tuple[int, float]]],
         draft: dict[int, list[float]],
         padding: dict[int, float] | None = None,
+        uneven: dict[int, float] | None = None,
         context: int = 128,
         buckets: Buckets | None = None,
     ) -> None:
         self._grid = buckets
         self._grid_nodes = np.array(buckets.nodes if buckets is not None else (), dtype=float)
         self._padding, self._context = padding or {}, context
+        self._measured_uneven = uneven or {}
+        self._uneven = dict(self._measured_uneven)
         self._buckets = sorted(measured)
         measured = {b: _with_a_slope(b, measured) for b in self._buckets}
         self._rows = {b: np.array([row for row, _ in measured[b]], dtype=float) for b in self._buckets}
@@ -71,7 +81,7 @@ class StepTimes:
         self._corrections: dict[tuple[int, int], _Correction] = {}
         self._outside: dict[int, float] = {}
         rows, base = self._rows[self._buckets[0]], self._base[self._buckets[0]]
-        learn(rows, base, np.exp(base), 0.0, np.zeros_like(base), 1.0, 1.0, 0.0)  # compiled now, not later
+        learn(rows, base, np.exp(base), 0.0, np.zeros_like(base), 1.0, 1.0, 0.0, 0.0)  # compiled now
 
     def check_sizes(self, count: int) -> None:
         """Raise ValueError if drafting was not measured for so many sizes."""
@@ -90,6 +100,7 @@ class StepTimes:
             seconds=self._correction(bucket, context).seconds,
             drafts=self._draft[bucket],
             padding=self.padding(batch, context),
+            uneven=self._uneven.get(bucket, 0.0),
             outside=self.outside(batch),
             grid_batch=float(self._grid.batch(batch)) if self._grid is not None else 0.0,
             grid_nodes=self._grid_nodes,
@@ -117,11 +128,25 @@ class StepTimes:
         """Seconds of a step besides what is timed: drafting, forward pass, and all to the accepted tokens."""
         return self._outside.get(self._bucket(batch), 0.0)
 
-    def observe(self, batch: int, context: int, rows: float, seconds: float, other_s: float) -> None:
-        """Learn from a step of `seconds`, of which drafting and padding are thought to be `other_s`."""
+    def observe(
+        self, batch: int, context: int, rows: float, seconds: float, other_s: float, cells: int = 0
+    ) -> None:
+        """Learn from a step.
+
+        Args:
+            batch: sequences.
+            context: tokens of the longest.
+            rows: that were computed.
+            seconds: what it took.
+            other_s: what drafting is thought to take of it.
+            cells: of the grid, that hold no node.
+        """
         bucket = self._bucket(batch)
         known = self._correction(bucket, context)
-        known.shift = learn(
+        uneven = self._uneven.get(bucket, 0.0)
+        if cells:
+            other_s += cells * self.padding(batch, context) + uneven
+        known.shift, error = learn(
             self._rows[bucket],
             self._base[bucket],
             known.seconds,
@@ -130,7 +155,14 @@ class StepTimes:
             rows,
             max(seconds - other_s, 0.1 * seconds),
             self._RATE,
+            self._LOCAL_RATE,
         )
+        if self._grid is not None:
+            return  # a captured step takes what its bucket takes
+        if cells:
+            self._uneven[bucket] = max(0.0, uneven + self._LOCAL_RATE * error * seconds)
+        else:
+            self._uneven[bucket] = uneven + self._FORGET * (self._measured_uneven.get(bucket, 0.0) - uneven)
 
     def observe_outside(self, batch: int, seconds: float) -> None:
         """Learn what a step of so many sequences took besides."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.medusa import choice_kernels
-from engine.medusa.adaptive import AdaptiveTree, FixedTree
+from engine.medusa.adaptive import _CHAIN_DEPTHS, AdaptiveTree, FixedTree
 from engine.medusa.buckets import Buckets
 from engine.medusa.records import LookupRecord, considered_sizes
 from engine.medusa.step_times import StepTimes
@@ -222,21 +222,6 @@ def test_a_chain_is_judged_by_what_is_emitted_even_if_never_verified() -> None:
     assert list(good) == sorted(good, reverse=True)
 
 
-def test_a_watched_chain_ends_at_its_first_miss_or_its_end() -> None:
-    record = LookupRecord(3)
-    state = LookupState()
-    record.propose(state, [1, 2, 3], 4)
-    record.observe(state, [1])
-    record.propose(state, [9, 9, 9], 2)  # the older one is still being watched
-    assert (state.chain, state.watched, state.watched_depth) == ([9, 9, 9], [1, 2, 3], 1)
-    record.observe(state, [2, 4])
-    assert state.watched == []
-    record.propose(state, [5], 2)
-    record.observe(state, [5, 6])
-    assert state.watched_depth == 1
-    assert state.first > 0 > state.deeper  # began right twice; went on right once and wrong once
-
-
 def test_chains_get_nodes_where_they_earn_them() -> None:
     """Of four sequences one copies; it alone gets a chain, and it gets a long one."""
     chooser = adaptive(8, None)
@@ -314,7 +299,7 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int, captured: bool) -> N
     drafts = [0.0, 0.002, 0.003]
     costs = StepTimes({batch: knots}, {batch: drafts}, context=50, buckets=grid).costs(B, 50, 16)
     sizes, reach = np.array([0, 1, 3]), np.array([[0.0, 0.0], [0.6, 0.0], [0.7, 0.3]])
-    states = np.array([[kind, D - kind, rng.normal(), rng.normal()] for kind in range(B)])
+    states = np.array([[kind, D - kind, rng.normal()] for kind in range(B)])
     odds, beyond = rng.normal(size=(B, D)), 0.7
     chains = choice_kernels.survival(odds, states)
 
@@ -339,7 +324,7 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int, captured: bool) -> N
 
     combinations = list(itertools.product(range(D + 1), repeat=B))
     best = {choice: max(rate(choice, lengths) for lengths in combinations) for choice in range(len(sizes))}
-    bounds = np.array([1, 2, 4, 8])
+    bounds = _CHAIN_DEPTHS
     arguments = costs, odds, states, sizes, reach, beyond, 1.02, 1.0, 0
     for current in range(len(sizes)):  # one that another must outdo by far is kept
         kept, *_, taken, _ = choice_kernels.choose(*arguments[:-2], 9.0, current, -1, bounds)
