@@ -145,13 +145,14 @@ def beside(chains: Array, reach: Array) -> Array:
 
 
 @njit(**_JIT)
-def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Array, Counts]:
+def _gains(chains: Array, reach: Array, beyond: float, least: float, limit: int) -> tuple[Array, Counts]:
     """Tokens that each further lookup node adds to a size of the heads' branch, the best first.
 
     Args:
         chains: `survival`.
         reach: see `beside`.
         beyond: what is left of what the chances, multiplied, say.
+        least: tokens that a node has to add.
         limit: most nodes.
 
     Returns:
@@ -163,7 +164,7 @@ def _gains(chains: Array, reach: Array, beyond: float, limit: int) -> tuple[Arra
     for b in range(B):
         for d in range(D):
             gain = beyond * added[b, d]
-            if gain <= 0.0:
+            if gain <= 0.0 or gain < least:
                 break
             gains[count], nodes[count] = gain, b * D + d
             count += 1
@@ -202,6 +203,18 @@ def _rate(costs: Costs, batch: int, choice: int, tokens: float, rows: float, lar
 
 
 @njit(**_JIT)
+def _least_slope(costs: Costs) -> float:
+    """Seconds that each further row takes at least; 0 where captured steps have rows to fill."""
+    if costs.grid_nodes.size > 0:
+        return 0.0
+    least = np.inf
+    for i in range(1, costs.rows.size):
+        slope = (costs.seconds[i] - costs.seconds[i - 1]) / (costs.rows[i] - costs.rows[i - 1])
+        least = min(least, slope)
+    return least
+
+
+@njit(**_JIT)
 def _best(
     costs: Costs,
     chains: Array,
@@ -218,9 +231,10 @@ def _best(
     bounds on the depth are tried, and within each of them every number of nodes.
     """
     B, D = chains.shape
-    gains, nodes = _gains(chains, reach, beyond if heads else 1.0, int(costs.most_rows))
     first_tokens, first_rows = B * (1.0 + reach.sum()), float(B * (1 + heads))
     best, count, within = _rate(costs, B, choice, first_tokens, first_rows, 1.0 + heads), 0, 0
+    least = best * _least_slope(costs)  # a node that adds less makes any rate that is better than this worse
+    gains, nodes = _gains(chains, reach, beyond if heads else 1.0, least, int(costs.most_rows))
     if heads == 0:
         best *= margin
     for bound in bounds:
