@@ -149,7 +149,6 @@ def made_up_engine(
     _skip_prefill(engine, batch * context)
     try:
         _start(engine, batch, context, sampling or {"temperature": 0.0})
-        engine._scheduler._max_step_tokens = most
         yield engine
     finally:
         for sequence in list(engine._scheduler):
@@ -190,7 +189,7 @@ def _skip_prefill(engine: Engine, tokens: int) -> None:
         return [Prefilled(first=c.sequence.token_ids[-1] if c.last else None) for c in chunks]
 
     runner.prefill = prefill  # type: ignore[method-assign]
-    engine._scheduler._max_step_tokens = max(tokens, engine._scheduler._max_step_tokens)
+    engine._scheduler._max_prefill_tokens = max(tokens, engine._scheduler._max_prefill_tokens)
 
 
 def step_times(run: Run, engine: Engine, batch: int, *, count: int, budget: float = 1.5) -> list[float]:

@@ -11,6 +11,8 @@ __all__ = ["MAX_TREE_NODES", "EngineConfig"]
 MAX_TREE_NODES = 64
 """Nodes of a tree with its root: the ancestors of a node fit one 64-bit mask."""
 
+_PREFILL_TOKENS_ON_GPU = 2048
+
 _LOOKUP_NODES = 16
 """Most nodes where lookup is `on`: a copied passage runs on, and `tree: auto` cuts the chain to what pays."""
 
@@ -82,7 +84,14 @@ class EngineConfig(BaseModel):
     max_step_tokens: int = Field(
         512,
         ge=64,
-        description="Most tokens in one forward pass: prefill chunk, or sequences times tree nodes.",
+        description="Most tokens in one decode pass, sequences times tree nodes; and of prompts, see "
+        "max_prefill_tokens.",
+    )
+    max_prefill_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="Most prompt tokens in one pass. Unset: max_step_tokens on the CPU, and at least 2048 "
+        "on a GPU, where a pass costs much however small it is.",
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens per K/V block.")
     prefix_caching: bool = Field(
@@ -115,6 +124,12 @@ class EngineConfig(BaseModel):
         if isinstance(value, int) and not 1 <= value <= most:
             raise ValueError(f"must be a word or a number of nodes from 1 to {most}")
         return value
+
+    def prefill_tokens(self, device_type: str) -> int:
+        """Most tokens of prompts in one pass on such a device."""
+        if self.max_prefill_tokens is not None:
+            return self.max_prefill_tokens
+        return max(self.max_step_tokens, _PREFILL_TOKENS_ON_GPU if device_type == "cuda" else 0)
 
     @property
     def lookup_nodes(self) -> int:

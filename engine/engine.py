@@ -102,6 +102,7 @@ class Engine:
             loaded.blocks,
             max_num_seqs=loaded.info.max_num_seqs,
             max_step_tokens=loaded.max_step_tokens,
+            max_prefill_tokens=loaded.max_prefill_tokens,
             chooser=self._chooser,
             prefix_caching=loaded.prefix_caching,
             max_tree_nodes=loaded.info.tree_size,

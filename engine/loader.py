@@ -68,6 +68,7 @@ class Loaded:
     text: TextProcessor
     generation_defaults: GenerationDefaults
     max_step_tokens: int
+    max_prefill_tokens: int
     prefix_caching: bool
     captured: bool
     kernels: bool
@@ -205,6 +206,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         text=TextProcessor(load_tokenizer(folder), chat_template),
         generation_defaults=load_generation_defaults(folder, config.generation_config),
         max_step_tokens=config.max_step_tokens,
+        max_prefill_tokens=config.prefill_tokens(device.type),
         prefix_caching=config.prefix_caching,
         captured=device.type == "cuda" and not config.enforce_eager,
         kernels=kernels,
@@ -379,6 +381,7 @@ def _transient(
             tree_size=tree_size,
             max_num_seqs=config.max_num_seqs,
             max_step_tokens=config.max_step_tokens,
+            max_prefill_tokens=config.prefill_tokens(device.type),
             block_size=config.block_size,
             dtype=decoder.embed.dtype,
             device=device,
@@ -389,8 +392,9 @@ def _transient(
             found += config.max_step_tokens * decoder.config.vocab_size * decoder.logits_dtype.itemsize
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the model leaves no memory for a step of {config.max_step_tokens} tokens; "
-            "lower max_step_tokens or max_num_seqs, or use quantization"
+            f"the model leaves no memory for a step of {config.max_step_tokens} tokens or for "
+            f"{config.prefill_tokens(device.type)} of prompts; lower max_step_tokens, max_prefill_tokens or "
+            "max_num_seqs, or use quantization"
         ) from error
     del worst
     torch.cuda.empty_cache()  # else the room would be counted as taken

@@ -35,7 +35,7 @@ class WorstCase:
         heads: the heads' branch; None without.
         tree_size: most nodes of a sequence, root counted.
         max_num_seqs: slots.
-        max_step_tokens: bound on the rows of a pass.
+        max_step_tokens: bound on the rows of a decode pass; max_prefill_tokens: of one over prompts.
         block_size: tokens per K/V block.
         dtype: of K/V.
         device: where everything is.
@@ -51,6 +51,7 @@ class WorstCase:
         tree_size: int,
         max_num_seqs: int,
         max_step_tokens: int,
+        max_prefill_tokens: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -59,13 +60,13 @@ class WorstCase:
         self._kernels = kernels
         self._decoder, self._attention, self._heads = decoder, attention, heads
         self._device, self._max_num_seqs = device, max_num_seqs
-        self.prefill_rows = max_step_tokens
+        self.prefill_rows = max_prefill_tokens
         wide = max(1, min(max_num_seqs, max_step_tokens // tree_size))
         self.steps = tuple(dict.fromkeys([(wide, tree_size), (max_num_seqs, 1)]))
         """Sequences and nodes of each of the decode steps."""
         config = decoder.config
         tables = (batch * -(-nodes // block_size) for batch, nodes in self.steps)
-        blocks = max(-(-max_step_tokens // block_size), *tables)
+        blocks = max(-(-max_prefill_tokens // block_size), *tables)
         self._pool = KVPool(
             num_layers=config.num_layers,
             num_blocks=blocks + 1,
@@ -108,7 +109,8 @@ class WorstCase:
             max_length=count,
         )
         self._attention.plan(plan, self._pool)
-        positions = torch.arange(count, device=device)
+        # One prompt of any length stands for many, whose positions are in the table.
+        positions = torch.arange(count, device=device) % len(self._decoder.rotary.cos)
         hidden = self._decoder(torch.zeros_like(positions), positions, self._attention)
         ends = min(count, self._max_num_seqs)
         # At least as many as prompt_logprobs takes at once.

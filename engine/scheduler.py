@@ -89,7 +89,8 @@ class Scheduler:
     Args:
         blocks: the pool's books.
         max_num_seqs: slots; no more than `max_step_tokens` are used.
-        max_step_tokens: bound on prefill tokens a step, and on the nodes of a decode step.
+        max_step_tokens: bound on the nodes of a decode step.
+        max_prefill_tokens: bound on the tokens of prompts in a step; None: the same.
         chooser: sets the trees; None is plain decoding.
         prefix_caching: reuse across requests; without it only the choices of one request share, and a
             preempted sequence finds what is left of its own.
@@ -102,6 +103,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_step_tokens: int,
+        max_prefill_tokens: int | None = None,
         chooser: TreeChooser | None = None,
         prefix_caching: bool = True,
         max_tree_nodes: int = 1,
@@ -109,6 +111,7 @@ class Scheduler:
         self._blocks = blocks
         self._cache = PrefixCache(blocks)
         self._max_step_tokens = max_step_tokens
+        self._max_prefill_tokens = max_prefill_tokens or max_step_tokens
         self._chooser = chooser
         self._prefix_caching = prefix_caching
         self._max_tree_nodes = max_tree_nodes
@@ -260,7 +263,7 @@ class Scheduler:
             )
 
     def _plan_prefill(self, plan: Plan) -> None:
-        budget = self._max_step_tokens
+        budget = self._max_prefill_tokens
         for sequence in self.running:
             if budget > 0 and sequence.state is SequenceState.PREFILL:
                 budget -= self._chunk(plan, sequence, budget, first=False)

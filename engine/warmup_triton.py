@@ -96,7 +96,7 @@ def _possible(loaded: Loaded) -> Iterator[PromptPass]:
     Of several chunks it counts whether they are of equal size, and their number only as far as many leave no
     processor idle, for which keys would be split.
     """
-    most_tokens, longest = loaded.max_step_tokens, loaded.info.max_model_len
+    most_tokens, longest = loaded.max_prefill_tokens, loaded.info.max_model_len
     prefix = 0
     if isinstance(loaded.attention, TritonAttention):
         prefix = loaded.attention.undivided(loaded.pool) + 1

@@ -106,3 +106,10 @@ def test_why_triton_cannot_run_is_said(
     monkeypatch.delenv("CC", raising=False)
     why = _why_not_triton(torch.device("cuda"))
     assert why == reason or (reason is not None and why is not None and reason in why)
+
+
+def test_a_pass_over_prompts_is_larger_on_a_gpu() -> None:
+    assert EngineConfig(model="m").prefill_tokens("cpu") == 512
+    assert EngineConfig(model="m").prefill_tokens("cuda") == 2048
+    assert EngineConfig(model="m", max_step_tokens=4096).prefill_tokens("cuda") == 4096
+    assert EngineConfig(model="m", max_prefill_tokens=64).prefill_tokens("cuda") == 64

@@ -567,3 +567,10 @@ class Serving(RuleBasedStateMachine):
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_prompts_have_a_bound_of_their_own() -> None:
+    scheduler = make(max_step_tokens=16, max_prefill_tokens=40)
+    for arrival in range(3):
+        scheduler.add(sequence(arrival, 25, 5))
+    assert [(chunk.start, chunk.end) for chunk in scheduler.plan().prefill] == [(0, 25), (0, 15)]

@@ -160,7 +160,7 @@ def runner_of(loaded: Loaded) -> Runner:
 def served(loaded: Loaded) -> Iterator[list[tuple[int, int]]]:
     """Passes as chunks (cached, size): small sizes, alone and with others, long ones, many at once."""
     rng = random.Random(5)
-    most, longest = loaded.max_step_tokens, loaded.info.max_model_len
+    most, longest = loaded.max_prefill_tokens, loaded.info.max_model_len
     sizes = [*range(1, 19), 31, 32, 33, 42, 43, 63, 64, 65, 100, 127, 128, 129, 200, 256, 257, 400, 511, 512]
     for size in (size for size in sizes if size <= min(most, longest)):
         for cached in {0, min(64, longest - size), min(200, longest - size)}:
@@ -276,7 +276,7 @@ def test_passes_are_within_the_bounds(
     loaded = made(tmp_path, monkeypatch, ways=WAYS, **values)
     possible = list(warmup_triton._possible(loaded))
     assert max(len(each.sizes) for each in possible) == most
-    assert max(sum(each.sizes) for each in possible) <= loaded.max_step_tokens
+    assert max(sum(each.sizes) for each in possible) <= loaded.max_prefill_tokens
     assert max(each.sizes[0] + each.cached for each in possible) <= loaded.info.max_model_len
     runner = runner_of(loaded)
     for each in possible[:: len(possible) // 20]:
