@@ -39,6 +39,9 @@ _WARM_S = 0.5
 """Seconds of steps before the first that counts: a process's first steps are slow, and those of the smallest
 batches, which are measured first, would make larger trees look cheap."""
 
+_BUSY_CYCLES = 8_000_000
+"""Of a GPU's clock, at most 2 GHz."""
+
 _RAGGED = (2, 9)
 """Nodes of the one larger tree in the batch, which show what trees of different sizes cost."""
 
@@ -184,14 +187,22 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_r
 
 
 def _replay(runner: CapturedRunner, sequences: list[Sequence], nodes: int, heads: bool) -> float:
-    """Seconds of a captured step of so many nodes each.
+    """Seconds of a captured step of so many nodes each, on the device.
 
-    Another one runs before it: while the device is busy, as in serving, the host gets the next one ready.
+    It is kept busy until the host has said all of it: what the host takes would else be booked on steps that
+    are shorter, and larger trees would look nearly free.
     """
     size, batch = (len(sequences), nodes), runner.place(sequences)
     runner.targets_accept_compact(batch, runner.replay(batch, size, heads=heads))
+    _keep_busy(batch.slots.device)
     batch = runner.place_again(sequences)
     return runner.targets_accept_compact(batch, runner.replay(batch, size, heads=heads)).seconds
+
+
+def _keep_busy(device: torch.device) -> None:
+    """Let the device do nothing for some milliseconds."""
+    if device.type == "cuda":
+        torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
 
 
 def _chains(slots: torch.Tensor, nodes: list[int]) -> Draft:

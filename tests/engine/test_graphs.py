@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine import warmup
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CaptureError
@@ -216,6 +218,26 @@ def test_what_the_host_does_before_the_first_step_is_not_measured(
     monkeypatch.setattr(runner, "replay", slow_at_first)
     assert _replay(runner, sequences, 8, heads=True) < 1.0
     assert seen == [((1, 8), 20), ((1, 8), 20)]
+
+
+def test_the_device_is_busy_while_a_measured_step_is_made_ready(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a step that takes less than that would seem to take as long."""
+    engine = make_engine(narrow.folder, heads=str(narrow.heads), tree=8, max_num_seqs=1)
+    runner, order = runner_of(engine), []
+    sequences = _sequences(engine._blocks, 1, 20)
+    assert sequences is not None
+    for owner, name in ((warmup, "_keep_busy"), (runner, "place_again"), (runner, "replay")):
+        real = getattr(owner, name)
+
+        def noted(*args: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            order.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+    _replay(runner, sequences, 8, heads=True)
+    assert order[-3:] == ["_keep_busy", "place_again", "replay"]
 
 
 def test_a_fixed_tree_does_not_outgrow_its_bucket(certain: TinyModel) -> None:
