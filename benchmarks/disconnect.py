@@ -1,6 +1,6 @@
 """100 requests, 16 at a time, a third of which hang up at a random moment: the rest must not notice.
 
-    python -m benchmarks.disconnect --tree 8 --heads /tmp/heads/random
+    python -m benchmarks.disconnect --tree 8 --heads FOLDER
 
 Starts a server (or uses the one at --url, which must be idle), and checks that every request that
 stayed got exactly the tokens it asked for, that nothing runs or waits afterwards, and that no K/V

@@ -12,6 +12,7 @@ MAX_TREE_NODES = 64
 """Nodes of a tree with its root: the ancestors of a node fit one 64-bit mask."""
 
 _PREFILL_TOKENS_ON_GPU = 2048
+"""A pass of 512 took the host of an H100 5 to 6 ms, though the model was small."""
 
 _LOOKUP_NODES = 16
 """Most nodes where lookup is `on`: a copied passage runs on, and `tree: auto` cuts the chain to what pays."""

@@ -38,7 +38,7 @@ from engine.model.weights import (
     load_weights,
     resolve_model,
 )
-from engine.profiling import WorstCase
+from engine.profiling import transient_bytes
 from engine.text import TextProcessor
 from engine.types import EngineInfo
 
@@ -161,7 +161,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
 
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
-        transient = _transient(config, decoder, attention, drafter, tree_size, device, kernels)
+        transient = transient_bytes(config, decoder, attention, drafter, tree_size, device, kernels)
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len, transient)
     try:
         pool = KVPool(
@@ -361,45 +361,6 @@ def _tree_size(config: EngineConfig, heads: Tree | None) -> int:
     if isinstance(config.tree, int):
         return config.tree
     return min(MAX_TREE_NODES, (heads.size if heads is not None else 1) + config.lookup_nodes)
-
-
-def _transient(
-    config: EngineConfig,
-    decoder: Decoder,
-    attention: AttentionBackend,
-    heads: HeadDrafter | None,
-    tree_size: int,
-    device: torch.device,
-    kernels: bool,
-) -> int:
-    """Bytes that steps take on CUDA beside weights and K/V; see `WorstCase`."""
-    try:
-        worst = WorstCase(
-            decoder,
-            attention,
-            heads,
-            tree_size=tree_size,
-            max_num_seqs=config.max_num_seqs,
-            max_step_tokens=config.max_step_tokens,
-            max_prefill_tokens=config.prefill_tokens(device.type),
-            block_size=config.block_size,
-            dtype=decoder.embed.dtype,
-            device=device,
-            kernels=kernels and not config.enforce_eager,
-        )
-        found = worst.measure()
-        if not config.enforce_eager:  # captured steps keep logits from one half of a step to the other
-            found += config.max_step_tokens * decoder.config.vocab_size * decoder.logits_dtype.itemsize
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the model leaves no memory for a step of {config.max_step_tokens} tokens or for "
-            f"{config.prefill_tokens(device.type)} of prompts; lower max_step_tokens, max_prefill_tokens or "
-            "max_num_seqs, or use quantization"
-        ) from error
-    del worst
-    torch.cuda.empty_cache()  # else the room would be counted as taken
-    log.info("the largest steps take %d MiB beside weights and K/V", found >> 20)
-    return found
 
 
 def _attention(

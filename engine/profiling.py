@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -10,14 +11,17 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionInput
 from engine.cache.pool import KVPool
-from engine.config import MAX_TREE_NODES
+from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.errors import ConfigError
 from engine.medusa.heads import HeadDrafter
 from engine.medusa.tree import Topology, Tree
 from engine.model.decoder import Decoder
 from engine.sampler import draw, verify_all
 from engine.sampling_slots import SamplingSlots
 
-__all__ = ["WorstCase"]
+__all__ = ["WorstCase", "transient_bytes"]
+
+log = logging.getLogger(__name__)
 
 
 class WorstCase:
@@ -159,6 +163,52 @@ class WorstCase:
         sampler = TreeSampler(slots, max_batch=batch, max_rows=rows, vocab_size=vocab, device=self._device)
         planes = (tokens, topology.parents, topology.depths, topology.ancestors, topology.valid.long())
         sampler.draw(ids, logits, tokens, torch.stack(planes), topology.valid.contiguous())
+
+
+def transient_bytes(
+    config: EngineConfig,
+    decoder: Decoder,
+    attention: AttentionBackend,
+    heads: HeadDrafter | None,
+    tree_size: int,
+    device: torch.device,
+    kernels: bool,
+) -> int:
+    """Bytes that steps take on CUDA beside weights and K/V; see `WorstCase`.
+
+    Args:
+        kernels: Triton's can run.
+
+    Raises:
+        ConfigError: the weights leave too little memory.
+    """
+    try:
+        worst = WorstCase(
+            decoder,
+            attention,
+            heads,
+            tree_size=tree_size,
+            max_num_seqs=config.max_num_seqs,
+            max_step_tokens=config.max_step_tokens,
+            max_prefill_tokens=config.prefill_tokens(device.type),
+            block_size=config.block_size,
+            dtype=decoder.embed.dtype,
+            device=device,
+            kernels=kernels and not config.enforce_eager,
+        )
+        found = worst.measure()
+        if not config.enforce_eager:  # captured steps keep logits from one half of a step to the other
+            found += config.max_step_tokens * decoder.config.vocab_size * decoder.logits_dtype.itemsize
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the model leaves no memory for a step of {config.max_step_tokens} tokens or for "
+            f"{config.prefill_tokens(device.type)} of prompts; lower max_step_tokens, max_prefill_tokens or "
+            "max_num_seqs, or use quantization"
+        ) from error
+    del worst
+    torch.cuda.empty_cache()  # else the room would be counted as taken
+    log.info("the largest steps take %d MiB beside weights and K/V", found >> 20)
+    return found
 
 
 def _peak(work: Callable[[], None], device: torch.device) -> int:

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInput, RaggedAttention
+from engine.attention.base import AttentionBackend, AttentionInput, RaggedAttention, computed_rows
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import told
@@ -229,16 +229,13 @@ class Runner:
     def _chunks_forward(self, chunks: list[Chunk]) -> Tensor:
         """Final hidden states [T, hidden] of all their tokens, one chunk after the other."""
         starts, sizes = [chunk.start for chunk in chunks], [chunk.size for chunk in chunks]
-        longest, index = max(sizes), None
-        if min(sizes) < longest:
-            computed = torch.arange(longest) < torch.tensor(sizes).unsqueeze(1)
-            index = self._ids(computed.flatten().nonzero().flatten())
+        longest, index = max(sizes), computed_rows(sizes)
         attention_input = self._attention_input(
             self._ids([chunk.sequence.slot for chunk in chunks]),
             self._ids(starts),
             longest,
             max_length=max(starts) + longest,
-            index=index,
+            index=None if index is None else self._ids(index),
         )
         self._attention.plan(attention_input, self._pool)
         tokens = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]

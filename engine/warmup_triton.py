@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from engine.attention.base import AttentionInput
+from engine.attention.base import AttentionInput, computed_rows
 from engine.attention.triton import TritonAttention
 from engine.loader import Loaded
 from engine.model.fused_triton import FusedLayers
@@ -181,10 +181,9 @@ def _attend(loaded: Loaded, layers: FusedLayers, each: PromptPass) -> None:
     def ids(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
-    index = None
-    if min(each.sizes) < longest:
-        computed = torch.arange(longest) < torch.tensor(each.sizes).unsqueeze(1)
-        index = computed.flatten().nonzero().flatten().to(device)
+    index = computed_rows(each.sizes)
+    if index is not None:
+        index = index.to(device)
     width = loaded.blocks.blocks_for(each.cached + longest)
     lengths = torch.tensor([each.cached, 0][:count], device=device)
     plan = AttentionInput(ids(count, width), lengths, ids(count, longest), each.cached + longest, index=index)

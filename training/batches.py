@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from training.hidden import Batch, HiddenCache, top_tokens
 from training.resident import ResidentCache
 
 __all__ = ["CachedBatches", "OnlineBatches", "ResidentBatches", "Source"]
+
+_Cache = TypeVar("_Cache", HiddenCache, ResidentCache)
+_Order = TypeVar("_Order")
 
 
 class Source(Protocol):
@@ -47,8 +50,8 @@ def _with_a_next(
     return found
 
 
-class CachedBatches:
-    """Single positions drawn from the cache in random order, each once an epoch.
+class _DrawnBatches(Generic[_Cache, _Order]):
+    """Single positions drawn from a cache in random order, each once an epoch.
 
     Args:
         cache: all hidden states.
@@ -65,7 +68,7 @@ class CachedBatches:
 
     def __init__(
         self,
-        cache: HiddenCache,
+        cache: _Cache,
         chosen: NDArray[np.bool_],
         *,
         num_heads: int,
@@ -74,11 +77,19 @@ class CachedBatches:
         seed: int,
         teacher: bool,
     ) -> None:
-        self._cache, self._num_heads, self._seed, self._teacher = cache, num_heads, seed, teacher
+        self._cache: _Cache = cache
+        self._num_heads, self._seed, self._teacher = num_heads, seed, teacher
         self._batch, self._micro = batch_tokens, micro_tokens
         self._positions = _with_a_next(cache, chosen, batch_tokens)
         self.steps_per_epoch = len(self._positions) // batch_tokens
         self._order = lru_cache(maxsize=1)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> _Order:
+        raise NotImplementedError
+
+
+class CachedBatches(_DrawnBatches[HiddenCache, NDArray[np.int64]]):
+    """Batches from a cache on disk."""
 
     def step(self, epoch: int, index: int) -> Iterator[Batch]:
         chosen = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
@@ -91,32 +102,8 @@ class CachedBatches:
         return np.random.default_rng([self._seed, epoch]).permutation(self._positions)
 
 
-class ResidentBatches:
-    """`CachedBatches` on the device: neither the order nor the batches pass the CPU, and nothing waits.
-
-    Args: as `CachedBatches`.
-
-    Raises:
-        ConfigError: fewer positions than one batch.
-    """
-
-    def __init__(
-        self,
-        cache: ResidentCache,
-        chosen: NDArray[np.bool_],
-        *,
-        num_heads: int,
-        batch_tokens: int,
-        micro_tokens: int,
-        seed: int,
-        teacher: bool,
-    ) -> None:
-        self._cache, self._num_heads, self._seed, self._teacher = cache, num_heads, seed, teacher
-        self._batch, self._micro = batch_tokens, micro_tokens
-        positions = _with_a_next(cache, chosen, batch_tokens)
-        self.steps_per_epoch = len(positions) // batch_tokens
-        self._positions = torch.from_numpy(positions).to(cache.device)
-        self._order = lru_cache(maxsize=1)(self._shuffled)
+class ResidentBatches(_DrawnBatches[ResidentCache, Tensor]):
+    """Batches on the device: neither the order nor the batches pass the CPU, and nothing waits."""
 
     def step(self, epoch: int, index: int) -> Iterator[Batch]:
         chosen = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
@@ -127,7 +114,7 @@ class ResidentBatches:
         seed = int(np.random.default_rng([self._seed, epoch]).integers(1 << 62))
         generator = torch.Generator(self._cache.device).manual_seed(seed)
         order = torch.randperm(len(self._positions), generator=generator, device=self._cache.device)
-        return self._positions[order]
+        return torch.from_numpy(self._positions).to(self._cache.device)[order]
 
 
 class OnlineBatches:

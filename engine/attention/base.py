@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ __all__ = [
     "RaggedAttention",
     "Rotary",
     "RotatingAttention",
+    "computed_rows",
 ]
 
 
@@ -64,6 +66,14 @@ class AttentionInput:
         if self.ancestors is None:
             return (column <= column[:, None]).expand(batch, -1, -1)
         return ((self.ancestors.unsqueeze(-1) >> column) & 1).bool()
+
+
+def computed_rows(sizes: Sequence[int]) -> Tensor | None:
+    """`AttentionInput.index` of prefill chunks of these sizes, on the CPU; None where all are equal."""
+    longest = max(sizes)
+    if min(sizes) == longest:
+        return None
+    return (torch.arange(longest) < torch.tensor(sizes).unsqueeze(1)).flatten().nonzero().flatten()
 
 
 class AttentionBackend(Protocol):
