@@ -195,3 +195,12 @@ def test_what_a_failed_pass_had_done_for_a_later_chunk_counts_once(
     assert passes[:4] == [[64], [16, 30], [16], [30]]
     assert shown(found["long", 0]) == shown(wanted["long", 0])
     assert found["other", 0][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_prompts_come_in_chunks_of_their_own_bound(narrow: TinyModel) -> None:
+    made = make_engine(narrow.folder, max_prefill_tokens=64)
+    made.add(greedy("a", [i % 10 for i in range(100)], 2))
+    for cached in (64, 100):
+        made.step()
+        (sequence,) = made._scheduler
+        assert sequence.num_cached == cached
