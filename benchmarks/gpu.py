@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -85,6 +86,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument(
+        "--log", type=Path, default=None, help="file to add what the engine says and measures at its start to"
+    )
+    parser.add_argument(
         "--known", type=Path, nargs="*", default=[], help="earlier results that parts may use"
     )
     parser.add_argument(
@@ -117,6 +121,7 @@ def again(args: argparse.Namespace, run: Run, parts: list[str]) -> list[str]:
         ["--cases", ",".join(f"{batch}x{context}" for batch, context in args.cases)] if args.cases else []
     )
     given += ["--nodes", ",".join(map(str, args.nodes))] if args.nodes else []
+    given += ["--log", str(args.log)] if args.log else []
     given += ["--tiny"] if args.tiny else []
     return [*given, "--output", str(run.output), "--known", str(run.output)]
 
@@ -129,6 +134,11 @@ def main(argv: list[str] | None = None) -> int:
         file.write_text(json.dumps(whole, ensure_ascii=False) + "\n", encoding="utf-8")
         print_result({"benchmark": "gpu", "output": str(file), "targets": targets(whole["parts"])})
         return 0
+    if args.log is not None:
+        handler = logging.FileHandler(args.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(relativeCreated)d ms %(name)s: %(message)s"))
+        logging.getLogger("engine").addHandler(handler)
+        logging.getLogger("engine").setLevel(logging.DEBUG)
     device = torch.device(args.device)
     output = output_file(args, device, ROOT)
     run = Run(args, device, output, time.monotonic() + 60 * args.minutes)

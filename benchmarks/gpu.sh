@@ -61,13 +61,14 @@ first() {
     keep_half
     install .gpu/whl/*.whl
     python3 -m benchmarks.gpu --parts tests,ceilings,steps,idle --shapes llama-2-7b,smollm2-135m \
-        --cases 1x512,16x512 --steps-share 0.85 --minutes 4.6 --output "$OUT/gpu-1.json" "$@"
+        --cases 1x512,16x512 --steps-share 0.85 --minutes 4.6 --output "$OUT/gpu-1.json" --log "$OUT/gpu-1.log" "$@"
 }
 
 second() {
     whole_model
     install "$THERE/$MODEL" # the rest is there from the first call
-    python3 -m benchmarks.gpu --parts end_to_end,http,divergences --minutes 5.4 --output "$OUT/gpu-2.json" "$@"
+    python3 -m benchmarks.gpu --parts end_to_end,http,divergences --minutes 5.4 \
+        --output "$OUT/gpu-2.json" --log "$OUT/gpu-2.log" "$@"
 }
 
 heads0() {

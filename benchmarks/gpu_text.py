@@ -8,6 +8,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,37 @@ def _answers(
 # -- end to end ------------------------------------------------------------------------------------
 
 
+class _Account:
+    """What an engine's steps took, summed over the rounds that count: why a ratio is what it is."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._sums: Counter[str] = Counter()
+        self._before = self._now()
+
+    def _now(self) -> Counter[str]:
+        stats = self._llm.stats
+        now = Counter({f"{phase}_s": tally.total for phase, tally in stats.step_seconds.items()})
+        now.update({f"{phase}_passes": sum(tally.counts) for phase, tally in stats.step_seconds.items()})
+        now["nodes"] = sum(stats.drafted_by_source.values())
+        now["sequence_steps"] = sum(stats.acceptance_counts)
+        now["explored_steps"] = stats.explored_steps
+        now["expected_of_plain_s"] = stats.plain_decode_seconds
+        return now
+
+    def begin(self) -> None:
+        self._before = self._now()
+
+    def end(self) -> None:
+        now = self._now()
+        self._sums.update({name: value - self._before[name] for name, value in now.items()})
+
+    def row(self) -> dict[str, float]:
+        """Seconds of the host in each phase of a step and how many there were; drafted nodes, without roots;
+        what plain decoding would have taken for the tokens that steps gave, by the measured step times."""
+        return {name: round(value, 4) for name, value in self._sums.items() if value}
+
+
 def end_to_end(run: Run) -> dict[str, Any]:
     """Tokens per second of the shipped heads (`tree: auto`) against the tree off, in turns, and of
     transformers `generate` with a static cache, which transformers compiles on CUDA."""
@@ -86,12 +118,15 @@ def end_to_end(run: Run) -> dict[str, Any]:
     for batch in (1, 2) if run.tiny else (1, 4, 16, 64):
         rates: dict[str, list[float]] = {"auto": [], "off": []}
         lengths: list[float] = []
+        accounts = {"auto": _Account(auto), "off": _Account(off)}
         for number in range(-1, rounds):
             chosen = [rng.choice(prompts) for _ in range(batch)]
             for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
                 llm = auto if side == "auto" else off
+                accounts[side].begin()
                 seconds, outputs = _answers(llm, chosen, sampling, f"{batch}-{number}")
                 if number >= 0:
+                    accounts[side].end()
                     rates[side].append(batch * new_tokens / seconds)
                     if side == "auto":
                         lengths += [output.acceptance_length or 1.0 for output in outputs]
@@ -101,6 +136,7 @@ def end_to_end(run: Run) -> dict[str, Any]:
             "off_tokens_per_s": round(statistics.median(rates["off"]), 1),
             "acceptance_length": round(statistics.fmean(lengths), 3),
             **ratio_interval(rates["auto"], rates["off"]),
+            "steps": {side: account.row() for side, account in accounts.items()},
         }
         found["rows"].append(row)
         print(row, flush=True)

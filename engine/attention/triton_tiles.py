@@ -29,7 +29,7 @@ _MOST_SHORT = 64
 """Query rows of a short chunk: more of them fill a long one's tiles as well as a tree's."""
 
 _MOST_JOINED = 32
-"""Query rows that one program may join: of more, many programs of a second kernel do each their share."""
+"""Query rows of a tile that one program may join: of more, many of a second kernel do each their share."""
 
 
 class Kind(NamedTuple):
@@ -108,7 +108,10 @@ def _shapes(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
     tiles = [Tile(64, wide, warps, 3), Tile(64, wide, warps, 4), Tile(64, narrow, warps, 4)]
     if kind.rows == MOST_ROWS:
         tiles = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3), *tiles[:2]]
-    return tiles
+    if kind.chunk:
+        return tiles
+    # A tree's work is short: more programs that load the same keys may end sooner than parts that are joined.
+    return [*tiles, Tile(32, wide, warps, 3), Tile(LEAST_ROWS, wide, warps, 3)]
 
 
 def others(kind: Kind, tile: Tile, *, rotary: bool) -> list[Tile]:
@@ -121,7 +124,7 @@ def others(kind: Kind, tile: Tile, *, rotary: bool) -> list[Tile]:
     if kind.chunk:
         return []
     apart = [tile._replace(rotates=False)] if tile.rotates and rotary else []
-    if kind.rows > _MOST_JOINED:
+    if tile.rows > _MOST_JOINED:
         return apart
     return [*apart, *(one._replace(joins=True) for one in (tile, *apart))]
 

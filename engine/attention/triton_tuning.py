@@ -215,24 +215,23 @@ def _measured(
     """The best shape of each kind, and then what else is said of a tree's tile."""
     channels = block_channels(shape.head_dim)
 
-    def way(kind: Kind, tile: Tile, cached: int) -> Callable[[], Tensor]:
+    def ways(kind: Kind, tile: Tile) -> list[Callable[[], Tensor]]:
         most = _CHUNK if kind.chunk else most_nodes
         # The largest kind has no upper end: the largest tree stands for it.
         nodes = most if kind.rows == MOST_ROWS else max(1, min(most, kind.rows // shape.group))
-        return step.run(kind, tile, nodes, cached)
-
-    def ways(kind: Kind, tile: Tile) -> list[Callable[[], Tensor]]:
-        return [way(kind, tile, cached) for cached in (min(_SHORT, _CACHED), _CACHED)]
+        contexts = [_CACHED] if kind.chunk else [min(_SHORT, _CACHED), _CACHED]
+        return [step.run(kind, tile, nodes, cached) for cached in contexts]
 
     shapes = {
-        kind: {tile: way(kind, tile, _CACHED) for tile in candidates(kind, channels, shape.dtype.itemsize)}
+        kind: {tile: ways(kind, tile) for tile in candidates(kind, channels, shape.dtype.itemsize)}
         for kind in kinds
     }
     # The fewest rows run the next kind's kernels, but threads would compile them side by side.
     next_kind = Kind(LEAST_ROWS, chunk=False)
     compiled = [kind for kind in kinds if kind.rows >= LEAST_ROWS or next_kind not in kinds]
-    step.compile([run for kind in compiled for run in shapes[kind].values()])
-    best = {kind: _fastest(kind, tiles, clock) for kind, tiles in shapes.items()}
+    step.compile([runs[-1] for kind in compiled for runs in shapes[kind].values()])
+    # A chunk's pass is not captured.
+    best = {kind: _fastest(kind, tiles, clock if kind.chunk else in_graph) for kind, tiles in shapes.items()}
     variants = {
         kind: {tile: ways(kind, tile) for tile in others(kind, best[kind], rotary=shape.frequencies > 0)}
         for kind in kinds
@@ -259,19 +258,23 @@ def _fastest_in_graph(
                 log.warning("attention's kernel joins its parts wrongly on this device: a second one does it")
                 continue
             times[tile] = sum(map(in_graph, runs))
+            log.debug("attention takes %.4f ms as %s", times[tile], tile)
         except REFUSALS as error:
             log.info("attention's kernel does not run as %s: %s", tile, str(error).splitlines()[0])
     return min(times, key=lambda tile: times[tile], default=next(iter(ways)))
 
 
 def _fastest(
-    kind: Kind, ways: Mapping[Tile, Callable[[], object]], clock: Callable[[Callable[[], object]], float]
+    kind: Kind,
+    ways: Mapping[Tile, Sequence[Callable[[], object]]],
+    clock: Callable[[Callable[[], object]], float],
 ) -> Tile:
     times: dict[Tile, float] = {}
     refused = ""
-    for tile, run in ways.items():
+    for tile, runs in ways.items():
         try:
-            times[tile] = clock(run)
+            times[tile] = sum(map(clock, runs))
+            log.debug("attention for %s takes %.4f ms as %s", kind, times[tile], tile)
         except REFUSALS as error:
             refused = str(error).splitlines()[0]
     if not times:

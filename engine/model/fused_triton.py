@@ -6,12 +6,14 @@ from collections.abc import Hashable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend, Rotary, RotatingAttention
 from engine.model import triton_kernels as kernels
 from engine.model.layers import HeadNorm, Linear, RMSNorm, RotaryTable
-from engine.model.triton_products import Around, Shape, product
+from engine.model.product_shapes import MOST_TILES, Around, Shape
+from engine.model.triton_products import product
 from engine.triton_dependent import ahead_of, launched_early
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class FusedLayers:
         self._table, self._local = table, table if local is None else local
         self._opening = [_weight(layer.input_norm) for layer in self.layers]
         self._opening.append(final_norm.weight)
+        self._counts = torch.zeros(MOST_TILES, dtype=torch.int32, device=embedding.device)
         self.ways: dict[int, Ways] = {}
 
     @property
@@ -100,7 +103,7 @@ class FusedLayers:
         """See `Decoder.forward`."""
         opening, rows = self._opening, len(tokens)
         ways = self._ways_of(rows)
-        first = opening[0] if ways.qkv is None else None
+        first = None if _norms(ways.qkv) else opening[0]
         x, y = kernels.embed(tokens, self._embedding, self._scale, first, self._eps, offset=self._offset)
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
@@ -114,7 +117,7 @@ class FusedLayers:
                 x,
                 mixed,
                 after,
-                norm if ways.gate_up is None else None,
+                None if _norms(ways.gate_up) else norm,
                 ways.o,
                 ahead=_ahead(layer.gate_up_proj, ways.gate_up, ways),
             )
@@ -133,7 +136,7 @@ class FusedLayers:
                 x,
                 gated,
                 layer.mlp_output_norm,
-                opening[index + 1] if last or ways.qkv is None else None,
+                opening[index + 1] if last or not _norms(ways.qkv) else None,
                 ways.down,
                 out if last else None,
                 _ahead(behind, ways.qkv, ways),
@@ -167,11 +170,15 @@ class FusedLayers:
         ahead: tuple[Tensor | None, int] = (None, 0),
     ) -> Tensor:
         """A block's first product, of x, whose norm is y unless the product norms x itself."""
-        if shape is not None:
-            around = Around(norm=norm is not None, offset=self._offset, activation=activation)
-            return product(x, linear.weight, linear.bias, shape, around, norm=norm, eps=self._eps)
-        out = linear(y)
-        return kernels.gated_activation(out, activation, ahead) if activation else out
+        if shape is None:
+            out = linear(y)
+            return kernels.gated_activation(out, activation, ahead) if activation else out
+        if not _norms(shape):
+            x, norm = y, None
+        around = Around(norm=norm is not None, offset=self._offset, activation=activation)
+        return product(
+            x, linear.weight, linear.bias, shape, around, norm=norm, eps=self._eps, counts=self._counts
+        )
 
     def _close(
         self,
@@ -199,7 +206,16 @@ class FusedLayers:
                 y=y,
                 ahead=ahead,
             )
-        product(inner, linear.weight, linear.bias, shape, Around(adds=True), y=x, residual_scale=scale)
+        product(
+            inner,
+            linear.weight,
+            linear.bias,
+            shape,
+            Around(adds=True),
+            y=x,
+            residual_scale=scale,
+            counts=self._counts,
+        )
         return x if before is None else kernels.rms_norm(x, before, self._eps, offset=self._offset, y=y)
 
     def attended(
@@ -239,6 +255,11 @@ class FusedLayers:
         return attention.attend(
             layer.index, q, k, v, later, (layer.o_proj.weight if during else None, during)
         )
+
+
+def _norms(shape: Shape | None) -> bool:
+    """Whether a block's first product norms its input itself."""
+    return shape is not None and not shape.streams
 
 
 def _weight(norm: RMSNorm | None) -> Tensor | None:

@@ -17,9 +17,9 @@ from engine import triton_dependent
 from engine.attention.base import AttentionBackend, AttentionInput, NoAttention, RotatingAttention
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
-from engine.model import fused_triton, triton_kernels, triton_products
+from engine.model import fused_triton, product_shapes, triton_kernels, triton_products, triton_streamed
 from engine.model.fused_triton import FusedLayers, Ways
-from engine.model.triton_products import MOST_ROWS, Shape, shapes
+from engine.model.product_shapes import MOST_ROWS, Shape, shapes
 from engine.triton_dependent import launched_early
 from engine.triton_measuring import REFUSALS, Kept, side_by_side
 
@@ -27,7 +27,14 @@ __all__ = ["ROWS", "tune_products"]
 
 log = logging.getLogger(__name__)
 
-_MODULES = (triton_kernels, triton_products, triton_dependent, fused_triton)
+_MODULES = (
+    triton_kernels,
+    triton_products,
+    triton_streamed,
+    product_shapes,
+    triton_dependent,
+    fused_triton,
+)
 """The kernels' source, and what runs them."""
 
 ROWS = (1, 8, 16, 32, MOST_ROWS, 256)
@@ -101,11 +108,12 @@ def tune_products(
 @torch.inference_mode()
 def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]], float]) -> Ways:
     first = layers.layers[0]
-    choices = {
-        name: shapes(rows, linear.in_features, gated=name == "gate_up")
-        for name, linear in zip(Ways._fields[:4], first.linears, strict=True)
-    }
     device = first.qkv_proj.weight.device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    choices: dict[str, list[Shape]] = {}
+    for name, linear in zip(Ways._fields[:4], first.linears, strict=True):
+        width = len(linear.weight) // (2 if name == "gate_up" else 1)
+        choices[name] = shapes(rows, linear.in_features, width, name == "gate_up", processors)
     tokens = torch.arange(rows, device=device) % 7
     mixed = torch.randn(rows, first.o_proj.in_features, device=device).to(first.o_proj.weight.dtype)
     attention = NoAttention(mixed)
@@ -129,13 +137,14 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
 
     # A product of ours gains most between two others of ours, which begin early: so from all of them.
     best = Ways._make([*(found[0] if found else None for found in choices.values()), 0, 0])
-    time_of_best = timed(best)
+    by_torch = timed(Ways())
+    if (time_of_best := timed(best)) == math.inf:  # one of them does not run on this device
+        best, time_of_best = Ways(), by_torch
     for name in ("gate_up", "down", "qkv", "o"):  # the largest first
-        for shape in (*choices[name][1:], None):
+        for shape in (*choices[name], None):
             trial = _with(best, name, shape)
             if trial != best and (found := timed(trial)) < time_of_best:
                 best, time_of_best = trial, found
-    by_torch = timed(Ways())
     if by_torch <= time_of_best:
         best, time_of_best = Ways(), by_torch
     if any(getattr(best, name) is None for name in choices):
@@ -200,5 +209,5 @@ def _with(ways: Ways, name: str, shape: Shape | None) -> Ways:
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    found: float = triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median")
+    found: float = triton.testing.do_bench_cudagraph(run, rep=5, return_mode="median")
     return found

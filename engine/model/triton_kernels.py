@@ -21,6 +21,7 @@ __all__ = [
     "activated",
     "add_norm",
     "embed",
+    "finished",
     "gated_activation",
     "programs_a_gate",
     "rms_norm",
@@ -335,6 +336,29 @@ def activated(gate, GELU: tl.constexpr):
     argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
     # Beyond -80 the gate is shut, and exp would overflow.
     return (gate / (1.0 + tl.exp(-tl.maximum(argument, -80.0)))).to(kind)
+
+
+@triton.jit
+def finished(
+    sums, up, scale, bias_ptr, y_ptr, at, output, inside, width, residual_scale,
+    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """From sums to the output at `at`, each step rounded where an operator of torch's rounds."""
+    kind = y_ptr.dtype.element_ty
+    if NORM:
+        sums *= scale
+        up *= scale
+    if BIAS:
+        sums += tl.load(bias_ptr + output, mask=output < width, other=0.0).to(tl.float32)
+    y = sums.to(kind)
+    if GATE:
+        if BIAS:
+            up += tl.load(bias_ptr + width + output, mask=output < width, other=0.0).to(tl.float32)
+        y = (activated(y, GATE == 2).to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
+    if ADD:
+        x = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = (x + y.to(tl.float32) * residual_scale).to(kind)
+    tl.store(y_ptr + at, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["lines"])

@@ -11,123 +11,17 @@ the norm gives is not rounded to 16 bits on the way to one row's product.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.model.triton_kernels import activated
+from engine.model.product_shapes import Around, Shape
+from engine.model.triton_kernels import finished
+from engine.model.triton_streamed import streamed_kernel
 from engine.triton_dependent import launched_early, launches_next, prefetches, waits
 
-__all__ = ["MOST_ROWS", "Around", "Shape", "product", "shapes"]
-
-MOST_ROWS = 64
-"""More of them are torch's."""
-
-_MOST_HELD = 768
-"""Numbers that a thread may hold of its tiles; more spill."""
-
-_AHEAD = 12 << 20
-"""Bytes of weights between a program's and those it asks for: about what is under way at a time."""
-
-_LONGEST = 2048
-"""Channels that a program of several rows holds at once."""
-
-
-class Around(NamedTuple):
-    """What a product does beside the product.
-
-    Args:
-        norm: the input passes through an RMSNorm; offset: by 1 + weight.
-        activation: of a gate, whose outputs come first in the weight; "" without: then all are outputs.
-        adds: the output is added to what is there.
-    """
-
-    norm: bool = False
-    offset: bool = False
-    activation: str = ""
-    adds: bool = False
-
-
-class Shape(NamedTuple):
-    """A kernel's shape.
-
-    Args:
-        rows: of a program.
-        outputs: of a program.
-        channels: of one row, taken at once; of several rows, those that a warp takes.
-        warps: of a program.
-        ahead: of one long row: before it waits, a program asks for the weights of the one so many behind it.
-    """
-
-    rows: int
-    outputs: int
-    channels: int
-    warps: int
-    ahead: int = 0
-
-
-def shapes(rows: int, size: int, gated: bool) -> list[Shape]:
-    """Those worth measuring, the best guess first; none where torch's product is as good.
-
-    Args:
-        rows: of the input; size: channels of each.
-        gated: the product has two weights.
-    """
-    if size % 16:
-        return []  # rows of the weight would not begin where 16 bytes can be loaded at once
-    whole = triton.next_power_of_2(size)
-    if rows == 1 and size > _LONGEST:
-        # Many small programs, each of which asks for all it reads at once, fill the time of those that end.
-        chunk = min(whole, 4096)
-        found = [Shape(1, 1, chunk, 4), Shape(1, 2, chunk, 8), Shape(1, 1, chunk, 2)]
-        if not gated:
-            found = [Shape(1, 2, chunk, 8), Shape(1, 8, 512, 4), Shape(1, 4, 1024, 4), Shape(1, 1, chunk, 2)]
-        two = 2 if gated else 1
-        return [
-            *found,
-            *(shape._replace(ahead=_AHEAD // (2 * two * shape.outputs * size)) for shape in found[:2]),
-        ]
-    if rows == 1:
-        chunk = min(whole, 1024)
-        return [Shape(1, 4, chunk, 8), Shape(1, 4, chunk, 4), Shape(1, 8, chunk, 8), Shape(1, 2, whole, 4)]
-    if rows > MOST_ROWS or size > _LONGEST:
-        return []
-    # Few warps, each with a long share: joining what they have summed up takes as long as summing it up.
-    tokens = (8,) if rows <= 8 else (16,) if rows <= 16 else (16, 32)
-    found = []
-    for warps in (8, 4, 16) if size > 1024 else (4, 2, 8):
-        channels = max(16, triton.next_power_of_2(triton.cdiv(size, warps)))
-        for some in tokens:
-            # Tiles of the rows and of the weights, and the rows in float32 for their norm.
-            held = channels * (2 * some + 16 * (2 if gated else 1)) // 32
-            if held <= _MOST_HELD:
-                found.append(Shape(some, 16, channels, warps))
-    return found
-
-
-@triton.jit
-def _finish(
-    sums, up, scale, bias_ptr, y_ptr, at, output, inside, width, residual_scale,
-    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """From sums to the output at `at`, each step rounded where an operator of torch's rounds."""
-    kind = y_ptr.dtype.element_ty
-    if NORM:
-        sums *= scale
-        up *= scale
-    if BIAS:
-        sums += tl.load(bias_ptr + output, mask=output < width, other=0.0).to(tl.float32)
-    y = sums.to(kind)
-    if GATE:
-        if BIAS:
-            up += tl.load(bias_ptr + width + output, mask=output < width, other=0.0).to(tl.float32)
-        y = (activated(y, GATE == 2).to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
-    if ADD:
-        x = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y = (x + y.to(tl.float32) * residual_scale).to(kind)
-    tl.store(y_ptr + at, y, mask=inside)
+__all__ = ["product"]
 
 
 @triton.jit
@@ -203,7 +97,7 @@ def row_kernel(
     scale = 1.0
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / size + eps)
-    _finish(
+    finished(
         sums, up, scale, bias_ptr, y_ptr, output, output, output < width, width, residual_scale,
         NORM, GATE, BIAS, ADD,
     )  # fmt: skip
@@ -262,7 +156,7 @@ def rows_kernel(
         up = tl.sum(tl.dot(u, x, input_precision="ieee"), 0)
     place = row.to(tl.int64)[None, :] * width + output[:, None]
     kept = (row < rows)[None, :] & (output < width)[:, None]
-    _finish(
+    finished(
         sums, up, scale, bias_ptr, y_ptr, place, output[:, None], kept, width, residual_scale,
         NORM, GATE, BIAS, ADD,
     )  # fmt: skip
@@ -282,6 +176,7 @@ def product(
     eps: float = 0.0,
     y: Tensor | None = None,
     residual_scale: float = 1.0,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b, with what is around it.
 
@@ -289,14 +184,18 @@ def product(
         x: [T, size], contiguous, at most `MOST_ROWS` rows.
         weight: [outputs, size], contiguous, with the gate's outputs before the others where there is one.
         bias: [outputs].
-        shape: of the kernel, one of `shapes`.
+        shape: of the kernel, one of `shapes`; where the weight streams, x comes normed.
         around: what is around it.
         norm: [size], weight of the norm; eps: added to its mean squares.
         y: [T, outputs], contiguous, what is added to (in place).
         residual_scale: factor on what is added to y.
+        counts: [MOST_TILES] int32 on the same device, all zeros before and after; where the shape has splits.
 
     Returns:
         [T, outputs] (half of them with a gate): y where it was given.
+
+    Raises:
+        ValueError: a norm before a weight that streams, or no counts for its splits.
     """
     rows, size = x.shape
     width = len(weight) // 2 if around.activation else len(weight)
@@ -304,8 +203,6 @@ def product(
         y = x.new_empty(rows, width)
     early, options = launched_early(x.device)
     flags = {
-        "NORM": around.norm,
-        "OFFSET": around.offset,
         "GATE": _GATES[around.activation],
         "BIAS": bias is not None,
         "ADD": around.adds,
@@ -313,16 +210,34 @@ def product(
         "BLOCK_K": shape.channels,
         "EARLY": early,
         "num_warps": shape.warps,
+        **options,
     }
-    pointers = (x, x if norm is None else norm, weight, x if bias is None else bias, y)
-    grid = (triton.cdiv(width, shape.outputs), triton.cdiv(rows, shape.rows))
+    tiles, gate = triton.cdiv(width, shape.outputs), 2 if around.activation else 1
+    bias_or_any = x if bias is None else bias
+    if shape.streams:
+        if around.norm or (shape.splits > 1 and counts is None):
+            raise ValueError("a weight that streams takes a normed input, and counts where it has splits")
+        parts = y if shape.splits == 1 else _parts(x, tiles * shape.splits * gate, shape)
+        streamed_kernel[tiles, shape.splits](
+            x, weight, bias_or_any, y, parts, y if counts is None else counts,
+            rows, size, width, residual_scale,
+            SPLIT=shape.splits > 1, LINES=4 if shape.channels == 64 and not shape.run else 8, RUN=shape.run,
+            BLOCK_M=shape.rows, num_stages=shape.stages, **flags,
+        )  # fmt: skip
+        return y
+    pointers = (x, x if norm is None else norm, weight, bias_or_any, y)
+    flags |= {"NORM": around.norm, "OFFSET": around.offset}
     if rows == 1:
         loop = size > shape.channels
         lines = triton.next_power_of_2(triton.cdiv(shape.outputs * size, 64))
         ways = {"LOOP": loop, "AHEAD": shape.ahead if early else 0, "LINES": lines}
-        row_kernel[grid](*pointers, size, width, eps, residual_scale, **ways, **flags, **options)
+        row_kernel[(tiles,)](*pointers, size, width, eps, residual_scale, **ways, **flags)
         return y
-    numbers, flags = (rows, size, width, eps, residual_scale), {**flags, "BLOCK_M": shape.rows}
-    share = triton.cdiv(triton.cdiv(size, shape.warps), 8) * 8
-    rows_kernel[grid](*pointers, *numbers, WARPS=shape.warps, SHARE=share, **flags, **options)
+    flags |= {"WARPS": shape.warps, "SHARE": triton.cdiv(triton.cdiv(size, shape.warps), 8) * 8}
+    grid = (tiles, triton.cdiv(rows, shape.rows))
+    rows_kernel[grid](*pointers, rows, size, width, eps, residual_scale, BLOCK_M=shape.rows, **flags)
     return y
+
+
+def _parts(x: Tensor, tiles: int, shape: Shape) -> Tensor:
+    return torch.empty(tiles * shape.outputs * shape.rows, dtype=torch.float32, device=x.device)

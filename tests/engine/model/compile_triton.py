@@ -17,7 +17,9 @@ from torch import Tensor
 
 from engine.attention.base import Rotary
 from engine.model import triton_kernels as kernels, triton_quantize
-from engine.model.triton_products import Around, product, row_kernel, rows_kernel, shapes
+from engine.model.product_shapes import MOST_TILES, Around, shapes
+from engine.model.triton_products import product, row_kernel, rows_kernel
+from engine.model.triton_streamed import streamed_kernel
 from tests.engine.triton_compile import compile_only, resources, use
 
 KERNELS = (
@@ -66,6 +68,7 @@ def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
 def call_products(dtype: torch.dtype, hidden: int, width: int) -> None:
     """The products of a layer in every shape that is measured."""
     bias, norm = torch.empty(2 * width, dtype=dtype), torch.empty(hidden, dtype=dtype)
+    counts = torch.empty(MOST_TILES, dtype=torch.int32)
     for rows in (1, 8, 16, 64):
         for size, outputs, around in (
             (hidden, width, Around(norm=True)),
@@ -74,11 +77,14 @@ def call_products(dtype: torch.dtype, hidden: int, width: int) -> None:
             (width, hidden, Around(adds=True)),
         ):
             x, weight = torch.empty(rows, size, dtype=dtype), torch.empty(outputs, size, dtype=dtype)
-            for shape in shapes(rows, size, bool(around.activation)):
+            gated = bool(around.activation)
+            for shape in shapes(rows, size, outputs // (2 if gated else 1), gated, 132):
                 for given in (None, bias[:outputs]) if around.offset or around.adds else (None,):
                     y = torch.empty(rows, outputs, dtype=dtype) if around.adds else None
-                    norm_given = norm if around.norm else None
-                    product(x, weight, given, shape, around, norm=norm_given, eps=1e-5, y=y)
+                    norms = around.norm and not shape.streams
+                    inside = around._replace(norm=norms)
+                    norm_given = norm if norms else None
+                    product(x, weight, given, shape, inside, norm=norm_given, eps=1e-5, y=y, counts=counts)
 
 
 def main() -> int:
@@ -88,6 +94,7 @@ def main() -> int:
         triton_quantize._scale_kernel,
         row_kernel,
         rows_kernel,
+        streamed_kernel,
     )
     found: dict[str, Any] = {"compiled": {}, "spilled": {}}
     for capability in [int(word) for word in sys.argv[1:]] or [90]:

@@ -21,7 +21,7 @@ from engine.model import triton_kernels, triton_products
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.fused_triton import Ways
-from engine.model.triton_products import Shape
+from engine.model.product_shapes import Shape
 from tests.engine.model.compile_triton import KERNELS
 from tests.support import save_model, tiny_llama
 
@@ -35,7 +35,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         kernels = [(triton_kernels, name) for name in KERNELS]
-        kernels += [(triton_products, name) for name in ("row_kernel", "rows_kernel")]
+        kernels += [(triton_products, name) for name in ("row_kernel", "rows_kernel", "streamed_kernel")]
         for module, name in [*kernels, *((attention_module, n) for n in ("attend_kernel", "join_kernel"))]:
             monkeypatch.setattr(module, name, _Kernel(name, self.counts))
 
@@ -128,6 +128,15 @@ def test_a_layer_is_as_few_kernels_as_products_and_attention(
     ways = Ways(shape, shape, shape, shape)
     two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=True, ways=ways) for n in (2, 3))
     assert three - two == {"rows_kernel": 4, "attend_kernel": 1}
+
+
+def test_where_weights_stream_norms_are_kernels_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(16, 16, 16, 4, splits=2, stages=2)
+    ways = Ways(shape, shape, shape, shape)
+    two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=True, ways=ways) for n in (2, 3))
+    assert three - two == {"streamed_kernel": 4, "_add_norm_kernel": 2, "attend_kernel": 1}
 
 
 def test_around_the_layers_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

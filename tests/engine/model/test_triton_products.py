@@ -20,8 +20,9 @@ from triton.runtime.errors import OutOfResources
 from engine import triton_dependent
 from engine.model import products_tuning, triton_kernels
 from engine.model.fused_triton import FusedLayers, Ways
+from engine.model.product_shapes import MOST_ROWS, MOST_TILES, Around, Shape, shapes
 from engine.model.products_tuning import ROWS, tune_products
-from engine.model.triton_products import MOST_ROWS, Around, Shape, product, shapes
+from engine.model.triton_products import product
 from engine.triton_dependent import ahead_of
 from tests.engine.model.test_fused_triton import Recorder, decoder
 
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
 """The interpreter multiplies bfloat16 wrongly."""
+
+PROCESSORS = 4
 
 AROUND = [
     Around(),
@@ -52,6 +55,12 @@ def wanted(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around, norm:
     return y.double() + 0.5 * out if around.adds else out
 
 
+def some_shapes(rows: int, size: int, outputs: int, around: Around) -> list[Shape]:
+    """Those that take a weight of so many outputs."""
+    gated = bool(around.activation)
+    return shapes(rows, size, outputs // 2 if gated else outputs, gated, PROCESSORS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("around", AROUND, ids=str)
 @pytest.mark.parametrize(
@@ -66,6 +75,9 @@ def wanted(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around, norm:
         (17, 80, 34, True),
         (20, 1104, 16, True),
         (MOST_ROWS, 96, 32, False),
+        (2, 2112, 50, True),
+        (17, 2064, 130, False),
+        (MOST_ROWS, 2320, 66, True),
     ],
 )
 def test_every_shape_gives_the_product(
@@ -82,9 +94,14 @@ def test_every_shape_gives_the_product(
         want = wanted(x, weight, bias, around, norm, y)
     else:
         want = wanted(x, weight, bias, around, norm, y[:0])
-    tried = shapes(rows, size, bool(around.activation))
+    counts = torch.zeros(MOST_TILES, dtype=torch.int32, device=DEVICE)
+    tried = some_shapes(rows, size, outputs, around)
     assert tried
     for shape in tried:
+        if shape.streams and around.norm:
+            with pytest.raises(ValueError, match="takes a normed input"):
+                product(x, weight, bias, shape, around, norm=norm, counts=counts)
+            continue
         kept = y.clone()
         got = product(
             x,
@@ -96,7 +113,9 @@ def test_every_shape_gives_the_product(
             eps=1e-5,
             y=kept if around.adds else None,
             residual_scale=0.5,
+            counts=counts,
         )
+        assert not counts.any()
         assert (got is kept) == around.adds
         assert got.dtype == dtype
         error = (got.double() - want).norm() / want.norm()
@@ -108,7 +127,7 @@ def test_float16_does_not_overflow_where_the_norm_keeps_it_small(rows: int) -> N
     x, weight = 1e4 * torch.randn(rows, 208), torch.randn(32, 208) / 20
     x, weight, norm = (tensor.half().to(DEVICE) for tensor in (x, weight, torch.full((208,), 20.0)))
     want = wanted(x, weight, None, Around(norm=True), norm, x[:0])
-    for shape in shapes(rows, 208, gated=False):
+    for shape in shapes(rows, 208, 32, False, PROCESSORS):
         got = product(x, weight, None, shape, Around(norm=True), norm=norm, eps=1e-5)
         assert (got.double() - want).norm() / want.norm() < 1e-2, shape
 
@@ -116,7 +135,7 @@ def test_float16_does_not_overflow_where_the_norm_keeps_it_small(rows: int) -> N
 def test_rows_do_not_depend_on_one_another() -> None:
     x, weight, norm = torch.randn(16, 80), torch.randn(48, 80), torch.ones(80)
     x, weight, norm = x.to(DEVICE), weight.to(DEVICE), norm.to(DEVICE)
-    (shape, *_), around = shapes(16, 80, gated=True), Around(norm=True, activation="silu")
+    (shape, *_), around = shapes(16, 80, 24, True, PROCESSORS), Around(norm=True, activation="silu")
     together = product(x, weight, None, shape, around, norm=norm, eps=1e-5)
     for some in (torch.tensor([3, 9]), torch.tensor([15, 0, 4])):
         alone = product(x[some].contiguous(), weight, None, shape, around, norm=norm, eps=1e-5)
@@ -125,11 +144,38 @@ def test_rows_do_not_depend_on_one_another() -> None:
         torch.testing.assert_close(alone, together[some], rtol=bound, atol=bound)
 
 
-def test_long_rows_and_odd_ones_are_torchs() -> None:
-    assert not shapes(1, 584, gated=False)
-    assert not shapes(2, 4096, gated=False)
-    assert not shapes(MOST_ROWS + 1, 576, gated=False)
-    assert shapes(1, 4096, gated=False)
+def test_odd_sizes_and_many_rows_are_torchs() -> None:
+    assert not shapes(1, 584, 64, False, 132)
+    assert not shapes(2, 4104, 64, False, 132)
+    assert not shapes(MOST_ROWS + 1, 576, 64, False, 132)
+    assert not shapes(2, 4096, 64 * (MOST_TILES + 1), True, 132)[1:]  # no count for each of small tiles
+    assert shapes(1, 4096, 64, False, 132)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 64])
+@pytest.mark.parametrize(
+    ("size", "width", "gated"),
+    [(4096, 12288, False), (4096, 4096, False), (4096, 11008, True), (11008, 4096, False)],
+)
+def test_a_weight_that_streams_fills_all_multiprocessors(
+    rows: int, size: int, width: int, gated: bool
+) -> None:
+    """A 7B's products: of what the busiest loads, the others load most too, and its memory holds it."""
+    found = shapes(rows, size, width, gated, 132)
+    assert len(set(found)) == len(found) >= 3
+    assert any(shape.splits == 1 for shape in found)
+    shares = []
+    for shape in found:
+        assert shape.streams
+        assert shape.rows >= rows
+        tiles, two = -(-width // shape.outputs), 2 if gated else 1
+        stage = (two * shape.outputs + shape.rows) * shape.channels * 2
+        assert 2 <= shape.stages <= 8
+        assert shape.stages * stage <= 227 << 10  # of a program, on Hopper
+        programs, steps = tiles * shape.splits, -(-size // shape.channels // shape.splits)
+        busiest = -(-programs // 132) * steps
+        shares.append(width / shape.outputs * size / shape.channels / 132 / busiest)
+    assert max(shares) > 0.8
 
 
 def fused(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Any, FusedLayers]:
@@ -142,7 +188,8 @@ def fused(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) ->
 def first_of(model: Any, rows: int) -> Ways:
     layer = model.layers[0]
     found = [
-        shapes(rows, linear.in_features, gated=index == 2)[0] for index, linear in enumerate(layer.linears)
+        some_shapes(rows, linear.in_features, len(linear.weight), Around(activation="silu" * (index == 2)))[0]
+        for index, linear in enumerate(layer.linears)
     ]
     return Ways(*found)
 
@@ -156,7 +203,10 @@ def test_layers_are_the_same_whichever_products_join(rows: int, tmp_path: Path) 
     hidden = plain(tokens, positions, reference)
     every = first_of(plain, rows)
     some = [Ways(**{name: getattr(every, name)}) for name in Ways._fields]
-    for ways in [*some, every, every._replace(qkv=None), every._replace(gate_up=None)]:
+    stream = Shape(16, 16, 32, 4, splits=2, stages=2)
+    streams = Ways(stream, stream, stream, stream)
+    streaming = [streams, *(every._replace(**{name: stream}) for name in ("qkv", "o", "gate_up", "down"))]
+    for ways in [*some, every, every._replace(qkv=None), every._replace(gate_up=None), *streaming]:
         layers.ways = {16: ways}
         seen, given = Recorder(), torch.empty_like(hidden)
         assert plain(tokens, positions, seen, given) is given
@@ -175,7 +225,9 @@ def test_steps_take_the_ways_of_the_smallest_bucket_that_holds_them(
 
     def note(self: FusedLayers, linear: Any, x: Tensor, y: Any, norm: Any, shape: Any, *rest: Any) -> Tensor:
         taken.append(0 if shape is None else shape.outputs)
-        return real(self, linear, x, y, norm, None if shape is None else shapes(len(x), 32, True)[0], *rest)
+        return real(
+            self, linear, x, y, norm, None if shape is None else shapes(len(x), 32, 32, True, 4)[0], *rest
+        )
 
     monkeypatch.setattr(FusedLayers, "_open", note)
     shape = Shape(1, 1, 32, 4)
@@ -302,6 +354,23 @@ def test_torchs_products_stay_where_no_other_is_faster(
 
     tune_products(layers, tmp_path / "kept", clock=clock)
     assert set(layers.ways.values()) == {Ways()}
+
+
+def test_a_shape_that_does_not_run_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
+    model, layers = fused(tmp_path / "model", torch.bfloat16)
+    wanted = {rows: first_of(model, rows) for rows in ROWS if rows <= MOST_ROWS}
+
+    def clock(run: Any) -> float:
+        ways = run.args[1]
+        if any(ways.o == first.o for first in wanted.values()):
+            raise OutOfResources(1, 0, "shared memory")
+        return 10.0 - sum(shape is not None for shape in (ways.qkv, ways.down))
+
+    tune_products(layers, tmp_path / "kept", clock=clock)
+    for rows, first in wanted.items():
+        assert (layers.ways[rows].qkv, layers.ways[rows].down) == (first.qkv, first.down)
 
 
 @pytest.mark.parametrize(
