@@ -78,7 +78,7 @@ heads0() {
     local failed=0
     python3 -m benchmarks.gpu --parts steps --shapes smollm2-135m --cases 256x256 --nodes 1 --minutes 0.8 \
         --output "$OUT/gpu-heads-steps.json" "$@" || failed=1
-    timeout 80 python3 -m pytest -q -m cuda -W default -p no:cacheprovider tests/benchmarks/test_gpu_heads.py || failed=1
+    timeout 150 python3 -m pytest -q -m cuda -W default -p no:cacheprovider tests/benchmarks/test_gpu_heads.py || failed=1
     return $failed
 }
 

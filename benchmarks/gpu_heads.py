@@ -51,7 +51,7 @@ _FILE_BYTES = 15 << 20
 
 _DATA_FILES = 3
 
-_CALIBRATION_S = 45.0
+_CALIBRATION_S = 60.0
 """Kept for what comes after training."""
 
 _START_S = 15.0
@@ -210,6 +210,7 @@ class Stages:
 
     def calibrate(self, run: Run) -> dict[str, Any]:
         """The new heads' tree and table, and the same figures of the heads so far on the same answers."""
+        run.free()  # what training held is most of the device's memory
         found: dict[str, Any] = {}
         sides = {"new": (str(self.heads / HEADS_FILE), self.heads)}
         if baseline := self.args.baseline or _shipped(self.args.model):

@@ -173,14 +173,18 @@ def free_running(answers: list[list[int]], reference: list[list[int]]) -> dict[s
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Results by variant, each with one entry per text and one for free running."""
+    """Results by variant, each with one entry per text and one for free running.
+
+    Args:
+        args: as `parse` makes them; `settings` are further ones of the engine, for all variants.
+    """
     results: dict[str, Any] = {}
     texts: dict[str, list[Text]] = {}
     reference: dict[str, list[Scored]] = {}
     reference_answers: list[list[int]] = []
     prompts: list[list[int]] = []
     for name in args.variants:
-        settings = {"model": args.model, "device": args.device, **VARIANTS[name]}
+        settings = {"model": args.model, "device": args.device, **args.settings, **VARIANTS[name]}
         loaded = load(EngineConfig.model_validate(settings), progress=False)
         if not texts:
             tokenizer = loaded.text.tokenizer
@@ -216,6 +220,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="+", default=documentation)
     parser.add_argument("--window", type=int, default=512, help="tokens of a scored piece of text")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.set_defaults(settings={})
     args = parser.parse_args(argv)
     if args.variants[0] != "float32":
         parser.error("the first variant is the reference and must be float32")

@@ -145,7 +145,11 @@ class WorstCase:
         self._attention.plan(plan, self._pool)
         tokens = torch.zeros(batch, nodes, dtype=torch.int64, device=device)
         states = self._decoder(tokens.flatten(), topology.depths.flatten(), self._attention)
-        logits = self._decoder.logits(states)
+        out = None
+        if self._kernels:  # into a buffer of the model's dtype, as a captured step does
+            shape = len(states), self._decoder.config.vocab_size
+            out = torch.empty(shape, dtype=self._decoder.logits_dtype, device=device)
+        logits = self._decoder.logits(states, out)
         slots = self._slots() if slots is None else slots
         ids = torch.arange(batch, device=device)
         if self._kernels:

@@ -16,7 +16,15 @@ from engine.loader import Loaded, load
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
 
-__all__ = ["Backbone", "EngineBackbone", "QuantizedBackbone", "make_backbone", "packs", "read_lm_head"]
+__all__ = [
+    "Backbone",
+    "EngineBackbone",
+    "QuantizedBackbone",
+    "make_backbone",
+    "packs",
+    "read_lm_head",
+    "sent",
+]
 
 _BLOCK = 16
 
@@ -42,6 +50,11 @@ def packs(lengths: Sequence[int], most: int) -> Iterator[range]:
         size += length
     if start < len(lengths):
         yield range(start, len(lengths))
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`; what the device does meanwhile is not waited for."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 class EngineBackbone:
@@ -71,15 +84,15 @@ class EngineBackbone:
         column = torch.arange(longest)
         valid = column < torch.tensor(lengths)[:, None]
         batch = AttentionInput(
-            block_tables=tables.to(device),
+            block_tables=sent(tables, device),
             lengths=torch.zeros(len(sequences), dtype=torch.int64, device=device),
-            rows=(tables[:, :1] * _BLOCK + column).to(device),
+            rows=sent(tables[:, :1] * _BLOCK + column, device),
             max_length=longest,
-            index=None if bool(valid.all()) else valid.flatten().nonzero().flatten().to(device),
+            index=None if bool(valid.all()) else sent(valid.flatten().nonzero().flatten(), device),
         )
         loaded.attention.plan(batch, loaded.pool)
-        tokens = torch.tensor([token for row in sequences for token in row], device=device)
-        positions = column.expand(len(sequences), -1)[valid].to(device)
+        tokens = sent(torch.tensor([token for row in sequences for token in row]), device)
+        positions = sent(column.expand(len(sequences), -1)[valid], device)
         states: Tensor = loaded.decoder(tokens, positions, loaded.attention)
         return states
 

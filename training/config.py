@@ -72,7 +72,8 @@ class TrainConfig(BaseModel):
     cache: Literal["auto", "on", "off", "memory"] = Field(
         "auto",
         description="Keep the hidden states of all answers on disk; 'auto': up to 64 GiB and a quarter of "
-        "the free disk. 'memory': on the device instead, for this run alone: the fastest on a GPU.",
+        "the free disk. 'memory': on the device instead, for this run alone: the fastest on a GPU. Rows "
+        "that do not fit are left out.",
     )
     cache_dir: Path | None = Field(
         None, description="Where; `<output>/cache` if unset. Several runs may share one."

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.errors import ConfigError
-from training.backbone import Backbone, packs
+from training.backbone import Backbone, packs, sent
 from training.data import Row
 
 __all__ = [
@@ -293,7 +293,7 @@ class AnswerStates:
         places = np.concatenate(
             [np.arange(start - 1, start - 1 + length) for start, length in zip(starts, answers, strict=True)]
         )
-        hidden = states[torch.from_numpy(places).to(states.device)]
+        hidden = states[sent(torch.from_numpy(places), states.device)]
         return cls(hidden, *top_tokens(hidden, lm_head, top_k))
 
 

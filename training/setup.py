@@ -22,7 +22,7 @@ from training.batches import CachedBatches, OnlineBatches, ResidentBatches, Sour
 from training.config import TrainConfig
 from training.data import Row, held_out, load_shards
 from training.hidden import TOP_K, HiddenCache, cache_hidden, missing_rows, row_keys
-from training.memory import available_bytes, free_disk, plan
+from training.memory import MemoryPlan, available_bytes, free_disk, plan
 from training.resident import ResidentCache, keep_hidden
 from training.vocabulary import Vocabulary
 
@@ -144,6 +144,8 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
         top_k=TOP_K,
     )
     available = available_bytes(device)
+    if resident:
+        rows = _that_fit(rows, memory, available, least=len(held) + 1)
     tqdm.write(memory.describe(available))
     memory.check(
         available,
@@ -240,6 +242,22 @@ def _cached(config: TrainConfig, model: ModelConfig, train: list[Row], held: lis
     size = sum(len(row.answer) for row in (*train, *held)) * (2 * model.hidden_size + 6 * TOP_K + 16)
     room = free_disk(config.cache_dir or config.output)
     return size <= min(_MOST_CACHED, room // 4)
+
+
+def _that_fit(rows: list[Row], memory: MemoryPlan, available: int, *, least: int) -> list[Row]:
+    """The first rows, those whose hidden states fit the device beside all else; `memory` then says so.
+
+    Where not even `least` of them fit, all: the plan is then refused.
+    """
+    ends = np.cumsum([len(row.answer) for row in rows])
+    each = memory.parts["hidden states"] / int(ends[-1])
+    room = available - (memory.total - memory.parts["hidden states"])
+    count = int(np.searchsorted(ends * each, room, side="right"))
+    if not least <= count < len(rows):
+        return rows
+    memory.parts["hidden states"] = int(ends[count - 1] * each)
+    tqdm.write(f"the memory holds {count} of {len(rows)} rows: the others are left out")
+    return rows[:count]
 
 
 def model_identity(checkpoint: Checkpoint) -> str:

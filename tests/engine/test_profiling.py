@@ -66,6 +66,33 @@ def test_they_are_as_large_as_the_settings_allow(
     assert attention.rows_seen == [3000, rows, max_num_seqs], "trees, and many roots"
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_steps_are_profiled_with_the_logits_that_they_keep(
+    kernels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 bits where kernels read them: others would take more memory, and a kernel nobody needs."""
+    made = loaded(tmp_path, dtype="bfloat16", attention="sdpa", max_num_seqs=2, kv_cache_tokens=1024)
+    seen: list[torch.dtype] = []
+    name = "engine.sampler_triton.TreeSampler.draw" if kernels else "engine.profiling.verify_all"
+    logits = 2 if kernels else 0
+    monkeypatch.setattr(name, lambda *given: seen.append(given[logits].dtype))
+    worst = WorstCase(
+        made.decoder,
+        SdpaAttention(2),
+        made.heads,
+        tree_size=4,
+        max_num_seqs=2,
+        max_step_tokens=64,
+        max_prefill_tokens=64,
+        block_size=4,
+        dtype=torch.bfloat16,
+        device=DEVICE,
+        kernels=kernels,
+    )
+    worst.decode(2, 4)
+    assert seen == [made.decoder.logits_dtype if kernels else torch.float32]
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_pool_sized_by_it_leaves_what_steps_take(tmp_path: Path) -> None:
     made = loaded(tmp_path, gpu_memory_utilization=0.5, max_model_len=512)

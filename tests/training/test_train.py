@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from engine.errors import ConfigError
 from tests.support import save_model, tiny_llama
 from tests.training.support import random_rows, train_config, write_rows
+from training.memory import MemoryPlan, plan
 from training.setup import prepare, read_rows
 from training.train import HEADS_FILE, Trainer, train
 
@@ -142,6 +143,37 @@ def test_a_run_whose_states_stay_in_memory_learns_the_same(
     assert result["step"] == trained[1]["step"]
     assert result["top1"][0] == pytest.approx(trained[1]["top1"][0], abs=0.1)
     assert not (config.output / "cache").exists()
+
+
+def test_rows_that_do_not_fit_the_memory_are_left_out(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from training import setup
+
+    config = train_config(model, data, tmp_path / "run", cache="memory")
+    rows, held = read_rows(config)
+    plans: list[MemoryPlan] = []
+
+    def noted(*given: Any, **values: Any) -> MemoryPlan:
+        plans.append(plan(*given, **values))
+        return plans[-1]
+
+    monkeypatch.setattr(setup, "plan", noted)
+    whole = prepare(config, rows, held)
+    states = plans[0].parts["hidden states"]
+    monkeypatch.setattr(setup, "available_bytes", lambda _: plans[0].total - states // 3)
+    some = prepare(config, rows, held)
+    assert plans[-1].total <= plans[0].total - states // 3
+    assert some.held_rows[: len(held)].all(), "they come first"
+    assert 0.6 < len(some.held) / len(whole.held) <= 2 / 3
+    assert "are left out" in capsys.readouterr().out
+    monkeypatch.setattr(setup, "available_bytes", lambda _: plans[0].total - states)
+    with pytest.raises(ConfigError, match="does not fit"):
+        prepare(config, rows, held)
 
 
 def gradients(model: Path, data: Path, output: Path, **settings: Any) -> list[torch.Tensor]:
