@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from engine.config import MAX_TREE_NODES
 from engine.errors import ContextLengthError, RequestError
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammar, GrammarState
 
 __all__ = [
     "Acceptance",
@@ -210,6 +214,7 @@ class Request:
         prediction_token_ids: what the answer is expected to hold (OpenAI's `prediction`); the lookup
             branch drafts from it, so what comes true comes faster.
         cache_salt: prefixes are reused among requests with equal salt only.
+        grammar: what every choice has to follow; None for any text.
         priority: lower ones are admitted first and preempted last; equals by arrival.
         arrived_s: `time.monotonic()` when it was made.
     """
@@ -221,6 +226,7 @@ class Request:
     medusa: MedusaParams = field(default_factory=MedusaParams)
     prediction_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
+    grammar: Grammar | None = None
     priority: int = 0
     arrived_s: float = field(default_factory=time.monotonic, compare=False)
 
@@ -349,6 +355,7 @@ class Sequence:
         lookup_nodes: nodes of the lookup branch in the step being planned.
         in_flight: most tokens that steps under way may still emit; 0 where none holds it.
         lookup: what the lookup branch may draft next.
+        grammar: where its output stands in the request's grammar, with all tokens that are emitted.
         prompt_logprobs: of the prompt tokens prefilled so far, where asked for.
         queue_s: seconds from the request's arrival to its first slot; below 0 before.
     """
@@ -369,6 +376,7 @@ class Sequence:
     lookup_nodes: int = 0
     in_flight: int = 0
     lookup: LookupState = field(default_factory=LookupState)
+    grammar: GrammarState | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     queue_s: float = -1.0
 

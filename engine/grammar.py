@@ -1,0 +1,195 @@
+"""Grammars that an answer has to follow: which tokens may come next, at every node of a tree.
+
+llguidance does the parsing: it needs no preparation per grammar and finds a mask over a vocabulary in tens of
+microseconds, which a tree needs at each of its nodes, and it takes tokens back. Its matchers know nothing of
+trees; walking one is what is here.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Grammar", "GrammarCompiler", "GrammarSpec", "GrammarState"]
+
+MAX_GRAMMAR_BYTES = 1 << 20
+"""Of a grammar's text: more is a mistake or an attack."""
+
+
+class GrammarSpec(NamedTuple):
+    """A grammar as a request gives it.
+
+    Args:
+        kind: what the text is: a JSON schema, a regular expression (of Rust's regex crate), a JSON list of
+            the strings to choose from, or a grammar in Lark's or in llama.cpp's GBNF notation.
+        text: of it.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str
+
+
+class Grammar:
+    """A compiled grammar. Two are equal where their specs are.
+
+    Args:
+        spec: what it was made from.
+        matcher: at its beginning.
+        vocab_size: of the tokenizer.
+        eos_token_ids: which end an answer.
+    """
+
+    def __init__(
+        self, spec: GrammarSpec, matcher: LLMatcher, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.spec = spec
+        self._matcher, self._vocab_size, self._eos = matcher, vocab_size, eos_token_ids
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grammar) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def start(self) -> GrammarState:
+        """A state of its own at the grammar's beginning."""
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._eos)
+
+
+class GrammarState:
+    """Where one answer stands in its grammar; one thread at a time may use it.
+
+    Args:
+        matcher: at that place.
+        vocab_size: of the tokenizer; a model's logits may be padded beyond.
+        eos_token_ids: which end an answer.
+
+    Attributes:
+        ended: the answer is whole: nothing can follow, or what ends it has come.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._matcher, self._eos = matcher, eos_token_ids
+        self.words = -(-vocab_size // 32)
+        self.ended = False
+
+    def advance(self, token: int) -> bool:
+        """Take one more token of the answer; False where the grammar does not allow it."""
+        if token in self._eos:
+            self.ended = self._matcher.is_accepting()
+            return self.ended
+        taken = bool(self._matcher.consume_token(token))
+        self.ended = taken and self._matcher.is_stopped()
+        return taken
+
+    def masks(self, tokens: Sequence[int], parents: Sequence[int], out: NDArray[np.int32]) -> None:
+        """What may follow each node of a tree whose root is the last token that was taken.
+
+        Nodes that the grammar does not allow, and those behind its end, are not looked at: nothing is ever
+        drawn there, so they may be followed by anything.
+
+        Args:
+            tokens: of the nodes, the root first; a node comes behind its parent.
+            parents: of the nodes; the root's is not read.
+            out: [nodes, words] int32, filled: bit t % 32 of word t // 32 says whether token t may follow.
+        """
+        out[:] = -1
+        children: list[list[int]] = [[] for _ in tokens]
+        for node in range(1, len(tokens)):
+            children[parents[node]].append(node)
+        self._visit(0, tokens, children, out)
+
+    def _visit(
+        self, node: int, tokens: Sequence[int], children: list[list[int]], out: NDArray[np.int32]
+    ) -> None:
+        row = out[node]
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        for child in children[node]:
+            token = tokens[child]
+            allowed = token // 32 < self.words and (int(row[token // 32]) >> (token % 32)) & 1
+            if not allowed or token in self._eos or not self._matcher.consume_token(token):
+                continue
+            if not self._matcher.is_stopped():
+                self._visit(child, tokens, children, out)
+            self._matcher.rollback(1)
+
+
+class GrammarCompiler:
+    """Makes grammars for one model; any thread may call it.
+
+    Args:
+        tokenizer: the model's, a fast one.
+        eos_token_ids: which end an answer, where the grammar allows that.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
+        self._hf, self._eos = tokenizer, frozenset(eos_token_ids)
+        self._lock = threading.Lock()
+        self._made: LLTokenizer | None = None
+
+    def compile(self, spec: GrammarSpec, *, param: str | None = None) -> Grammar:
+        """A grammar from its text. The first call takes half a second more: it reads the tokenizer.
+
+        Args:
+            param: the request's field, for errors.
+
+        Raises:
+            RequestError: the text is not what `spec.kind` says, is too large, or asks for what llguidance
+                does not know; or the model's tokenizer is none that it can read.
+        """
+        if len(spec.text.encode(errors="surrogatepass")) > MAX_GRAMMAR_BYTES:
+            raise RequestError(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes of text", param=param)
+        tokenizer = self._tokenizer(param)
+        from llguidance import LLMatcher
+
+        try:
+            matcher = LLMatcher(tokenizer, _text(spec), log_level=0)
+        except ValueError as error:
+            raise RequestError(f"not a valid {_NAMES[spec.kind]}: {error}", param=param) from error
+        if matcher.is_error():
+            reason = matcher.get_error().split("\n\n")[0].strip()
+            raise RequestError(f"not a valid {_NAMES[spec.kind]}: {reason}", param=param)
+        return Grammar(spec, matcher, tokenizer.vocab_size, self._eos)
+
+    def _tokenizer(self, param: str | None) -> LLTokenizer:
+        with self._lock:
+            if self._made is None:
+                from llguidance.hf import from_tokenizer
+
+                try:
+                    self._made = from_tokenizer(self._hf, eos_token=sorted(self._eos) or None)
+                except ValueError as error:
+                    text = f"this model's tokenizer cannot be used with a grammar: {error}"
+                    raise RequestError(text, param=param) from error
+            return self._made
+
+
+_NAMES = {
+    "json_schema": "JSON schema",
+    "regex": "regular expression",
+    "choice": "list of strings",
+    "grammar": "grammar",
+}
+
+
+def _text(spec: GrammarSpec) -> str:
+    """llguidance's own form of it."""
+    from llguidance import LLMatcher, grammar_from
+
+    if spec.kind == "choice":
+        strings: Any = json.loads(spec.text)
+        if not isinstance(strings, list) or not strings or not all(isinstance(x, str) and x for x in strings):
+            raise ValueError("one string is needed at least, and none may be empty")
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(x) for x in strings))
+    return grammar_from(spec.kind, spec.text)

@@ -1,0 +1,180 @@
+"""Grammars against a matcher that is walked anew for every path, and against texts that do or do not follow."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+
+from engine.errors import RequestError
+from engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, GrammarSpec, GrammarState
+from tests.support import letter_tokenizer
+
+TOKENIZER = letter_tokenizer("abcdefghij", "ab", "bc", "abc")
+EOS = TOKENIZER.eos_token_id
+COMPILER = GrammarCompiler(TOKENIZER, [EOS])
+ID = TOKENIZER.get_vocab()
+
+
+def regex(text: str) -> Grammar:
+    return COMPILER.compile(GrammarSpec("regex", text))
+
+
+def allowed(state: GrammarState, tokens: list[int], parents: list[int]) -> list[set[int] | None]:
+    """Of each node what may follow; None: anything."""
+    out = np.zeros((len(tokens), state.words), np.int32)
+    state.masks(tokens, parents, out)
+    if (out == -1).all():
+        return [None] * len(tokens)
+    bits = np.unpackbits(out.view(np.uint8), axis=1, bitorder="little")
+    return [
+        None if (row == -1).all() else set(np.nonzero(b)[0].tolist())
+        for row, b in zip(out, bits, strict=True)
+    ]
+
+
+def walked(grammar: Grammar, path: list[int]) -> set[int] | None:
+    """What may follow a path, by a matcher that has gone nowhere else; None: it is off the grammar, or ended."""
+    state = grammar.start()
+    for token in path:
+        if state.ended or not state.advance(token):
+            return None
+    return None if state.ended else allowed(state, [0], [-1])[0]
+
+
+def test_a_state_follows_its_grammar_to_the_end() -> None:
+    state = regex("a(bc)+").start()
+    for text, whole in (("ab", False), ("c", False), ("b", False)):
+        assert state.advance(ID[text])
+        assert state.ended == whole
+    assert not state.advance(EOS)  # in the middle
+    state = regex("a(bc)+").start()
+    assert all(state.advance(ID[text]) for text in ("abc", "bc"))
+    assert not state.ended
+    assert state.advance(EOS)
+    assert state.ended
+    assert not regex("abc").start().advance(ID["b"])
+
+
+def test_where_nothing_can_follow_the_answer_has_ended() -> None:
+    state = regex("ab|c").start()
+    assert state.advance(ID["a"])
+    assert not state.ended
+    assert state.advance(ID["b"])
+    assert state.ended
+
+
+def test_what_ends_an_answer_is_allowed_where_it_is_whole() -> None:
+    grammar = regex("(ab)+c?")
+    assert walked(grammar, []) == {ID["a"], ID["ab"], ID["abc"]}
+    assert walked(grammar, [ID["ab"]]) == {ID["a"], ID["ab"], ID["abc"], ID["c"], EOS}
+    assert walked(grammar, [ID["abc"]]) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_node_of_a_tree_has_the_mask_of_its_path(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grammar = regex("(a(bc|b)*d?|[b-e]{2,4})+")
+    state, prefix = grammar.start(), []
+    for _ in range(rng.integers(0, 4)):
+        token = int(rng.choice(sorted(walked(grammar, prefix) - {EOS})))  # type: ignore[operator]
+        prefix.append(token)
+        assert state.advance(token)
+    size = int(rng.integers(1, 30))
+    tokens = [0, *rng.integers(0, len(ID), size - 1).tolist()]
+    parents = [-1, *(int(rng.integers(0, node)) for node in range(1, size))]
+
+    def path(node: int) -> list[int]:
+        return [] if node == 0 else [*path(parents[node]), tokens[node]]
+
+    for _ in range(2):  # and the walk has left the state where it was
+        found = allowed(state, tokens, parents)
+        for node in range(size):
+            if found[node] is None:
+                assert walked(grammar, prefix + path(node)) is None
+            else:
+                assert found[node] == walked(grammar, prefix + path(node))
+
+
+def test_states_of_one_grammar_do_not_share_where_they_stand() -> None:
+    grammar = regex("ab+")
+    first, second = grammar.start(), grammar.start()
+    assert first.advance(ID["a"])
+    assert second.advance(ID["ab"])
+    assert first.advance(ID["b"])
+
+
+def test_grammars_are_equal_where_their_texts_are() -> None:
+    assert regex("a") == regex("a")
+    assert hash(regex("a")) == hash(regex("a"))
+    assert regex("a") != regex("b")
+    assert regex("a") != "a"
+
+
+@pytest.mark.parametrize(
+    ("spec", "texts"),
+    [
+        (GrammarSpec("choice", json.dumps(["abc", "b"])), {"abc", "b"}),
+        (GrammarSpec("regex", "a(b|c)"), {"ab", "ac"}),
+        (GrammarSpec("grammar", 'start: "a" x\nx: "b" | "c"'), {"ab", "ac"}),
+        (GrammarSpec("grammar", 'root ::= "a" x\nx ::= "b" | "c"'), {"ab", "ac"}),
+        (GrammarSpec("json_schema", '{"enum": [1, 2]}'), set()),
+    ],
+    ids=str,
+)
+def test_kinds_of_grammars(spec: GrammarSpec, texts: set[str]) -> None:
+    grammar, found = COMPILER.compile(spec), set()
+    words = [""]
+    while words:
+        word = words.pop()
+        state = grammar.start()
+        if not all(state.advance(ID[letter]) for letter in word):
+            continue
+        if state.ended or state.advance(EOS):
+            found.add(word)
+        elif len(word) < 3:
+            words += [word + letter for letter in "abc"]
+    assert found == texts
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (GrammarSpec("regex", "(a"), "regular expression.*unclosed group"),
+        (GrammarSpec("regex", "a(?=b)"), "regular expression.*look-around"),
+        (GrammarSpec("json_schema", '{"type": "nonsense"}'), "JSON schema.*nonsense"),
+        (GrammarSpec("json_schema", "{"), "JSON schema"),
+        (GrammarSpec("json_schema", '{"type": "array", "uniqueItems": true}'), "JSON schema.*uniqueItems"),
+        (GrammarSpec("choice", "[]"), "list of strings.*at least"),
+        (GrammarSpec("choice", '["a", ""]'), "list of strings.*empty"),
+        (GrammarSpec("choice", "a"), "list of strings"),
+        (GrammarSpec("grammar", "start: nothing"), "grammar.*nothing"),
+        (GrammarSpec("grammar", "x ::= "), "grammar.*GBNF"),
+        (GrammarSpec("regex", "a" * (MAX_GRAMMAR_BYTES + 1)), "bytes"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_grammar_is_refused_with_a_reason(spec: GrammarSpec, reason: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        COMPILER.compile(spec, param="structured_outputs")
+    assert re.search(reason, str(refused.value), re.DOTALL)
+    assert refused.value.param == "structured_outputs"
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(RequestError, match="tokenizer cannot be used with a grammar"):
+        GrammarCompiler(object(), [0]).compile(GrammarSpec("regex", "a"))  # type: ignore[arg-type]
+
+
+def test_the_library_takes_back_what_it_took() -> None:
+    """What the walk rests on: after a rollback a matcher stands where it stood, also behind its end."""
+    matcher = LLMatcher(COMPILER._tokenizer(None), LLMatcher.grammar_from_regex("ab"))
+    assert matcher.consume_token(ID["a"])
+    assert matcher.consume_token(ID["b"])
+    assert matcher.is_stopped()
+    assert matcher.rollback(1)
+    assert not matcher.is_stopped()
+    assert matcher.consume_token(ID["b"])
