@@ -5,6 +5,8 @@
 #                   the file of prompts that is named behind it
 #   gpu.sh first    there, with .gpu/whl and .gpu/half00: tests, ceilings, steps
 #   gpu.sh second   there, right after, with .gpu/half01: what needs the model
+# The tests that are marked `cuda`, in a call of their own with .gpu/whl; $OUT gets their output:
+#   gpu.sh tests    there; those of the engine get $1 seconds (170), those of the kernels $2 (230)
 # New heads in two calls instead (docs/training.md):
 #   gpu.sh heads0   there, with .gpu/whl and .gpu/half00: tries on CUDA what training needs, measures the kernels
 #   gpu.sh heads    there, right after, with .gpu/half01 and .gpu/prompts.jsonl.xz
@@ -69,6 +71,26 @@ second() {
     install "$THERE/$MODEL" # the rest is there from the first call
     python3 -m benchmarks.gpu --parts end_to_end,http,divergences --minutes 5.4 \
         --output "$OUT/gpu-2.json" --log "$OUT/gpu-2.log" "$@"
+}
+
+tests() {
+    install .gpu/whl/*.whl
+    export OMP_NUM_THREADS=1 # so many processes, and the device does the work
+    local failed=0 engine=tests/engine/test_engine_cuda.py
+    some_tests engine "${1:-170}" "$engine" || failed=1
+    some_tests kernels "${2:-230}" tests/engine "--ignore=$engine" || failed=1
+    return $failed
+}
+
+# NAME SECONDS ARGUMENTS: interrupted after so long, to say how far it came.
+some_tests() {
+    local name=$1 seconds=$2 code=0
+    shift 2
+    timeout -s INT -k 15 "$seconds" python3 -m pytest -q -m cuda -W default -p no:cacheprovider -n 14 --durations=20 \
+        --continue-on-collection-errors "$@" >"$OUT/$name.log" 2>&1 || code=$?
+    echo "== $name: exit code $code after $SECONDS s"
+    tail -45 "$OUT/$name.log" | cut -c1-200
+    return $code
 }
 
 heads0() {

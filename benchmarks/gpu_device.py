@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from engine.attention.base import NoAttention
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 
-__all__ = ["between_products", "ceilings", "tests"]
+__all__ = ["between_products", "ceilings", "limited", "tests"]
 
 
 def tests(run: Run) -> dict[str, Any]:
@@ -44,20 +47,34 @@ def tests(run: Run) -> dict[str, Any]:
 def _pytest(run: Run, arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", *arguments]
-    limit = max(30.0, min(200.0, run.left() / 2))
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
-            )
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-            log.write(f"\nstopped after {limit:.0f} s\n")
-        log.seek(0)
-        lines = log.read().strip().splitlines()
+    code, lines = limited(command, max(30.0, min(200.0, run.left() / 2)))
     print("\n".join(lines[-25:]), flush=True)
     return {"passed": code == 0, "exit_code": code, "tail": lines[-60:]}
+
+
+def limited(command: list[str], seconds: float) -> tuple[int, list[str]]:
+    """Exit code and lines of a command that gets so long: it is interrupted then, to say how far it came.
+
+    What it has started ends with it, since whatever is measured next wants the device for itself.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_LAST_WORDS_S)
+                log.write(f"\nstopped after {seconds:.0f} s\n")
+            with suppress(ProcessLookupError):  # there is nobody left
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return process.returncode, log.read().strip().splitlines()
+
+
+_LAST_WORDS_S = 10.0
 
 
 def ceilings(run: Run) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import math
+import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import gpu, gpu_steps
+from benchmarks.gpu_device import limited
 from benchmarks.gpu_picture import draw, series
 from benchmarks.gpu_run import Run, combine
 from benchmarks.gpu_shapes import TINY
@@ -52,6 +55,28 @@ def test_every_part_has_a_result(results: dict[str, Any]) -> None:
     assert results["device"] == "CPU"
     assert set(results["seconds"]) == set(gpu.PARTS) - {"http"}
     assert "test_triton_kernels.py" in "\n".join(parts["tests"]["cuda"]["tail"])
+
+
+def test_what_takes_too_long_is_told_and_leaves_nobody_behind() -> None:
+    child = "import time; print('a child', flush=True); time.sleep(60)"
+    text = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+print(child.pid, flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far", flush=True)
+"""
+    code, lines = limited([sys.executable, "-c", text], 2.0)
+    assert code == 0
+    assert {"a child", "so far", "stopped after 2 s"} <= set(lines)
+    number = next(int(line) for line in lines if line.isdigit())
+    until = time.monotonic() + 10.0
+    while Path(f"/proc/{number}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text()
+    assert limited([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == (3, [])
 
 
 def test_steps_count_their_bytes(results: dict[str, Any]) -> None:

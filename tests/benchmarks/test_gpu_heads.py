@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -113,11 +114,16 @@ def test_the_same_on_a_gpu(tmp_path: Path) -> None:
     held_to_what_comes_back(tmp_path, code, results, "cuda")
 
 
-def shell(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """gpu.sh with a `python3` that writes down how it was called, in a folder of its own."""
+def shell(root: Path, *arguments: str, fails_on: str = "nothing") -> subprocess.CompletedProcess[str]:
+    """gpu.sh with a `python3` that writes down how it was called, in a folder of its own.
+
+    Args:
+        fails_on: calls whose last argument ends so fail.
+    """
     stand_in = root / "bin" / "python3"
     stand_in.parent.mkdir(exist_ok=True)
-    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH|$*" >>{root}/calls\n')
+    noted = f'#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH|$*" >>{root}/calls\n'
+    stand_in.write_text(noted + f'case "$*" in *{fails_on}) exit 1;; esac\n')
     stand_in.chmod(0o755)
     (root / "benchmarks").mkdir(exist_ok=True)
     (root / "benchmarks" / "gpu.sh").write_bytes((ROOT / "benchmarks" / "gpu.sh").read_bytes())
@@ -167,3 +173,22 @@ def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.Monke
     args = gpu_heads.parse([*heads[2:], "--device", "cpu"])
     assert (args.minutes, args.output) == (7.0, tmp_path / "out")
     assert args.prompts.is_file()
+
+
+def test_the_script_runs_the_tests_marked_cuda_in_a_call_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / ".gpu" / "whl").mkdir(parents=True)
+    (tmp_path / ".gpu" / "whl" / "some.whl").touch()
+    (tmp_path / "out").mkdir()
+    done = shell(tmp_path, "tests", "20")
+    assert done.returncode == 0
+    (_, install), (path, engine), (_, kernels) = called(tmp_path)
+    assert install[-1] == ".gpu/whl/some.whl"
+    assert path.endswith(f"site:{tmp_path}")
+    assert engine[:2] == kernels[:2] == ["-m", "pytest"]
+    assert (ROOT / engine[-1]).is_file()
+    assert kernels[-2:] == ["tests/engine", f"--ignore={engine[-1]}"]
+    assert re.findall(r"== (\w+): exit code 0", done.stdout) == ["engine", "kernels"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"engine.log", "kernels.log"}
+    failed = shell(tmp_path, "tests", fails_on="test_engine_cuda.py")
+    assert failed.returncode == 1
+    assert len(called(tmp_path)) == 6, "the kernels' tests run all the same"
