@@ -339,8 +339,10 @@ def quantized_steps(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": {}}
     try:
         found["linears"] = _linears(run)
-    except ImportError as error:  # torchao may not have been carried
-        found["linears"] = str(error)
+    except torch.AcceleratorError:
+        raise  # the device is lost
+    except Exception as error:  # torchao may not have been carried, or a product be refused: the steps say more
+        found["linears"] = f"{type(error).__name__}: {error}"[:500]
     if not run.cuda:
         return found
     run.record("quantized_steps", found)
