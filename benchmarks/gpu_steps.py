@@ -341,7 +341,7 @@ def quantized_steps(run: Run) -> dict[str, Any]:
         found["linears"] = _linears(run)
     except torch.AcceleratorError:
         raise  # the device is lost
-    except Exception as error:  # torchao may not have been carried, or a product be refused: the steps say more
+    except Exception as error:  # torchao may not have been carried, or a product is refused
         found["linears"] = f"{type(error).__name__}: {error}"[:500]
     if not run.cuda:
         return found
