@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.grammar import GrammarSpec
     from engine.llm import LLM, Output
     from engine.types import FinishReason, MedusaParams, SamplingParams
 
@@ -28,7 +29,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
-__all__ = ["LLM", "EngineConfig", "FinishReason", "MedusaParams", "Output", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "FinishReason", "GrammarSpec", "MedusaParams", "Output", "SamplingParams"]
 
 # Found when first asked for, so that `import engine.types` stays as cheap as it is: LLM imports torch.
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "Output": "engine.llm",
     "EngineConfig": "engine.config",
     "FinishReason": "engine.types",
+    "GrammarSpec": "engine.grammar",
     "MedusaParams": "engine.types",
     "SamplingParams": "engine.types",
 }

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from engine import faults
+from engine.constrain import follows
 from engine.errors import told
 from engine.graphs import CapturedRunner, Graph, cuda_graphs
 from engine.loader import Loaded
@@ -41,6 +42,8 @@ __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
+_NOTHING_ALLOWED = "of the tokens that the grammar allows here, bad_words or min_tokens left none"
+
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
@@ -49,6 +52,7 @@ class _Flight:
     Args:
         most: the most tokens each of its sequences may emit.
         expected: what `tree: auto` expected of it.
+        grammars_s: seconds between its halves, in which grammars were looked at.
     """
 
     batch: Batch
@@ -56,12 +60,14 @@ class _Flight:
     results: Results
     most: list[int]
     expected: Expected
+    grammars_s: float
 
     @property
     def lingers(self) -> bool:
-        """True while more of it is wanted than its results, which the next step may overwrite."""
+        """True while more of it is wanted than its results, which the next step may overwrite, or grammars
+        go on behind what it gives."""
         requests = [sequence.request for sequence in self.batch.sequences]
-        return any(request.trace or request.sampling.logprobs is not None for request in requests)
+        return any(r.trace or r.sampling.logprobs is not None or r.grammar is not None for r in requests)
 
 
 class Engine:
@@ -129,9 +135,12 @@ class Engine:
             with self._failing(plan.decode, deltas):
                 faults.visit("decode")
                 batch = self._runner.batch(plan.decode)
-                verified = self._runner.draft_forward(batch)
+                verified = shown = self._runner.draft_forward(batch)
+                grammars_s = 0.0
+                if any(sequence.grammar is not None for sequence in batch.sequences):
+                    shown, grammars_s = self._runner.constrain(batch, verified)
                 results = self._runner.targets_accept_compact(batch, verified)
-                launched = self._launch(batch, verified, results)
+                launched = self._launch(batch, shown, results, grammars_s)
         deltas += self._land()  # while the step just launched runs; a prefill waits for that one
         for chunks in self._runner.together(plan.prefill):
             with self._failing([chunk.sequence for chunk in chunks], deltas):
@@ -161,6 +170,7 @@ class Engine:
                 num_prompt=num_prompt,
                 max_total=max_total,
                 arrival=self._arrivals,
+                grammar=request.grammar.start() if request.grammar is not None else None,
             )
             self._scheduler.add(sequence)
         self._count()
@@ -256,13 +266,13 @@ class Engine:
         deltas = self._land()
         return deltas, self._scheduler.plan()
 
-    def _launch(self, batch: Batch, verified: Verified, results: Results) -> _Flight:
+    def _launch(self, batch: Batch, verified: Verified, results: Results, grammars_s: float) -> _Flight:
         """From here on the step's sequences are in it, whatever becomes of them."""
         most = self._runner.most_tokens(batch)
         for sequence, tokens in zip(batch.sequences, most, strict=True):
             sequence.in_flight += tokens
         expected = self._chooser.expected if isinstance(self._chooser, AdaptiveTree) else Expected()
-        return _Flight(batch, verified, results, most, expected)
+        return _Flight(batch, verified, results, most, expected, grammars_s)
 
     def _land(self) -> list[TokenDelta]:
         """Read the results of the step under way, and let go of who has ended meanwhile."""
@@ -284,6 +294,7 @@ class Engine:
         """Let the choice of the tree see what this step took and gave."""
         batch, seconds = flight.batch, flight.results.seconds
         self.stats.step_seconds["decode"].observe(seconds)
+        seconds -= flight.grammars_s  # no tree makes them longer or shorter
         for sequence, row in zip(batch.sequences, rows, strict=True):
             self._lookup.observe(sequence.lookup, row.tokens)
         if isinstance(self._chooser, AdaptiveTree):
@@ -348,13 +359,18 @@ class Engine:
     def _append(
         self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs] | None
     ) -> TokenDelta:
-        """Append tokens up to whatever ends the sequence: a stop id inside the run, or its length."""
+        """Append tokens up to what ends the sequence: a stop id in the run, its grammar, or its length."""
         sampling = sequence.request.sampling
         tokens = tokens[: sequence.remaining]
         reason, stop_id = None, None
         for count, token in enumerate(tokens, start=1):
+            if not follows(sequence, tokens[:count]):
+                return self._fail(sequence, _NOTHING_ALLOWED)
             if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
                 tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
+                break
+            if sequence.grammar is not None and sequence.grammar.ended:
+                tokens, reason = tokens[:count], FinishReason.STOP
                 break
         sequence.token_ids += tokens
         self._scheduler.publish(sequence)

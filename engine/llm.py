@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
+from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.loader import load
 from engine.model.weights import GenerationDefaults
 from engine.stats import EngineStats
@@ -176,6 +177,7 @@ class LLM:
         loaded = load(config, progress=progress)
         self.text: TextProcessor = loaded.text
         self.generation_defaults: GenerationDefaults = loaded.generation_defaults
+        self._grammars = GrammarCompiler(self.text.tokenizer, self.generation_defaults.eos_token_ids)
         self._engine = Engine(loaded)
         self._numbers = count()
 
@@ -203,6 +205,7 @@ class LLM:
         *,
         stop: str | Sequence[str] = (),
         medusa: MedusaParams | None = None,
+        grammar: GrammarSpec | None = None,
         progress: bool = True,
     ) -> list[Output]: ...
 
@@ -213,6 +216,7 @@ class LLM:
         *,
         stop: str | Sequence[str] = (),
         medusa: MedusaParams | None = None,
+        grammar: GrammarSpec | None = None,
         progress: bool = True,
     ) -> list[Output]:
         """Continue prompts together until all have ended.
@@ -225,20 +229,22 @@ class LLM:
             sampling: for all of them or one each; `default_sampling` if not given.
             stop: an output ends before the first of these to be complete in it.
             medusa: how drafts are verified; exactly, if not given.
+            grammar: what every output has to follow.
             progress: show a bar, if stderr is a terminal.
 
         Returns:
             One output per prompt and choice, in the order asked.
 
         Raises:
-            RequestError, ContextLengthError: a prompt that can never run; nothing has run then.
+            RequestError, ContextLengthError: a prompt that can never run, or no valid grammar; nothing has
+                run then.
         """
         if isinstance(prompts, Sequence) and len(prompts) and isinstance(prompts[0], Request):
-            if sampling is not None or stop or medusa is not None:
+            if sampling is not None or stop or medusa is not None or grammar is not None:
                 raise RequestError("requests carry their own sampling; it cannot be given beside them")
             return self._run(cast("Sequence[Request]", prompts), (), progress=False)
         tokens = self._tokens(cast("Prompt | Sequence[Prompt]", prompts))
-        return self._run(self._requests(tokens, sampling, medusa), _stops(stop), progress=progress)
+        return self._run(self._requests(tokens, sampling, medusa, grammar), _stops(stop), progress=progress)
 
     def chat(
         self,
@@ -247,6 +253,7 @@ class LLM:
         *,
         stop: str | Sequence[str] = (),
         medusa: MedusaParams | None = None,
+        grammar: GrammarSpec | None = None,
         progress: bool = True,
     ) -> list[Output]:
         """Answer conversations, written as the model's own chat template has them.
@@ -262,7 +269,7 @@ class LLM:
         single = not len(messages) or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if single else messages)
         tokens = [self.text.encode_chat([dict(each) for each in turns]) for turns in conversations]
-        return self._run(self._requests(tokens, sampling, medusa), _stops(stop), progress=progress)
+        return self._run(self._requests(tokens, sampling, medusa, grammar), _stops(stop), progress=progress)
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -283,14 +290,22 @@ class LLM:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         medusa: MedusaParams | None,
+        grammar: GrammarSpec | None,
     ) -> list[Request]:
         if sampling is None:
             sampling = self.default_sampling
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(each)} sampling params", param="sampling")
+        follows = self._grammars.compile(grammar, param="grammar") if grammar is not None else None
         return [
-            Request(f"offline-{next(self._numbers)}", tuple(tokens), params, medusa=medusa or MedusaParams())
+            Request(
+                f"offline-{next(self._numbers)}",
+                tuple(tokens),
+                params,
+                medusa=medusa or MedusaParams(),
+                grammar=follows,
+            )
             for tokens, params in zip(prompts, each, strict=True)
         ]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.attention.base import AttentionBackend, AttentionInput, RaggedAttention, computed_rows
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
+from engine.constrain import forbid_, masks_at_nodes, masks_at_roots
 from engine.errors import told
 from engine.logprobs import token_logprobs
 from engine.medusa.accept import Accepted, accept
@@ -28,12 +29,7 @@ from engine.scheduler import Chunk
 from engine.step_results import NOT_FINITE, Prefilled, Results, device_event
 from engine.types import Sequence, TokenLogprobs
 
-__all__ = [
-    "Batch",
-    "Runner",
-    "Verified",
-]
-
+__all__ = ["Batch", "Runner", "Verified"]
 
 log = logging.getLogger(__name__)
 
@@ -246,6 +242,9 @@ class Runner:
     def _draw_first(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
         """[S] int64, the first tokens of sequences whose prompts are cached; their slots then hold them."""
         slots = self._ids([sequence.slot for sequence in sequences])
+        if any(sequence.grammar is not None for sequence in sequences):
+            logits, masks = logits.clone(), masks_at_roots(sequences)
+            forbid_(logits, self._ids(masks.rows), self._ids(masks.bits))
         roots = draw(logits, self._sampling.rows(slots, sequences))
         self._root[slots] = roots
         ones = torch.ones_like(slots)
@@ -303,6 +302,25 @@ class Runner:
     def draft_forward(self, batch: Batch) -> Verified:
         """The step's first half. What the host has to say of its logits fits between the two."""
         return self.forward(batch, self.draft(batch))
+
+    @torch.inference_mode()
+    def constrain(self, batch: Batch, verified: Verified) -> tuple[Verified, float]:
+        """Between the halves: forbid at each node what its sequence's grammar does not allow behind its path.
+
+        The logits are changed where they lie: a captured second half looks for them there.
+
+        Returns:
+            Where raw logits are, if log-probabilities are wanted; seconds in which the device does nothing.
+        """
+        raw = verified
+        if any(s.grammar is not None and s.request.sampling.logprobs is not None for s in batch.sequences):
+            raw = replace(verified, logits=verified.logits.clone())
+        tokens = verified.draft.tokens.tolist()  # waits for the pass
+        started = time.perf_counter()
+        masks = masks_at_nodes(batch.sequences, batch.shapes, tokens, self.parents)
+        rows = verified.draft.row_of[self._ids(masks.rows), self._ids(masks.nodes)]
+        forbid_(verified.logits, rows, self._ids(masks.bits))
+        return raw, time.perf_counter() - started
 
     @torch.inference_mode()
     def targets_accept_compact(self, batch: Batch, verified: Verified) -> Results:
@@ -408,7 +426,7 @@ class Runner:
         return token_logprobs(verified.logits[nodes], self._ids(tokens), num_top)
 
     def _ids(self, values: list[int] | Tensor) -> Tensor:
-        """int64 on the device, without waiting for it."""
+        """On the device, without waiting for it; lists as int64."""
         ids = values if isinstance(values, Tensor) else torch.tensor(values)
         return ids if self._device.type == "cpu" else ids.pin_memory().to(self._device, non_blocking=True)
 

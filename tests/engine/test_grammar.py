@@ -1,4 +1,4 @@
-"""Grammars against a matcher that is walked anew for every path, and against texts that do or do not follow."""
+"""Grammars against a matcher that is walked anew for every path, and what is no grammar."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def allowed(state: GrammarState, tokens: list[int], parents: list[int]) -> list[
 
 
 def walked(grammar: Grammar, path: list[int]) -> set[int] | None:
-    """What may follow a path, by a matcher that has gone nowhere else; None: it is off the grammar, or ended."""
+    """What may follow a path, by a matcher that has gone nowhere else; None: off the grammar, or ended."""
     state = grammar.start()
     for token in path:
         if state.ended or not state.advance(token):

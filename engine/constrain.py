@@ -1,0 +1,98 @@
+"""Logits of what a grammar forbids, at the nodes of a step's trees and where prompts end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.medusa.tree import TreeShape
+from engine.types import Sequence
+
+__all__ = ["Masks", "follows", "forbid_", "masks_at_nodes", "masks_at_roots"]
+
+_ROWS = 128
+"""Rows whose masks are unpacked at a time: each takes a byte a token."""
+
+
+class Masks(NamedTuple):
+    """What may follow where.
+
+    Args:
+        rows: of sequences, [R] int64, on the CPU as all of it; nodes: of their trees, [R] int64.
+        bits: [R, bytes] uint8: bit t % 8 of byte t // 8 says whether token t may follow.
+    """
+
+    rows: Tensor
+    nodes: Tensor
+    bits: Tensor
+
+
+def masks_at_nodes(
+    sequences: list[Sequence],
+    shapes: list[TreeShape],
+    tokens: list[list[int]],
+    parents: Callable[[TreeShape], list[int]],
+) -> Masks:
+    """Of the trees of sequences that follow a grammar: all nodes that it allows.
+
+    Args:
+        sequences: of a step, B of them.
+        shapes: of their trees; parents: of such a tree's nodes.
+        tokens: [B, N], of the nodes; more than there are in a smaller tree.
+    """
+    rows, nodes, bits = [], [], []
+    for row, (sequence, shape) in enumerate(zip(sequences, shapes, strict=True)):
+        if sequence.grammar is None:
+            continue
+        found = np.empty((shape.num_nodes, sequence.grammar.words), np.int32)
+        sequence.grammar.masks(tokens[row][: shape.num_nodes], parents(shape), found)
+        reached = (found != -1).any(1).nonzero()[0]
+        rows.append(np.full(len(reached), row))
+        nodes.append(reached)
+        bits.append(found[reached])
+    joined = (np.concatenate(rows), np.concatenate(nodes), np.concatenate(bits).view(np.uint8))
+    return Masks(*map(torch.from_numpy, joined))
+
+
+def masks_at_roots(sequences: list[Sequence]) -> Masks:
+    """The same where each has only the place at which it stands."""
+    plain = TreeShape(0, 0)
+    return masks_at_nodes(sequences, [plain] * len(sequences), [[0]] * len(sequences), lambda _: [0])
+
+
+def follows(sequence: Sequence, tokens: list[int]) -> bool:
+    """Take the last of these tokens, which the sequence emits, as the next of its grammar.
+
+    Returns:
+        False where it may not come: where bad_words or min_tokens leave none of those that the grammar
+        allows, what is drawn means nothing.
+    """
+    grammar, bad_words = sequence.grammar, sequence.request.sampling.bad_words
+    if grammar is None:
+        return True
+    if bad_words:
+        output = [*sequence.token_ids[sequence.num_prompt :], *tokens]
+        if any(tuple(output[-len(word) :]) == word for word in bad_words):
+            return False
+    return grammar.advance(tokens[-1])
+
+
+def forbid_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Set what may not follow to -inf, in place.
+
+    Args:
+        logits: [T, vocab] of any floating type; the vocabulary may be padded beyond the masks'.
+        rows: [R] int64, of them.
+        bits: [R, bytes] uint8, see `Masks`.
+    """
+    vocab, bit = logits.shape[1], torch.arange(8, dtype=torch.uint8, device=bits.device)
+    for some, masks in zip(torch.split(rows, _ROWS), torch.split(bits, _ROWS), strict=True):
+        allowed = ((masks.unsqueeze(2) >> bit) & 1).bool().flatten(1)[:, :vocab]
+        changed = torch.full((len(some), vocab), float("-inf"), dtype=logits.dtype, device=logits.device)
+        width = allowed.shape[1]
+        changed[:, :width] = logits[some, :width].masked_fill_(~allowed, float("-inf"))
+        logits[some] = changed

@@ -1,0 +1,232 @@
+"""Answers that follow a grammar: transformers' text with masked logits, whatever was drafted."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from engine.constrain import forbid_
+from engine.engine import Engine
+from engine.errors import RequestError
+from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
+from engine.llm import LLM
+from engine.types import Acceptance, FinishReason, MedusaParams, Request, SamplingParams
+from tests import support
+from tests.engine.conftest import TinyModel
+from tests.engine.test_features import deltas_of, engines
+from tests.support import letter_tokenizer, make_engine, run_all
+
+TOKENIZER = letter_tokenizer("abcdefgh", "ab", "bc", "abc")  # with its end, the 12 tokens of `narrow`
+END = TOKENIZER.eos_token_id
+COMPILER = GrammarCompiler(TOKENIZER, [END])
+PATTERNS = ["(a(bc|b)*d?|[b-e]{2,4}f)+", "([a-c]{1,3}g)*h", "[a-h]{1,60}", "(abc|abd|d(e|f)){9}h?"]
+PROMPTS = [tuple((7 * i + j) % 12 for j in range(4 + 2 * i)) for i in range(4)]
+
+
+def regex(pattern: str) -> Grammar:
+    return COMPILER.compile(GrammarSpec("regex", pattern))
+
+
+def ask(name: str, i: int, sampling: SamplingParams, pattern: str | None, **values: object) -> Request:
+    grammar = regex(pattern) if pattern is not None else None
+    return Request(name, PROMPTS[i], sampling, grammar=grammar, **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True, params=["eager", "ahead", "captured"])
+def _mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(support.MODE, "ahead", request.param != "eager")
+    monkeypatch.setitem(support.MODE, "captured", request.param == "captured")
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(TOKENIZER.convert_ids_to_tokens([token for token in tokens if token != END]))
+
+
+def may_follow(grammar: Grammar, tokens: list[int]) -> torch.Tensor:
+    """[12] bool, by a state that has gone nowhere else."""
+    state = grammar.start()
+    assert all(state.advance(token) for token in tokens)
+    bits = np.zeros((1, state.words), np.int32)
+    state.masks([0], [-1], bits)
+    return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:12].astype(bool))
+
+
+@torch.inference_mode()
+def greedy_reference(model: TinyModel, prompt: tuple[int, ...], grammar: Grammar, count: int) -> list[int]:
+    output: list[int] = []
+    state = grammar.start()
+    while len(output) < count and not state.ended:
+        logits = model.reference(torch.tensor([[*prompt, *output]])).logits[0, -1]
+        output.append(int(logits.masked_fill(~may_follow(grammar, output), -math.inf).argmax()))
+        assert state.advance(output[-1])
+    return output
+
+
+def test_greedy_is_transformers_with_masked_logits(narrow: TinyModel) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    requests = [ask(f"r{i}", i, params, pattern) for i, pattern in enumerate(PATTERNS)]
+    others = [ask(f"free{i}", i, params, None) for i in range(4)]
+    free = run_all(make_engine(narrow.folder, tree="off"), others)
+    requests += others
+    wanted = {
+        (f"r{i}", 0): greedy_reference(narrow, PROMPTS[i], regex(pattern), 40)
+        for i, pattern in enumerate(PATTERNS)
+    }
+    assert len({tuple(tokens) for tokens in wanted.values()}) == len(PATTERNS)
+    for name, engine in engines(narrow).items():
+        assert run_all(engine, requests, arrive_every=1) == wanted | free, name
+        if name in ("tree", "chain"):
+            assert engine.stats.accepted_tokens > 10
+        if name == "starved":
+            assert engine.stats.preemptions > 0
+
+
+@pytest.mark.parametrize("typical", [False, True])
+def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
+    narrow: TinyModel, typical: bool
+) -> None:
+    features = [
+        {},
+        {"top_p": 0.8},
+        {"top_k": 3, "presence_penalty": 0.7},
+        {"repetition_penalty": 1.3, "n": 3},
+    ]
+    medusa = MedusaParams(Acceptance.TYPICAL if typical else Acceptance.EXACT)
+    requests = [
+        ask(f"r{i}", i, SamplingParams(seed=i, max_tokens=40, **feature), PATTERNS[i], medusa=medusa)
+        for i, feature in enumerate(features)
+    ]
+    alone = {
+        key: tokens
+        for one in requests
+        for key, tokens in run_all(make_engine(narrow.folder, tree="off"), [one]).items()
+    }
+    for name, engine in engines(narrow).items():
+        found = run_all(engine, requests, arrive_every=1)
+        if not typical:
+            assert found == alone, name
+        for (request_id, _), tokens in found.items():
+            state = regex(PATTERNS[int(request_id[1])]).start()
+            assert all(state.advance(token) for token in tokens)
+            assert state.ended == (len(tokens) < 40 or state.ended)
+            if state.ended:
+                assert re.fullmatch(PATTERNS[int(request_id[1])], text_of(tokens))
+    assert len({tuple(tokens) for (name, _), tokens in alone.items() if name == "r3"}) == 3
+
+
+def test_an_answer_ends_where_nothing_can_follow_and_says_stop(narrow: TinyModel) -> None:
+    for name, engine in engines(narrow).items():
+        params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        *_, last = deltas_of(engine, ask("r", 1, params, "abcabcabcabc"))
+        assert last.finish_reason is FinishReason.STOP, name
+        *_, last = deltas_of(engine, ask("r", 1, params, "(abc)+"))
+        assert last.finish_reason in (FinishReason.STOP, FinishReason.LENGTH), name
+        found = run_all(engine, [ask("r", 1, params, "abcabcabcabc")])
+        assert text_of(found["r", 0]) == "abcabcabcabc", name
+
+
+def test_what_ends_an_answer_comes_only_where_it_is_whole(narrow: TinyModel) -> None:
+    """END is likely everywhere, and not let through before 5 letters."""
+    params = SamplingParams(temperature=0.0, max_tokens=40, logit_bias=((END, 50.0),))
+    for name, engine in engines(narrow).items():
+        tokens = run_all(engine, [ask("r", 2, params, "[a-h]{5,9}")])["r", 0]
+        assert tokens[-1] == END, name
+        assert len(text_of(tokens)) in (5, 6, 7), name  # a word of three letters may pass the fifth
+
+
+@torch.inference_mode()
+def test_logprobs_stay_raw(narrow: TinyModel) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
+    for name, engine in engines(narrow).items():
+        found = deltas_of(engine, ask("r", 3, params, "(abc|abd|d(e|f)){9}h?"))
+        tokens = [token for delta in found for token in delta.token_ids]
+        entries = [entry for delta in found for entry in delta.logprobs or []]
+        assert len(entries) == len(tokens) == 12
+        expected = narrow.reference(torch.tensor([[*PROMPTS[3], *tokens]])).logits[0].log_softmax(-1)
+        assert any(entry.rank > 1 for entry in entries)  # the grammar chose another one
+        for place, entry in enumerate(entries, start=len(PROMPTS[3]) - 1):
+            assert entry.logprob == pytest.approx(float(expected[place][entry.token_id]), abs=1e-3), name
+            assert entry.top[0][1] == pytest.approx(float(expected[place].max()), abs=1e-3)
+
+
+def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(narrow: TinyModel) -> None:
+    for name, engine in engines(narrow).items():
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        barred = SamplingParams(temperature=0.0, max_tokens=20, bad_words=((0,), (8,), (10,)))
+        found = deltas_of(engine, ask("r", 0, params, "(abcd)+"), ask("barred", 0, barred, "de(abc)+"))
+        last = {delta.request_id: delta for delta in found}
+        assert last["barred"].finish_reason is FinishReason.ERROR, name
+        assert "grammar" in (last["barred"].error or ""), name
+        assert last["r"].finish_reason is not FinishReason.ERROR
+
+
+def test_a_step_with_a_grammar_is_not_passed_by_the_next(narrow: TinyModel) -> None:
+    """What may follow is known only when the step's tokens are; a step without any goes ahead as before."""
+    if not support.MODE["ahead"]:
+        pytest.skip("no step is launched ahead")
+    engine = make_engine(narrow.folder, tree=9, heads=str(narrow.heads))
+    engine.add(ask("r", 1, SamplingParams(temperature=0.0, max_tokens=30), PATTERNS[2]))
+    for _ in range(4):
+        engine.step()
+        assert all(sequence.in_flight <= 5 for sequence in engine._scheduler)
+
+
+def test_time_spent_on_grammars_is_not_the_trees(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(narrow.folder, heads=str(narrow.heads))
+    constrain = engine._runner.constrain
+    seen: list[float] = []
+    monkeypatch.setattr(engine._runner, "constrain", lambda *args: (constrain(*args)[0], 1e3))
+    assert engine._chooser is not None
+    monkeypatch.setattr(
+        engine._chooser, "observe", lambda shapes, nodes, seconds, **rest: seen.append(seconds)
+    )
+    run_all(engine, [ask("r", 1, SamplingParams(max_tokens=8), PATTERNS[2])])
+    assert seen
+    assert all(seconds < 0 for seconds in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_forbidden_where_they_lie(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 70, generator=generator).to(dtype)
+    rows = torch.randperm(300, generator=generator)[:290]
+    allowed = torch.rand(290, 64, generator=generator) < 0.5
+    bits = torch.from_numpy(np.packbits(allowed.numpy(), axis=1, bitorder="little"))
+    wanted = logits.clone()
+    for row, mask in zip(rows, allowed, strict=True):
+        wanted[row, :64][~mask] = -math.inf
+        wanted[row, 64:] = -math.inf  # the tokenizer knows no such tokens
+    forbid_(logits, rows, bits)
+    assert torch.equal(logits, wanted)
+
+
+def test_from_python(narrow: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("letters")
+    for file in narrow.folder.iterdir():
+        if file.is_file() and "token" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    TOKENIZER.save_pretrained(folder)
+    llm = LLM(str(folder), progress=False, device="cpu", tree=9, heads=str(narrow.heads))
+    grammar = GrammarSpec("choice", '["abcd", "dcba", "fgh"]')
+    outputs = llm.generate(["ab", "cd"], SamplingParams(max_tokens=9), grammar=grammar, progress=False)
+    assert {output.text for output in outputs} <= {"abcd", "dcba", "fgh"}
+    with pytest.raises(RequestError, match="regular expression"):
+        llm.generate("ab", grammar=GrammarSpec("regex", "("), progress=False)
+    with pytest.raises(RequestError, match="beside them"):
+        llm.generate([Request("r", (1,))], grammar=grammar)  # type: ignore[call-overload]
+
+
+def test_engine_keeps_going_when_a_grammar_request_is_aborted(narrow: TinyModel) -> None:
+    engine: Engine = make_engine(narrow.folder, tree=9, heads=str(narrow.heads))
+    params = SamplingParams(temperature=0.0, max_tokens=30, n=2)
+    engine.add(ask("r", 1, params, PATTERNS[2]))
+    for _ in range(3):
+        engine.step()
+    engine.abort("r", 0)
+    while engine.has_work:
+        engine.step()
+    engine.check()
