@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = ["warm", "distil", "train", "calibrate", "collect"]
 
 
-def make(folder: Path, device: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+def make(folder: Path, device: str, *arguments: str, asked: int = 150) -> tuple[int, dict[str, Any]]:
     """New heads for a tiny model that can chat; the exit code and what the results say."""
     model = save_model(tiny_llama(vocab_size=64, eos_token_id=2), folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -36,7 +36,7 @@ def make(folder: Path, device: str, *arguments: str) -> tuple[int, dict[str, Any
     tokenizer.save_pretrained(model)
     baseline = save_random_heads(model / "baseline.safetensors", hidden=32, vocab=64, own_lm_head=False)
     prompts = folder / "prompts.jsonl.xz"
-    lines = [json.dumps({"prompt": f"t{i % 61} t{i // 61} t{i % 7}"}) for i in range(150)]
+    lines = [json.dumps({"prompt": f"t{i % 61} t{i // 61} t{i % 7}"}) for i in range(asked)]
     prompts.write_bytes(lzma.compress("\n".join(lines).encode()))
     given = ["--device", device, "--tiny", "--model", str(model), "--baseline", str(baseline)]
     given += ["--prompts", str(prompts), "--output", str(folder / "out"), "--self-prompt", "4"]
@@ -110,7 +110,7 @@ def test_a_stage_that_fails_costs_no_figures_of_the_others(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_on_a_gpu(tmp_path: Path) -> None:
     # Each stage ends when it has done all there is; most of the time goes to compiling.
-    code, results = make(tmp_path, "cuda", "--minutes", "4", "--workers", "2")
+    code, results = make(tmp_path, "cuda", "--minutes", "4", "--workers", "2", asked=70)
     results["parts"]["distil"]["exit_codes"] = sorted(set(results["parts"]["distil"]["exit_codes"]))
     held_to_what_comes_back(tmp_path, code, results, "cuda")
 
