@@ -249,7 +249,18 @@ _LIKELY: dict[str, dict[str, Any]] = {
     },
     "repetition_penalty": _number(0.1, 3),
     "seed": _integer(-(2**63), 2**63 - 1),
+    "response_format": {"enum": [None, {"type": "text"}]},
     "stop_token_ids": _TOKENS,
+    "structured_outputs": {
+        "enum": [
+            {"json": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+            {"json": '{"type": "array", "items": {"type": "boolean"}}'},
+            {"regex": "[a-z]{1,9}"},
+            {"choice": ["yes", "no"]},
+            {"grammar": 'root ::= "a" | "b" root'},
+            {"json_object": True},
+        ]
+    },
     "stream_options": {
         "type": "object",
         "properties": {"include_usage": {"const": True}, "continuous_usage_stats": {"type": "boolean"}},
@@ -261,8 +272,15 @@ _LIKELY: dict[str, dict[str, Any]] = {
     "truncate_prompt_tokens": _integer(1, 50),
 }
 # Fields that exclude each other, told apart by whether the answer is streamed.
-_STREAMED = ("stream_options", "max_completion_tokens", "continue_final_message")
-_NOT_STREAMED = ("prompt_logprobs", "max_tokens", "add_generation_prompt")
+_GUIDED = ("guided_choice", "guided_grammar", "guided_json", "guided_regex")
+_STREAMED = (
+    "stream_options",
+    "max_completion_tokens",
+    "continue_final_message",
+    "structured_outputs",
+    *_GUIDED,
+)
+_NOT_STREAMED = ("prompt_logprobs", "max_tokens", "add_generation_prompt", "min_tokens", *_GUIDED)
 _OF_MESSAGES = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,8 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Grammar", "GrammarCompiler", "GrammarSpec", "GrammarState"]
 
-MAX_GRAMMAR_BYTES = 1 << 20
+MAX_GRAMMAR_BYTES = 1 << 18
 """Of a grammar's text: more is a mistake or an attack."""
+
+STACK_PER_BYTE = 2048
+"""Bytes of stack that a byte of text may take. llguidance goes down rules that name rules, and schemas that
+name schemas, by recursion, and where the stack ends so does the process; the most that was found was 1024."""
+
+LEAST_STACK = 1 << 23
 
 
 class GrammarSpec(NamedTuple):
@@ -151,16 +158,35 @@ class GrammarCompiler:
         if len(spec.text.encode(errors="surrogatepass")) > MAX_GRAMMAR_BYTES:
             raise RequestError(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes of text", param=param)
         tokenizer = self._tokenizer(param)
-        from llguidance import LLMatcher
-
         try:
-            matcher = LLMatcher(tokenizer, _text(spec), log_level=0)
+            matcher = self._matcher(tokenizer, spec)
         except ValueError as error:
             raise RequestError(f"not a valid {_NAMES[spec.kind]}: {error}", param=param) from error
         if matcher.is_error():
             reason = matcher.get_error().split("\n\n")[0].strip()
             raise RequestError(f"not a valid {_NAMES[spec.kind]}: {reason}", param=param)
         return Grammar(spec, matcher, tokenizer.vocab_size, self._eos)
+
+    def _matcher(self, tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
+        """Made in a thread whose stack fits the text; of memory only what is needed is taken."""
+        from llguidance import LLMatcher
+
+        made: Future[LLMatcher] = Future()
+
+        def make() -> None:
+            try:
+                made.set_result(LLMatcher(tokenizer, _text(spec), log_level=0))
+            except BaseException as error:
+                made.set_exception(error)
+
+        stack = max(LEAST_STACK, STACK_PER_BYTE * len(spec.text.encode(errors="surrogatepass")))
+        with _STACKS:
+            before = threading.stack_size(stack)
+            try:
+                threading.Thread(target=make, name="grammar", daemon=True).start()
+            finally:
+                threading.stack_size(before)
+        return made.result()
 
     def _tokenizer(self, param: str | None) -> LLTokenizer:
         with self._lock:
@@ -174,6 +200,9 @@ class GrammarCompiler:
                     raise RequestError(text, param=param) from error
             return self._made
 
+
+_STACKS = threading.Lock()
+"""Held while the size of new threads' stacks, which is the process's, is another."""
 
 _NAMES = {
     "json_schema": "JSON schema",

@@ -19,7 +19,8 @@ from server.errors import add_error_handlers
 from server.metrics import Metrics
 from server.middleware import HeadMiddleware, ReadinessMiddleware, RequestMiddleware
 from server.routes import chat, completions, health, models, tokenize
-from server.schemas.base import SamplingDefaults
+from server.schemas.base import GenerationDefaults
+from server.schemas.structured import JSON_OBJECT
 from server.settings import Settings
 from server.watchdog import watch_steps
 
@@ -30,7 +31,7 @@ __all__ = ["create_app"]
 
 
 def create_app(
-    engine: EngineClient, text: TextProcessor, settings: Settings, defaults: SamplingDefaults
+    engine: EngineClient, text: TextProcessor, settings: Settings, defaults: GenerationDefaults
 ) -> FastAPI:
     """An app that starts `engine` with its lifespan and stops it at the end.
 
@@ -38,7 +39,7 @@ def create_app(
         engine: loaded, not started.
         text: the tokenizer's two directions.
         settings: the served name and the limits are read from it.
-        defaults: the model's own sampling values, for fields a request leaves out.
+        defaults: the model's own generation settings.
 
     Raises:
         ConfigError: the API keys cannot be used.
@@ -55,13 +56,18 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        watchdog = asyncio.create_task(watch_steps(context), name="watchdog")
+        beside = [
+            asyncio.create_task(watch_steps(context), name="watchdog"),
+            asyncio.create_task(context.grammars.prepare(lambda: context.idle, JSON_OBJECT), name="grammars"),
+        ]
         try:
             yield
         finally:
-            watchdog.cancel()
+            for task in beside:
+                task.cancel()
             await engine.stop(settings.drain_timeout)
             context.text_thread.shutdown(wait=False)
+            context.grammars.close()
 
     # sse-starlette would cut every stream at SIGTERM; ours end with the engine's drain.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]

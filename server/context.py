@@ -16,10 +16,12 @@ from fastapi import Depends, Request
 
 from engine.client import EngineClient
 from engine.errors import EngineStoppedError
+from engine.grammar import GrammarCompiler
 from server import __version__
 from server.errors import ModelNotFoundError
+from server.grammars import Grammars
 from server.metrics import Metrics
-from server.schemas.base import SamplingDefaults
+from server.schemas.base import GenerationDefaults
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,13 +42,14 @@ class ServerContext:
     engine: EngineClient
     text: TextProcessor
     settings: Settings
-    defaults: SamplingDefaults
+    defaults: GenerationDefaults
     metrics: Metrics
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     text_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
     )
+    grammars: Grammars = field(init=False)
     model_names: tuple[str, ...] = field(init=False)
     """All names clients may use, the main one first."""
     fingerprint: str = field(init=False)
@@ -55,6 +58,7 @@ class ServerContext:
     def __post_init__(self) -> None:
         described = json.dumps([__version__, asdict(self.engine.info)], sort_keys=True)
         self.model_names = self.settings.model_names  # which looks at the disk
+        self.grammars = Grammars(GrammarCompiler(self.text.tokenizer, self.defaults.eos_token_ids))
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 
     @property
@@ -66,6 +70,11 @@ class ServerContext:
     def stuck(self) -> bool:
         """Whether the step under way has taken longer than `step_timeout`."""
         return 0 < self.settings.step_timeout < self.engine.stats.step_age()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no choice runs or waits."""
+        return not self.engine.stats.running and not self.engine.stats.waiting
 
     @property
     def ready(self) -> bool:

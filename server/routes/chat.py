@@ -13,7 +13,15 @@ from engine.types import TokenLogprobs
 from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
 from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage
-from server.routes.generate import ERRORS, STREAMED, engine_request, respond, sampling_of, text_options
+from server.routes.generate import (
+    ERRORS,
+    STREAMED,
+    engine_request,
+    grammar_of,
+    respond,
+    sampling_of,
+    text_options,
+)
 from server.schemas.chat import ChatRequest
 from server.streaming import Generation, TextPiece
 
@@ -36,6 +44,7 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
     """Everything that can be refused is refused here, before a status is sent."""
     text = context.text
     sampling = await sampling_of(body, context)
+    grammar = await grammar_of(body, context, record)
     prediction: list[int] = []
     if body.prediction_text:
         prediction = await context.encoded(
@@ -43,7 +52,7 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
         )
     messages, options = body.template_input(), body.template_options()
     prompt = await context.encoded(record, text.encode_chat, messages, **options)
-    request = engine_request(body, context, record.engine_id, prompt, sampling, prediction)
+    request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
     try:
         return Generation(context, record, request, text_options(body))
     except RequestError as error:

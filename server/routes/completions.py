@@ -16,7 +16,15 @@ from server.batch import Batch
 from server.chunks import CompletionWriter, Heading, completion_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
 from server.responses import Completion, CompletionChoice, CompletionLogprobs, FinishReasonName, Usage
-from server.routes.generate import ERRORS, STREAMED, engine_request, respond, sampling_of, text_options
+from server.routes.generate import (
+    ERRORS,
+    STREAMED,
+    engine_request,
+    grammar_of,
+    respond,
+    sampling_of,
+    text_options,
+)
 from server.schemas.completions import CompletionRequest, PromptInput
 from server.streaming import TextPiece
 
@@ -42,13 +50,14 @@ async def completions(body: CompletionRequest, http: HttpRequest, context: Conte
             "that this server holds",
             param="prompt",
         )
+    grammar = await grammar_of(body, context, record)
     requests: list[Request] = []
     echoes: list[_Echo] = []
     for i, prompt in enumerate(body.prompts):
         try:
             tokens = await _encode(body, context, record, prompt)
             name = record.engine_id if i == 0 else f"{record.engine_id}-{i}"
-            request = engine_request(body, context, name, tokens, sampling)
+            request = engine_request(body, context, name, tokens, sampling, grammar)
             context.engine.info.check(request)
         except RequestError as error:
             if len(body.prompts) > 1 and error.param == "prompt":

@@ -11,17 +11,28 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from engine.errors import MedusaError
+from engine.errors import MedusaError, RequestError
+from engine.grammar import Grammar
 from engine.types import MedusaParams, Request, SamplingParams
 from server.batch import Pieces
 from server.chunks import event
-from server.context import ServerContext
+from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.responses import ErrorBody
 from server.schemas.base import GenerationBody
+from server.schemas.structured import ConstrainedBody
 from server.streaming import EventStream, TextOptions, TextPiece, unless_disconnected
 
-__all__ = ["ERRORS", "STREAMED", "Answer", "engine_request", "respond", "sampling_of", "text_options"]
+__all__ = [
+    "ERRORS",
+    "STREAMED",
+    "Answer",
+    "engine_request",
+    "grammar_of",
+    "respond",
+    "sampling_of",
+    "text_options",
+]
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
@@ -72,6 +83,21 @@ async def sampling_of(body: GenerationBody, context: ServerContext) -> SamplingP
     return body.sampling(context.defaults, context.engine.info.vocab_size, bad_words)
 
 
+async def grammar_of(body: ConstrainedBody, context: ServerContext, record: RequestRecord) -> Grammar | None:
+    """What each answer of a request has to follow.
+
+    Raises:
+        RequestError: it cannot be compiled; the message says where it stands and why.
+    """
+    if not body.constrained_by:
+        return None
+    constraint = await context.encoded(record, body.constraint)
+    try:
+        return await context.grammars.compiled(constraint.spec)
+    except RequestError as error:
+        raise RequestError(f"{constraint.place}: {error}", param=constraint.param) from error
+
+
 def text_options(body: GenerationBody) -> TextOptions:
     """How a request wants its text."""
     return TextOptions(
@@ -87,6 +113,7 @@ def engine_request(
     request_id: str,
     prompt: Sequence[int],
     sampling: SamplingParams,
+    grammar: Grammar | None,
     prediction: Sequence[int] = (),
 ) -> Request:
     """One prompt as the engine takes it, cut to its last tokens where the client allows that.
@@ -105,6 +132,7 @@ def engine_request(
         medusa=MedusaParams() if body.medusa is None else body.medusa.params(),
         prediction_token_ids=tuple(prediction),
         cache_salt=body.cache_salt,
+        grammar=grammar,
         priority=body.priority or 0,
     )
 

@@ -20,8 +20,8 @@ __all__ = [
     "UNSUPPORTED_EVERYWHERE",
     "Body",
     "GenerationBody",
+    "GenerationDefaults",
     "MedusaOptions",
-    "SamplingDefaults",
     "StreamOptions",
     "TextPart",
     "at_most",
@@ -40,15 +40,11 @@ MAX_METADATA = 16
 MAX_INT64 = 2**63 - 1
 
 UNSUPPORTED_EVERYWHERE: dict[str, tuple[object, ...]] = {
-    # OpenAI's, of a chat completion; vLLM's of a text completion too
-    "response_format": ({"type": "text"},),
     # vLLM's
     "allowed_token_ids": (),
     "best_of": (1,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -60,7 +56,6 @@ UNSUPPORTED_EVERYWHERE: dict[str, tuple[object, ...]] = {
     "session_id": (),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncation_side": ("left",),
     "use_beam_search": (False,),
@@ -70,8 +65,9 @@ UNSUPPORTED_EVERYWHERE: dict[str, tuple[object, ...]] = {
 """Known fields that neither endpoint has, and the values that pass besides null."""
 
 
-class SamplingDefaults(Protocol):
-    """What a model's own generation settings say about fields a request leaves out; None says nothing."""
+class GenerationDefaults(Protocol):
+    """What a model's own generation settings say: values of fields a request leaves out, where not None, and
+    what ends an answer."""
 
     @property
     def temperature(self) -> float | None: ...
@@ -83,6 +79,8 @@ class SamplingDefaults(Protocol):
     def min_p(self) -> float | None: ...
     @property
     def repetition_penalty(self) -> float | None: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
 
 
 class Body(BaseModel):
@@ -290,7 +288,7 @@ class GenerationBody(Body):
 
     def sampling(
         self,
-        defaults: SamplingDefaults,
+        defaults: GenerationDefaults,
         vocab_size: int,
         bad_words: Sequence[tuple[int, ...]] = (),
     ) -> SamplingParams:
@@ -340,10 +338,11 @@ def without_unsupported(
     """
     if not isinstance(data, dict):
         return data
+    fields = {field.alias or name for name, field in model.model_fields.items()}
     known = {}
     for name, value in data.items():
         param = field_path([*location, str(name)])
-        if name in model.model_fields:
+        if name in fields:
             known[name] = value
         elif name not in unsupported:
             raise UnsupportedFieldError(f"Unrecognized request argument: {param}", param=param)

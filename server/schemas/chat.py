@@ -15,14 +15,14 @@ from server.schemas.base import (
     MAX_METADATA,
     UNSUPPORTED_EVERYWHERE,
     Body,
-    GenerationBody,
-    SamplingDefaults,
+    GenerationDefaults,
     TextPart,
     at_most,
     first,
     parts,
     without_unsupported,
 )
+from server.schemas.structured import ConstrainedBody
 
 __all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
 
@@ -124,7 +124,7 @@ class Prediction(Body):
         return "".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationBody, Conversation):
+class ChatRequest(ConstrainedBody, Conversation):
     """Body of POST /v1/chat/completions."""
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -190,7 +190,7 @@ class ChatRequest(GenerationBody, Conversation):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def sampling(self, defaults: SamplingDefaults, vocab_size: int, bad_words: Any = ()) -> SamplingParams:
+    def sampling(self, defaults: GenerationDefaults, vocab_size: int, bad_words: Any = ()) -> SamplingParams:
         """See `GenerationBody.sampling`."""
         try:
             return super().sampling(defaults, vocab_size, bad_words)

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.errors import RequestError
 from engine.types import MAX_LOGPROBS
-from server.schemas.base import UNSUPPORTED_EVERYWHERE, GenerationBody, first
+from server.schemas.base import UNSUPPORTED_EVERYWHERE, first
+from server.schemas.structured import ConstrainedBody
 
 __all__ = ["CompletionRequest", "PromptInput"]
 
@@ -51,7 +52,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(GenerationBody):
+class CompletionRequest(ConstrainedBody):
     """Body of POST /v1/completions."""
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {

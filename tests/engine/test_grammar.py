@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from engine.errors import RequestError
 from engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, GrammarSpec, GrammarState
 from tests.support import letter_tokenizer
 
+ROOT = Path(__file__).parents[2]
 TOKENIZER = letter_tokenizer("abcdefghij", "ab", "bc", "abc")
 EOS = TOKENIZER.eos_token_id
 COMPILER = GrammarCompiler(TOKENIZER, [EOS])
@@ -162,6 +166,29 @@ def test_what_is_no_grammar_is_refused_with_a_reason(spec: GrammarSpec, reason: 
         COMPILER.compile(spec, param="structured_outputs")
     assert re.search(reason, str(refused.value), re.DOTALL)
     assert refused.value.param == "structured_outputs"
+
+
+DEEP = {
+    "rules": "start: r0\n" + "".join(f"r{i}: ((((r{i + 1}))))\n" for i in range(10_000)) + 'r10000: "a"',
+    "schemas": '{"$ref": "#/$defs/0", "$defs": {'
+    + "".join(f'"{i}": {{"anyOf": [{{"$ref": "#/$defs/{i + 1}"}}]}}, ' for i in range(5_000))
+    + '"5000": {"type": "boolean"}}}',
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_what_refers_to_what_refers_on_does_not_end_the_process(kind: str) -> None:
+    """In a process of its own, since the end of a stack is the end of one."""
+    spec = GrammarSpec("grammar" if kind == "rules" else "json_schema", DEEP[kind])
+    assert len(spec.text) < MAX_GRAMMAR_BYTES
+    code = (
+        "import sys; from tests.engine.test_grammar import COMPILER, GrammarSpec;"
+        "grammar = COMPILER.compile(GrammarSpec(sys.argv[1], sys.stdin.read()));"
+        "print('ended' if grammar.start().ended else 'begun')"
+    )
+    command = [sys.executable, "-c", code, spec.kind]
+    done = subprocess.run(command, input=spec.text, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (0, "begun\n"), done.stderr
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told() -> None:

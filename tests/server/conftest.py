@@ -87,6 +87,7 @@ class Defaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    eos_token_ids: tuple[int, ...] = (EOS_ID,)
 
 
 class LoopServer(uvicorn.Server):

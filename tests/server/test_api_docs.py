@@ -27,10 +27,12 @@ from server.app import create_app
 from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, GenerationBody, StreamOptions
 from server.schemas.chat import ChatMessage, ChatRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.structured import StructuredOutputs
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings
 from tests.server.conftest import TEXT, Defaults, RunningServer, says
 
+SO = "structured_outputs"
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
@@ -86,6 +88,12 @@ def test_every_refusal_is_documented_with_what_passes(path: str) -> None:
         assert both == {name: written(values) for name, values in UNSUPPORTED_EVERYWHERE.items()}
         unsupported = {name: unsupported[name] for name in unsupported if name not in UNSUPPORTED_EVERYWHERE}
     assert told == {name: written(values) for name, values in unsupported.items()}
+
+
+@pytest.mark.parametrize(("field", "body"), [("stream_options", StreamOptions), (SO, StructuredOutputs)])
+def test_every_refusal_within_a_field_is_documented(field: str, body: type[Body]) -> None:
+    (told,) = re.findall(rf"Of\s+`{field}`: (.*?)\.(?:\s|$)", SECTIONS["POST /v1/completions"], re.S)
+    assert refused_in(told) == {name: written(values) for name, values in body.UNSUPPORTED.items()}
 
 
 def test_every_endpoint_is_documented() -> None:

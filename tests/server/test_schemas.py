@@ -35,7 +35,6 @@ MEANT: dict[str, Any] = {
     "prompt_cache_options": {"mode": "explicit"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "verbosity": "low",
