@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from benchmarks.common import Server, model_folder
@@ -144,3 +147,77 @@ def test_typical_acceptance_runs_and_is_greedy_at_temperature_zero(plain: Server
     assert ask(lookup, extra_body=typical).choices[0].message.content == greedy
     drawn = ask(lookup, extra_body=typical, temperature=0.8, seed=3, messages=COPY, max_tokens=40)
     assert drawn.usage.completion_tokens > 1
+
+
+class Ingredient(pydantic.BaseModel):
+    name: str = pydantic.Field(pattern="^[a-z ]{1,12}$")
+    grams: int = pydantic.Field(ge=0, le=999)
+
+
+class Recipe(pydantic.BaseModel):
+    title: str = pydantic.Field(pattern="^[A-Za-z ]{1,20}$")
+    kind: Literal["soup", "cake"]
+    ingredients: list[Ingredient] = pydantic.Field(min_length=1, max_length=2)
+
+
+SOUP: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Write a recipe of a soup as JSON."}],
+    "max_tokens": 400,
+    "response_format": Recipe,
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "lookup"])
+def test_a_model_of_pydantic_comes_back(kind: str, request: pytest.FixtureRequest) -> None:
+    server: Server = request.getfixturevalue(kind)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        parsed = client.chat.completions.parse(**SOUP, temperature=1.0, seed=3, n=2).choices
+        assert [choice.index for choice in parsed] == [0, 1]
+        recipes = [choice.message.parsed for choice in parsed]
+        assert all(isinstance(recipe, Recipe) for recipe in recipes)
+        assert recipes[0] != recipes[1]
+        with client.chat.completions.stream(**SOUP, temperature=1.0, seed=3, n=2) as stream:
+            streamed = stream.get_final_completion().choices
+        assert [choice.message.parsed for choice in streamed] == recipes
+        assert [choice.finish_reason for choice in streamed] == ["stop", "stop"]
+
+
+def test_a_grammar_gives_the_same_text_tree_on_or_off(plain: Server, lookup: Server) -> None:
+    fields = {"extra_body": {"guided_regex": "(Paris|London|[A-Z][a-z]{3,9}) (is|was) [a-z ,]{20,60}[.]"}}
+    texts = [ask(server, max_tokens=64, **fields).choices[0].message.content for server in (plain, lookup)]
+    assert texts[0] == texts[1]
+    assert re.fullmatch(fields["extra_body"]["guided_regex"], texts[0])
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"choice": ["Berlin", "Rome"]}, "Berlin|Rome"),
+        ({"grammar": 'root ::= "The answer is " [0-9] [0-9]? "."'}, r"The answer is \d\d?\."),
+        ({"grammar": 'start: "é" WORD "\\n"\nWORD: /[a-z]{3,5}/'}, "é[a-z]{3,5}\n"),
+        ({"json": '{"items": {"type": "boolean"}, "type": "array", "maxItems": 2}'}, r"(?s)\s*\[.*\]"),
+    ],
+)
+def test_each_kind_of_constraint_on_both_completions(
+    lookup: Server, constraint: dict[str, Any], pattern: str
+) -> None:
+    extra = {"structured_outputs": constraint}
+    chat = ask(lookup, max_tokens=64, extra_body={**extra, "ignore_eos": True}).choices[0]
+    with openai.OpenAI(base_url=f"{lookup.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.completions.create(
+            model=MODEL, prompt=["One", "Two"], temperature=0, max_tokens=64, echo=True, extra_body=extra
+        )
+    texts = [chat.message.content, *(choice.text[3:] for choice in answer.choices)]
+    assert all(re.fullmatch(pattern, text) for text in texts), texts
+    assert [choice.text[:3] for choice in answer.choices] == ["One", "Two"]
+    assert {chat.finish_reason, *(choice.finish_reason for choice in answer.choices)} == {"stop"}
+
+
+def test_an_object_of_json_is_one(lookup: Server) -> None:
+    messages = [{"role": "user", "content": 'Answer in JSON, like {"city": "Rome"}: the capital of France?'}]
+    choice = ask(lookup, messages=messages, max_tokens=200, response_format={"type": "json_object"}).choices[
+        0
+    ]
+    assert choice.finish_reason == "stop"
+    assert isinstance(json.loads(choice.message.content), dict)
