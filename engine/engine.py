@@ -19,6 +19,7 @@ from engine.graphs import CapturedRunner, Graph, cuda_graphs
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
 from engine.medusa.buckets import Buckets
+from engine.medusa.lookup import FORCED
 from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
 from engine.runner import Batch, Runner, Verified
@@ -243,7 +244,7 @@ class Engine:
         ready = [chunk.sequence for chunk in chunks if chunk.last and chunk.sequence.slot >= 0]
         if ready and self.info.lookup:
             for sequence, proposed in zip(ready, self._runner.propose(ready), strict=True):
-                self._lookup.propose(sequence.lookup, *proposed)
+                self._propose(sequence, *proposed)
         return deltas
 
     def _first(self, sequence: Sequence, result: Prefilled) -> TokenDelta:
@@ -330,14 +331,21 @@ class Engine:
             if sequence.request.trace:
                 trace = self._trace(flight, i, row, tokens[i][: shape.num_nodes])
             sequence.num_cached += row.length + 1
-            source = _source(sequence, shape, row.last)
+            source = sequence.source(row.last, shape.head_nodes)
             delta = self._append(sequence, row.tokens, logprobs)
             delta.num_steps, delta.trace = 1, trace
             self._count_accepted(sequence, shape, row.length, source, delta)
             deltas.append(delta)
             if sequence.slot >= 0 and self.info.lookup:
-                self._lookup.propose(sequence.lookup, row.chain, row.kind)
+                self._propose(sequence, row.chain, row.kind)
         self._took("emit", emitting)
+
+    def _propose(self, sequence: Sequence, chain: list[int], kind: int) -> None:
+        """Note the chain of the next step: the lookup's, or what the grammar forces where it forces any."""
+        if sequence.grammar is not None and (forced := sequence.grammar.forced()[: self.info.lookup]):
+            self._runner.set_chain(sequence, forced)
+            chain, kind = forced, FORCED
+        self._lookup.propose(sequence.lookup, chain, kind)
 
     def _count_accepted(
         self, sequence: Sequence, shape: TreeShape, length: int, source: DraftSource, delta: TokenDelta
@@ -349,7 +357,7 @@ class Engine:
         self.stats.num_drafts += 1
         self.stats.drafted_by_source["head"] += shape.head_nodes
         if shape.lookup_nodes:
-            chain = _source(sequence, shape, shape.head_nodes + 1)
+            chain = sequence.source(shape.head_nodes + 1, shape.head_nodes)
             self.stats.drafted_by_source[chain.value] += shape.lookup_nodes
         if used := min(length, emitted):
             self.stats.accepted(source.value, used)
@@ -433,7 +441,7 @@ class Engine:
         return StepTrace(
             tokens=tuple(tokens),
             parents=(-1, *self._runner.parents(shape)[1:]),
-            sources=tuple(_source(sequence, shape, node) for node in range(shape.num_nodes)),
+            sources=tuple(sequence.source(node, shape.head_nodes) for node in range(shape.num_nodes)),
             accepted=tuple(self._path(shape, row)),
             next_root=row.tokens[-1],
             batch_size=len(flight.batch.sequences),
@@ -488,12 +496,3 @@ def _make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buc
 
             warm_prompts(runner, loaded)
     return runner
-
-
-def _source(sequence: Sequence, shape: TreeShape, node: int) -> DraftSource:
-    """What proposed a node of the sequence's tree in this step; call before the next chain is noted."""
-    if node == 0:
-        return DraftSource.ROOT
-    if node <= shape.head_nodes:
-        return DraftSource.HEAD
-    return DraftSource.PREDICTION if sequence.lookup.from_prediction else DraftSource.LOOKUP

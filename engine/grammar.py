@@ -100,6 +100,10 @@ class GrammarState:
         self.ended = taken and self._matcher.is_stopped()
         return taken
 
+    def forced(self) -> list[int]:
+        """Tokens that spell what alone can come next; others may spell the same."""
+        return list(self._matcher.compute_ff_tokens())
+
     def masks(self, tokens: Sequence[int], parents: Sequence[int], out: NDArray[np.int32]) -> None:
         """What may follow each node of a tree whose root is the last token that was taken.
 

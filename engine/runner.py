@@ -41,8 +41,7 @@ class Batch:
     Args:
         sequences: B of them.
         shapes: of their trees.
-        slots: [B] int64.
-        lengths: [B] int64.
+        slots, lengths: [B] int64.
         max_length: host upper bound of `lengths`.
         predicted: for each row with a prediction, how many tokens that has.
         adjusted: whether some of them use adjustments; None: as far as the host knows of any slot.
@@ -98,8 +97,7 @@ class Runner:
         heads: the heads' branch; None without heads.
         lookup_size: most nodes of the lookup branch; 0 without.
         eos_token_ids: the model's own.
-        max_num_seqs: slots.
-        max_model_len: longest sequence.
+        max_num_seqs: slots; max_model_len: longest sequence.
         spare_slots: further slots, which no sequence gets.
         captured: graphs hold the steps, so that all of them is torch's operators.
     """
@@ -416,6 +414,12 @@ class Runner:
         )
         packed = torch.column_stack((proposal.kind, proposal.count, proposal.tokens)).tolist()
         return [(chain[:count], kind) for kind, count, *chain in packed]
+
+    @torch.inference_mode()
+    def set_chain(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Draft these in its next step, in the lookup's place."""
+        assert self._lookup is not None
+        self._lookup.tokens[sequence.slot, : len(tokens)] = self._ids(tokens)
 
     @torch.inference_mode()
     def logprobs(

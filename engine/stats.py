@@ -11,7 +11,7 @@ from engine.config import MAX_TREE_NODES
 
 __all__ = ["DRAFT_SOURCES", "PHASES", "EngineStats", "Tally"]
 
-DRAFT_SOURCES = ("head", "lookup", "prediction")
+DRAFT_SOURCES = ("head", "lookup", "prediction", "grammar")
 """What can draft a node: the `DraftSource` values but the root's."""
 
 PHASES = ("schedule", "prefill", "decode", "emit")

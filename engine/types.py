@@ -54,6 +54,7 @@ class DraftSource(StrEnum):
     HEAD = "head"
     LOOKUP = "lookup"
     PREDICTION = "prediction"
+    GRAMMAR = "grammar"
 
 
 class Acceptance(StrEnum):
@@ -328,7 +329,7 @@ class LookupState:
     Args:
         chain: tokens that may follow the root, nearest first; empty where nothing in the history matches.
         kind: how good the match is: tokens that matched up to the root, 0 for none; plus 8 where it lies
-            in the prediction.
+            in the prediction; 17 where the grammar leaves nothing else.
         own: log-odds by which the next token of this sequence's chains is right more often than the average
             of all.
     """
@@ -339,7 +340,11 @@ class LookupState:
 
     @property
     def from_prediction(self) -> bool:
-        return self.kind > 8
+        return 8 < self.kind <= 16
+
+    @property
+    def forced(self) -> bool:
+        return self.kind > 16
 
 
 @dataclass(slots=True, eq=False)
@@ -379,6 +384,14 @@ class Sequence:
     grammar: GrammarState | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     queue_s: float = -1.0
+
+    def source(self, node: int, head_nodes: int) -> DraftSource:
+        """What proposed a node of its tree in this step; call before the next chain is noted."""
+        if node <= head_nodes:
+            return DraftSource.HEAD if node else DraftSource.ROOT
+        if self.lookup.forced:
+            return DraftSource.GRAMMAR
+        return DraftSource.PREDICTION if self.lookup.from_prediction else DraftSource.LOOKUP
 
     @property
     def num_nodes(self) -> int:

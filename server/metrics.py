@@ -237,7 +237,7 @@ METRICS: tuple[Metric, ...] = (
     _counter(
         "spec_decode_num_draft_tokens",
         "nodes",
-        "Tree nodes verified, root not counted, by what had drafted them: head, lookup or prediction.",
+        "Tree nodes verified, root not counted, by source: head, lookup, prediction or grammar.",
         lambda s: [((source,), count) for source, count in s.stats.drafted_by_source.items()],
         ("source",),
     ),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.types import Sequence
 
-__all__ = ["CONTEXT", "MOST_MATCHED", "NOBODY", "NUM_KINDS", "Lookup", "Proposal"]
+__all__ = ["CONTEXT", "FORCED", "MOST_MATCHED", "NOBODY", "NUM_KINDS", "Lookup", "Proposal"]
 
 MOST_MATCHED = 8
 """Tokens of context compared; a longer match is a better guess, and past eight it no longer tells more."""
@@ -23,8 +23,11 @@ MOST_MATCHED = 8
 CONTEXT = 2
 """Prompt tokens put before a prediction, so that its own first tokens have something to match."""
 
-NUM_KINDS = 2 * MOST_MATCHED + 1
-"""Kinds of match: 0 is none, 1 to 8 tokens matched in the history, 9 to 16 in the prediction."""
+FORCED = 2 * MOST_MATCHED + 1
+"""The kind of a chain that no match gave: a grammar leaves nothing else."""
+
+NUM_KINDS = FORCED + 1
+"""Kinds: 0 matches nothing, 1 to 8 as many tokens of the history, 9 to 16 of the prediction, 17 is forced."""
 
 NOBODY: Mapping[int, int] = {}
 """No row has a prediction."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.medusa.choice_kernels import survival
-from engine.medusa.lookup import MOST_MATCHED, NUM_KINDS
+from engine.medusa.lookup import FORCED, MOST_MATCHED, NUM_KINDS
 from engine.medusa.tree import Tree
 from engine.types import LookupState
 
@@ -26,8 +26,8 @@ _HEAD_NODES = (0, 1, 2, 3, 5, 7, 9, 11, 15, 19, 23, 31, 39, 47, 63)
 _USUAL = (0, 1, 2, 3, 5, 8), (0.02, 0.2, 0.45, 0.6, 0.75, 0.9)
 """Tokens matched, and how often the next one then came true in SmolLM2-135M's answers to MT-bench."""
 
-_LONGEST = MOST_MATCHED, NUM_KINDS - 1
-"""Kinds of match that grow no longer: in the history, and in the prediction."""
+_LONGEST = MOST_MATCHED, 2 * MOST_MATCHED, FORCED
+"""Kinds that grow no longer: matches in the history and in the prediction, and what a grammar forces."""
 
 
 def considered_sizes(heads: Tree | None) -> list[int]:
@@ -58,7 +58,7 @@ class LookupRecord:
     def __init__(self, size: int) -> None:
         self.size = size
         kinds = np.arange(NUM_KINDS)
-        longest = np.where(kinds > MOST_MATCHED, NUM_KINDS - 1, MOST_MATCHED)
+        longest = np.array(_LONGEST)[np.searchsorted(_LONGEST, kinds)]
         self._grown = np.minimum(kinds[:, None] + np.arange(max(1, size)), longest[:, None])
         matched = np.where(kinds > MOST_MATCHED, kinds - MOST_MATCHED, kinds)
         share = np.interp(matched, *_USUAL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from engine.engine import Engine
 from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.llm import LLM
-from engine.types import Acceptance, FinishReason, MedusaParams, Request, SamplingParams
+from engine.types import Acceptance, DraftSource, FinishReason, MedusaParams, Request, SamplingParams
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.engine.test_features import deltas_of, engines
@@ -36,10 +37,18 @@ def ask(name: str, i: int, sampling: SamplingParams, pattern: str | None, **valu
     return Request(name, PROMPTS[i], sampling, grammar=grammar, **values)  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True, params=["eager", "ahead", "captured"])
-def _mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(support.MODE, "ahead", request.param != "eager")
-    monkeypatch.setitem(support.MODE, "captured", request.param == "captured")
+@pytest.fixture(autouse=True, params=["eager", "ahead", "captured"], scope="module")
+def _mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(support.MODE, "ahead", request.param != "eager")
+        patch.setitem(support.MODE, "captured", request.param == "captured")
+        yield
+
+
+@pytest.fixture(scope="module")
+def every(narrow: TinyModel, _mode: None) -> dict[str, Engine]:
+    """Engines of all settings, made once a mode: each test leaves them empty."""
+    return engines(narrow)
 
 
 def text_of(tokens: list[int]) -> str:
@@ -66,7 +75,7 @@ def greedy_reference(model: TinyModel, prompt: tuple[int, ...], grammar: Grammar
     return output
 
 
-def test_greedy_is_transformers_with_masked_logits(narrow: TinyModel) -> None:
+def test_greedy_is_transformers_with_masked_logits(narrow: TinyModel, every: dict[str, Engine]) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40)
     requests = [ask(f"r{i}", i, params, pattern) for i, pattern in enumerate(PATTERNS)]
     others = [ask(f"free{i}", i, params, None) for i in range(4)]
@@ -77,7 +86,7 @@ def test_greedy_is_transformers_with_masked_logits(narrow: TinyModel) -> None:
         for i, pattern in enumerate(PATTERNS)
     }
     assert len({tuple(tokens) for tokens in wanted.values()}) == len(PATTERNS)
-    for name, engine in engines(narrow).items():
+    for name, engine in every.items():
         assert run_all(engine, requests, arrive_every=1) == wanted | free, name
         if name in ("tree", "chain"):
             assert engine.stats.accepted_tokens > 10
@@ -87,7 +96,7 @@ def test_greedy_is_transformers_with_masked_logits(narrow: TinyModel) -> None:
 
 @pytest.mark.parametrize("typical", [False, True])
 def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
-    narrow: TinyModel, typical: bool
+    narrow: TinyModel, every: dict[str, Engine], typical: bool
 ) -> None:
     features = [
         {},
@@ -105,7 +114,7 @@ def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
         for one in requests
         for key, tokens in run_all(make_engine(narrow.folder, tree="off"), [one]).items()
     }
-    for name, engine in engines(narrow).items():
+    for name, engine in every.items():
         found = run_all(engine, requests, arrive_every=1)
         if not typical:
             assert found == alone, name
@@ -118,8 +127,8 @@ def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
     assert len({tuple(tokens) for (name, _), tokens in alone.items() if name == "r3"}) == 3
 
 
-def test_an_answer_ends_where_nothing_can_follow_and_says_stop(narrow: TinyModel) -> None:
-    for name, engine in engines(narrow).items():
+def test_an_answer_ends_where_nothing_can_follow_and_says_stop(every: dict[str, Engine]) -> None:
+    for name, engine in every.items():
         params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
         *_, last = deltas_of(engine, ask("r", 1, params, "abcabcabcabc"))
         assert last.finish_reason is FinishReason.STOP, name
@@ -129,19 +138,19 @@ def test_an_answer_ends_where_nothing_can_follow_and_says_stop(narrow: TinyModel
         assert text_of(found["r", 0]) == "abcabcabcabc", name
 
 
-def test_what_ends_an_answer_comes_only_where_it_is_whole(narrow: TinyModel) -> None:
+def test_what_ends_an_answer_comes_only_where_it_is_whole(every: dict[str, Engine]) -> None:
     """END is likely everywhere, and not let through before 5 letters."""
     params = SamplingParams(temperature=0.0, max_tokens=40, logit_bias=((END, 50.0),))
-    for name, engine in engines(narrow).items():
+    for name, engine in every.items():
         tokens = run_all(engine, [ask("r", 2, params, "[a-h]{5,9}")])["r", 0]
         assert tokens[-1] == END, name
         assert len(text_of(tokens)) in (5, 6, 7), name  # a word of three letters may pass the fifth
 
 
 @torch.inference_mode()
-def test_logprobs_stay_raw(narrow: TinyModel) -> None:
+def test_logprobs_stay_raw(narrow: TinyModel, every: dict[str, Engine]) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
-    for name, engine in engines(narrow).items():
+    for name, engine in every.items():
         found = deltas_of(engine, ask("r", 3, params, "(abc|abd|d(e|f)){9}h?"))
         tokens = [token for delta in found for token in delta.token_ids]
         entries = [entry for delta in found for entry in delta.logprobs or []]
@@ -153,8 +162,8 @@ def test_logprobs_stay_raw(narrow: TinyModel) -> None:
             assert entry.top[0][1] == pytest.approx(float(expected[place].max()), abs=1e-3)
 
 
-def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(narrow: TinyModel) -> None:
-    for name, engine in engines(narrow).items():
+def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(every: dict[str, Engine]) -> None:
+    for name, engine in every.items():
         params = SamplingParams(temperature=0.0, max_tokens=20)
         barred = SamplingParams(temperature=0.0, max_tokens=20, bad_words=((0,), (8,), (10,)))
         found = deltas_of(engine, ask("r", 0, params, "(abcd)+"), ask("barred", 0, barred, "de(abc)+"))
@@ -230,3 +239,18 @@ def test_engine_keeps_going_when_a_grammar_request_is_aborted(narrow: TinyModel)
     while engine.has_work:
         engine.step()
     engine.check()
+
+
+def test_what_a_grammar_forces_is_drafted_and_taken(narrow: TinyModel) -> None:
+    """Lookup alone, whose history holds none of it."""
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    grammar = "(aaaabbbbccccdddd|hhhhaaaabbbbcccc)(eeeeffff|gggg)"
+    wanted = run_all(make_engine(narrow.folder, tree="off"), [ask("r", 1, params, grammar)])
+    engine = make_engine(narrow.folder, tree=9)
+    found = deltas_of(engine, ask("r", 1, params, grammar, trace=True))
+    assert [token for delta in found for token in delta.token_ids] == wanted["r", 0]
+    assert engine.stats.drafted_by_source["grammar"] >= engine.stats.accepted_tokens > 8
+    assert any(DraftSource.GRAMMAR in delta.trace.sources for delta in found if delta.trace is not None)
+    free = make_engine(narrow.folder, tree=9)
+    run_all(free, [ask("r", 1, params, None)])
+    assert free.stats.drafted_by_source["grammar"] == 0

@@ -19,8 +19,10 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import load
+from engine.types import SamplingParams
 from tests import support
 from tests.engine.conftest import TinyModel
+from tests.engine.test_constrained import PATTERNS, PROMPTS, ask, greedy_reference, regex
 from tests.engine.test_engine import (
     test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched,
     test_abort_frees_everything_at_once,
@@ -85,3 +87,15 @@ def test_prompts_find_their_kernels_compiled(narrow: TinyModel, monkeypatch: pyt
             prompts = [[(first + i * i) % 12 for i in range(max(1, length))] for length in lengths]
             support.run_all(engine, [support.greedy(f"{i}", prompt, 3) for i, prompt in enumerate(prompts)])
     assert not compiled
+
+
+def test_answers_follow_their_grammar(narrow: TinyModel) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    requests = [ask(f"r{i}", i, params, pattern) for i, pattern in enumerate(PATTERNS)]
+    wanted = {
+        (f"r{i}", 0): greedy_reference(narrow, PROMPTS[i], regex(pattern), 30)
+        for i, pattern in enumerate(PATTERNS)
+    }
+    for settings in ({"tree": 33, "heads": str(narrow.heads)}, {"tree": "off"}):
+        engine = support.make_engine(narrow.folder, **settings)
+        assert support.run_all(engine, requests, arrive_every=1) == wanted

@@ -205,7 +205,7 @@ def test_a_step_may_say_more_than_its_tokens() -> None:
         assert second.token_ids == [2, 3]  # cut by max_tokens, and so is what belongs to them
         assert second.logprobs == given[:2]
         assert (second.prompt_logprobs, second.accepted_prediction_tokens) == (None, 2)
-        assert engine.stats.accepted_by_source == {"head": 0, "lookup": 0, "prediction": 2}
+        assert engine.stats.accepted_by_source == {"head": 0, "lookup": 0, "prediction": 2, "grammar": 0}
         assert (engine.stats.prefix_query_tokens, engine.stats.prefix_hit_tokens) == (3, 2)
         (plain, *_) = await collect(engine, request())
         assert (plain.logprobs, plain.prompt_logprobs) == (None, None)
