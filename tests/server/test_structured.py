@@ -13,7 +13,7 @@ from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarSpec
 from engine.types import Acceptance
 from server.schemas.chat import ChatRequest
-from tests.server.conftest import EOS_ID, MODEL, RunningServer, Serve, chat_body, ids, says
+from tests.server.conftest import EOS_ID, MODEL, Defaults, RunningServer, Serve, chat_body, ids, says
 from tests.server.test_errors import error_of
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}, "required": ["b"]}
@@ -78,17 +78,18 @@ def test_what_is_asked_for_reaches_the_engine(
     assert (grammar and grammar.spec) == spec
 
 
-def test_a_compiled_grammar_ends_at_the_models_eos(hello: RunningServer) -> None:
-    assert send(hello, PATHS[0], guided_choice=["ab"]).status_code == 200
-    grammar = hello.engine.submitted[-1].grammar
+def test_a_grammar_ends_at_the_models_own_eos(serve: Serve) -> None:
+    """Which need not be the tokenizer's."""
+    (other,) = ids("<|im_start|>")
+    server = serve(says("x"), defaults=Defaults(eos_token_ids=(other,)))
+    assert send(server, PATHS[0], guided_regex="(ab)*").status_code == 200
+    grammar = server.engine.submitted[-1].grammar
     assert isinstance(grammar, Grammar)
+    assert grammar.start().advance(other)
+    assert not grammar.start().advance(EOS_ID)
     state = grammar.start()
     assert [state.advance(token) for token in ids("ab")] == [True, True]
-    assert state.ended
-    assert send(hello, PATHS[0], guided_regex="a*").status_code == 200
-    grammar = hello.engine.submitted[-1].grammar
-    assert grammar is not None
-    assert grammar.start().advance(EOS_ID)
+    assert not grammar.start().advance(ids("b")[0])
 
 
 def test_each_prompt_of_several_has_the_grammar(hello: RunningServer) -> None:
