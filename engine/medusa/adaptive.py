@@ -3,20 +3,23 @@
 Three things are known about a step before it runs: what it will take (`step_times`), how often each node
 of the heads' tree has been accepted, and how often a lookup chain of this kind came true, in all sequences
 and in this one (`records`). Nodes of the heads that are not verified stay unseen, so in at most 1 % of
-steps, and of time, a larger tree is tried.
+steps, and of time, a larger tree is tried. And what steps take that nobody chooses stays as it was measured
+at the start, rightly or not: so in at most another 1 %, and only where it could matter, a step is tried that
+would be best if it took as little as it plausibly may (optimism in the face of uncertainty, as with bandits).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
-from engine.medusa.choice_kernels import Costs, choose, promise
+from engine.medusa.choice_kernels import Costs, choose, predict, promise
 from engine.medusa.records import HeadRecord, LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape
@@ -33,10 +36,14 @@ Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 _EXPLORE = 0.01
-"""Share of steps, and of decode time, that may go to other trees than the best known one."""
+"""Share of steps, and of decode time, that may go to other trees than the best known one, to learn what their
+nodes bring; and as much again to learn what their steps take."""
 
 _SAVED = 50.0
 """Steps whose time may be spent at once on trying another tree: what 5000 steps have earned."""
+
+_NOTHING_TO_TRY, _TOO_DEAR = 100, 10
+"""Steps after which it is asked again which step to try for its time."""
 
 _HYSTERESIS = 1.03
 """Another size of the heads' branch has to promise this much more to be taken."""
@@ -57,6 +64,16 @@ _FORGET = 0.0001
 
 _NO_REACH = np.zeros((1, 1))
 """Of no heads."""
+
+
+class _Taken(NamedTuple):
+    """What `choice_kernels.choose` gives."""
+
+    choice: int
+    plain: Array
+    seconds: Array
+    counts: Counts
+    added: Array
 
 
 class TreeCaps:
@@ -125,7 +142,7 @@ class FixedTree:
 
 @dataclass(slots=True)
 class _Explored:
-    """The budget of steps that try another tree.
+    """The budget of steps that try another tree, for its nodes or for its time.
 
     It is not saved up without bound: a load that could not use it must not leave the next one hundreds of
     such steps in a row.
@@ -155,11 +172,15 @@ class _Explored:
             self.turn += 1
         return extra_s <= self.seconds
 
-    def spend(self, extra_s: float) -> None:
-        self.steps += 1
+    def spend(self, extra_s: float, steps: int = 1) -> None:
+        self.steps += steps
         self.turn += 1
-        self.due -= 1.0
+        self.due -= steps
         self.seconds -= extra_s
+
+    def wait(self, steps: int) -> None:
+        """Try nothing for so many steps."""
+        self.due -= steps * _EXPLORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +227,9 @@ class AdaptiveTree:
         self._sizes = self._heads.sizes if self._heads is not None else np.zeros(1, dtype=np.int64)
         times.check_sizes(len(self._sizes))
         self._current = 0
-        self._explored = _Explored()
+        self._for_nodes, self._for_times = _Explored(), _Explored()
+        # Of a step that is to be tried once more for its time: the batch, and the index of the size.
+        self._again = 0, 0
         # Lookup nodes accepted deeper than the heads', and how many that should have been: where the heads
         # are right the chain often is too, which multiplying their chances overlooks.
         self._beyond = _UNKNOWN_BEYOND.copy()
@@ -218,7 +241,7 @@ class AdaptiveTree:
 
     @property
     def explored_steps(self) -> int:
-        return self._explored.steps
+        return self._for_nodes.steps + self._for_times.steps
 
     def choose(self, sequences: list[Sequence]) -> None:
         """Set each sequence's nodes for the most expected tokens per second of this batch."""
@@ -257,13 +280,17 @@ class AdaptiveTree:
         reach = self._heads.reach() if self._heads is not None else _NO_REACH
         beyond = float(self._beyond[0] / self._beyond[1])
         bounds = _CHAIN_DEPTHS if batch > 1 and self._times.widens(batch, context) else _ANY_DEPTH
-        lookup = self._lookup.odds, states
         heads = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
-        choice, plain, seconds, counts, added = choose(costs, *lookup, *heads, -1, bounds)
-        self._current = choice
-        if (tried := self._explore(choice, plain, seconds)) != choice:
-            choice, _, _, counts, added = choose(costs, *lookup, *heads, tried, bounds)
-        return choice, counts, added, float(seconds[0])
+
+        def take(costs: Costs, forced: int = -1) -> _Taken:
+            return _Taken(*choose(costs, self._lookup.odds, states, *heads, forced, bounds))
+
+        usual = take(costs)
+        self._current = usual.choice
+        taken = self._try_for_times(usual, take, costs, context)
+        if taken is usual:
+            taken = self._try_for_nodes(usual, take, costs)
+        return taken.choice, taken.counts, taken.added, float(usual.seconds[0])
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
         """Tokens per second that each size of the heads' tree, root counted, promises now, without lookup.
@@ -299,7 +326,8 @@ class AdaptiveTree:
         rows, largest = sum(s.num_nodes for s in shapes), max(s.num_nodes for s in shapes)
         computed, cells = self._times.rows(batch, rows, largest), batch * largest - rows
         self._times.observe(batch, context, computed, seconds, expected.draft_s, cells)
-        self._explored.earn(seconds)
+        self._for_nodes.earn(seconds)
+        self._for_times.earn(seconds)
         if self._heads is None:
             return
         nodes = max(shape.head_nodes for shape in shapes)
@@ -332,20 +360,74 @@ class AdaptiveTree:
             beyond += max(0, chain - by_heads)
         self._beyond = 0.98 * self._beyond + (beyond, predicted)
 
-    def _explore(self, choice: int, plain: Array, seconds: Array) -> int:
-        """The choice, or now and then another one that the budget affords."""
-        if self._explored.due < 1.0 - 1e-9:
-            return choice
-        fits = np.flatnonzero(plain > 0)
+    def _try_for_times(
+        self, usual: _Taken, take: Callable[..., _Taken], costs: Costs, context: int
+    ) -> _Taken:
+        """What is usual, or now and then what would be if other steps took as little as they plausibly may.
+
+        Tried once, it may still not be believed; so a step that is no better than it seems is soon let alone,
+        and one that is gets chosen.
+
+        Args:
+            take: the choice at given costs.
+        """
+        budget, batch = self._for_times, len(usual.counts)
+        again, self._again = self._again, (0, 0)
+        if batch == again[0]:
+            return take(self._hoped(usual, costs, context), again[1])
+        if budget.due < 1.0 - 1e-9:
+            return usual
+        hopeful = take(self._hoped(usual, costs, context))
+        if self._rows(hopeful) == self._rows(usual):
+            budget.wait(_NOTHING_TO_TRY)
+            return usual
+        # Where a step takes longer after one of another size, the second says what the first does not.
+        in_a_row = 1 if self._times.captured else 2
+        lost_s = in_a_row * self._lost(costs, hopeful, usual)
+        if not budget.affords(lost_s):
+            budget.wait(_TOO_DEAR)
+            return usual
+        budget.spend(lost_s, in_a_row)
+        if in_a_row > 1:
+            self._again = batch, hopeful.choice
+        return hopeful
+
+    def _try_for_nodes(self, usual: _Taken, take: Callable[..., _Taken], costs: Costs) -> _Taken:
+        """What is usual, or now and then another size that the budget affords."""
+        budget, choice = self._for_nodes, usual.choice
+        if budget.due < 1.0 - 1e-9:
+            return usual
+        fits = np.flatnonzero(usual.plain > 0)
         larger, smaller = fits[fits > choice], fits[fits < choice]
-        # In turn the next size, the largest and the size before: whether to grow, all nodes, and whether a
-        # smaller tree is as cheap or dear as it was thought to be.
+        # In turn the next size, the largest and the size before: whether to grow, all nodes, and what the
+        # first ones bring alone.
         targets = [*larger[:1], *larger[-1:], *smaller[-1:]]
         if not targets:
-            return choice
-        target = int(targets[self._explored.turn % len(targets)])
-        extra = abs(float(seconds[target] - seconds[choice]))
-        if not self._explored.affords(extra):
-            return choice
-        self._explored.spend(extra)
-        return target
+            return usual
+        target = int(targets[budget.turn % len(targets)])
+        extra = abs(float(usual.seconds[target] - usual.seconds[choice]))
+        if not budget.affords(extra):
+            return usual
+        budget.spend(extra)
+        return take(costs, target)
+
+    def _hoped(self, usual: _Taken, costs: Costs, context: int) -> Costs:
+        """The costs if every other step takes as little beside the usual one as it plausibly may."""
+        return self._times.optimistic(costs, len(usual.counts), context, self._rows(usual))
+
+    def _rows(self, taken: _Taken) -> float:
+        """Rows that are computed."""
+        nodes = 1 + int(self._sizes[taken.choice])
+        rows = nodes * len(taken.counts) + int(taken.counts.sum())
+        return self._times.rows(len(taken.counts), rows, nodes + int(taken.counts.max()))
+
+    def _lost(self, costs: Costs, tried: _Taken, usual: _Taken) -> float:
+        """Seconds expected of a step to try, less those in which the usual one makes as many tokens."""
+        seconds, tokens = [], []
+        for taken in (tried, usual):
+            heads = float(self._heads.reach()[taken.choice].sum()) if self._heads is not None else 0.0
+            lookup = sum(row[:count].sum() for row, count in zip(taken.added, taken.counts, strict=True))
+            tokens.append(len(taken.counts) * (1.0 + heads) + lookup)
+            body = predict(costs.rows, costs.seconds, self._rows(taken))
+            seconds.append(body + costs.drafts[taken.choice] + costs.outside)
+        return max(0.0, float(seconds[0] - tokens[0] / tokens[1] * seconds[1]))

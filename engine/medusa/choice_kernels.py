@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.cpu_team import JIT
 
-__all__ = ["Costs", "beside", "choose", "corrected", "learn", "predict", "promise", "survival"]
+__all__ = ["Costs", "beside", "choose", "predict", "promise", "survival"]
 
 # They take microseconds; to get the interpreter's lock back may take as long as another thread likes.
 _JIT: dict[str, Any] = {**JIT, "nogil": False}
@@ -52,15 +52,6 @@ class Costs(NamedTuple):
 
 
 @njit(**_JIT)
-def corrected(base: Array, shift: float, local: Array) -> Array:
-    """[K] seconds at the knots, never falling: exp(base + shift + local)."""
-    found = np.exp(base + shift + local)
-    for i in range(1, found.size):
-        found[i] = max(found[i], found[i - 1])
-    return found
-
-
-@njit(**_JIT)
 def predict(knots: Array, values: Array, rows: float) -> float:
     """Seconds at so many rows: linear between the knots, and beyond them as steep as beside them."""
     last = knots.size - 1
@@ -74,40 +65,6 @@ def predict(knots: Array, values: Array, rows: float) -> float:
     while knots[i + 1] < rows:
         i += 1
     return values[i] + (rows - knots[i]) / (knots[i + 1] - knots[i]) * (values[i + 1] - values[i])
-
-
-@njit(**_JIT)
-def learn(
-    knots: Array,
-    base: Array,
-    values: Array,
-    shift: float,
-    local: Array,
-    rows: float,
-    seconds: float,
-    rate: float,
-    local_rate: float,
-) -> tuple[float, float]:
-    """Move the correction of the knots beside `rows` towards what a step took.
-
-    Args:
-        values: [K] `corrected`, which is made anew in place; so is `local` [K].
-
-    Returns:
-        The new shift, and the error that was learned from: log seconds.
-    """
-    error = np.log(seconds / predict(knots, values, rows))
-    error = min(max(error, -0.3), 0.3)  # a hiccup of the machine is not the step's time
-    i = 0
-    while i < knots.size - 2 and knots[i + 1] < rows:
-        i += 1
-    place = min(max((rows - knots[i]) / (knots[i + 1] - knots[i]), 0.0), 1.0)
-    local *= 0.999
-    local[i] += local_rate * error * (1.0 - place)
-    local[i + 1] += local_rate * error * place
-    shift += rate * error
-    values[:] = corrected(base, shift, local)
-    return shift, error
 
 
 @njit(**_JIT)
@@ -209,6 +166,8 @@ def _least_slope(costs: Costs) -> float:
         return 0.0
     least = np.inf
     for i in range(1, costs.rows.size):
+        if i > 1 and costs.rows[i - 1] >= costs.most_rows:
+            break
         slope = (costs.seconds[i] - costs.seconds[i - 1]) / (costs.rows[i] - costs.rows[i - 1])
         least = min(least, slope)
     return least

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
-
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
-from engine.medusa.choice_kernels import Costs, learn, predict
+from engine.medusa.choice_kernels import Costs, predict
+from engine.medusa.time_corrections import Corrections
 
 __all__ = ["StepTimes"]
 
 Array = NDArray[np.float64]
 
 
-@dataclass(slots=True)
-class _Correction:
-    """What serving has taught of steps of one bucket of batches and one of contexts.
-
-    Args:
-        shift: of all log seconds.
-        local: [K], of those at each knot.
-        seconds: [K], at each knot, corrected.
-    """
-
-    shift: float
-    local: Array
-    seconds: Array
-
-    def copy(self) -> Self:
-        return replace(self, local=self.local.copy(), seconds=self.seconds.copy())
-
-
 class StepTimes:
     """Seconds of a decode step by batch size, rows (nodes of all its sequences) and longest context.
 
-    Measured points hold for an idle machine and a short context; what serving takes corrects them, by
-    context bucket, as a whole and, more slowly, point by point: how busy the machine is changes fast, and
-    what one size takes more than another does not, so there noise counts for less. What a step takes besides
-    (planning it, handing out its tokens) is learned while serving: it is the same for any tree, so the larger
-    it is the larger a tree pays.
+    Measured points hold for a short context and for the machine as it was then, which may have been busy.
+    What serving takes corrects them (`time_corrections`), each bucket of batches by itself. What a step takes
+    besides (planning it, handing out its tokens) is learned while serving: it is the same for any tree, so
+    the larger it is the larger a tree pays.
 
     Args:
         measured: for each batch bucket, (rows, seconds) points, rows rising.
@@ -55,7 +35,8 @@ class StepTimes:
     """
 
     _RATE = 0.05
-    _LOCAL_RATE = 0.03
+    _UNEVEN_RATE, _MOST_UNEVEN = 0.03, 0.3
+    """The latter is a bound on log seconds: a hiccup of the machine is not a step's time."""
     _FORGET = 0.0005
     """Of what uneven trees were seen to take, in a step without them: or one hiccup might end them."""
 
@@ -75,13 +56,24 @@ class StepTimes:
         self._uneven = dict(self._measured_uneven)
         self._buckets = sorted(measured)
         measured = {b: _with_a_slope(b, measured) for b in self._buckets}
+        if buckets is None:
+            measured = {b: _as_far_as_trees_go(b, points) for b, points in measured.items()}
         self._rows = {b: np.array([row for row, _ in measured[b]], dtype=float) for b in self._buckets}
-        self._base = {b: np.log(np.maximum.accumulate([t for _, t in measured[b]])) for b in self._buckets}
         self._draft = {b: np.asarray(draft.get(b, [0.0])) for b in self._buckets}
-        self._corrections: dict[tuple[int, int], _Correction] = {}
+        self._corrections = {
+            b: Corrections(self._rows[b], np.array([t for _, t in measured[b]]), captured=self.captured)
+            for b in self._buckets
+        }
         self._outside: dict[int, float] = {}
-        rows, base = self._rows[self._buckets[0]], self._base[self._buckets[0]]
-        learn(rows, base, np.exp(base), 0.0, np.zeros_like(base), 1.0, 1.0, 0.0, 0.0)  # compiled now
+        # Compile it now, not under the first request.
+        unused = Corrections(np.array([1.0, 2.0]), np.array([1.0, 1.0]), captured=False)
+        unused.observe(1, 1.0, 1.0)
+        unused.optimistic(1, 1.0)
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are captured: each takes what its bucket takes, also after one of another size."""
+        return self._grid is not None
 
     def check_sizes(self, count: int) -> None:
         """Raise ValueError if drafting was not measured for so many sizes."""
@@ -97,7 +89,7 @@ class StepTimes:
         bucket = self._bucket(batch)
         return Costs(
             rows=self._rows[bucket],
-            seconds=self._correction(bucket, context).seconds,
+            seconds=self._corrections[bucket].seconds(context),
             drafts=self._draft[bucket],
             padding=self.padding(batch, context),
             uneven=self._uneven.get(bucket, 0.0),
@@ -106,6 +98,11 @@ class StepTimes:
             grid_nodes=self._grid_nodes,
             most_rows=float(most_rows),
         )
+
+    def optimistic(self, costs: Costs, batch: int, context: int, rows: float) -> Costs:
+        """`costs`, if steps take as little as they plausibly may, but one of `rows` what it is thought to."""
+        points, seconds = self._corrections[self._bucket(batch)].optimistic(context, rows)
+        return costs._replace(rows=points, seconds=seconds)
 
     def predict(self, batch: int, context: int, rows: Array) -> Array:
         """Seconds of the forward pass and all that follows, for each number of rows; without drafting."""
@@ -142,25 +139,15 @@ class StepTimes:
             cells: of the grid, that hold no node.
         """
         bucket = self._bucket(batch)
-        known = self._correction(bucket, context)
         uneven = self._uneven.get(bucket, 0.0)
         if cells:
             other_s += cells * self.padding(batch, context) + uneven
-        known.shift, error = learn(
-            self._rows[bucket],
-            self._base[bucket],
-            known.seconds,
-            known.shift,
-            known.local,
-            rows,
-            max(seconds - other_s, 0.1 * seconds),
-            self._RATE,
-            self._LOCAL_RATE,
-        )
+        error = self._corrections[bucket].observe(context, rows, max(seconds - other_s, 0.1 * seconds))
         if self._grid is not None:
             return  # a captured step takes what its bucket takes
         if cells:
-            self._uneven[bucket] = max(0.0, uneven + self._LOCAL_RATE * error * seconds)
+            error = min(max(error, -self._MOST_UNEVEN), self._MOST_UNEVEN)
+            self._uneven[bucket] = max(0.0, uneven + self._UNEVEN_RATE * error * seconds)
         else:
             self._uneven[bucket] = uneven + self._FORGET * (self._measured_uneven.get(bucket, 0.0) - uneven)
 
@@ -172,17 +159,6 @@ class StepTimes:
 
     def _bucket(self, batch: int) -> int:
         return next((b for b in self._buckets if b >= batch), self._buckets[-1])
-
-    def _correction(self, bucket: int, context: int) -> _Correction:
-        key = bucket, _context_bucket(context)
-        if key not in self._corrections:  # a new context starts from what the nearest shorter one has learned
-            shorter = [c for b, c in self._corrections if b == bucket and c < key[1]]
-            self._corrections[key] = (
-                self._corrections[bucket, max(shorter)].copy()
-                if shorter
-                else _Correction(0.0, np.zeros(len(self._rows[bucket])), np.exp(self._base[bucket]))
-            )
-        return self._corrections[key]
 
 
 def _with_a_slope(bucket: int, measured: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:
@@ -201,6 +177,12 @@ def _with_a_slope(bucket: int, measured: dict[int, list[tuple[int, float]]]) -> 
     return [*points, (2 * rows, seconds + slope * rows)]
 
 
-def _context_bucket(context: int) -> int:
-    """Powers of two: 7 is up to 128 tokens, 8 up to 256, …"""
-    return max(7, (context - 1).bit_length())
+def _as_far_as_trees_go(bucket: int, points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A bucket's points and, where its largest trees were not measured, some beyond: as steep as the last."""
+    found = list(points)
+    (first, fast), (last, slow) = points[-2:]
+    slope = max(0.0, (slow - fast) / (last - first))
+    while found[-1][0] < bucket * MAX_TREE_NODES:
+        rows, seconds = found[-1]
+        found.append((2 * rows, seconds + slope * rows))
+    return found

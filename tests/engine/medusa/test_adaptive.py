@@ -174,7 +174,6 @@ def test_what_each_size_promises_is_what_it_brings() -> None:
 
 
 def test_a_smaller_size_is_tried_now_and_then() -> None:
-    """Its time may have been measured while the machine was busy; nobody else would find out."""
     world = World(adaptive(), 0.5)
     world.run(1, 1500)
     world.sizes.clear()
@@ -317,7 +316,7 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int, captured: bool) -> N
                 least = min(least, chain[d] * missed * (beyond if choice else 1.0))
                 tokens += least
         plain = 1.02 if choice == 0 and sum(lengths) == 0 else 1.0
-        rows_at, seconds = np.maximum.accumulate(np.array(knots)).T
+        rows_at, seconds = costs.rows, costs.seconds
         slope = (seconds[1] - seconds[0]) / (rows_at[1] - rows_at[0])
         seconds = np.interp(rows, rows_at, seconds) - max(0.0, rows_at[0] - rows) * slope
         return float(plain * tokens / (seconds + drafts[choice]))
@@ -529,7 +528,7 @@ def test_what_exploring_may_cost_is_not_saved_up() -> None:
     world.run(16, 5000)  # sixteen roots are all that fit
     assert chooser.explored_steps == 0
     world.run(1, 150)
-    assert chooser.explored_steps <= 3
+    assert chooser.explored_steps <= 6  # for their nodes, and for their times
 
 
 def test_step_times_follow_what_serving_takes() -> None:

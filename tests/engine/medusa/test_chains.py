@@ -43,12 +43,18 @@ class Texts:
     Args:
         hazard: chance of the next token by the length of the match, from 0 to 8.
         uneven: seconds that a step takes more where trees differ in size, which nobody measured at the start.
+        plain: seconds measured of a plain step, to those that it takes.
     """
 
     BATCH, ANSWER = 16, 64
 
-    def __init__(self, hazard: SequenceOf[float], uneven: float = 0.0, seed: int = 0) -> None:
-        points = {b: [(b * n, self.step(b * n)) for n in (1, 2, 4, 8)] for b in (1, self.BATCH)}
+    def __init__(
+        self, hazard: SequenceOf[float], uneven: float = 0.0, *, plain: float = 1.0, seed: int = 0
+    ) -> None:
+        points = {
+            b: [(b, plain * self.step(b)), *((b * n, self.step(b * n)) for n in (2, 4, 8))]
+            for b in (1, self.BATCH)
+        }
         self.chooser = AdaptiveTree(StepTimes(points, {}), None, LookupRecord(8), 512)
         self.record, self.hazard, self.uneven = self.chooser._lookup, hazard, uneven
         self.rng = random.Random(seed)
@@ -120,6 +126,15 @@ def test_chains_that_hardly_pay_cost_next_to_nothing(hazard: SequenceOf[float], 
     world.forget()
     world.run(1500)
     assert world.to_plain > 0.985
+
+
+@pytest.mark.parametrize("plain", [0.5, 2.0])
+def test_so_it_is_where_plain_steps_were_measured_wrongly(plain: float) -> None:
+    world = Texts(HALF, 0.0015, plain=plain)
+    world.run(500)
+    world.forget()
+    world.run(1500)
+    assert world.to_plain > 0.98
 
 
 def test_chains_that_often_come_true_are_found() -> None:
