@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.medusa.tree import TreeShape
 from engine.types import Sequence
 
-__all__ = ["Masks", "follows", "forbid_", "masks_at_nodes", "masks_at_roots"]
+__all__ = ["Masks", "follows", "forbid_", "masks_at_nodes", "masks_at_roots", "refusal"]
 
 _ROWS = 128
 """Rows whose masks are unpacked at a time: each takes a byte a token."""
@@ -79,6 +79,13 @@ def follows(sequence: Sequence, tokens: list[int]) -> bool:
         if any(tuple(output[-len(word) :]) == word for word in bad_words):
             return False
     return grammar.advance(tokens[-1])
+
+
+def refusal(sequence: Sequence) -> str:
+    """Why what was drawn may not follow, for the user."""
+    if sequence.grammar is not None and sequence.grammar.error:
+        return f"the grammar asks too much of its parser: {sequence.grammar.error}"
+    return "of the tokens that the grammar allows here, bad_words or min_tokens left none"
 
 
 def forbid_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from engine import faults
-from engine.constrain import follows
+from engine.constrain import follows, refusal
 from engine.errors import told
 from engine.graphs import CapturedRunner, Graph, cuda_graphs
 from engine.loader import Loaded
@@ -42,8 +42,6 @@ from engine.warmup import measure
 __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
-
-_NOTHING_ALLOWED = "of the tokens that the grammar allows here, bad_words or min_tokens left none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +371,7 @@ class Engine:
         reason, stop_id = None, None
         for count, token in enumerate(tokens, start=1):
             if not follows(sequence, tokens[:count]):
-                return self._fail(sequence, _NOTHING_ALLOWED)
+                return self._fail(sequence, refusal(sequence))
             if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
                 tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
                 break

@@ -84,15 +84,19 @@ class GrammarState:
 
     Attributes:
         ended: the answer is whole: nothing can follow, or what ends it has come.
+        error: why nothing can be said of what may follow any more, such as a limit of the parser; or "".
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._matcher, self._eos = matcher, eos_token_ids
         self.words = -(-vocab_size // 32)
-        self.ended = False
+        self.ended, self.error = False, ""
 
     def advance(self, token: int) -> bool:
-        """Take one more token of the answer; False where the grammar does not allow it."""
+        """Take one more token of the answer; False where the grammar does not allow it, or after an error."""
+        if self._matcher.is_error():  # and stays so
+            self.error = self._matcher.get_error()
+            return False
         if token in self._eos:
             self.ended = self._matcher.is_accepting()
             return self.ended

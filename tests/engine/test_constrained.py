@@ -173,6 +173,23 @@ def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(every: dic
         assert last["r"].finish_reason is not FinishReason.ERROR
 
 
+def test_a_parser_that_gives_up_fails_its_own_request_and_says_why(every: dict[str, Engine]) -> None:
+    for name, engine in every.items():
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        engine.add(ask("r", 0, params, "(abcd)+"))
+        engine.add(ask("lost", 1, params, PATTERNS[2]))
+        engine.step()
+        (lost,) = (s for s in engine._scheduler if s.request.request_id == "lost")
+        assert lost.grammar is not None
+        lost.grammar._matcher.consume_token(END)
+        lost.grammar._matcher.consume_token(END)
+        assert lost.grammar._matcher.is_error()
+        last = {delta.request_id: delta for delta in deltas_of(engine)}
+        assert last["lost"].finish_reason is FinishReason.ERROR, name
+        assert "parser" in (last["lost"].error or "")
+        assert last["r"].finish_reason is not FinishReason.ERROR, name
+
+
 def test_a_step_with_a_grammar_is_not_passed_by_the_next(narrow: TinyModel) -> None:
     """What may follow is known only when the step's tokens are; a step without any goes ahead as before."""
     if not support.MODE["ahead"]:
