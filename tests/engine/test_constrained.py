@@ -177,11 +177,10 @@ def test_a_parser_that_gives_up_fails_its_own_request_and_says_why(every: dict[s
     for name, engine in every.items():
         params = SamplingParams(temperature=0.0, max_tokens=20)
         engine.add(ask("r", 0, params, "(abcd)+"))
-        engine.add(ask("lost", 1, params, PATTERNS[2]))
+        engine.add(ask("lost", 1, params, "[a-h]{60}"))
         engine.step()
         (lost,) = (s for s in engine._scheduler if s.request.request_id == "lost")
         assert lost.grammar is not None
-        lost.grammar._matcher.consume_token(END)
         lost.grammar._matcher.consume_token(END)
         assert lost.grammar._matcher.is_error()
         last = {delta.request_id: delta for delta in deltas_of(engine)}
