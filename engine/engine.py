@@ -332,7 +332,8 @@ class Engine:
             source = sequence.source(row.last, shape.head_nodes)
             delta = self._append(sequence, row.tokens, logprobs)
             delta.num_steps, delta.trace = 1, trace
-            self._count_accepted(sequence, shape, row.length, source, delta)
+            if delta.error is None:
+                self._count_accepted(sequence, shape, row.length, source, delta)
             deltas.append(delta)
             if sequence.slot >= 0 and self.info.lookup:
                 self._propose(sequence, row.chain, row.kind)
@@ -366,16 +367,16 @@ class Engine:
         self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs] | None
     ) -> TokenDelta:
         """Append tokens up to what ends the sequence: a stop id in the run, its grammar, or its length."""
-        sampling = sequence.request.sampling
+        sampling, grammar = sequence.request.sampling, sequence.grammar
         tokens = tokens[: sequence.remaining]
         reason, stop_id = None, None
         for count, token in enumerate(tokens, start=1):
-            if not follows(sequence, tokens[:count]):
+            if grammar is not None and not follows(sequence, tokens[:count]):
                 return self._fail(sequence, refusal(sequence))
             if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
                 tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
                 break
-            if sequence.grammar is not None and sequence.grammar.ended:
+            if grammar is not None and grammar.ended:
                 tokens, reason = tokens[:count], FinishReason.STOP
                 break
         sequence.token_ids += tokens

@@ -170,6 +170,7 @@ def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(every: dic
         last = {delta.request_id: delta for delta in found}
         assert last["barred"].finish_reason is FinishReason.ERROR, name
         assert "grammar" in (last["barred"].error or ""), name
+        assert engine.stats.acceptance_counts[0] == 0, name
         assert last["r"].finish_reason is not FinishReason.ERROR
 
 
