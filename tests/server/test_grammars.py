@@ -190,7 +190,7 @@ def test_a_server_is_idle_where_nothing_runs_or_waits(serve: Serve) -> None:
     assert server.context.idle
     with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as answer:
         next(answer.iter_lines())
-        assert not server.context.idle
+        wait_until(lambda: not server.context.idle)
     wait_until(lambda: server.context.idle)
 
 
