@@ -189,7 +189,8 @@ def test_a_server_is_idle_where_nothing_runs_or_waits(serve: Serve) -> None:
     server = serve(engine)
     assert server.context.idle
     with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # which ends the request when nobody holds it
+        next(lines)
         wait_until(lambda: not server.context.idle)
     wait_until(lambda: server.context.idle)
 
