@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.common import ROOT, print_result
 from benchmarks.gpu_device import between_products, ceilings, tests
+from benchmarks.gpu_quantized import quantized_steps
 from benchmarks.gpu_run import Run, combine, device_name, output_file
 from benchmarks.gpu_shapes import SHAPES
 from benchmarks.gpu_simulated import simulated
-from benchmarks.gpu_steps import idle, quantized_steps, sampled_steps, steps
+from benchmarks.gpu_steps import idle, sampled_steps, steps
 from benchmarks.gpu_targets import targets
 from benchmarks.gpu_text import divergences, end_to_end, http, quality_cost
 

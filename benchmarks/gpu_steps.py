@@ -12,12 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import ROOT
@@ -32,12 +30,11 @@ from engine.loader import Loaded, load
 from engine.medusa.buckets import Buckets
 from engine.medusa.heads import HeadDrafter
 from engine.model.layers import Linear
-from engine.model.quantize_cuda import RowwiseWeight
 from engine.scheduler import Chunk
 from engine.step_results import Prefilled
 from engine.types import Request, SamplingParams
 
-__all__ = ["idle", "load_shape", "quantized_steps", "sampled_steps", "step_times", "steps"]
+__all__ = ["idle", "load_shape", "made_up_engine", "sampled_steps", "step_times", "steps"]
 
 TREE_FILE = ROOT / "configs" / "trees" / "vicuna_7b_stage1.json"
 NODES = (1, 8, 16, 32, 64)
@@ -332,79 +329,6 @@ def _products(run: Run, loaded: Loaded, rows: int) -> float:
             linear(given[size])
 
     return run.timed(run.captured(torch.inference_mode()(work)))
-
-
-def quantized_steps(run: Run) -> dict[str, Any]:
-    """The 7B shape with weights in 8 bits next to bf16, and torchao's own linear next to ours."""
-    found: dict[str, Any] = {"steps": {}}
-    try:
-        found["linears"] = _linears(run)
-    except torch.AcceleratorError:
-        raise  # the device is lost
-    except Exception as error:  # torchao may not have been carried, or a product is refused
-        found["linears"] = f"{type(error).__name__}: {error}"[:500]
-    if not run.cuda:
-        return found
-    run.record("quantized_steps", found)
-    shape = TINY if run.tiny else SHAPES["llama-2-7b"]
-    tokens, context = (2048, 24) if run.tiny else (30_000, 512)
-    for name in ("none", "fp8", "int8"):
-        rows: list[dict[str, Any]] = []
-        try:
-            settings = {"quantization": name, "dtype": "bfloat16"}
-            with load_shape(run, shape, tokens=tokens, **settings) as (loaded, _):
-                for batch in (1, 2) if run.tiny else (1, 16):
-                    for nodes in (1, 4) if run.tiny else (1, 64):
-                        case: dict[str, Any] = {"batch": batch, "context": context, "nodes": nodes}
-                        with made_up_engine(loaded, **case, drafting=True) as engine:
-                            times = step_times(run, engine, batch, count=20)
-                        rows.append({"batch": batch, "nodes": nodes, "ms": ms(statistics.median(times))})
-                        print(name, rows[-1], flush=True)
-            del loaded  # see `steps`
-            found["steps"][name] = rows
-        except Exception as error:  # torchao may not have been carried
-            found["steps"][name] = f"{type(error).__name__}: {error}"[:500]
-            print(name, found["steps"][name], flush=True)
-        run.record("quantized_steps", found)
-    return found
-
-
-@torch.inference_mode()
-def _linears(run: Run) -> dict[str, Any]:
-    """Milliseconds of one linear (7B's gate and up) with float weights, by our product, by torchao's own."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        Int8DynamicActivationInt8WeightConfig,
-        PerRow,
-        quantize_,
-    )
-
-    outs, ins = (64, 32) if run.tiny else (22016, 4096)
-    configs = {"int8": Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)}
-    if run.cuda:  # torchao refuses it on a CPU
-        configs["fp8"] = Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(), set_inductor_config=False
-        )
-    weight = torch.empty(outs, ins, dtype=torch.bfloat16, device=run.device).normal_(std=0.02)
-    found: dict[str, Any] = {}
-    for rows in (1, 20) if run.tiny else (1, 16, 64):
-        x = torch.empty(rows, ins, dtype=torch.bfloat16, device=run.device).normal_()
-        row: dict[str, Any] = {"bfloat16": ms(run.timed(run.captured(partial(F.linear, x, weight))))}
-        for kind, config in configs.items():
-            ours = RowwiseWeight(weight, None, kind)
-            row[kind] = ms(run.timed(run.captured(partial(ours, x))))
-            theirs = torch.nn.Sequential(torch.nn.Linear(ins, outs, bias=False, device="meta"))
-            theirs[0].weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-            try:
-                quantize_(theirs, config)
-                row[f"{kind}, torchao's linear"] = ms(run.timed(run.captured(partial(theirs, x))))
-            except torch.AcceleratorError:
-                raise  # the device is lost
-            except Exception as error:  # it need not work here, nor in a graph; ours is what counts
-                row[f"{kind}, torchao's linear"] = f"{type(error).__name__}: {error}"[:300]
-        found[f"rows {rows}"] = row
-        print("linear", rows, row, flush=True)
-    return found
 
 
 _SAMPLINGS: dict[str, dict[str, Any]] = {

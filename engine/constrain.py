@@ -65,15 +65,14 @@ def masks_at_roots(sequences: list[Sequence]) -> Masks:
 
 
 def follows(sequence: Sequence, tokens: list[int]) -> bool:
-    """Take the last of these tokens, which the sequence emits, as the next of its grammar.
+    """Take the last of these tokens, which a sequence with a grammar emits, as the next of it.
 
     Returns:
         False where it may not come: where bad_words or min_tokens leave none of those that the grammar
         allows, what is drawn means nothing.
     """
     grammar, bad_words = sequence.grammar, sequence.request.sampling.bad_words
-    if grammar is None:
-        return True
+    assert grammar is not None
     if bad_words:
         output = [*sequence.token_ids[sequence.num_prompt :], *tokens]
         if any(tuple(output[-len(word) :]) == word for word in bad_words):
@@ -96,10 +95,10 @@ def forbid_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         rows: [R] int64, of them.
         bits: [R, bytes] uint8, see `Masks`.
     """
-    vocab, bit = logits.shape[1], torch.arange(8, dtype=torch.uint8, device=bits.device)
+    bit = torch.arange(8, dtype=torch.uint8, device=bits.device)
     for some, masks in zip(torch.split(rows, _ROWS), torch.split(bits, _ROWS), strict=True):
-        allowed = ((masks.unsqueeze(2) >> bit) & 1).bool().flatten(1)[:, :vocab]
-        changed = torch.full((len(some), vocab), float("-inf"), dtype=logits.dtype, device=logits.device)
-        width = allowed.shape[1]
-        changed[:, :width] = logits[some, :width].masked_fill_(~allowed, float("-inf"))
+        allowed = ((masks.unsqueeze(2) >> bit) & 1).bool().flatten(1)[:, : logits.shape[1]]
+        changed, width = logits[some], allowed.shape[1]
+        changed[:, :width].masked_fill_(~allowed, float("-inf"))
+        changed[:, width:] = float("-inf")
         logits[some] = changed

@@ -15,6 +15,7 @@ from engine.attention.base import AttentionBackend, AttentionInput, RaggedAttent
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.constrain import forbid_, masks_at_nodes, masks_at_roots
+from engine.devices import sent
 from engine.errors import told
 from engine.logprobs import token_logprobs
 from engine.medusa.accept import Accepted, accept
@@ -431,8 +432,7 @@ class Runner:
 
     def _ids(self, values: list[int] | Tensor) -> Tensor:
         """On the device, without waiting for it; lists as int64."""
-        ids = values if isinstance(values, Tensor) else torch.tensor(values)
-        return ids if self._device.type == "cpu" else ids.pin_memory().to(self._device, non_blocking=True)
+        return sent(values if isinstance(values, Tensor) else torch.tensor(values), self._device)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Append those of the prompt tokens that this chunk's rows predict."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionInput
 from engine.config import EngineConfig
+from engine.devices import sent
 from engine.errors import ConfigError, ModelError
 from engine.loader import Loaded, load
 from engine.model.config import ModelConfig
@@ -23,7 +24,6 @@ __all__ = [
     "make_backbone",
     "packs",
     "read_lm_head",
-    "sent",
 ]
 
 _BLOCK = 16
@@ -50,11 +50,6 @@ def packs(lengths: Sequence[int], most: int) -> Iterator[range]:
         size += length
     if start < len(lengths):
         yield range(start, len(lengths))
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`; what the device does meanwhile is not waited for."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 class EngineBackbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
@@ -50,7 +51,7 @@ def _with_a_next(
     return found
 
 
-class _DrawnBatches(Generic[_Cache, _Order]):
+class _DrawnBatches(ABC, Generic[_Cache, _Order]):
     """Single positions drawn from a cache in random order, each once an epoch.
 
     Args:
@@ -84,8 +85,9 @@ class _DrawnBatches(Generic[_Cache, _Order]):
         self.steps_per_epoch = len(self._positions) // batch_tokens
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
+    @abstractmethod
     def _shuffled(self, epoch: int) -> _Order:
-        raise NotImplementedError
+        """All positions in the order of an epoch."""
 
 
 class CachedBatches(_DrawnBatches[HiddenCache, NDArray[np.int64]]):

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.devices import sent
 from engine.errors import ConfigError
-from training.backbone import Backbone, packs, sent
+from training.backbone import Backbone, packs
 from training.data import Row
 
 __all__ = [

@@ -84,6 +84,12 @@ class Shape(NamedTuple):
         """Whether the weight streams through shared memory; the input's norm is then computed before."""
         return self.splits > 0
 
+    @property
+    def lines(self) -> int:
+        """Of 128 bytes of an output's weights that stream, asked for before the kernel waits: where two
+        programs share a multiprocessor, half as many each."""
+        return 4 if self.channels == 64 and not self.run else 8
+
 
 def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> list[Shape]:
     """Those worth measuring, the best guess first; none where torch's product is as good.
@@ -144,7 +150,7 @@ runs are faster, a tile has many channels, which leaves room for few, or its nex
 
 def _streamed(rows: int, size: int, width: int, gated: bool, processors: int) -> list[Shape]:
     two = 2 if gated else 1
-    held = 16 if rows <= 16 else triton.next_power_of_2(rows)
+    held = max(16, triton.next_power_of_2(rows))
     found: list[Shape] = []
     for height, channels, warps, together, run in _STREAMS:
         outputs = height // two

@@ -212,16 +212,19 @@ def product(
         "num_warps": shape.warps,
         **options,
     }
-    tiles, gate = triton.cdiv(width, shape.outputs), 2 if around.activation else 1
+    tiles = triton.cdiv(width, shape.outputs)
     bias_or_any = x if bias is None else bias
     if shape.streams:
         if around.norm or (shape.splits > 1 and counts is None):
             raise ValueError("a weight that streams takes a normed input, and counts where it has splits")
-        parts = y if shape.splits == 1 else _parts(x, tiles * shape.splits * gate, shape)
+        parts = y
+        if shape.splits > 1:
+            size_of_tile = shape.outputs * shape.rows * (2 if around.activation else 1)
+            parts = y.new_empty(tiles * shape.splits * size_of_tile, dtype=torch.float32)
         streamed_kernel[tiles, shape.splits](
             x, weight, bias_or_any, y, parts, y if counts is None else counts,
             rows, size, width, residual_scale,
-            SPLIT=shape.splits > 1, LINES=4 if shape.channels == 64 and not shape.run else 8, RUN=shape.run,
+            SPLIT=shape.splits > 1, LINES=shape.lines, RUN=shape.run,
             BLOCK_M=shape.rows, num_stages=shape.stages, **flags,
         )  # fmt: skip
         return y
@@ -237,7 +240,3 @@ def product(
     grid = (tiles, triton.cdiv(rows, shape.rows))
     rows_kernel[grid](*pointers, rows, size, width, eps, residual_scale, BLOCK_M=shape.rows, **flags)
     return y
-
-
-def _parts(x: Tensor, tiles: int, shape: Shape) -> Tensor:
-    return torch.empty(tiles * shape.outputs * shape.rows, dtype=torch.float32, device=x.device)

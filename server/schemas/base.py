@@ -7,6 +7,7 @@ name unless it has its default value (`UNSUPPORTED`), or unknown and refused.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -277,9 +278,9 @@ class GenerationBody(Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to report beside each token; None reports nothing."""
-        raise NotImplementedError
 
     @property
     def num_prompt_logprobs(self) -> int | None:

@@ -121,7 +121,7 @@ def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
         for (request_id, _), tokens in found.items():
             state = regex(PATTERNS[int(request_id[1])]).start()
             assert all(state.advance(token) for token in tokens)
-            assert state.ended == (len(tokens) < 40 or state.ended)
+            assert state.ended or len(tokens) == 40
             if state.ended:
                 assert re.fullmatch(PATTERNS[int(request_id[1])], text_of(tokens))
     assert len({tuple(tokens) for (name, _), tokens in alone.items() if name == "r3"}) == 3
@@ -132,8 +132,6 @@ def test_an_answer_ends_where_nothing_can_follow_and_says_stop(every: dict[str, 
         params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
         *_, last = deltas_of(engine, ask("r", 1, params, "abcabcabcabc"))
         assert last.finish_reason is FinishReason.STOP, name
-        *_, last = deltas_of(engine, ask("r", 1, params, "(abc)+"))
-        assert last.finish_reason in (FinishReason.STOP, FinishReason.LENGTH), name
         found = run_all(engine, [ask("r", 1, params, "abcabcabcabc")])
         assert text_of(found["r", 0]) == "abcabcabcabc", name
 
