@@ -42,9 +42,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     heads = save_random_heads(folder / "heads.safetensors", hidden=32, vocab=64)
     output = folder / "gpu.json"
     arguments = ["--device", "cpu", "--tiny", "--model", str(folder), "--heads", str(heads)]
-    assert gpu.main([*arguments, "--output", str(output), "--skip", "http"]) == 0
+    log = folder / "gpu.log"
+    assert gpu.main([*arguments, "--output", str(output), "--skip", "http", "--log", str(log)]) == 0
     found: dict[str, Any] = json.loads(output.read_text())
-    return found
+    return {**found, "log": log.read_text()}
 
 
 def test_every_part_has_a_result(results: dict[str, Any]) -> None:
@@ -53,6 +54,7 @@ def test_every_part_has_a_result(results: dict[str, Any]) -> None:
     assert not [name for name, part in parts.items() if "error" in part]
     assert not [name for name, part in parts.items() if "skipped" in part]
     assert results["device"] == "CPU"
+    assert "engine." in results["log"]
     assert set(results["seconds"]) == set(gpu.PARTS) - {"http"}
     assert "test_triton_kernels.py" in "\n".join(parts["tests"]["cuda"]["tail"])
 
@@ -166,6 +168,13 @@ def test_answers_and_quality(results: dict[str, Any]) -> None:
     end_to_end = results["parts"]["end_to_end"]
     assert [row["batch"] for row in end_to_end["rows"]] == [1, 2]
     assert all(row["auto_tokens_per_s"] > 0 for row in end_to_end["rows"])
+    for row in end_to_end["rows"]:
+        auto, off = row["steps"]["auto"], row["steps"]["off"]
+        # Two rounds of eight tokens, the first of each from prefill.
+        assert off["sequence_steps"] == 2 * 7 * row["batch"] >= auto["sequence_steps"]
+        assert off["decode_passes"] == 2 * 7
+        assert auto["expected_of_plain_s"] > 0
+        assert "nodes" not in off
     assert end_to_end["transformers"][0]["tokens_per_s"] > 0
     assert results["parts"]["quality"]["float32"]["text"]["perplexity_ratio"] == 1.0
 

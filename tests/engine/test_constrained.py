@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.llm import LLM
+from engine.runner import Batch, Verified
 from engine.types import Acceptance, DraftSource, FinishReason, MedusaParams, Request, SamplingParams
 from tests import support
 from tests.engine.conftest import TinyModel
@@ -188,15 +189,24 @@ def test_a_parser_that_gives_up_fails_its_own_request_and_says_why(every: dict[s
         assert last["r"].finish_reason is not FinishReason.ERROR, name
 
 
-def test_a_step_with_a_grammar_is_not_passed_by_the_next(narrow: TinyModel) -> None:
+def test_a_step_with_a_grammar_is_not_passed_by_the_next(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What may follow is known only when the step's tokens are; a step without any goes ahead as before."""
-    if not support.MODE["ahead"]:
-        pytest.skip("no step is launched ahead")
     engine = make_engine(narrow.folder, tree=9, heads=str(narrow.heads))
-    engine.add(ask("r", 1, SamplingParams(temperature=0.0, max_tokens=30), PATTERNS[2]))
-    for _ in range(4):
-        engine.step()
-        assert all(sequence.in_flight <= 5 for sequence in engine._scheduler)
+    forward, under_way = engine._runner.draft_forward, []
+
+    def note(batch: Batch) -> Verified:
+        under_way.append(engine._flight is not None)
+        return forward(batch)
+
+    monkeypatch.setattr(engine._runner, "draft_forward", note)
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    run_all(engine, [ask("r", 1, params, PATTERNS[2])])
+    assert len(under_way) > 2
+    assert not any(under_way)
+    run_all(engine, [ask("free", 1, params, None)])
+    assert any(under_way) == support.MODE["ahead"]
 
 
 def test_time_spent_on_grammars_is_not_the_trees(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,10 +344,12 @@ def test_kinds_cover_every_number_of_rows() -> None:
         assert Kind.of(rows, tree=False) in Kind.of_prompts()
     assert Kind.of(64, tree=False) == Kind.of(64, tree=True)
     assert Kind.of(65, tree=False) == Kind(128, chunk=True)
-    for kind in (Kind(8, False), Kind(16, False), Kind(128, True)):
+    for kind in (Kind(8, False), Kind(16, False), Kind(64, False), Kind(128, False), Kind(128, True)):
         for channels in (64, 128, 256):
             tiles = candidates(kind, channels, 2)
             assert len(set(tiles)) == len(tiles)
+            # A large tree may come in several tiles, so that more programs share it.
+            assert ({16, 32} <= {tile.rows for tile in tiles}) == (kind.rows > 32 and not kind.chunk)
             assert all(tile.stages * 2 * 2 * tile.keys * channels <= 160 << 10 for tile in tiles)
 
 

@@ -356,7 +356,7 @@ def test_torchs_products_stay_where_no_other_is_faster(
     assert set(layers.ways.values()) == {Ways()}
 
 
-def test_a_shape_that_does_not_run_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_that_do_not_run_cost_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
     monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
     model, layers = fused(tmp_path / "model", torch.bfloat16)
@@ -364,7 +364,8 @@ def test_a_shape_that_does_not_run_costs_no_other(tmp_path: Path, monkeypatch: p
 
     def clock(run: Any) -> float:
         ways = run.args[1]
-        if any(ways.o == first.o for first in wanted.values()):
+        refused = [(first.o, first.gate_up) for first in wanted.values()]
+        if any(ways.o == o or ways.gate_up == gate_up for o, gate_up in refused):
             raise OutOfResources(1, 0, "shared memory")
         return 10.0 - sum(shape is not None for shape in (ways.qkv, ways.down))
 
