@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import http_cost, quality
+from benchmarks.adaptive import run_phase, shares
 from benchmarks.common import ROOT, Server, engine_config, model_folder, ratio_interval, read_items
 from benchmarks.gpu_run import Run
 from benchmarks.gpu_shapes import SHAPES, TINY, write_folder
@@ -141,6 +142,8 @@ def end_to_end(run: Run) -> dict[str, Any]:
         found["rows"].append(row)
         print(row, flush=True)
         run.record("end_to_end", found)
+    found["streams"] = _streams(run, auto, off, prompts, rounds, new_tokens)
+    run.record("end_to_end", found)
     del auto, off
     run.free()
     try:
@@ -148,6 +151,39 @@ def end_to_end(run: Run) -> dict[str, Any]:
     except Exception as error:  # its compiler may not work here
         found["transformers"] = f"{type(error).__name__}: {error}"[:500]
         print(found["transformers"], flush=True)
+    return found
+
+
+def _streams(
+    run: Run, auto: LLM, off: LLM, prompts: list[tuple[int, ...]], rounds: int, new_tokens: int
+) -> list[dict[str, Any]]:
+    """The same while so many streams decode, each of which asks again when it is answered.
+
+    The batches above run empty: all wait for the answer whose drafts come true least, and steps have fewer
+    and fewer sequences.
+    """
+    found: list[dict[str, Any]] = []
+    rng = random.Random(1)
+    for streams in (1, 2) if run.tiny else (1, 4, 16, 64):
+        rates: dict[str, list[float]] = {"auto": [], "off": []}
+        sizes: list[int] = []
+        for number in range(-1, rounds):
+            chosen = [rng.choice(prompts) for _ in range(3 * streams)]
+            for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
+                llm = auto if side == "auto" else off
+                phase = run_phase(llm, chosen, streams, new_tokens, f"streams-{streams}-{number}")
+                if number >= 0:
+                    rates[side].append(phase.tokens_per_s)
+                    sizes += phase.sizes if side == "auto" else ()
+        row = {
+            "streams": streams,
+            "auto_tokens_per_s": round(statistics.median(rates["auto"]), 1),
+            "off_tokens_per_s": round(statistics.median(rates["off"]), 1),
+            **ratio_interval(rates["auto"], rates["off"]),
+            "tree_sizes": shares(sizes),
+        }
+        found.append(row)
+        print(row, flush=True)
     return found
 
 

@@ -174,6 +174,37 @@ def _least_slope(costs: Costs) -> float:
 
 
 @njit(**_JIT)
+def _best_captured(
+    costs: Costs, added: Array, left: float, heads: int, choice: int, tokens: float, best: float
+) -> tuple[float, int, int, Array, Counts]:
+    """`_best` where a step takes what its bucket takes: within a depth, every node comes for nothing.
+
+    Args:
+        added: `beside`; left: what is left of it.
+        tokens: without chains; best: the rate that they have to beat.
+    """
+    B, D = added.shape
+    within = 0
+    for d in range(D):
+        gain = 0.0
+        for b in range(B):
+            gain += left * added[b, d]
+        if gain <= 0.0:
+            break
+        tokens += gain
+        rate = _rate(costs, B, choice, tokens, B * (2.0 + heads + d), 2.0 + heads + d)
+        if rate > best:
+            best, within = rate, d + 1
+    gains, nodes, count = np.empty(B * within), np.empty(B * within, dtype=np.int64), 0
+    for d in range(within):
+        for b in range(B):
+            if added[b, d] > 0.0:
+                gains[count], nodes[count] = left * added[b, d], b * D + d
+                count += 1
+    return best, count, within, gains[:count], nodes[:count]
+
+
+@njit(**_JIT)
 def _best(
     costs: Costs,
     chains: Array,
@@ -192,8 +223,13 @@ def _best(
     B, D = chains.shape
     first_tokens, first_rows = B * (1.0 + reach.sum()), float(B * (1 + heads))
     best, count, within = _rate(costs, B, choice, first_tokens, first_rows, 1.0 + heads), 0, 0
+    left = beyond if heads else 1.0
+    if costs.grid_nodes.size > 0:
+        if heads == 0:
+            best *= margin
+        return _best_captured(costs, beside(chains, reach), left, heads, choice, first_tokens, best)
     least = best * _least_slope(costs)  # a node that adds less makes any rate that is better than this worse
-    gains, nodes = _gains(chains, reach, beyond if heads else 1.0, least, int(costs.most_rows))
+    gains, nodes = _gains(chains, reach, left, least, int(costs.most_rows))
     if heads == 0:
         best *= margin
     for bound in bounds:

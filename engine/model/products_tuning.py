@@ -209,5 +209,5 @@ def _with(ways: Ways, name: str, shape: Shape | None) -> Ways:
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    found: float = triton.testing.do_bench_cudagraph(run, rep=5, return_mode="median")
+    found: float = triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median")
     return found

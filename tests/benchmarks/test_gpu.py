@@ -175,6 +175,8 @@ def test_answers_and_quality(results: dict[str, Any]) -> None:
         assert off["decode_passes"] == 2 * 7
         assert auto["expected_of_plain_s"] > 0
         assert "nodes" not in off
+    assert [row["streams"] for row in end_to_end["streams"]] == [1, 2]
+    assert all(row["rounds"] == 2 and row["tree_sizes"] for row in end_to_end["streams"])
     assert end_to_end["transformers"][0]["tokens_per_s"] > 0
     assert results["parts"]["quality"]["float32"]["text"]["perplexity_ratio"] == 1.0
 
