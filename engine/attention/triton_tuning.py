@@ -30,7 +30,7 @@ from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.errors import ConfigError
 from engine.model import triton_kernels as model_kernels
-from engine.triton_measuring import REFUSALS, Kept, side_by_side
+from engine.triton_measuring import REFUSALS, Kept, milliseconds_in_graph, side_by_side
 
 __all__ = ["ModelShape", "tuned_tiles"]
 
@@ -100,7 +100,7 @@ def tuned_tiles(
         folder: where results are kept; made if there is none. One that cannot be written is only logged.
         most_nodes: nodes of the largest tree.
         clock: milliseconds of a function's run; None is Triton's do_bench, and for what a graph makes cheaper
-            its do_bench_cudagraph.
+            `milliseconds_in_graph`.
 
     Raises:
         ConfigError: no candidate of a kind fits the device.
@@ -114,7 +114,7 @@ def tuned_tiles(
     if missing:
         started = time.monotonic()
         step = _Step(shape, device)
-        clocks = (clock or _milliseconds, clock or _milliseconds_in_graph)
+        clocks = (clock or _milliseconds, clock or milliseconds_in_graph)
         known |= _measured(missing, shape, step, most_nodes, *clocks)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free
@@ -298,10 +298,4 @@ def _agree(by_two: Callable[[], Tensor], by_one: Callable[[], Tensor]) -> bool:
 
 def _milliseconds(run: Callable[[], object]) -> float:
     found: float = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
-    return found
-
-
-def _milliseconds_in_graph(run: Callable[[], object]) -> float:
-    """With the gaps between kernels that a captured step has."""
-    found: float = triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median")
     return found

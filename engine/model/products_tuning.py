@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 from engine import triton_dependent
 from engine.attention.base import AttentionBackend, AttentionInput, NoAttention, RotatingAttention
@@ -21,7 +20,7 @@ from engine.model import fused_triton, product_shapes, triton_kernels, triton_pr
 from engine.model.fused_triton import FusedLayers, Ways
 from engine.model.product_shapes import MOST_ROWS, Shape, shapes
 from engine.triton_dependent import launched_early
-from engine.triton_measuring import REFUSALS, Kept, side_by_side
+from engine.triton_measuring import REFUSALS, Kept, milliseconds_in_graph, side_by_side
 
 __all__ = ["ROWS", "tune_products"]
 
@@ -73,7 +72,7 @@ def tune_products(
     Args:
         folder: where results are kept.
         attention: a `RotatingAttention`; what others could ask for is not measured.
-        clock: milliseconds of a function's run; None is Triton's do_bench_cudagraph.
+        clock: milliseconds of a function's run; None is `milliseconds_in_graph`.
     """
     linear = layers.layers[0].qkv_proj
     if linear.weight.element_size() != 2 or not layers.joinable:
@@ -90,10 +89,11 @@ def tune_products(
     known = kept.read()
     if known is None:
         started = time.monotonic()
-        measured = {rows: _best(layers, rows, clock or _milliseconds) for rows in ROWS}
+        clock = clock or milliseconds_in_graph
+        measured = {rows: _best(layers, rows, clock) for rows in ROWS}
         if isinstance(attention, RotatingAttention) and launched_early(device)[0]:
             for rows, ways in measured.items():
-                measured[rows] = _asking(layers.some(_LAYERS), rows, ways, attention, clock or _milliseconds)
+                measured[rows] = _asking(layers.some(_LAYERS), rows, ways, attention, clock)
         known = list(measured.items())
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the K/V pool is sized by what is free
@@ -206,8 +206,3 @@ def _with(ways: Ways, name: str, shape: Shape | None) -> Ways:
     return Ways._make(
         shape if field == name else value for field, value in zip(ways._fields, ways, strict=True)
     )
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    found: float = triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median")
-    return found

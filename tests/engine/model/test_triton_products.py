@@ -97,29 +97,35 @@ def test_every_shape_gives_the_product(
     counts = torch.zeros(MOST_TILES, dtype=torch.int32, device=DEVICE)
     tried = some_shapes(rows, size, outputs, around)
     assert tried
+    ran = 0
     for shape in tried:
         if shape.streams and around.norm:
             with pytest.raises(ValueError, match="takes a normed input"):
                 product(x, weight, bias, shape, around, norm=norm, counts=counts)
             continue
         kept = y.clone()
-        got = product(
-            x,
-            weight,
-            bias,
-            shape,
-            around,
-            norm=norm if around.norm else None,
-            eps=1e-5,
-            y=kept if around.adds else None,
-            residual_scale=0.5,
-            counts=counts,
-        )
+        try:
+            got = product(
+                x,
+                weight,
+                bias,
+                shape,
+                around,
+                norm=norm if around.norm else None,
+                eps=1e-5,
+                y=kept if around.adds else None,
+                residual_scale=0.5,
+                counts=counts,
+            )
+        except OutOfResources:  # as when shapes are measured; float32 takes twice the shared memory
+            continue
+        ran += 1
         assert not counts.any()
         assert (got is kept) == around.adds
         assert got.dtype == dtype
         error = (got.double() - want).norm() / want.norm()
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), shape
+    assert ran
 
 
 @pytest.mark.parametrize("rows", [1, 5])
