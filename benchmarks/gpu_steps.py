@@ -23,9 +23,9 @@ from benchmarks.gpu_run import Run, ms
 from benchmarks.gpu_shapes import SHAPES, TINY, Bytes, Shape, write_folder
 from engine.cache.blocks import BlockManager
 from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.cuda_graphs import RecordedGraph, cuda_graphs
 from engine.engine import Engine
 from engine.errors import MedusaError
-from engine.graphs import RecordedGraph, cuda_graphs
 from engine.loader import Loaded, load
 from engine.medusa.buckets import Buckets
 from engine.medusa.heads import HeadDrafter

@@ -108,10 +108,8 @@ class SimulatedEngine(Engine):
         token = min(_TOKEN, loaded.info.vocab_size - 1)
 
         def prefill(chunks: list[Chunk]) -> list[Prefilled]:
-            for chunk in chunks:
-                if chunk.first:
-                    runner._admit(chunk.sequence)
-                runner._sync_table(chunk.sequence)
+            runner._admit([chunk.sequence for chunk in chunks if chunk.first])
+            runner._sync_tables(chunk.sequence for chunk in chunks)
             slots = torch.tensor([chunk.sequence.slot for chunk in chunks])
             runner._lengths[slots] = torch.tensor([chunk.end for chunk in chunks])
             _wait(device.launch(device.token_s * sum(chunk.size for chunk in chunks)))

@@ -8,21 +8,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from engine import faults
 from engine.constrain import follows, refusal
+from engine.cuda_graphs import Graph
 from engine.errors import told
-from engine.graphs import CapturedRunner, Graph, cuda_graphs
+from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
 from engine.medusa.buckets import Buckets
 from engine.medusa.lookup import FORCED
 from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
-from engine.runner import Batch, Runner, Verified
+from engine.runner import Batch, Verified
+from engine.runners import make_runner
 from engine.scheduler import Chunk, Plan, Scheduler
 from engine.stats import EngineStats
 from engine.step_results import NOT_FINITE, Prefilled, Results, StepRow
@@ -100,7 +101,7 @@ class Engine:
         self.stats = EngineStats(kv_blocks_total=loaded.blocks.total, kv_blocks_free=loaded.blocks.total)
         self._eos = frozenset(loaded.generation_defaults.eos_token_ids)
         self._blocks = loaded.blocks
-        self._runner = _make_runner(loaded, graph, buckets)
+        self._runner = make_runner(loaded, graph, buckets)
         self._lookup = LookupRecord(loaded.info.lookup)
         self._chooser = self._make_chooser(loaded)
         self._scheduler = Scheduler(
@@ -239,10 +240,16 @@ class Engine:
                 chunk.sequence.state = SequenceState.DECODE
             if result.first is not None:
                 deltas.append(self._first(chunk.sequence, result))
-        ready = [chunk.sequence for chunk in chunks if chunk.last and chunk.sequence.slot >= 0]
+        ready = [
+            (chunk.sequence, result.chain)
+            for chunk, result in zip(chunks, results, strict=True)
+            if chunk.last and chunk.sequence.slot >= 0
+        ]
         if ready and self.info.lookup:
-            for sequence, proposed in zip(ready, self._runner.propose(ready), strict=True):
-                self._propose(sequence, *proposed)
+            missing = [sequence for sequence, chain in ready if chain is None]
+            asked = iter(self._runner.propose(missing) if missing else ())
+            for sequence, chain in ready:
+                self._propose(sequence, *(next(asked) if chain is None else chain))
         return deltas
 
     def _first(self, sequence: Sequence, result: Prefilled) -> TokenDelta:
@@ -462,36 +469,3 @@ class Engine:
         stats.prefix_query_tokens = scheduler.prefix_query_tokens
         stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
         stats.kv_blocks_free, stats.kv_blocks_cached = blocks.free, blocks.cached
-
-
-def _make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buckets | None) -> Runner:
-    info = loaded.info
-    made: Callable[..., Runner] = Runner
-    if graph is not None or loaded.captured:
-        if buckets is None:
-            buckets = Buckets.default(
-                max_num_seqs=info.max_num_seqs, tree_size=info.tree_size, max_rows=loaded.max_step_tokens
-            )
-        captured = CapturedRunner
-        if loaded.kernels:
-            from engine.graphs_triton import TritonRunner  # Triton comes with CUDA builds of torch
-
-            captured = TritonRunner
-        made = partial(captured, graph=graph or cuda_graphs(loaded.pool.device), buckets=buckets)
-    runner = made(
-        loaded.decoder,
-        loaded.attention,
-        loaded.pool,
-        loaded.heads,
-        lookup_size=info.lookup,
-        eos_token_ids=frozenset(loaded.generation_defaults.eos_token_ids),
-        max_num_seqs=info.max_num_seqs,
-        max_model_len=info.max_model_len,
-    )
-    if graph is None and isinstance(runner, CapturedRunner):
-        runner.capture()
-        if loaded.kernels:
-            from engine.warmup_triton import warm_prompts
-
-            warm_prompts(runner, loaded)
-    return runner

@@ -10,216 +10,52 @@ may change the logits.
 from __future__ import annotations
 
 import logging
+import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from engine.attention.base import RaggedAttention
 from engine.config import MAX_TREE_NODES
+from engine.cuda_graphs import Graph
 from engine.errors import CaptureError
+from engine.logprobs import token_logprobs
 from engine.medusa.accept import accept
 from engine.medusa.buckets import Buckets
 from engine.medusa.draft import Draft
 from engine.medusa.tree import Topology, TreeShape
+from engine.prompt_buckets import PromptBucket, PromptBuckets
 from engine.runner import Batch, Runner, Verified
 from engine.sampler import verify_all, verify_greedy
-from engine.step_results import Results
+from engine.scheduler import Chunk
+from engine.step_results import NOT_FINITE, Prefilled, Results, StepRow
+from engine.types import Sequence
 
-__all__ = ["Bucket", "CapturedRunner", "CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
+__all__ = ["Bucket", "CapturedRunner"]
 
 log = logging.getLogger(__name__)
 
-
-class Graph(Protocol):
-    """Work recorded once and repeated on the same memory."""
-
-    def capture(self, run: Callable[[], None]) -> None:
-        """Record `run`, which may be run once or twice meanwhile."""
-
-    def replay(self) -> None:
-        """Do it again."""
-
-
-class CudaGraph:
-    """A graph on the device.
-
-    Args:
-        pool: memory (`torch.cuda.graph_pool_handle()`) that graphs share which never run at the same time.
-        stream: on which to capture; graphs that share memory share this too.
-    """
-
-    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._graph, self._pool, self._stream = torch.cuda.CUDAGraph(), pool, stream
-
-    def capture(self, run: Callable[[], None]) -> None:
-        """See `Graph.capture`. The first run loads kernels and makes workspaces, which a capture must not."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        # The event loop and the metrics run in other threads: what they do is no concern of the capture.
-        with torch.cuda.graph(
-            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            run()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
-    """Makes graphs that share one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return lambda: CudaGraph(pool, stream)
-
-
-class RecordedGraph:
-    """A graph for any device, which holds code to the rules of CUDA graphs; for tests.
-
-    `capture` runs the code once and notes every operator with its arguments; `replay` runs the operators
-    again, not the code, so what the code would decide anew stays decided, as on CUDA. Tensors made inside
-    are made anew. One from outside is the same memory at each replay, and has to be there still: it is not
-    kept alive.
-
-    Raises:
-        RuntimeError: on capture, the code reads a tensor from the host, makes one of the host's values, or
-            has a shape that depends on values; on replay, a tensor it used is gone.
-    """
-
-    def __init__(self) -> None:
-        self._calls: list[_Call] = []
-
-    def capture(self, run: Callable[[], None]) -> None:
-        run()  # as on CUDA, where the first run fills caches
-        recorder = _Recorder()
-        with _NoHostAccess(), recorder:
-            run()
-        self._calls = recorder.calls
-
-    def replay(self) -> None:
-        made: dict[int, Tensor] = {}
-        for call in self._calls:
-            args, kwargs = tree_unflatten([_value(argument, made) for argument in call.arguments], call.spec)
-            results, _ = tree_flatten(call.operator(*args, **kwargs))
-            for key, result in zip(call.results, results, strict=True):
-                if key is not None:
-                    made[key] = result
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """The tensor that an earlier call of the recording has made."""
-
-    key: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    operator: Callable[..., Any]
-    arguments: list[Any]
-    spec: TreeSpec
-    results: list[int | None]
-
-
-def _value(argument: Any, made: dict[int, Tensor]) -> Any:
-    if isinstance(argument, _Made):
-        return made[argument.key]
-    if isinstance(argument, weakref.ref):
-        found = argument()
-        if found is None:
-            raise RuntimeError("a tensor that the graph uses is gone")
-        return found
-    return argument
-
-
-_HOST_ACCESS = {
-    "item",
-    "tolist",
-    "numpy",
-    "cpu",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-    "tensor",
-    "as_tensor",
-    "from_numpy",
-}
-"""Functions of torch that copy between host and device."""
-
-_HOST_READS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "bincount",
-    "lift_fresh",
-}
-"""Operators that copy, or whose result's shape depends on values."""
-
-
-class _NoHostAccess(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in _HOST_ACCESS:
-            raise RuntimeError(f"{func.__name__} in a captured step")
-        return func(*args, **(kwargs or {}))
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[_Call] = []
-        self._made: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # so that no two tensors of the recording have one id
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        arguments, spec = tree_flatten((args, kwargs or {}))
-        masked = name.startswith("index") and any(
-            isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-            for value in tree_flatten(args[1])[0]
-        )
-        if name in _HOST_READS or masked:
-            raise RuntimeError(f"{func} in a captured step")
-        noted = [self._note(value) for value in arguments]
-        out = func(*args, **(kwargs or {}))
-        given = {id(value) for value in arguments if isinstance(value, Tensor)}
-        results: list[int | None] = []
-        for result in tree_flatten(out)[0]:
-            if not isinstance(result, Tensor) or (id(result) in given and id(result) not in self._made):
-                results.append(None)  # written in place
-                continue
-            results.append(self._made.setdefault(id(result), len(self._made)))
-            self._alive.append(result)
-        self.calls.append(_Call(func, noted, spec, results))
-        return out
-
-    def _note(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return _Made(self._made[id(value)]) if id(value) in self._made else weakref.ref(value)
+_HOST_BOUND = 0.8
+"""Share of a pass over prompts that its launching takes, from which on it is captured: filled up to the size
+of its bucket it takes the device about a fifth longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Steps of `batch` sequences with `nodes` nodes each, in trees of at most `depth`."""
+    """Steps of `batch` sequences with `nodes` nodes each, in trees of at most `depth`.
+
+    With `prompts` it is the end of a pass over prompts, whose last tokens stand as roots: a second half draws
+    what follows them.
+    """
 
     batch: int
     nodes: int
     depth: int
+    prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,15 +77,32 @@ class CapturedRunner(Runner):
     and for all others. All of them share buffers and memory. A batch smaller than its bucket is filled up
     with sequences of one node in a spare slot, which writes to block 0 and begins anew each step.
 
+    Passes over prompts are captured too, where attention computes several at once: the host takes longer to
+    launch a pass's kernels one by one than the device takes for them, but for large models and many tokens.
+    The layers are a graph for each `PromptBucket`. What follows completed prompts is a second half.
+
     Args:
         graph: makes graphs.
         buckets: shapes to capture.
+        max_prefill_tokens: bound on the tokens of a pass over prompts.
         arguments: those of `Runner`.
     """
 
-    def __init__(self, *args: Any, graph: Callable[[], Graph], buckets: Buckets, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        graph: Callable[[], Graph],
+        buckets: Buckets,
+        max_prefill_tokens: int,
+        **arguments: Any,
+    ) -> None:
         super().__init__(*args, **arguments, spare_slots=1, captured=True)
         self.buckets = buckets
+        self.prompts = PromptBuckets.default(
+            buckets.batches if isinstance(self._attention, RaggedAttention) else (),
+            max_tokens=max_prefill_tokens,
+            longest=arguments["max_model_len"],
+        )
         self._graph = graph
         self._spare = len(self._root) - 1
         self._max_length = arguments["max_model_len"]
@@ -258,6 +111,7 @@ class CapturedRunner(Runner):
             self._lookup.allocate_predictions()
         self._first: dict[tuple[Bucket, bool], Graph] = {}
         self._second: dict[tuple[Bucket, bool], Graph] = {}
+        self._layers: dict[PromptBucket, Graph] = {}
 
         rows, config, width = buckets.max_rows, self._decoder.config, 4 + MAX_TREE_NODES
         width += 2 + self._lookup.size if self._lookup is not None else 0
@@ -272,6 +126,15 @@ class CapturedRunner(Runner):
         self._states = buffer(self._pool.dtype, rows, config.hidden_size)
         self._logits = buffer(self._decoder.logits_dtype, rows, config.vocab_size)
         self._packed = buffer(torch.int64, max(buckets.batches) * width)
+
+        # A pass over prompts has its own: the results of a step before it may still be looked at.
+        batch, largest = max(buckets.batches), max((sum(b.parts) for b in self.prompts.all()), default=0)
+        self._prompt_inputs = buffer(torch.int64, largest)
+        self._prompt_hidden = buffer(self._pool.dtype, max_prefill_tokens, config.hidden_size)
+        self._end_inputs = buffer(torch.int64, 8 * batch)
+        self._end_tokens = buffer(torch.int64, batch, 1)
+        self._end_states = buffer(self._pool.dtype, batch, config.hidden_size)
+        self._end_logits = buffer(self._decoder.logits_dtype, batch, config.vocab_size)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -289,6 +152,15 @@ class CapturedRunner(Runner):
                 self._second_half(bucket, anything)
         count = len(self._first) + len(self._second)
         log.info("captured %d graphs of decode steps in %.1f s", count, time.perf_counter() - started)
+        started = time.perf_counter()
+        self.prompts = self.prompts.up_to(self._most_prompt_tokens())
+        for prompts in self.prompts.all():
+            self._layers_of(prompts)
+        for chunks in self.prompts.chunks:
+            for anything in (False, True):
+                self._second_half(Bucket(chunks, 1, 0, prompts=True), anything)
+        text = "captured %d graphs of passes over at most %d tokens of prompts in %.1f s"
+        log.info(text, len(self._layers), max(self.prompts.tokens, default=0), time.perf_counter() - started)
 
     def drafts(self, nodes: int) -> list[bool]:
         """Whether trees of so many nodes may come without the heads (False), with them (True), or both."""
@@ -318,11 +190,7 @@ class CapturedRunner(Runner):
         """See `Runner.targets_accept_compact`."""
         if not isinstance(verified, _Captured):
             return super().targets_accept_compact(batch, verified)
-        anything = any(
-            not request.sampling.greedy or request.sampling.adjusts or request.prediction_token_ids
-            for request in (sequence.request for sequence in batch.sequences)
-        )
-        self._second_half(verified.bucket, anything).replay()
+        self._second_half(verified.bucket, _ask_for_anything(batch.sequences)).replay()
         packed = self._packed_rows(verified.bucket)[: len(batch.sequences)]
         if self._device.type == "cpu":
             packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
@@ -350,23 +218,31 @@ class CapturedRunner(Runner):
     def _second_half(self, bucket: Bucket, anything: bool) -> Graph:
         key = bucket, anything
         if key not in self._second:
-            self._second[key] = self._make(bucket, lambda: self._targets_accept_compact(bucket, anything))
+            half = self._end if bucket.prompts else self._targets_accept_compact
+            self._second[key] = self._make(bucket, lambda: half(bucket, anything))
         return self._second[key]
 
     def _make(self, bucket: Bucket, run: Callable[[], None]) -> Graph:
         """A graph of `run`, captured with nobody in it."""
-        before = self._inputs.clone()
+        before = self._staged(bucket).clone()
         self._fill(bucket, False, [], [])
+        graph = self._captured(
+            run,
+            f"the decode step of {bucket.batch} sequences with {bucket.nodes} nodes",
+            "max_num_seqs or max_step_tokens",
+        )
+        self._staged(bucket).copy_(before)
+        return graph
+
+    def _captured(self, run: Callable[[], None], what: str, lower: str) -> Graph:
         graph = self._graph()
         try:
             graph.capture(run)
         except Exception as error:
             raise CaptureError(
-                f"cannot capture the decode step of {bucket.batch} sequences with {bucket.nodes} nodes: "
-                f"{error}; --enforce-eager runs without captured steps, and if memory was short, lower "
-                "gpu_memory_utilization, max_num_seqs or max_step_tokens"
+                f"cannot capture {what}: {error}; --enforce-eager runs without captured steps, and if memory "
+                f"was short, lower gpu_memory_utilization, {lower}"
             ) from error
-        self._inputs.copy_(before)
         return graph
 
     def _fill(self, bucket: Bucket, heads: bool, slots: list[int], shapes: list[TreeShape]) -> None:
@@ -375,23 +251,34 @@ class CapturedRunner(Runner):
         most = self._most(bucket.nodes, heads=heads)
         grid = self._drafter.grid([*shapes, *[TreeShape(0, 0)] * missing], most.head_nodes, bucket.nodes)
         values = torch.tensor([*slots, *[self._spare] * missing])
-        staged = torch.cat((values, torch.from_numpy(grid).flatten()))
+        self._stage(self._staged(bucket), torch.cat((values, torch.from_numpy(grid).flatten())))
+
+    def _staged(self, bucket: Bucket) -> Tensor:
+        """Where its graphs find what `_fill` writes."""
+        return self._end_inputs if bucket.prompts else self._inputs
+
+    def _stage(self, buffer: Tensor, values: Tensor) -> None:
         if self._device.type == "cuda":
-            staged = staged.pin_memory()
-        self._inputs[: len(staged)].copy_(staged, non_blocking=True)
+            values = values.pin_memory()
+        buffer[: len(values)].copy_(values, non_blocking=True)
 
     def _slots_and_grid(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        slots = self._inputs[: bucket.batch]
-        grid = self._inputs[bucket.batch : bucket.batch * (1 + 5 * bucket.nodes)]
-        return slots, grid.view(5, bucket.batch, bucket.nodes)
+        staged, size = self._staged(bucket), bucket.batch * (1 + 5 * bucket.nodes)
+        return staged[: bucket.batch], staged[bucket.batch : size].view(5, bucket.batch, bucket.nodes)
 
     def _verified(self, bucket: Bucket) -> Verified:
         """The first half's results."""
         _, grid = self._slots_and_grid(bucket)
         count, shape = bucket.batch * bucket.nodes, (bucket.batch, bucket.nodes)
         _, parents, depths, ancestors, _ = grid.unbind()
+        row_of = self._row_of[:count].view(shape)
+        if bucket.prompts:
+            tokens = self._end_tokens[:count]  # roots: what they are matters to nobody
+            topology = Topology(parents, depths, ancestors, tokens == 0, bucket.depth)
+            draft = Draft(tokens, topology, None, row_of, padded=True)
+            return Verified(draft, self._end_states[:count], self._end_logits[:count], tokens)
         topology = Topology(parents, depths, ancestors, self._valid[:count].view(shape), bucket.depth)
-        tokens, row_of = self._tokens[:count].view(shape), self._row_of[:count].view(shape)
+        tokens = self._tokens[:count].view(shape)
         draft = Draft(tokens, topology, None, row_of, padded=True)
         rows = self._node_rows[:count].view(shape)
         return Verified(draft, self._states[:count], self._logits[:count], rows)
@@ -438,3 +325,122 @@ class CapturedRunner(Runner):
         self.compact(batch, verified, accepted)
         self._packed_rows(bucket).copy_(self.report(batch, accepted))
         self._lengths[self._spare :].zero_()
+
+    # -- prompts -----------------------------------------------------------------------------------
+
+    def _chunks_forward(self, chunks: list[Chunk]) -> Tensor:
+        """See `PromptRunner._chunks_forward`."""
+        bucket = self._prompt_bucket(chunks)
+        if bucket is None:
+            return super()._chunks_forward(chunks)
+        graph = self._layers_of(bucket)
+        self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs(chunks, self._spare)))
+        graph.replay()
+        return self._prompt_hidden[: sum(chunk.size for chunk in chunks)]
+
+    def _first_tokens(self, chunks: list[Chunk], hidden: Tensor, ends: list[int]) -> list[Prefilled]:
+        """See `PromptRunner._first_tokens`."""
+        sequences = [chunk.sequence for chunk in chunks if chunk.draws]
+        batch = next((most for most in self.prompts.chunks if len(chunks) <= most), None)
+        resumed = any(chunk.last and not chunk.draws for chunk in chunks)
+        grammars = any(sequence.grammar is not None for sequence in sequences)
+        if batch is None or not sequences or resumed or grammars:
+            return super()._first_tokens(chunks, hidden, ends)
+        if self._prompt_bucket(chunks) is None:  # the graph looks for them there
+            self._prompt_hidden[: len(ends)] = hidden[self._ids(ends) - 1]
+            ends = list(range(1, 1 + len(ends)))
+        started, missing, bucket = time.perf_counter(), batch - len(chunks), Bucket(batch, 1, 0, prompts=True)
+        graph = self._second_half(bucket, _ask_for_anything(sequences))
+        slots = [chunk.sequence.slot if chunk.draws else self._spare for chunk in chunks]
+        self._fill(bucket, False, slots, [TreeShape(0, 0)] * len(slots))
+        lengths = [chunk.end - 1 if chunk.draws else 0 for chunk in chunks]
+        more = [*(end - 1 for end in ends), *[0] * missing, *lengths, *[0] * missing]
+        self._stage(self._end_inputs[6 * batch :], torch.tensor(more))
+        graph.replay()
+        packed = self._packed_rows(bucket)[: len(chunks)]
+        rows = Results(packed, 0, started=started, begun=None).rows()
+        return [
+            self._prefilled(chunk, row, i) for i, (chunk, row) in enumerate(zip(chunks, rows, strict=True))
+        ]
+
+    def _prefilled(self, chunk: Chunk, row: StepRow, i: int) -> Prefilled:
+        if not row.sound:
+            return Prefilled(error=NOT_FINITE)
+        if not chunk.draws:
+            return Prefilled()
+        logprobs, num_top = None, chunk.sequence.request.sampling.logprobs
+        if num_top is not None:
+            logprobs = token_logprobs(self._end_logits[i : i + 1], self._ids(row.tokens), num_top)
+        chain = None if self._lookup is None else (row.chain, row.kind)
+        return Prefilled(first=row.tokens[0], logprobs=logprobs, chain=chain)
+
+    def _prompt_bucket(self, chunks: list[Chunk]) -> PromptBucket | None:
+        return self.prompts.find(len(chunks), sum(chunk.size for chunk in chunks))
+
+    def _layers_of(self, bucket: PromptBucket) -> Graph:
+        if bucket not in self._layers:
+            self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs([], self._spare)))
+            self._layers[bucket] = self._captured(
+                lambda: self._pass(bucket),
+                f"the pass over {bucket.tokens} tokens of {bucket.chunks} prompts",
+                "max_num_seqs or max_prefill_tokens",
+            )
+        return self._layers[bucket]
+
+    def _pass(self, bucket: PromptBucket) -> None:
+        """What the graph of a pass over prompts holds."""
+        parts = torch.split(self._prompt_inputs[: sum(bucket.parts)], [*bucket.parts])
+        slots, starts = (part[: bucket.sequences] for part in parts[:2])
+        index, tokens = (part[: bucket.tokens] for part in parts[2:])
+        # No row that is computed lies behind the longest sequence's.
+        attention_input = self._attention_input(
+            slots, starts, bucket.longest, max_length=self._max_length, index=index
+        )
+        self._attention.plan(attention_input, self._pool)
+        positions = attention_input.positions().flatten()[index]
+        self._decoder(tokens, positions, self._attention, self._prompt_hidden[: bucket.tokens])
+
+    def _end(self, bucket: Bucket, anything: bool) -> None:
+        """What the graph behind a pass over prompts holds: a step's second half, in which they are roots."""
+        slots, _ = self._slots_and_grid(bucket)
+        rows, lengths = self._end_inputs[6 * bucket.batch : 8 * bucket.batch].view(2, -1)
+        verified = self._verified(bucket)
+        torch.index_select(self._prompt_hidden, 0, rows, out=verified.hidden)
+        self._decoder.logits(verified.hidden, verified.logits)
+        self._lengths[slots] = lengths
+        self._targets_accept_compact(bucket, anything)
+        # Of a chunk that is not its prompt's last, too, whose slot is the spare one here.
+        self._packed_rows(bucket)[:, 0] = verified.hidden.isfinite().all(1)
+        self._lengths[self._spare :].zero_()
+
+    def _most_prompt_tokens(self) -> int:
+        """Up to how many tokens of prompts the host keeps the device waiting, were the pass not captured."""
+        if self._device.type != "cuda":
+            return max(self.prompts.tokens, default=0)
+        found = 0
+        for tokens in self.prompts.tokens:
+            bucket = self.prompts.find(1, tokens)
+            if bucket is None or self._share_of_launching(bucket) < _HOST_BOUND:
+                break
+            found = tokens
+        return found
+
+    def _share_of_launching(self, bucket: PromptBucket) -> float:
+        """Of the time of a pass."""
+        self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs([], self._spare)))
+        self._pass(bucket)  # compiles its kernels
+        shares = []
+        for _ in range(3):
+            torch.cuda.synchronize(self._device)
+            started = time.perf_counter()
+            self._pass(bucket)
+            launched = time.perf_counter()
+            torch.cuda.synchronize(self._device)
+            shares.append((launched - started) / (time.perf_counter() - started))
+        return statistics.median(shares)
+
+
+def _ask_for_anything(sequences: list[Sequence]) -> bool:
+    """Whether some want more than the best token, which the lesser of the second halves finds."""
+    requests = (sequence.request for sequence in sequences)
+    return any(r.sampling.adjusts or not r.sampling.greedy or r.prediction_token_ids for r in requests)

@@ -90,7 +90,7 @@ class TritonRunner(CapturedRunner):
             draws = Draws(self._greedy.search(kept.logits))
         packed = self._packed_rows(bucket)
         accept(
-            self._inputs,
+            self._staged(bucket),
             nodes,
             draws,
             kept.hidden,

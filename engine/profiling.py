@@ -201,8 +201,11 @@ def transient_bytes(
             kernels=kernels and not config.enforce_eager,
         )
         found = worst.measure()
-        if not config.enforce_eager:  # captured steps keep logits from one half of a step to the other
-            found += config.max_step_tokens * decoder.config.vocab_size * decoder.logits_dtype.itemsize
+        if not config.enforce_eager:
+            # Captured steps keep logits from one half of a step to the other, and passes over prompts states.
+            rows, states = config.max_step_tokens + config.max_num_seqs, config.prefill_tokens(device.type)
+            found += rows * decoder.config.vocab_size * decoder.logits_dtype.itemsize
+            found += states * decoder.config.hidden_size * decoder.embed.dtype.itemsize
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the model leaves no memory for a step of {config.max_step_tokens} tokens or for "

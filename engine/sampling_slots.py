@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Items
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from engine.adjust import Adjustment, BadWords, LogitBias, MinTokens, Penalties
+from engine.devices import sent, slot_rows
 from engine.sampler import Adjusting, SamplingRows, TypicalRows
 from engine.types import Sequence
 
@@ -33,19 +34,14 @@ class SamplingSlots:
     ) -> None:
         self.vocab_size = vocab_size
 
-        def slots(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(max_num_seqs, dtype=dtype, device=device)
-
-        self.temperature = slots(torch.float32)
-        self.top_p = slots(torch.float32)
-        self.top_k = slots(torch.int64)
-        self.min_p = slots(torch.float32)
-        self.seed = slots(torch.int64)
-        self.choice = slots(torch.int64)
-        self.position = slots(torch.int64)
-        self.typical = slots(torch.bool)
-        self.epsilon = slots(torch.float32)
-        self.delta = slots(torch.float32)
+        self._device = device
+        # A row for each parameter, so that those of an admission go there together.
+        self._floats = slot_rows(5, max_num_seqs, torch.float32, device)
+        self.temperature, self.top_p, self.min_p, self.epsilon, self.delta = self._floats.unbind()
+        self._integers = slot_rows(4, max_num_seqs, torch.int64, device)
+        self.top_k, self.seed, self.choice, self.position = self._integers.unbind()
+        self.typical = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)
+        self._typical: set[int] = set()
         shape = (max_num_seqs, vocab_size, device)
         self.penalties, self.logit_bias = Penalties(*shape), LogitBias(*shape)
         self.min_tokens = MinTokens(*shape, eos_token_ids=eos_token_ids)
@@ -59,25 +55,30 @@ class SamplingSlots:
         )
 
     @torch.inference_mode()
-    def admit(self, sequence: Sequence) -> None:
-        """Make the slot the sequence's: its constants, and what follows from the tokens it has.
+    def admit(self, sequences: Items[Sequence]) -> None:
+        """Make the slots the sequences': their constants, and what follows from the tokens they have.
 
         A sequence that returns after preemption goes on where it was: the next draw is that of output
         position `sequence.num_output`, and its output counts as emitted.
         """
-        slot, sampling, medusa = sequence.slot, sequence.request.sampling, sequence.request.medusa
-        self.temperature[slot] = sampling.temperature
-        self.top_p[slot] = sampling.top_p
-        self.top_k[slot] = min(sampling.top_k, self.vocab_size)
-        self.min_p[slot] = sampling.min_p
-        self.seed[slot] = sequence.seed
-        self.choice[slot] = sequence.index
-        self.position[slot] = sequence.num_output
-        self.typical[slot] = sequence.request.typical
-        self.epsilon[slot] = medusa.epsilon
-        self.delta[slot] = medusa.delta
-        for adjustment in self._adjustments:
-            adjustment.admit(sequence)
+        slots = sent(torch.tensor([sequence.slot for sequence in sequences]), self._device)
+        floats, integers = [], []
+        for sequence in sequences:
+            sampling, medusa = sequence.request.sampling, sequence.request.medusa
+            floats.append(
+                (sampling.temperature, sampling.top_p, sampling.min_p, medusa.epsilon, medusa.delta)
+            )
+            top_k = min(sampling.top_k, self.vocab_size)
+            integers.append((top_k, sequence.seed, sequence.index, sequence.num_output))
+            if (typical := sequence.request.typical) != (sequence.slot in self._typical):
+                self.typical[sequence.slot] = typical
+                (self._typical.add if typical else self._typical.discard)(sequence.slot)
+            for adjustment in self._adjustments:
+                adjustment.admit(sequence)
+        self._floats.index_copy_(
+            1, slots, sent(torch.tensor(floats, dtype=torch.float32).T.contiguous(), self._device)
+        )
+        self._integers.index_copy_(1, slots, sent(torch.tensor(integers).T.contiguous(), self._device))
 
     @torch.inference_mode()
     def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor, *, adjusted: bool | None = None) -> None:

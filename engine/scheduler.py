@@ -46,6 +46,11 @@ class Chunk:
         """Tokens of it."""
         return self.end - self.start
 
+    @property
+    def draws(self) -> bool:
+        """Whether its sequence's first token is drawn behind it; one that was preempted has its root."""
+        return self.last and self.sequence.num_output == 0
+
 
 @dataclass(slots=True)
 class Plan:

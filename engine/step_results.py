@@ -23,11 +23,14 @@ class Prefilled:
         error: why there is nothing; the rest then means nothing.
         first: the first token, after the last chunk of a sequence that has none from before a preemption.
         logprobs: of that token, where they were asked for.
+        chain: what the lookup proposes for the first decode step, and the kind of its match; None where it
+            was not asked.
     """
 
     error: str | None = None
     first: int | None = None
     logprobs: list[TokenLogprobs] | None = None
+    chain: tuple[list[int], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from triton.runtime import driver
 
 from engine.attention.base import AttentionInput, computed_rows
 from engine.attention.triton import TritonAttention
+from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.model.fused_triton import FusedLayers
 from engine.runner import Runner
@@ -61,7 +62,10 @@ def warm_prompts(runner: Runner, loaded: Loaded) -> None:
         loaded: of the same engine; all blocks are free.
     """
     started = time.monotonic()
-    passes = prompt_passes(loaded)
+    captured = max(runner.prompts.tokens, default=0) if isinstance(runner, CapturedRunner) else 0
+    passes = prompt_passes(loaded, captured)
+    if not passes:
+        return
     try:
         # The first one compiles what all have in common.
         _run(runner, loaded, passes[0])
@@ -77,12 +81,16 @@ def warm_prompts(runner: Runner, loaded: Loaded) -> None:
     log.info("ran %d passes over prompts, which compiles their kernels, in %.1f s", len(passes), took)
 
 
-def prompt_passes(loaded: Loaded) -> list[PromptPass]:
-    """Few passes that launch every kernel that any pass over prompts launches, in each of its forms."""
+def prompt_passes(loaded: Loaded, captured: int = 0) -> list[PromptPass]:
+    """Few passes that launch every kernel that any pass over prompts launches, in each of its forms.
+
+    Args:
+        captured: tokens up to which passes are captured, which compiled their kernels.
+    """
     smallest: dict[frozenset[Hashable], PromptPass] = {}
-    for each in sorted(_possible(loaded), key=_work):
+    for each in sorted(_possible(loaded, captured), key=_work):
         smallest.setdefault(_forms(loaded, each), each)
-    missing, passes = set[Hashable]().union(*smallest), []
+    missing, passes = set[Hashable]().union(*smallest), list[PromptPass]()
     while missing:
         best = max(smallest, key=lambda forms: (len(forms & missing), -_work(smallest[forms])))
         passes.append(smallest[best])
@@ -90,7 +98,7 @@ def prompt_passes(loaded: Loaded) -> list[PromptPass]:
     return passes
 
 
-def _possible(loaded: Loaded) -> Iterator[PromptPass]:
+def _possible(loaded: Loaded, captured: int) -> Iterator[PromptPass]:
     """Passes among which those of more sequences or of longer prefixes find their forms.
 
     Of several chunks it counts whether they are of equal size, and their number only as far as many leave no
@@ -107,7 +115,7 @@ def _possible(loaded: Loaded) -> Iterator[PromptPass]:
                 found = PromptPass(sizes, cached)
                 needed = sum(map(loaded.blocks.blocks_for, (size + cached, *sizes[1:])))
                 fits = sum(sizes) <= most_tokens and len(sizes) <= loaded.info.max_num_seqs
-                if fits and needed <= loaded.blocks.free:
+                if sum(sizes) > captured and fits and needed <= loaded.blocks.free:
                     yield found
         size += 1 + size // _EVERY_SIZE
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from engine.config import EngineConfig
+from engine.cuda_graphs import RecordedGraph
 from engine.engine import Engine
-from engine.graphs import RecordedGraph
 from engine.loader import load
 from engine.medusa.buckets import Buckets
 from engine.types import Request, SamplingParams, TokenDelta

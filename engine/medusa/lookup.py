@@ -7,12 +7,14 @@ heads' nodes. It needs no training and no heads. (Prompt lookup decoding, Saxena
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.devices import sent, slot_rows
 from engine.types import Sequence
 
 __all__ = ["CONTEXT", "FORCED", "MOST_MATCHED", "NOBODY", "NUM_KINDS", "Lookup", "Proposal"]
@@ -57,26 +59,32 @@ class Lookup:
         self._device = device
         self.history = torch.zeros(max_num_seqs, max_tokens, dtype=torch.int32, device=device)
         self.prediction: Tensor | None = None
-        self.prediction_length = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.num_prompt = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._prompts = slot_rows(2, max_num_seqs, torch.int64, device)
+        self.num_prompt, self.prediction_length = self._prompts.unbind()
         self.tokens = torch.zeros(max_num_seqs, size, dtype=torch.int64, device=device)
         """[slots, D]: the chain proposed for each slot's next step."""
 
-    def admit(self, sequence: Sequence) -> None:
-        """Write a sequence's tokens so far, and its prediction, to its slot."""
-        slot = sequence.slot
-        tokens = torch.tensor(sequence.token_ids, dtype=torch.int32, device=self._device)
-        self.history[slot, : len(tokens)] = tokens
-        self.num_prompt[slot] = sequence.num_prompt
-        context = sequence.request.prompt_token_ids[-CONTEXT:]
-        expected = sequence.request.prediction_token_ids[: self.history.shape[1] - len(context)]
-        self.prediction_length[slot] = len(expected) + len(context) if expected else 0
-        if expected:
-            self.allocate_predictions()
-            assert self.prediction is not None
-            row = torch.tensor((*context, *expected), dtype=torch.int32, device=self._device)
-            self.prediction[slot, : len(row)] = row
-            self.prediction_length[slot] = len(row)
+    def admit(self, sequences: Items[Sequence]) -> None:
+        """Write the sequences' tokens so far, and their predictions, to their slots."""
+        slots = np.array([sequence.slot for sequence in sequences])
+        counts = np.array([len(sequence.token_ids) for sequence in sequences])
+        first = slots * self.history.shape[1] - (np.cumsum(counts) - counts)
+        place = torch.from_numpy(np.arange(counts.sum()) + np.repeat(first, counts))
+        tokens = [token for sequence in sequences for token in sequence.token_ids]
+        written = sent(torch.tensor(tokens, dtype=torch.int32), self._device)
+        self.history.view(-1).index_copy_(0, sent(place, self._device), written)
+        lengths = []
+        for sequence in sequences:
+            context = sequence.request.prompt_token_ids[-CONTEXT:]
+            expected = sequence.request.prediction_token_ids[: self.history.shape[1] - len(context)]
+            lengths.append((sequence.num_prompt, len(expected) + len(context) if expected else 0))
+            if expected:
+                self.allocate_predictions()
+                assert self.prediction is not None
+                row = sent(torch.tensor((*context, *expected), dtype=torch.int32), self._device)
+                self.prediction[sequence.slot, : len(row)] = row
+        index, table = sent(torch.from_numpy(slots), self._device), torch.tensor(lengths).T.contiguous()
+        self._prompts.index_copy_(1, index, sent(table, self._device))
 
     def allocate_predictions(self) -> None:
         """Make the table of predictions now, [slots, max_tokens] int32; it is made once."""

@@ -86,7 +86,7 @@ def slots_for(*sequences: Sequence, vocab: int = VOCAB) -> SamplingSlots:
     """Fresh slots with the sequences admitted."""
     slots = SamplingSlots(max_num_seqs=SLOTS, vocab_size=vocab, eos_token_ids=EOS, device=CPU)
     for each in sequences:
-        slots.admit(each)
+        slots.admit([each])
     return slots
 
 

@@ -151,7 +151,7 @@ def test_the_tables_take_what_is_set_aside_for_them() -> None:
     sampling = SamplingParams(
         presence_penalty=1.0, logit_bias=((3, 1.0),), min_tokens=2, bad_words=((4, 5),), max_tokens=9
     )
-    slots.admit(Sequence(Request("r", (0, 2), sampling), 0, 0, [0, 2], 2, 20, 0, slot=3))
+    slots.admit([Sequence(Request("r", (0, 2), sampling), 0, 0, [0, 2], 2, 20, 0, slot=3)])
     taken = 0
     for adjustment in slots._adjustments:
         tensors = [value for value in vars(adjustment).values() if isinstance(value, torch.Tensor)]

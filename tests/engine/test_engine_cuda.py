@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import load
-from engine.types import SamplingParams
+from engine.types import Request, SamplingParams
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.engine.test_constrained import PATTERNS, PROMPTS, ask, greedy_reference, regex
@@ -87,6 +87,30 @@ def test_prompts_find_their_kernels_compiled(narrow: TinyModel, monkeypatch: pyt
             prompts = [[(first + i * i) % 12 for i in range(max(1, length))] for length in lengths]
             support.run_all(engine, [support.greedy(f"{i}", prompt, 3) for i, prompt in enumerate(prompts)])
     assert not compiled
+
+
+def test_prompts_in_graphs_give_what_each_gives_without(narrow: TinyModel) -> None:
+    """Of whatever length, alone and with others, behind a prefix or not, greedy and sampled."""
+    settings: dict[str, Any] = {"heads": str(narrow.heads), "tree": 8, "max_num_seqs": 16}
+    engine = support.make_engine(narrow.folder, **settings)
+    runner = engine._runner
+    assert isinstance(runner, CapturedRunner)
+    assert runner.prompts.tokens[-1] >= 512, "for a model so small it is always the host that takes longer"
+    samplings = [
+        SamplingParams(temperature=0.0, max_tokens=4),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=4, presence_penalty=0.5, logprobs=1),
+        SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=0),
+    ]
+    requests = []
+    for i, length in enumerate((1, 2, 15, 16, 17, 40, 64, 100, 190, 300, 301, 450, 33, 7, 128, 129)):
+        prompt = tuple((j * j + i % 4) % 12 for j in range(length))
+        requests.append(Request(f"{i}", prompt, samplings[i % 3]))
+    eager = support.make_engine(narrow.folder, enforce_eager=True, **settings)
+    wanted = {}
+    for request in requests:
+        wanted |= support.run_all(eager, [request])
+    assert support.run_all(engine, requests) == wanted
+    assert support.run_all(engine, requests, arrive_every=1) == wanted
 
 
 def test_answers_follow_their_grammar(narrow: TinyModel) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from engine import warmup
 from engine.config import EngineConfig
+from engine.cuda_graphs import RecordedGraph
 from engine.engine import Engine
 from engine.errors import CaptureError
-from engine.graphs import CapturedRunner, RecordedGraph
+from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
 from engine.medusa.buckets import Buckets

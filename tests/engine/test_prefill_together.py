@@ -10,13 +10,21 @@ import torch
 
 from engine.attention.sdpa import SdpaAttention
 from engine.engine import Engine
-from engine.runner import Runner
+from engine.graphs import CapturedRunner
+from engine.prompt_runner import PromptRunner
 from engine.scheduler import Chunk
+from engine.step_results import Prefilled
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
+from tests import support
 from tests.engine.conftest import TinyModel
 from tests.support import greedy, make_engine
 
 PROMPTS = [[1, 2, 3], [4], [(5 * i) % 12 for i in range(41)], [7, 7, 2, 9, 1, 3], [3] * 17]
+
+
+def runner() -> type[PromptRunner]:
+    """Whose passes these are."""
+    return CapturedRunner if support.MODE["captured"] else PromptRunner
 
 
 @pytest.fixture
@@ -24,13 +32,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Sizes of the chunks of each pass."""
     monkeypatch.setattr(SdpaAttention, "ragged", True, raising=False)
     found: list[list[int]] = []
-    forward = Runner._chunks_forward
+    forward = runner()._chunks_forward
 
-    def noted(self: Runner, chunks: list[Chunk]) -> torch.Tensor:
+    def noted(self: PromptRunner, chunks: list[Chunk]) -> torch.Tensor:
         found.append([chunk.end - chunk.start for chunk in chunks])
         return forward(self, chunks)
 
-    monkeypatch.setattr(Runner, "_chunks_forward", noted)
+    monkeypatch.setattr(runner(), "_chunks_forward", noted)
     return found
 
 
@@ -129,15 +137,15 @@ def test_one_that_fails_costs_no_other(
         for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True))
     ]
     wanted = outputs(engine(narrow), requests)
-    draw = Runner._draw_first
+    draw = runner()._first_tokens
 
-    def broken(self: Runner, sequences: list[Any], logits: torch.Tensor) -> torch.Tensor:
-        drawn = draw(self, sequences, logits)
-        if any(sequence.request.request_id == "1" for sequence in sequences):
+    def broken(self: PromptRunner, chunks: list[Chunk], *rest: Any) -> list[Prefilled]:
+        drawn = draw(self, chunks, *rest)
+        if any(chunk.sequence.request.request_id == "1" for chunk in chunks):
             raise RuntimeError("out of luck")
         return drawn
 
-    monkeypatch.setattr(Runner, "_draw_first", broken)
+    monkeypatch.setattr(runner(), "_first_tokens", broken)
     found = outputs(engine(narrow), requests)
     (failed,) = found.pop(("1", 0))
     assert failed.finish_reason is FinishReason.ERROR
@@ -153,17 +161,17 @@ def test_values_that_are_not_finite_end_their_own_prompt_only(
     narrow: TinyModel, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = outputs(engine(narrow), [greedy("good", PROMPTS[2], 9)])
-    forward = Runner._chunks_forward
+    forward = runner()._chunks_forward
 
-    def poisoned(self: Runner, chunks: list[Chunk]) -> torch.Tensor:
-        hidden, end = forward(self, chunks).clone(), 0
+    def poisoned(self: PromptRunner, chunks: list[Chunk]) -> torch.Tensor:
+        hidden, end = forward(self, chunks), 0
         for chunk in chunks:
             end += chunk.end - chunk.start
             if chunk.sequence.request.request_id == "bad":
                 hidden[end - 1, 0] = float("nan")
         return hidden
 
-    monkeypatch.setattr(Runner, "_chunks_forward", poisoned)
+    monkeypatch.setattr(runner(), "_chunks_forward", poisoned)
     found = outputs(engine(narrow), [greedy("bad", PROMPTS[0], 9), greedy("good", PROMPTS[2], 9)])
     (failed,) = found["bad", 0]
     assert failed.finish_reason is FinishReason.ERROR
@@ -178,15 +186,15 @@ def test_what_a_failed_pass_had_done_for_a_later_chunk_counts_once(
     long = Request("long", tuple((7 * i) % 12 for i in range(80)), sampling)
     settings = {"max_step_tokens": 64}
     wanted = outputs(engine(narrow, **settings), [long])
-    draw = Runner._draw_first
+    draw = runner()._first_tokens
 
-    def broken(self: Runner, sequences: list[Any], logits: torch.Tensor) -> torch.Tensor:
-        drawn = draw(self, sequences, logits)
-        if len(sequences) > 1:
+    def broken(self: PromptRunner, chunks: list[Chunk], *rest: Any) -> list[Prefilled]:
+        drawn = draw(self, chunks, *rest)
+        if len(chunks) > 1 and all(chunk.draws for chunk in chunks):
             raise RuntimeError("out of luck")
         return drawn
 
-    monkeypatch.setattr(Runner, "_draw_first", broken)
+    monkeypatch.setattr(runner(), "_first_tokens", broken)
     passes.clear()
     made = engine(narrow, **settings)
     made.add(long)

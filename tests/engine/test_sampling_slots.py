@@ -77,7 +77,7 @@ def test_a_slot_remembers_nothing_of_its_earlier_owners(data: st.DataObject) -> 
         presence_penalty=1.0, logit_bias=((0, 50.0),), min_tokens=900, bad_words=((1,), (2, 1))
     )
     neighbour = sequence(busy, prompt=[1, 2], output=[2, 2], slot=1)
-    slots.admit(neighbour)
+    slots.admit([neighbour])
     output = [2, 2]
     for owner in range(data.draw(st.integers(2, 4))):
         each = sequence(
@@ -88,7 +88,7 @@ def test_a_slot_remembers_nothing_of_its_earlier_owners(data: st.DataObject) -> 
             seed=owner,
             medusa=data.draw(st.sampled_from([MedusaParams(), *TYPICAL])),
         )
-        slots.admit(each)
+        slots.admit([each])
         assert same(state(slots, each), state(slots_for(each), each))
         slots.advance(torch.tensor([3, 1]), torch.tensor([[1, 2], [5, 6]]), torch.tensor([2, 1]))
         output = [*output, 5]
@@ -113,10 +113,10 @@ def test_a_server_without_adjustments_holds_no_tables() -> None:
     assert held() < vocab
     assert slots.rows(slot_ids(plain), [plain]).adjusting is None
     assert slots.rows(slot_ids(plain), [plain]).top_k.item() == vocab
-    slots.admit(sequence(SamplingParams(frequency_penalty=1.0), prompt=[1], slot=1))
+    slots.admit([sequence(SamplingParams(frequency_penalty=1.0), prompt=[1], slot=1)])
     allocated = held()
     assert allocated >= 2 * SLOTS * vocab
-    slots.admit(sequence(SamplingParams(frequency_penalty=1.0), prompt=[1], slot=2))
+    slots.admit([sequence(SamplingParams(frequency_penalty=1.0), prompt=[1], slot=2)])
     assert held() == allocated
 
 

@@ -19,8 +19,9 @@ pytest.importorskip("triton")
 from engine import greedy_triton, sampler_triton, step_triton
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
+from engine.cuda_graphs import _Recorder
 from engine.engine import Engine
-from engine.graphs import CapturedRunner, _Recorder
+from engine.graphs import CapturedRunner
 from engine.graphs_triton import TritonRunner
 from engine.loader import load
 from engine.medusa.buckets import Buckets
@@ -209,7 +210,7 @@ def test_the_search_is_lookups(seed: int, blocks: None) -> None:
         each = Sequence(request, 0, 0, [*prompt, *said(30)], len(prompt), longest, 0, slot=slot)
         lengths[slot] = len(each.token_ids) - 1
         for lookup in (found, wanted):
-            lookup.admit(each)
+            lookup.admit([each])
 
     def ids(*values: int) -> torch.Tensor:
         return torch.tensor(values, device=device)

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from engine import engine as engine_module, triton_dependent, warmup_triton
+from engine import runners, triton_dependent, warmup_triton
 from engine.attention import triton as attention_module
 from engine.attention.sdpa import SdpaAttention
 from engine.attention.triton import TritonAttention
@@ -25,12 +25,14 @@ from engine.attention.triton_tiles import Kind, candidates
 from engine.attention.triton_tuning import ModelShape, _Step
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.graphs import CapturedRunner
 from engine.graphs_triton import TritonRunner
 from engine.loader import Loaded, load
 from engine.model import fused_triton, triton_kernels, triton_products
 from engine.model.decoder import Decoder
 from engine.model.fused_triton import Ways
 from engine.model.triton_products import Shape
+from engine.prompt_runner import PromptRunner
 from engine.runner import Runner
 from engine.scheduler import Chunk
 from engine.stats import EngineStats
@@ -274,7 +276,7 @@ def test_passes_are_within_the_bounds(
     save_model(tiny_model("llama"), tmp_path)
     values = {"max_model_len": 200, "kv_cache_tokens": 272} | settings
     loaded = made(tmp_path, monkeypatch, ways=WAYS, **values)
-    possible = list(warmup_triton._possible(loaded))
+    possible = list(warmup_triton._possible(loaded, 0))
     assert max(len(each.sizes) for each in possible) == most
     assert max(sum(each.sizes) for each in possible) <= loaded.max_prefill_tokens
     assert max(each.sizes[0] + each.cached for each in possible) <= loaded.info.max_model_len
@@ -355,8 +357,9 @@ def test_nothing_is_left_behind(
     caplog.set_level(logging.INFO)
     passes = [PromptPass((3,)), PromptPass((9, 1), 7), PromptPass((4, 4))]
     monkeypatch.setattr(SdpaAttention, "ragged", True, raising=False)
-    monkeypatch.setattr(warmup_triton, "prompt_passes", lambda loaded: passes)
-    monkeypatch.setattr(engine_module, "cuda_graphs", lambda device: Rerun)
+    monkeypatch.setattr(warmup_triton, "prompt_passes", lambda loaded, captured: passes)
+    monkeypatch.setattr(CapturedRunner, "_most_prompt_tokens", lambda self: 0)
+    monkeypatch.setattr(runners, "cuda_graphs", lambda device: Rerun)
     sizes: list[list[int]] = []
     forward = Runner._chunks_forward
 
@@ -400,6 +403,37 @@ def test_nothing_is_left_behind(
     assert engine.stats.prefix_hit_tokens == 0
 
 
+def test_captured_passes_need_no_others(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine as on CUDA, its kernels interpreted, but for attention."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(SdpaAttention, "ragged", True, raising=False)
+    monkeypatch.setattr(runners, "cuda_graphs", lambda device: Rerun)
+    monkeypatch.setattr(PromptRunner, "_chunks_forward", lambda self, chunks: pytest.fail("not captured"))
+    monkeypatch.setattr(PromptRunner, "_first_tokens", lambda self, *rest: pytest.fail("not captured"))
+    config = EngineConfig(
+        model=str(narrow.folder), device="cpu", attention="sdpa", block_size=4, max_num_seqs=2,
+        kv_cache_tokens=1024, tree="3", lookup="on", max_prefill_tokens=100,
+    )  # fmt: skip
+    loaded = replace(load(config, progress=False), captured=True, kernels=True)
+    engine = Engine(loaded)
+    assert "captured 8 graphs of passes over at most 100 tokens of prompts" in caplog.text
+    assert "passes over prompts, which compiles" not in caplog.text
+    engine.check()
+    assert loaded.blocks.cached == loaded.blocks.used == 0
+    prompts = [[(i * j) % 12 for j in range(5 + 40 * i)] for i in range(3)]
+    sampled = SamplingParams(temperature=0.8, seed=7, max_tokens=5, presence_penalty=0.3, logprobs=1)
+    requests = [Request("sampled", tuple(prompts[0]), sampled)]
+    requests += [greedy(f"r{i}", prompt, 5) for i, prompt in enumerate(prompts)]
+    outputs = run_all(engine, requests)
+    for i, prompt in enumerate(prompts):
+        assert outputs[f"r{i}", 0] == greedy_reference(narrow.reference, prompt, 5)
+    monkeypatch.undo()
+    alone = run_all(Engine(load(config, progress=False)), requests[:1])
+    assert outputs["sampled", 0] == alone["sampled", 0]
+
+
 def test_a_pass_that_fails_is_told_and_the_server_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: Launches, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -427,7 +461,7 @@ def test_it_is_for_captured_steps_with_triton(
         raise AssertionError
 
     monkeypatch.setattr(warmup_triton, "warm_prompts", unwanted)
-    monkeypatch.setattr(engine_module, "cuda_graphs", lambda device: Rerun)
+    monkeypatch.setattr(runners, "cuda_graphs", lambda device: Rerun)
     values: dict[str, Any] = {"tree": "off", "attention": "sdpa", "max_num_seqs": 1, "kv_cache_tokens": 1024}
     loaded = load(EngineConfig(model=str(narrow.folder), device="cpu", **values), progress=False)
     both = {"captured": True, "kernels": True}

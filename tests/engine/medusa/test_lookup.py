@@ -57,7 +57,7 @@ def slow(made: Sequence) -> tuple[list[int], int]:
 
 def proposed(search: Lookup, batch: list[Sequence]) -> list[tuple[list[int], int]]:
     for made in batch:
-        search.admit(made)
+        search.admit([made])
     slots = torch.tensor([made.slot for made in batch])
     lengths = torch.tensor([made.num_cached for made in batch])
     predicted = {

@@ -67,16 +67,16 @@ def test_the_kernel_is_the_operators_to_the_bit(seed: int, predicted: str, size:
     if rng.random() < 0.5:  # the slots' last owners leave something behind
         for slot in range(SLOTS):
             last = sequence(rng, slot, predicted=rng.random() < 0.7)
-            plain.admit(last)
-            compiled.admit(last)
+            plain.admit([last])
+            compiled.admit([last])
     share = {"nobody": 0.0, "some": 0.5, "all": 1.0}[predicted]
     batch = [
         sequence(rng, slot, predicted=rng.random() < share)
         for slot in rng.sample(range(SLOTS), rng.randint(1, SLOTS))
     ]
     for made in batch:
-        plain.admit(made)
-        compiled.admit(made)
+        plain.admit([made])
+        compiled.admit([made])
     slots = torch.tensor([made.slot for made in batch])
     lengths = torch.tensor([made.num_cached for made in batch])
     expected = {}
@@ -116,7 +116,7 @@ def test_what_chance_rarely_brings(
     made = Sequence(request, 0, 0, [*prompt, *output[:-1]], len(prompt), 999, 0, slot=2)
     arguments = torch.tensor([2]), torch.tensor([len(made.token_ids) - 1]), torch.tensor([output[-1:]])
     for search in pair(4):
-        search.admit(made)
+        search.admit([made])
         predicted = {0: len(prediction)} if prediction else {}
         found = search.advance(*arguments, torch.tensor([1]), max_length=20, predicted=predicted)
         assert (found.kind.item(), found.tokens[0, : found.count.item()].tolist()) == (kind, chain)
@@ -127,8 +127,8 @@ def test_rows_need_not_lie_together() -> None:
     rng = random.Random(3)
     for slot in (1, 3):
         made = sequence(rng, slot, predicted=False)
-        plain.admit(made)
-        compiled.admit(made)
+        plain.admit([made])
+        compiled.admit([made])
     slots, lengths, counts = torch.tensor([[1, 8, 2], [3, 6, 1]]).unbind(1)
     arguments = slots, lengths, torch.tensor([[2, 1], [1, 2], [0, 0]]).T, counts
     found, right = (search.advance(*arguments, max_length=11) for search in (compiled, plain))

@@ -1,0 +1,193 @@
+"""Work recorded once and repeated on the same memory: CUDA's graphs, and a stand-in that holds code to their
+rules on any device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+__all__ = ["CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
+
+
+class Graph(Protocol):
+    """Work recorded once and repeated on the same memory."""
+
+    def capture(self, run: Callable[[], None]) -> None:
+        """Record `run`, which may be run once or twice meanwhile."""
+
+    def replay(self) -> None:
+        """Do it again."""
+
+
+class CudaGraph:
+    """A graph on the device.
+
+    Args:
+        pool: memory (`torch.cuda.graph_pool_handle()`) that graphs share which never run at the same time.
+        stream: on which to capture; graphs that share memory share this too.
+    """
+
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._graph, self._pool, self._stream = torch.cuda.CUDAGraph(), pool, stream
+
+    def capture(self, run: Callable[[], None]) -> None:
+        """See `Graph.capture`. The first run loads kernels and makes workspaces, which a capture must not."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        # The event loop and the metrics run in other threads: what they do is no concern of the capture.
+        with torch.cuda.graph(
+            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
+    """Makes graphs that share one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return lambda: CudaGraph(pool, stream)
+
+
+class RecordedGraph:
+    """A graph for any device, which holds code to the rules of CUDA graphs; for tests.
+
+    `capture` runs the code once and notes every operator with its arguments; `replay` runs the operators
+    again, not the code, so what the code would decide anew stays decided, as on CUDA. Tensors made inside
+    are made anew. One from outside is the same memory at each replay, and has to be there still: it is not
+    kept alive.
+
+    Raises:
+        RuntimeError: on capture, the code reads a tensor from the host, makes one of the host's values, or
+            has a shape that depends on values; on replay, a tensor it used is gone.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def capture(self, run: Callable[[], None]) -> None:
+        run()  # as on CUDA, where the first run fills caches
+        recorder = _Recorder()
+        with _NoHostAccess(), recorder:
+            run()
+        self._calls = recorder.calls
+
+    def replay(self) -> None:
+        made: dict[int, Tensor] = {}
+        for call in self._calls:
+            args, kwargs = tree_unflatten([_value(argument, made) for argument in call.arguments], call.spec)
+            results, _ = tree_flatten(call.operator(*args, **kwargs))
+            for key, result in zip(call.results, results, strict=True):
+                if key is not None:
+                    made[key] = result
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The tensor that an earlier call of the recording has made."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    operator: Callable[..., Any]
+    arguments: list[Any]
+    spec: TreeSpec
+    results: list[int | None]
+
+
+def _value(argument: Any, made: dict[int, Tensor]) -> Any:
+    if isinstance(argument, _Made):
+        return made[argument.key]
+    if isinstance(argument, weakref.ref):
+        found = argument()
+        if found is None:
+            raise RuntimeError("a tensor that the graph uses is gone")
+        return found
+    return argument
+
+
+_HOST_ACCESS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "tensor",
+    "as_tensor",
+    "from_numpy",
+}
+"""Functions of torch that copy between host and device."""
+
+_HOST_READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "bincount",
+    "lift_fresh",
+}
+"""Operators that copy, or whose result's shape depends on values."""
+
+
+class _NoHostAccess(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _HOST_ACCESS:
+            raise RuntimeError(f"{func.__name__} in a captured step")
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[_Call] = []
+        self._made: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no two tensors of the recording have one id
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        arguments, spec = tree_flatten((args, kwargs or {}))
+        masked = name.startswith("index") and any(
+            isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+            for value in tree_flatten(args[1])[0]
+        )
+        if name in _HOST_READS or masked:
+            raise RuntimeError(f"{func} in a captured step")
+        noted = [self._note(value) for value in arguments]
+        out = func(*args, **(kwargs or {}))
+        given = {id(value) for value in arguments if isinstance(value, Tensor)}
+        results: list[int | None] = []
+        for result in tree_flatten(out)[0]:
+            if not isinstance(result, Tensor) or (id(result) in given and id(result) not in self._made):
+                results.append(None)  # written in place
+                continue
+            results.append(self._made.setdefault(id(result), len(self._made)))
+            self._alive.append(result)
+        self.calls.append(_Call(func, noted, spec, results))
+        return out
+
+    def _note(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return _Made(self._made[id(value)]) if id(value) in self._made else weakref.ref(value)

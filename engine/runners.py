@@ -1,0 +1,57 @@
+"""Which runner an engine has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from engine.cuda_graphs import Graph, cuda_graphs
+from engine.graphs import CapturedRunner
+from engine.loader import Loaded
+from engine.medusa.buckets import Buckets
+from engine.runner import Runner
+
+__all__ = ["make_runner"]
+
+
+def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buckets | None) -> Runner:
+    """The runner of `loaded`, all of its steps captured where they shall be.
+
+    Args:
+        graph, buckets: see `Engine`.
+    """
+    info = loaded.info
+    made: Callable[..., Runner] = Runner
+    if graph is not None or loaded.captured:
+        if buckets is None:
+            buckets = Buckets.default(
+                max_num_seqs=info.max_num_seqs, tree_size=info.tree_size, max_rows=loaded.max_step_tokens
+            )
+        captured = CapturedRunner
+        if loaded.kernels:
+            from engine.graphs_triton import TritonRunner  # Triton comes with CUDA builds of torch
+
+            captured = TritonRunner
+        made = partial(
+            captured,
+            graph=graph or cuda_graphs(loaded.pool.device),
+            buckets=buckets,
+            max_prefill_tokens=loaded.max_prefill_tokens,
+        )
+    runner = made(
+        loaded.decoder,
+        loaded.attention,
+        loaded.pool,
+        loaded.heads,
+        lookup_size=info.lookup,
+        eos_token_ids=frozenset(loaded.generation_defaults.eos_token_ids),
+        max_num_seqs=info.max_num_seqs,
+        max_model_len=info.max_model_len,
+    )
+    if graph is None and isinstance(runner, CapturedRunner):
+        runner.capture()
+        if loaded.kernels:
+            from engine.warmup_triton import warm_prompts
+
+            warm_prompts(runner, loaded)
+    return runner
