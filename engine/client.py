@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from engine.stats import EngineStats
@@ -19,6 +19,14 @@ class TokenStream(Protocol):
         """Steps that joined a delta which was still waiting to be taken."""
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
+
+    def take(self) -> TokenDelta | None:
+        """The next delta, where one waits."""
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Have `listener` called, in the event loop and without a task in between, when deltas wait to be
+        taken and none did before, never within an abort; it must not raise. None: the stream is iterated, as
+        it is at first."""
 
     async def aclose(self) -> None:
         """Stop caring: aborts whatever of the request still runs. Safe to call twice."""

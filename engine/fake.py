@@ -107,6 +107,7 @@ class FakeEngine:
         self._draft_tokens = draft_tokens
         self._waiting: list[_Choice] = []
         self._running: list[_Choice] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._accepting = False
         self._dead = False
@@ -156,6 +157,7 @@ class FakeEngine:
     async def start(self) -> None:
         """Start stepping on the running event loop."""
         self._accepting = True
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run(), name="fake-engine")
 
     def submit(self, request: Request) -> DeltaStream:
@@ -260,7 +262,8 @@ class FakeEngine:
         self._count(choice, delta, prefill=prefill)
         if reason is not None:
             self._remove(choice)
-        choice.stream.put(delta)
+        if choice.stream.put(delta):
+            choice.stream.tell()
         return None
 
     def _truncate(
@@ -315,11 +318,11 @@ class FakeEngine:
 
     def _finish(self, choice: _Choice, reason: FinishReason, error: str | None = None) -> None:
         self._remove(choice)
-        choice.stream.put(
-            TokenDelta(
-                choice.request.request_id, choice.index, [], reason, time_s=time.monotonic(), error=error
-            )
-        )
+        request_id = choice.request.request_id
+        last = TokenDelta(request_id, choice.index, [], reason, time_s=time.monotonic(), error=error)
+        if choice.stream.put(last):
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(choice.stream.tell)  # later: whoever reads may have aborted it
 
     def _drop(self, condition: Callable[[_Choice], bool]) -> None:
         for choice in [c for c in [*self._waiting, *self._running] if condition(c)]:

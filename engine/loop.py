@@ -7,10 +7,11 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Self, TypeVar
+from typing import Self
 
 from engine.client import TokenStream
 from engine.config import EngineConfig
@@ -25,9 +26,6 @@ __all__ = ["EngineLoop"]
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-
 _STOP_S = 10.0
 """How long a step may take to end once everything in it is aborted; then its thread is left behind."""
 
@@ -36,7 +34,8 @@ class EngineLoop:
     """Runs an `Engine` in a thread of its own; implements `EngineClient`.
 
     Requests and aborts go in through a queue that the thread empties between steps, so an abort is
-    carried out at the next step boundary. All deltas of a step come out in one call into the event loop.
+    carried out at the next step boundary. All deltas of a step, or of several where the event loop cannot
+    keep up, come out in one call into it.
 
     The thread also loads the model, and no other thread may run torch operators of any size: libgomp keeps
     a pool of workers for each thread that did, and with more workers than cores it puts them to sleep after
@@ -46,6 +45,8 @@ class EngineLoop:
     def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
         self._capacity = config.max_num_seqs + config.max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], list[TokenDelta]] | None] = queue.SimpleQueue()
+        self._outbox: deque[list[TokenDelta]] = deque()  # deltas of steps, from the thread to the event loop
+        self._told = False  # a `_deliver` is on its way that will see what is put into the outbox now
         self._streams: dict[str, DeltaStream] = {}
         self._live = 0
         self._accepting = False
@@ -160,7 +161,7 @@ class EngineLoop:
             self._serve(engine)
         except BaseException as error:
             log.exception("the engine thread died")
-            self._hand_over(self._die, f"the engine has failed: {type(error).__name__}: {error}")
+            self._in_event_loop(self._die, f"the engine has failed: {type(error).__name__}: {error}")
 
     def _serve(self, engine: Engine) -> None:
         """Commands, one step, hand-over; and again."""
@@ -180,21 +181,35 @@ class EngineLoop:
             if not engine.has_work and log.isEnabledFor(logging.DEBUG):
                 engine.check()
             if deltas:
-                self._hand_over(self._deliver, deltas)
+                self._outbox.append(deltas)
+                if not self._told:
+                    self._told = True
+                    self._in_event_loop(self._deliver)
 
-    def _hand_over(self, callback: Callable[[_T], None], value: _T) -> None:
+    def _in_event_loop(self, callback: Callable[..., None], *values: object) -> None:
         if self._event_loop is not None:  # commands, and so results, exist only after start()
-            self._event_loop.call_soon_threadsafe(callback, value)
+            self._event_loop.call_soon_threadsafe(callback, *values)
 
-    def _deliver(self, deltas: list[TokenDelta]) -> None:
-        for delta in deltas:
-            if stream := self._streams.get(delta.request_id):
-                stream.put(delta)
+    def _deliver(self) -> None:
+        """What the steps since the last time gave: joined for each choice, and told to each stream once.
+
+        An event loop that cannot keep up with the steps writes fewer, larger events for that.
+        """
+        self._told = False  # first: what comes from here on is told again
+        streams, filled = self._streams, []
+        while self._outbox:
+            for delta in self._outbox.popleft():
+                if (stream := streams.get(delta.request_id)) is None:
+                    continue
+                if stream.put(delta):
+                    filled.append(stream)
                 if delta.finish_reason is not None:
                     self._live -= 1
-                if not stream.unfinished:
-                    del self._streams[delta.request_id]
-        if not self._streams:
+                    if not stream.unfinished:
+                        del streams[delta.request_id]
+        for stream in filled:
+            stream.tell()
+        if not streams:
             self._idle.set()
 
     def _die(self, reason: str) -> None:
@@ -203,6 +218,7 @@ class EngineLoop:
         for stream in list(self._streams.values()):
             for index in sorted(stream.unfinished):
                 stream.put(TokenDelta(stream.request.request_id, index, [], FinishReason.ERROR, error=reason))
+            stream.tell()
         self._streams.clear()
         self._live = 0
         self._idle.set()

@@ -16,6 +16,8 @@ _MERGEABLE = (None, FinishReason.STOP, FinishReason.LENGTH)
 class DeltaStream:
     """Implements `TokenStream`; put and read on one event loop.
 
+    Whoever puts deltas tells the reader with `tell`, once for all that it has put.
+
     What the consumer has not taken yet stays one delta for each choice: a further step's tokens join it. So
     a client that reads slowly gets fewer, larger events, and what waits for it is bounded by its answer's
     length. Steps with a trace are kept apart.
@@ -34,22 +36,43 @@ class DeltaStream:
         self._waiting: deque[TokenDelta] = deque()
         self._newest: dict[int, TokenDelta] = {}  # of each choice, while it waits
         self._filled = asyncio.Event()
+        self._listener: Callable[[], None] = self._filled.set
         self._undelivered = request.sampling.n
 
-    def put(self, delta: TokenDelta) -> None:
-        """Add a delta; ignored for a choice that has ended."""
-        if delta.index not in self.unfinished:
-            return
-        if delta.finish_reason is not None:
-            self.unfinished.discard(delta.index)
-        newest = self._newest.get(delta.index)
-        if newest is not None and _mergeable(newest, delta):
+    def put(self, delta: TokenDelta) -> bool:
+        """Add a delta; ignored for a choice that has ended. True where nothing waited before: `tell` then."""
+        index, reason = delta.index, delta.finish_reason
+        if index not in self.unfinished:
+            return False
+        if reason is not None:
+            self.unfinished.discard(index)
+        waiting = self._waiting
+        if waiting and (newest := self._newest.get(index)) is not None and _mergeable(newest, delta):
             _merge(newest, delta)
             self.merged_steps += 1
-            return
-        self._waiting.append(delta)
-        self._newest[delta.index] = delta
-        self._filled.set()
+            return False
+        waiting.append(delta)
+        self._newest[index] = delta
+        return len(waiting) == 1
+
+    def tell(self) -> None:
+        """Let the reader know that deltas wait."""
+        self._listener()
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """See `TokenStream.listen`."""
+        self._listener = self._filled.set if listener is None else listener
+
+    def take(self) -> TokenDelta | None:
+        """See `TokenStream.take`."""
+        if not self._waiting:
+            return None
+        delta = self._waiting.popleft()
+        if self._newest.get(delta.index) is delta:
+            del self._newest[delta.index]
+        if delta.finish_reason is not None:
+            self._undelivered -= 1
+        return delta
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
         return self
@@ -57,14 +80,9 @@ class DeltaStream:
     async def __anext__(self) -> TokenDelta:
         if self._undelivered == 0:
             raise StopAsyncIteration
-        while not self._waiting:
+        while (delta := self.take()) is None:
             self._filled.clear()
             await self._filled.wait()
-        delta = self._waiting.popleft()
-        if self._newest.get(delta.index) is delta:
-            del self._newest[delta.index]
-        if delta.finish_reason is not None:
-            self._undelivered -= 1
         return delta
 
     async def aclose(self) -> None:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 from engine.types import Request
 from server.context import RequestRecord, ServerContext
 from server.responses import PromptTokensDetails, Usage
 from server.streaming import Generation, TextOptions, TextPiece
 
-__all__ = ["Batch", "Pieces"]
-
-
-class Pieces(Protocol):
-    """What an answer is written from: a `Generation` or a `Batch` of them."""
-
-    @property
-    def usage(self) -> Usage: ...
-
-    def pieces(self) -> AsyncIterator[TextPiece]: ...
-
-    def close(self) -> None: ...
+__all__ = ["Batch"]
 
 
 class Batch:
@@ -52,7 +40,6 @@ class Batch:
     ) -> None:
         self._record = record
         self._records: list[RequestRecord] = []
-        self._pumps: list[asyncio.Task[None]] = []
         self._closed = False
         self.generations: list[Generation] = []
         try:
@@ -70,46 +57,28 @@ class Batch:
         """Tokens of all prompts and their choices so far."""
         return reduce(_sum, (generation.usage for generation in self.generations))
 
-    async def pieces(self) -> AsyncIterator[TextPiece]:
-        """See `Generation.pieces`; the first failure of any prompt ends them all."""
-        if len(self.generations) == 1:
-            async for piece in self.generations[0].pieces():
-                yield piece
-            return
-        # A queue of one: what a slow reader does not take stays with the engine, where it is merged.
-        ready: asyncio.Queue[TextPiece | Exception | None] = asyncio.Queue(1)
-        self._pumps = [asyncio.create_task(_pump(generation, ready)) for generation in self.generations]
-        running = len(self._pumps)
-        while running:
-            item = await ready.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
+    @property
+    def complete(self) -> bool:
+        """See `Generation.complete`."""
+        return all(generation.complete for generation in self.generations)
+
+    def waiting(self) -> Iterator[TextPiece]:
+        """See `Generation.waiting`; the first failure of any prompt ends them all."""
+        return chain.from_iterable(generation.waiting() for generation in self.generations)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """See `Generation.listen`."""
+        for generation in self.generations:
+            generation.listen(listener)
 
     def close(self) -> None:
         """Abort what still runs and complete the request's record. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
-        for pump in self._pumps:
-            pump.cancel()
         for generation in self.generations:
             generation.close()
         self._record.fields.update(_together([record.fields for record in self._records]))
-
-
-async def _pump(generation: Generation, ready: asyncio.Queue[TextPiece | Exception | None]) -> None:
-    try:
-        async with aclosing(generation.pieces()) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                await ready.put(piece)
-    except Exception as error:
-        await ready.put(error)
-    else:
-        await ready.put(None)
 
 
 def _sum(one: Usage, other: Usage) -> Usage:

@@ -52,9 +52,11 @@ def event(data: str) -> bytes:
     Those that only Unicode counts as such are escaped, so the data must be JSON: clients that split a
     stream by `str.splitlines` (httpx does) would cut an event at them.
     """
-    if not data.isascii():
-        data = data.translate(_LINE_BREAKS)
-    return b"data: %b\n\n" % data.encode()
+    return b"data: %b\n\n" % _in_one_line(data).encode()
+
+
+def _in_one_line(json: str) -> str:
+    return json if json.isascii() else json.translate(_LINE_BREAKS)
 
 
 DONE = event("[DONE]")
@@ -115,6 +117,7 @@ class _EventWriter:
         if usage is not None and not continuous:
             empty.usage = None
         self._head, _, self._tail = to_json(empty).rpartition("[]")
+        self._around_text: dict[int, tuple[str, str]] = {}
 
     def end(self) -> bytes:
         """The last events: the one without choices that has the whole stream's usage, if asked for."""
@@ -123,6 +126,16 @@ class _EventWriter:
         chunk = self._empty.model_copy()
         chunk.usage = self._usage()
         return event(to_json(chunk)) + DONE
+
+    def _keep(self, index: int, before: str, after: str) -> None:
+        """What stands around the text of a choice, in an event that tells nothing else, as most do."""
+        if not self._continuous:
+            before, after = f"data: {self._head}[{before}", f"{after}]{self._tail}\n\n"
+            self._around_text[index] = _in_one_line(before), _in_one_line(after)
+
+    def _event_of(self, text: str, around: tuple[str, str]) -> bytes:
+        """An event of text alone; none where there is no text."""
+        return f"{around[0]}{_in_one_line(encode_basestring(text))}{around[1]}".encode() if text else b""
 
     def _event(self, choice: str) -> bytes:
         tail = self._tail
@@ -162,9 +175,16 @@ class ChatWriter(_EventWriter):
 
         The first event of a choice names its role, the last, with an empty delta, its finish reason.
         """
+        if finish_reason is None and logprobs is None and (around := self._around_text.get(index)):
+            return self._event_of(content, around)
         events = b""
         if index not in self._started:
             self._started.add(index)
+            self._keep(
+                index,
+                f'{{"index":{index},"delta":{{"content":',
+                '},"logprobs":null,"finish_reason":null}',
+            )
             events = self._chunk(index, '{"role":"assistant","content":""}')
         if content or logprobs:
             entries = "null" if logprobs is None else self._logprobs(logprobs)
@@ -198,6 +218,10 @@ class CompletionWriter(_EventWriter):
         finish_reason: FinishReasonName | None,
     ) -> bytes:
         """The event of what one step gave a choice; none where it gave nothing to tell."""
+        if finish_reason is None and logprobs is None:
+            if (around := self._around_text.get(index)) is not None:
+                return self._event_of(text, around)
+            self._keep(index, f'{{"index":{index},"text":', ',"logprobs":null,"finish_reason":null}')
         if not text and not (logprobs and logprobs.tokens) and finish_reason is None:
             return b""
         entries = "null" if logprobs is None else to_json(logprobs)

@@ -51,13 +51,14 @@ Read = Callable[["_Source"], "Value | Iterable[tuple[tuple[str, ...], Value]]"]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What engine-side metrics are read from."""
+    """What is read at scrape time: the engine's numbers, and what is counted once a choice and step."""
 
     stats: EngineStats
     info: EngineInfo
     model_name: str
     ready: bool
     healthy: bool
+    inter_token_latency: Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,10 +292,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     # Requests
     _seconds("time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT),
-    _seconds(
+    Metric(
         "inter_token_latency_seconds",
+        "histogram",
+        "seconds",
         "Between the steps that gave a choice tokens; a step may give several.",
-        _TPOT,
+        read=lambda s: s.inter_token_latency,
     ),
     _seconds(
         "request_time_per_output_token_seconds",
@@ -377,6 +380,8 @@ class Metrics:
         # They would be a second series for each of ours, which nothing here needs.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
+        self.inter_token_latency = Tally.of(_TPOT)
+        """Observed once a choice and step, which takes one of the client library several times as long."""
 
         def source() -> _Source:
             return _Source(
@@ -385,6 +390,7 @@ class Metrics:
                 model_name=model_name,
                 ready=ready() if ready is not None else engine.ready,
                 healthy=healthy() if healthy is not None else engine.healthy,
+                inter_token_latency=self.inter_token_latency,
             )
 
         self._registry.register(_Collector(source))
@@ -400,7 +406,6 @@ class Metrics:
             return Counter(PREFIX + name, metric.text, metric.labels, registry=self._registry)
 
         self.time_to_first_token = histogram("time_to_first_token_seconds")
-        self.inter_token_latency = histogram("inter_token_latency_seconds")
         self.queue_time = histogram("request_queue_time_seconds")
         self.stream_steps_merged = counter("stream_steps_merged")
         self._time_per_output_token = histogram("request_time_per_output_token_seconds")

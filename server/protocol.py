@@ -5,19 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 from asyncio import TimerHandle
+from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from server.errors import error_body
 from server.settings import Settings
 
-__all__ = ["KEEP_ALIVE_S", "MAX_HEAD_BYTES", "GuardedProtocol", "ServerConfig"]
+__all__ = [
+    "DIRECT_WRITE",
+    "KEEP_ALIVE_S",
+    "MAX_HEAD_BYTES",
+    "DirectWrite",
+    "GuardedProtocol",
+    "ServerConfig",
+]
 
 KEEP_ALIVE_S = 75
 """Longer than nginx keeps an idle upstream connection (60 s), so that it is never the server that closes
@@ -25,6 +34,14 @@ one just as a request is put on it."""
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers."""
+
+DIRECT_WRITE = "medusa.write"
+"""The ASGI extension that holds a `DirectWrite`."""
+
+DirectWrite = Callable[[bytes], bool]
+"""Writes a part of the body of a response that has begun, in the event loop, at once: without a task, and
+without the layers between application and connection, none of which looks at a body. False, and nothing is
+written, where the client reads too slowly or has left; the part is to be sent as usual then."""
 
 log = structlog.stdlib.get_logger("server.connection")
 
@@ -98,6 +115,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_time()
         super().on_headers_complete()
+        if (cycle := self.cycle) is not None:
+            # Its task begins later. ASGI's type of an extension is a dict, whatever it may hold.
+            self.scope["extensions"] = {DIRECT_WRITE: partial(_write, cycle)}  # type: ignore[dict-item]
 
     def on_message_complete(self) -> None:
         self._in_time()  # of a body that nobody wanted
@@ -152,3 +172,12 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def _write(cycle: RequestResponseCycle, part: bytes) -> bool:
+    """See `DirectWrite`."""
+    free = not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+    if free and cycle.chunked_encoding and part:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
+    return False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from asyncio import TimerHandle
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -19,14 +20,24 @@ from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
 from server.metrics import FinishedReason
+from server.protocol import DIRECT_WRITE, DirectWrite
 from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
 
-__all__ = ["EventStream", "Generation", "TextOptions", "TextPiece", "unless_disconnected"]
+__all__ = [
+    "EventStream",
+    "Events",
+    "Generation",
+    "Pieces",
+    "TextOptions",
+    "TextPiece",
+    "take_all",
+    "unless_disconnected",
+]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes three times as long to make
 class TextPiece:
     """New text of one choice from one step.
 
@@ -128,9 +139,13 @@ class Generation:
             )
             for _ in self._choices
         ]
-        limit = context.settings.request_timeout
-        self._deadline = record.started + limit if limit else None
+        self._late = False
+        self._timer: TimerHandle | None = None
+        self._listener: Callable[[], None] = _nothing
         self._stream = context.engine.submit(request)
+        if limit := context.settings.request_timeout:
+            left = record.started + limit - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(left, self._on_late)
 
     @property
     def usage(self) -> Usage:
@@ -153,58 +168,58 @@ class Generation:
             )
         return usage
 
-    async def pieces(self) -> AsyncIterator[TextPiece]:
-        """The text of all choices, interleaved as the engine makes it: one piece per choice and step.
+    @property
+    def complete(self) -> bool:
+        """True once each choice's last piece was taken."""
+        return not self._open
 
-        Raises:
+    def waiting(self) -> Iterator[TextPiece]:
+        """The text that is there, of all choices, interleaved as the engine made it.
+
+        Raises, after what was there before:
             StepError: a step failed under the request.
             EngineStoppedError: the engine stopped before the request was done.
             RequestTimeoutError: it took longer than a request may.
         """
-        async for delta in self._deltas():
+        while self._open and (delta := self._stream.take()) is not None:
             if delta.index not in self._open:
                 continue  # a step that was under way when the choice's stop string ended it
             if delta.finish_reason is FinishReason.ERROR:
                 self._end(self._choices[delta.index], "error")
                 raise StepError(delta.error or "a step failed")
             if delta.finish_reason is FinishReason.ABORT:
-                break
+                raise EngineStoppedError("the server is shutting down")
             yield self._take(delta)
-            if not self._open:
-                return
-        raise EngineStoppedError("the server is shutting down")
+        if self._open and self._late:
+            for index in self._open:
+                self._end(self._choices[index], "timeout")
+            limit = self._context.settings.request_timeout
+            raise RequestTimeoutError(f"the request was not done within {limit:g} s")
 
-    async def _deltas(self) -> AsyncIterator[TokenDelta]:
-        if self._deadline is None:
-            async for delta in self._stream:
-                yield delta
-            return
-        deltas = aiter(self._stream)
-        later = asyncio.get_running_loop().time() - time.monotonic()
-        while True:
-            try:
-                async with asyncio.timeout_at(self._deadline + later):
-                    delta = await anext(deltas)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                for index in self._open:
-                    self._end(self._choices[index], "timeout")
-                limit = self._context.settings.request_timeout
-                raise RequestTimeoutError(f"the request was not done within {limit:g} s") from None
-            yield delta
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called when there is more for `waiting`, also an error. It must not raise."""
+        self._listener = listener
+        self._stream.listen(listener)
+
+    def _on_late(self) -> None:
+        self._late = True
+        self._listener()
 
     def close(self) -> None:
         """Abort what still runs and complete the request's record. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
+        self.listen(_nothing)
+        if self._timer is not None:
+            self._timer.cancel()
         if self._open:
             self._context.engine.abort([self._request.request_id])
         for choice in self._choices:
             if choice.finish_reason is None:
                 self._end(choice, "abort")
-        self._context.metrics.stream_steps_merged.inc(self._stream.merged_steps)
+        if self._stream.merged_steps:
+            self._context.metrics.stream_steps_merged.inc(self._stream.merged_steps)
         self._record.fields.update(self._summary())
 
     def _take(self, delta: TokenDelta) -> TextPiece:
@@ -288,11 +303,69 @@ class Generation:
         }
 
 
+def _nothing() -> None:
+    """Whom nobody listens to."""
+
+
 _NAMES: dict[FinishReason, FinishReasonName] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
-class Closable(Protocol):
+class Pieces(Protocol):
+    """What an answer is written from: a `Generation`, or a `Batch` of them."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    def waiting(self) -> Iterator[TextPiece]: ...
+
+    def listen(self, listener: Callable[[], None]) -> None: ...
+
     def close(self) -> None: ...
+
+
+async def take_all(generation: Pieces, take: Callable[[TextPiece], None]) -> None:
+    """Call `take` with each piece as it comes, without a task that is woken for it.
+
+    Raises:
+        What `Pieces.waiting` and `take` raise.
+    """
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def read() -> None:
+        if done.done():
+            return
+        try:
+            for piece in generation.waiting():
+                take(piece)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            if generation.complete:
+                done.set_result(None)
+
+    generation.listen(read)
+    read()
+    await done
+
+
+class Events(Protocol):
+    """A stream's events, made of what waits in its generation."""
+
+    @property
+    def ended(self) -> bool:
+        """True once the last events were taken."""
+
+    @property
+    def slow(self) -> bool:
+        """True where events come next that take long to write: `take_slow` has to be awaited for them."""
+
+    def take(self) -> bytes:
+        """What can be told at once; may be nothing. Errors are told too, none is raised."""
+
+    async def take_slow(self) -> bytes: ...
 
 
 class EventStream(EventSourceResponse):
@@ -300,19 +373,59 @@ class EventStream(EventSourceResponse):
 
     A generator's own `finally` is not enough: if the client leaves before the first event is asked for,
     the generator never starts.
+
+    Where the server has `DIRECT_WRITE`, events are written in the call that brings what they tell. The base
+    class's task, elsewhere woken for each, then sends what is left: the first, the last, those that take
+    long to write, and those of a client that reads slowly.
+
+    Args:
+        generation: what the events tell of.
+        events: of it.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Closable) -> None:
+    def __init__(self, generation: Pieces, events: Events) -> None:
         super().__init__(
-            events, sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
+            self._left(), sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
         )
         self._generation = generation
+        self._events = events
+        self._write: DirectWrite | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._write = scope.get("extensions", {}).get(DIRECT_WRITE)
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._generation.close()
+
+    async def _left(self) -> AsyncIterator[bytes]:
+        """The events that are left to the base class."""
+        events = self._events
+        while True:
+            data = events.take()
+            if not (data or events.slow or events.ended):
+                data = await self._unwritten()
+            if data:
+                yield data
+            if events.slow:
+                yield await events.take_slow()
+            elif events.ended:
+                return
+
+    async def _unwritten(self) -> bytes:
+        """Write what comes as long as that can be done at once; the events that were taken and cannot."""
+        left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        events, write = self._events, self._write
+
+        def push() -> None:
+            if left.done():
+                return  # the task is on its way
+            data = events.take()
+            if events.ended or events.slow or (data and (write is None or not write(data))):
+                left.set_result(data)
+
+        self._generation.listen(push)
+        return await left
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
         """The base class opens a cancel scope for each event, also where no timeout is set, as here."""

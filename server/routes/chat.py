@@ -23,7 +23,7 @@ from server.routes.generate import (
     text_options,
 )
 from server.schemas.chat import ChatRequest
-from server.streaming import Generation, TextPiece
+from server.streaming import Generation, TextPiece, take_all
 
 __all__ = ["router"]
 
@@ -77,7 +77,7 @@ class _Answer:
         usage = (lambda: generation.usage) if body.include_usage else None
         self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
 
-    async def write(self, piece: TextPiece) -> bytes:
+    def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""
         return self._writer.step(piece.index, piece.text, piece.logprobs, piece.finish_reason)
 
@@ -90,11 +90,14 @@ class _Answer:
         texts: dict[int, list[str]] = {}
         logprobs: dict[int, list[TokenLogprobs]] = {}
         reasons: dict[int, FinishReasonName] = {}
-        async for piece in self._generation.pieces():
+
+        def take(piece: TextPiece) -> None:
             texts.setdefault(piece.index, []).append(piece.text)
             logprobs.setdefault(piece.index, []).extend(piece.logprobs or ())
             if piece.finish_reason is not None:
                 reasons[piece.index] = piece.finish_reason
+
+        await take_all(self._generation, take)
         if self._body.logprobs or self._generation.prompt_logprobs is not None:
             return await self._context.in_thread(self._render, texts, logprobs, reasons)
         return self._render(texts, logprobs, reasons)

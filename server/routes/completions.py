@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,7 +26,7 @@ from server.routes.generate import (
     text_options,
 )
 from server.schemas.completions import CompletionRequest, PromptInput
-from server.streaming import TextPiece
+from server.streaming import TextPiece, take_all
 
 __all__ = ["router"]
 
@@ -133,15 +133,16 @@ class _Answer:
         usage = (lambda: self._usage) if body.include_usage else None
         self._writer = CompletionWriter(self._heading, usage, body.continuous_usage)
 
-    async def write(self, piece: TextPiece) -> bytes:
+    def write(self, piece: TextPiece) -> bytes | Awaitable[bytes]:
         """See `Answer.write`."""
         echoes = bool(self._echoes) and piece.index not in self._begun
         text, entries = self._take(piece)
-        logprobs = None
         if self._body.logprobs is not None and echoes:  # of a whole prompt
-            logprobs = await self._context.in_thread(self._logprobs, entries)
-        elif self._body.logprobs is not None:
-            logprobs = self._logprobs(entries)
+            return self._context.in_thread(self._events, piece, text, entries)
+        return self._events(piece, text, entries)
+
+    def _events(self, piece: TextPiece, text: str, entries: list[Entry]) -> bytes:
+        logprobs = None if self._body.logprobs is None else self._logprobs(entries)
         return self._writer.step(piece.index, text, logprobs, piece.finish_reason)
 
     def end(self) -> bytes:
@@ -151,13 +152,16 @@ class _Answer:
     async def whole(self) -> bytes:
         """See `Answer.whole`."""
         choices: dict[int, _Choice] = {}
-        async for piece in self._batch.pieces():
+
+        def take(piece: TextPiece) -> None:
             choice = choices.setdefault(piece.index, _Choice())
             text, entries = self._take(piece)
             choice.texts.append(text)
             choice.entries += entries
             if piece.finish_reason is not None:
                 choice.finish_reason = piece.finish_reason
+
+        await take_all(self._batch, take)
         if self._body.logprobs is not None or self._body.prompt_logprobs is not None:
             return await self._context.in_thread(self._render, choices)
         return self._render(choices)

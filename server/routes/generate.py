@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -14,14 +14,13 @@ from starlette.responses import Response
 from engine.errors import MedusaError, RequestError
 from engine.grammar import Grammar
 from engine.types import MedusaParams, Request, SamplingParams
-from server.batch import Pieces
 from server.chunks import event
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.responses import ErrorBody
 from server.schemas.base import GenerationBody
 from server.schemas.structured import ConstrainedBody
-from server.streaming import EventStream, TextOptions, TextPiece, unless_disconnected
+from server.streaming import EventStream, Pieces, TextOptions, TextPiece, unless_disconnected
 
 __all__ = [
     "ERRORS",
@@ -65,14 +64,14 @@ class Answer(Protocol):
     @property
     def completion_id(self) -> str: ...
 
-    async def write(self, piece: TextPiece) -> bytes:
-        """The events of one piece; may be none."""
+    def write(self, piece: TextPiece) -> bytes | Awaitable[bytes]:
+        """The events of one piece; may be none. Awaitable where writing them takes long."""
 
     def end(self) -> bytes:
         """The stream's last events."""
 
     def whole(self) -> Coroutine[Any, Any, bytes]:
-        """The answer in JSON when it is complete. Raises what `Generation.pieces` raises."""
+        """The answer in JSON when it is complete. Raises what `Pieces.waiting` raises."""
 
 
 async def sampling_of(body: GenerationBody, context: ServerContext) -> SamplingParams:
@@ -143,7 +142,7 @@ async def respond(http: HttpRequest, generation: Pieces, answer: Answer, stream:
     A client that leaves ends the work either way.
     """
     if stream:
-        return EventStream(_events(generation, answer), generation)
+        return EventStream(generation, _Events(generation, answer))
     try:
         content = await unless_disconnected(http, answer.whole())
     except ClientDisconnect:
@@ -153,15 +152,49 @@ async def respond(http: HttpRequest, generation: Pieces, answer: Answer, stream:
     return Response(content, media_type="application/json")
 
 
-async def _events(generation: Pieces, answer: Answer) -> AsyncIterator[bytes]:
-    """The stream's events. An error after the start can only be told in the stream itself."""
-    try:
-        async for piece in generation.pieces():
-            if events := await answer.write(piece):
-                yield events
-        yield answer.end()
-    except Exception as error:
+class _Events:
+    """See `server.streaming.Events`. An error after the start can only be told in the stream itself."""
+
+    def __init__(self, generation: Pieces, answer: Answer) -> None:
+        self._generation = generation
+        self._answer = answer
+        self._writing: Awaitable[bytes] | None = None
+        self.ended = False
+
+    @property
+    def slow(self) -> bool:
+        return self._writing is not None
+
+    def take(self) -> bytes:
+        if self._writing is not None or self.ended:
+            return b""
+        events = b""
+        try:
+            for piece in self._generation.waiting():
+                written = self._answer.write(piece)
+                if not isinstance(written, bytes):
+                    self._writing = written
+                    return events
+                events += written
+            if self._generation.complete:
+                self.ended = True
+                events += self._answer.end()
+        except Exception as error:
+            events += self._failed(error)
+        return events
+
+    async def take_slow(self) -> bytes:
+        assert self._writing is not None
+        try:
+            return await self._writing
+        except Exception as error:
+            return self._failed(error)
+        finally:
+            self._writing = None
+
+    def _failed(self, error: Exception) -> bytes:
+        self.ended = True
         status, body, _ = to_status(error)
         unexpected = not isinstance(error, MedusaError)
-        log.error("stream_failed", id=answer.completion_id, status=status, exc_info=unexpected)
-        yield event(json.dumps(body))
+        log.error("stream_failed", id=self._answer.completion_id, status=status, exc_info=unexpected)
+        return event(json.dumps(body))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -75,6 +76,31 @@ def test_closing_a_stream_frees_its_slot_within_two_steps(tiny: TinyModel) -> No
         assert engine.stats.num_steps <= steps + 2
         await stream.aclose()
         assert len((await collect(engine, greedy("r", [1], 3)))[0]) == 3  # the id is free again
+
+    run(tiny, body)
+
+
+def test_an_event_loop_that_was_busy_is_told_of_all_steps_at_once(tiny: TinyModel) -> None:
+    async def body(engine: EngineLoop) -> None:
+        stream = engine.submit(endless("r"))
+        told: list[int] = []
+        stream.listen(lambda: told.append(engine.stats.num_steps))
+        await until(lambda: bool(told))
+        while stream.take() is not None:
+            pass
+        told.clear()
+        steps = engine.stats.num_steps
+        deadline = time.monotonic() + 10
+        while engine.stats.num_steps < steps + 20 and time.monotonic() < deadline:
+            time.sleep(0.005)  # the event loop does not turn
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(told) == 1
+        joined = stream.take()
+        assert joined is not None
+        assert len(joined.token_ids) >= 19
+        assert stream.merged_steps >= 18
+        await stream.aclose()
 
     run(tiny, body)
 

@@ -58,6 +58,21 @@ def test_a_reader_in_time_gets_every_step() -> None:
     assert read(stream) == []
 
 
+def test_a_listener_is_told_once_for_what_waits() -> None:
+    stream, _ = make(n=2)
+    told: list[int] = []
+    stream.listen(lambda: told.append(1))
+    puts = [stream.put(delta(token, index=token % 2)) for token in range(6)]
+    assert puts == [True] + [False] * 5
+    stream.tell()
+    assert told == [1]
+    taken = []
+    while (one := stream.take()) is not None:
+        taken.append(one.token_ids)
+    assert taken == [[0, 2, 4], [1, 3, 5]]
+    assert stream.put(delta(6))
+
+
 def test_choices_are_kept_apart_and_what_waits_is_bounded() -> None:
     stream, _ = make(n=3)
     gc.collect()

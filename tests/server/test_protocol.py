@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine.fake import FakeEngine
+from server import protocol, streaming
 from server.protocol import MAX_HEAD_BYTES
 from tests.server.conftest import TEXT, RunningServer, Serve, chat_body, endless, ids, says, wait_until
 
@@ -200,6 +201,42 @@ def test_a_slow_reader_gets_all_of_the_text_in_fewer_events(serve: Serve) -> Non
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
     assert len(events) < 2000  # of 3000 steps; what the socket's buffers took at once is not merged
     assert server.metrics()["medusa_stream_steps_merged_total"] > 1000
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 3}, {"logprobs": True, "top_logprobs": 2}, {"stop": "rl"}])
+def test_events_are_the_same_with_and_without_direct_writes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    """Other ASGI servers have no such thing; with ours a step's events go past the layers between."""
+    engine = FakeEngine(says("Hello, wörld! " * 5, size=1), step_s=0.005, vocab_size=TEXT.vocab_size)
+    server = serve(engine)
+    write, written = protocol._write, []
+
+    def counted(cycle: Any, part: bytes) -> bool:
+        written.append(part)
+        return write(cycle, part)
+
+    monkeypatch.setattr(protocol, "_write", counted)
+    options = {"stream_options": {"include_usage": True}, **body}
+    direct = told(server.events(**options))
+    assert len(written) > 3
+    written.clear()
+    monkeypatch.setattr(streaming, "DIRECT_WRITE", "absent")
+    assert told(server.events(**options)) == direct
+    assert written == []
+
+
+def told(events: list[Any]) -> Any:
+    """What a stream tells, however its steps were joined."""
+    assert events.pop() == "[DONE]"
+    choices: dict[int, list[Any]] = {}
+    for choice in (choice for event in events for choice in event["choices"]):
+        text, logprobs, reasons = choices.setdefault(choice["index"], ["", [], []])
+        logprobs += (choice["logprobs"] or {"content": []})["content"]
+        choices[choice["index"]] = [text + choice["delta"].get("content", ""), logprobs, reasons]
+        if choice["finish_reason"] is not None:
+            reasons.append(choice["finish_reason"])
+    return choices, events[-1]["usage"]
 
 
 def test_a_request_may_take_only_so_long(serve: Serve) -> None:
