@@ -29,6 +29,13 @@ log = logging.getLogger(__name__)
 _STOP_S = 10.0
 """How long a step may take to end once everything in it is aborted; then its thread is left behind."""
 
+_REST = 3.0
+"""After handing out what steps gave, the event loop lets the engine's thread be for so many times as long as
+that took: both need Python's lock. Steps of a small model at many streams, shorter than it takes to write
+their events, are joined for that; a client sees that its events hold several tokens."""
+
+_MOST_REST_S = 0.02
+
 
 class EngineLoop:
     """Runs an `Engine` in a thread of its own; implements `EngineClient`.
@@ -191,11 +198,21 @@ class EngineLoop:
             self._event_loop.call_soon_threadsafe(callback, *values)
 
     def _deliver(self) -> None:
-        """What the steps since the last time gave: joined for each choice, and told to each stream once.
+        """Hand out what the steps since the last time gave, then rest."""
+        assert self._event_loop is not None
+        began = self._event_loop.time()
+        self._hand_out()
+        rest = min(_REST * (self._event_loop.time() - began), _MOST_REST_S)
+        if rest >= 0.001:  # a timer's resolution
+            self._event_loop.call_later(rest, self._deliver)
+            return
+        self._told = False
+        if self._outbox:  # since the last look; nobody may have told of it
+            self._told = True
+            self._event_loop.call_soon(self._deliver)
 
-        An event loop that cannot keep up with the steps writes fewer, larger events for that.
-        """
-        self._told = False  # first: what comes from here on is told again
+    def _hand_out(self) -> None:
+        """Tokens of several steps are joined for each choice, and each stream is told once."""
         streams, filled = self._streams, []
         while self._outbox:
             for delta in self._outbox.popleft():
@@ -215,6 +232,7 @@ class EngineLoop:
     def _die(self, reason: str) -> None:
         """The thread is gone: end every stream with the reason and take nothing more."""
         self._failure = reason
+        self._hand_out()  # what it still gave
         for stream in list(self._streams.values()):
             for index in sorted(stream.unfinished):
                 stream.put(TokenDelta(stream.request.request_id, index, [], FinishReason.ERROR, error=reason))

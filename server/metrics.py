@@ -342,7 +342,8 @@ METRICS: tuple[Metric, ...] = (
     _counter(
         "stream_steps_merged",
         "steps",
-        "Steps whose text joined a waiting event because the client reads more slowly than tokens come.",
+        "Steps whose text joined a waiting event because the client reads, or the server writes, more slowly "
+        "than tokens come.",
     ),
     # The process
     _gauge("ready", "0 or 1", "Whether new requests are taken, as /ready says.", lambda s: float(s.ready)),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from engine import loop
 from engine.config import EngineConfig
 from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.loop import EngineLoop
@@ -101,6 +103,50 @@ def test_an_event_loop_that_was_busy_is_told_of_all_steps_at_once(tiny: TinyMode
         assert len(joined.token_ids) >= 19
         assert stream.merged_steps >= 18
         await stream.aclose()
+
+    run(tiny, body)
+
+
+def test_the_event_loop_rests_after_it_has_handed_out(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_REST", 1e9)
+    monkeypatch.setattr(loop, "_MOST_REST_S", 0.1)
+
+    async def body(engine: EngineLoop) -> None:
+        stream = engine.submit(endless("r"))
+        told: list[float] = []
+        stream.listen(lambda: told.append(time.monotonic()))
+        tokens = 0
+        while len(told) < 4:
+            await asyncio.sleep(0.001)
+            while (delta := stream.take()) is not None:
+                tokens += len(delta.token_ids)
+        assert all(b - a > 0.09 for a, b in pairwise(told))
+        assert tokens > 4
+        await stream.aclose()
+
+    run(tiny, body)
+
+
+def test_what_a_thread_gave_before_it_died_is_not_lost(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_REST", 1e9)
+    monkeypatch.setattr(loop, "_MOST_REST_S", 5.0)
+
+    async def body(engine: EngineLoop) -> None:
+        stream = engine.submit(endless("r"))
+        await until(lambda: engine.stats.generation_tokens > 10)  # most of them while the event loop rests
+
+        def broken() -> None:
+            raise MemoryError("no more")
+
+        monkeypatch.setattr(engine._engine._scheduler, "plan", broken)
+        deltas = [delta async for delta in stream]
+        assert deltas[-1].finish_reason is FinishReason.ERROR
+        assert sum(len(delta.token_ids) for delta in deltas) == engine.stats.generation_tokens
+        monkeypatch.setattr(engine._engine, "check", lambda: None)  # its books are those of a broken step
 
     run(tiny, body)
 
