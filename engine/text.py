@@ -18,6 +18,7 @@ from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 if TYPE_CHECKING:
     from jinja2.ext import Extension
     from jinja2.parser import Parser
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TextProcessor", "TokenText"]
@@ -58,6 +59,7 @@ class TextProcessor:
         # A first call resets truncation and padding that tokenizer.json may ask for; later calls change
         # nothing, so encoding in one thread and decoding in another is safe.
         tokenizer.encode("", verbose=False)
+        self._plain = _plain_backend(tokenizer)
         added: dict[int, Any] = tokenizer.added_tokens_decoder
         self._special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             tokenizer.all_special_ids
@@ -274,7 +276,24 @@ class TextProcessor:
         except UnicodeEncodeError as error:
             raise RequestError("the text is not valid Unicode: an unpaired surrogate", param=param) from error
         faults.visit("encode")
+        if self._plain is not None:  # a third faster: no offsets, and none of transformers' options
+            [found] = self._plain.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(found.ids)
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """What encodes for `tokenizer`, where its class adds nothing of its own to that."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    as_usual = all(
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, tokenizer)
+        for name in ("encode", "_encode_plus")
+    )
+    return tokenizer.backend_tokenizer if as_usual else None
 
 
 @functools.cache

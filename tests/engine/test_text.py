@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from engine.detokenizer import TextDelta
@@ -303,6 +303,39 @@ def test_encode_and_its_names() -> None:
     assert llama2().encode("a") == llama2().tokenizer.convert_tokens_to_ids(["▁", "a"])
     assert smol().decode([*smol().encode("a , b"), EOS]) == "a , b"  # no cleaning up of spaces
     assert smol().decode([EOS], skip_special_tokens=False) == "<|im_end|>"
+
+
+@settings(deadline=None)  # the first example loads the tokenizers
+@given(
+    st.lists(st.text() | st.sampled_from([*WORDS, "<|im_start|>", "</s>", "▁"]), max_size=8).map("".join),
+    st.booleans(),
+)
+def test_encode_is_the_tokenizers_own(text: str, special: bool) -> None:
+    for processor in (smol(), llama2(), with_bos()):
+        assert processor._plain is not None
+        own = processor.tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        assert processor.encode(text, add_special_tokens=special) == own
+
+
+@functools.cache
+def with_bos() -> TextProcessor:
+    """A tokenizer that adds tokens, and whose file asks for truncation and padding."""
+    raw = Tokenizer.from_str(smol().tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.TemplateProcessing(
+        "<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    raw.enable_truncation(3)
+    raw.enable_padding(length=9)
+    return TextProcessor(PreTrainedTokenizerFast(tokenizer_object=raw))
+
+
+def test_a_tokenizer_with_an_encoder_of_its_own_keeps_it() -> None:
+    class Own(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **options):  # type: ignore[no-untyped-def]
+            return super()._encode_plus(text + "!", *args, **options)
+
+    tokenizer = Own(tokenizer_object=smol().tokenizer.backend_tokenizer)
+    assert TextProcessor(tokenizer).encode("a") == smol().encode("a!")
 
 
 def test_encode_refuses_text_that_is_not_unicode() -> None:
