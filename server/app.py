@@ -74,7 +74,8 @@ def create_app(
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.context = context
     for routes in (chat, completions, models, tokenize, health):
-        app.include_router(routes.router)
+        # The routes themselves: FastAPI looks through an included router, of which ours use nothing, twice.
+        app.router.routes.extend(routes.router.routes)
     add_error_handlers(app)
     # Each wraps the ones before: a refusal has its log line, and browsers may read it.
     app.add_middleware(HeadMiddleware)

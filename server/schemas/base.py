@@ -342,12 +342,13 @@ def without_unsupported(
     fields = {field.alias or name for name, field in model.model_fields.items()}
     known = {}
     for name, value in data.items():
-        param = field_path([*location, str(name)])
         if name in fields:
             known[name] = value
-        elif name not in unsupported:
+            continue
+        param = field_path([*location, str(name)])
+        if name not in unsupported:
             raise UnsupportedFieldError(f"Unrecognized request argument: {param}", param=param)
-        elif value is not None and not any(_same(value, default) for default in unsupported[name]):
+        if value is not None and not any(_same(value, default) for default in unsupported[name]):
             raise UnsupportedFieldError(
                 f"{param} is not supported: leave it out, or null, or its default", param=param
             )
