@@ -199,10 +199,10 @@ class Scheduler:
         Raises:
             RuntimeError: the chooser broke its promise.
         """
-        plan = Plan(decode=self._choose())
+        plan, size = Plan(decode=self._choose()), self._blocks.block_size
         for sequence in plan.decode:
-            most = sequence.num_cached + sequence.in_flight + sequence.num_nodes
-            if not self._blocks.grow(sequence.blocks, most):
+            most = sequence.num_cached + sequence.in_flight + 1 + sequence.head_nodes + sequence.lookup_nodes
+            if most > len(sequence.blocks) * size and not self._blocks.grow(sequence.blocks, most):
                 return None
         self._plan_prefill(plan)
         return plan
@@ -248,7 +248,8 @@ class Scheduler:
         ready = [
             sequence
             for sequence in self.running
-            if sequence.state is SequenceState.DECODE and sequence.remaining > sequence.in_flight
+            if sequence.state is SequenceState.DECODE
+            and sequence.max_total - len(sequence.token_ids) > sequence.in_flight
         ]
         if self._chooser is None:
             for sequence in ready:
@@ -259,8 +260,8 @@ class Scheduler:
         return ready
 
     def _check_trees(self, sequences: list[Sequence]) -> None:
-        rows = sum(sequence.num_nodes for sequence in sequences)
-        largest = max(sequence.num_nodes for sequence in sequences)
+        nodes = [1 + sequence.head_nodes + sequence.lookup_nodes for sequence in sequences]
+        rows, largest = sum(nodes), max(nodes)
         if rows > self._max_step_tokens or largest > self._max_tree_nodes:
             raise RuntimeError(
                 f"trees of {rows} nodes in all and {largest} at most exceed the bounds of "
@@ -272,6 +273,8 @@ class Scheduler:
         for sequence in self.running:
             if budget > 0 and sequence.state is SequenceState.PREFILL:
                 budget -= self._chunk(plan, sequence, budget, first=False)
+        if not self.waiting or not self._free_slots:
+            return
         progress: dict[int, int] = {}  # of each request with choices: tokens its furthest one has cached
         for sequence in self.running:
             self._note_progress(progress, sequence)

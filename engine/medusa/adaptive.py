@@ -10,6 +10,7 @@ would be best if it took as little as it plausibly may (optimism in the face of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,19 +92,20 @@ class TreeCaps:
             for bound in range(deepest + 1)
         ]
 
-    def apply(self, sequence: Sequence, head_nodes: int, lookup_nodes: int) -> None:
-        """Set the sequence's nodes for this step to these, or to fewer."""
-        # The last token is the draw at the path's end.
-        useful = sequence.remaining - sequence.in_flight - 1
-        if useful < len(self._first_deeper):
-            head_nodes = min(head_nodes, self._first_deeper[useful])
-        room = MAX_TREE_NODES - 1 - head_nodes
-        lookup_nodes = min(lookup_nodes, useful, room, len(sequence.lookup.chain))
-        cap = sequence.request.medusa.max_tree_size
-        if cap is not None and head_nodes + lookup_nodes > cap - 1:
-            lookup_nodes = min(lookup_nodes, cap - 1 if head_nodes == 0 else (cap - 1) // 3)
-            head_nodes = min(head_nodes, cap - 1 - lookup_nodes)
-        sequence.head_nodes, sequence.lookup_nodes = head_nodes, lookup_nodes
+    def apply(self, sequences: SequenceOf[Sequence], head_nodes: int, lookup_nodes: SequenceOf[int]) -> None:
+        """Set each sequence's nodes for this step to these, or to fewer."""
+        for sequence, lookup in zip(sequences, lookup_nodes, strict=True):
+            # The last token is the draw at the path's end.
+            useful = sequence.max_total - len(sequence.token_ids) - sequence.in_flight - 1
+            heads, cap = head_nodes, sequence.request.medusa.max_tree_size
+            if useful < len(self._first_deeper):
+                heads = min(heads, self._first_deeper[useful])
+            if lookup:
+                lookup = min(lookup, useful, MAX_TREE_NODES - 1 - heads, len(sequence.lookup.chain))
+            if cap is not None and heads + lookup > cap - 1:
+                lookup = min(lookup, cap - 1 if heads == 0 else (cap - 1) // 3)
+                heads = min(heads, cap - 1 - lookup)
+            sequence.head_nodes, sequence.lookup_nodes = heads, lookup
 
 
 class FixedTree:
@@ -136,8 +138,7 @@ class FixedTree:
         if self._buckets is not None:
             nodes = min(nodes, self._buckets.most_nodes(len(sequences)) - 1)
         lookup = min(self._lookup, nodes // 3 if self._most_heads else nodes)
-        for sequence in sequences:
-            self._caps.apply(sequence, min(self._most_heads, nodes - lookup), lookup)
+        self._caps.apply(sequences, min(self._most_heads, nodes - lookup), [lookup] * len(sequences))
 
 
 @dataclass(slots=True)
@@ -247,21 +248,17 @@ class AdaptiveTree:
         """Set each sequence's nodes for the most expected tokens per second of this batch."""
         batch = len(sequences)
         self._batch, self._outside = batch, 0.0
-        context = max(sequence.num_cached for sequence in sequences)
+        context = max([sequence.num_cached for sequence in sequences])
         states = self._lookup.states([sequence.lookup for sequence in sequences])
         costs = self._times.costs(batch, context, self._max_step_tokens)
         choice, counts, added, plain_s = self._search(costs, batch, context, states)
         head_nodes = int(self._sizes[choice])
-        for sequence, count in zip(sequences, counts.tolist(), strict=True):
-            if head_nodes or count:
-                self._caps.apply(sequence, head_nodes, count)
-            else:
-                sequence.head_nodes = sequence.lookup_nodes = 0
+        self._caps.apply(sequences, head_nodes, counts.tolist())
         # From here on by what the caps have left of it.
-        nodes, beyond = max(sequence.head_nodes for sequence in sequences), 0.0
+        nodes, beyond = max([sequence.head_nodes for sequence in sequences]), 0.0
         if nodes and counts.any():
-            left = zip(added, sequences, strict=True)
-            beyond = sum(float(row[: sequence.lookup_nodes].sum()) for row, sequence in left)
+            left = np.array([sequence.lookup_nodes for sequence in sequences])
+            beyond = float(added[np.arange(added.shape[1]) < left[:, None]].sum())
         draft_s = float(costs.drafts[np.searchsorted(self._sizes, nodes)])
         self.expected = Expected(plain_s, draft_s, beyond)
 
@@ -322,22 +319,25 @@ class AdaptiveTree:
             context: tokens of its longest sequence.
             expected: `self.expected` when it was chosen.
         """
-        batch = len(shapes)
-        rows, largest = sum(s.num_nodes for s in shapes), max(s.num_nodes for s in shapes)
+        batch, alike = len(shapes), Counter(shapes)  # mostly many are
+        rows = sum(count * shape.num_nodes for shape, count in alike.items())
+        largest = max(shape.num_nodes for shape in alike)
         computed, cells = self._times.rows(batch, rows, largest), batch * largest - rows
         self._times.observe(batch, context, computed, seconds, expected.draft_s, cells)
         self._for_nodes.earn(seconds)
         self._for_times.earn(seconds)
         if self._heads is None:
             return
-        nodes = max(shape.head_nodes for shape in shapes)
+        nodes = max(shape.head_nodes for shape in alike)
         if expected.beyond == 0.0:  # nothing is learned: forget, or no chain beside heads is ever tried again
             self._beyond += _FORGET * (_UNKNOWN_BEYOND - self._beyond)
         else:
             self._count_beyond(shapes, accepted, expected.beyond)
         if nodes == 0:
             return
-        whole = [mask for shape, mask in zip(shapes, accepted, strict=True) if shape.head_nodes == nodes]
+        whole = accepted
+        if len(alike) > 1:
+            whole = [mask for shape, mask in zip(shapes, accepted, strict=True) if shape.head_nodes == nodes]
         self._heads.observe(nodes, whole)
 
     def observe_outside(self, seconds: float, *, last: bool) -> None:
@@ -352,9 +352,11 @@ class AdaptiveTree:
         beyond = 0
         for shape, mask in zip(shapes, accepted, strict=True):
             bits = mask & 0xFFFF_FFFF_FFFF_FFFF
-            chain, by_heads = (bits >> 1 + shape.head_nodes).bit_count(), 0
+            if not (in_chain := bits >> 1 + shape.head_nodes):
+                continue
+            chain, by_heads = in_chain.bit_count(), 0
             heads = (bits & (1 << 1 + shape.head_nodes) - 1) >> 1
-            while heads and chain:
+            while heads:
                 by_heads = max(by_heads, self._heads.depths[(heads & -heads).bit_length() - 1])
                 heads &= heads - 1
             beyond += max(0, chain - by_heads)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.cpu_team import JIT
 
-__all__ = ["Costs", "beside", "choose", "predict", "promise", "survival"]
+__all__ = ["Costs", "beside", "choose", "count_accepted", "predict", "promise", "reach", "survival"]
 
 # They take microseconds; to get the interpreter's lock back may take as long as another thread likes.
 _JIT: dict[str, Any] = {**JIT, "nogil": False}
@@ -82,6 +82,46 @@ def survival(odds: Array, states: Array) -> Array:
             chance *= min(1.0 / (1.0 + np.exp(-odds[kind, d] - states[b, 2])), 0.99)
             found[b, d] = chance
     return found
+
+
+@njit(**_JIT)
+def reach(hits: Array, trials: Array, parents: Counts, depths: Counts, sizes: Counts) -> Array:
+    """[C, depth]: for each size of the heads' branch, the chance that some node of each depth is accepted.
+
+    Args:
+        hits, trials: [N] of each node, where its parent was accepted.
+        parents: [N] int64; the root is 0, node i is at i - 1 of all of these.
+        depths: [N] int64, from 1.
+        sizes: [C] int64, nodes.
+    """
+    chances = np.ones(hits.size + 1)
+    found = np.zeros((sizes.size, depths.max()))
+    for i in range(hits.size):
+        chances[i + 1] = chances[parents[i]] * (hits[i] / trials[i])
+        for c in range(sizes.size):
+            if i < sizes[c]:
+                found[c, depths[i] - 1] += chances[i + 1]
+    return np.minimum(found, 0.99)
+
+
+@njit(**_JIT)
+def count_accepted(
+    hits: Array, trials: Array, parents: Counts, nodes: int, masks: NDArray[np.uint64], decay: float
+) -> None:
+    """Count trees of the first `nodes` nodes of the heads' in `hits` and `trials`, see `reach`.
+
+    Args:
+        masks: bits of the accepted nodes, the root's the lowest.
+        decay: what is left of what was known, a trial later.
+    """
+    found = np.zeros(nodes + 1)
+    for mask in masks:
+        for i in range(nodes + 1):
+            found[i] += (mask >> np.uint64(i)) & np.uint64(1)
+    for i in range(nodes):
+        tried = found[parents[i]]
+        left = decay**tried
+        hits[i], trials[i] = left * hits[i] + found[i + 1], left * trials[i] + tried
 
 
 @njit(**_JIT)

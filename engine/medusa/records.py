@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.medusa.choice_kernels import survival
+from engine.medusa.choice_kernels import count_accepted, reach, survival
 from engine.medusa.lookup import FORCED, MOST_MATCHED, NUM_KINDS
 from engine.medusa.tree import Tree
 from engine.types import LookupState
@@ -74,6 +74,8 @@ class LookupRecord:
 
     def states(self, states: Sequence[LookupState]) -> Array:
         """[B, 3], see `choice_kernels.survival`."""
+        if not any(s.chain for s in states):
+            return np.zeros((len(states), 3))
         return np.array([(s.kind, len(s.chain), s.own) for s in states], dtype=np.float64)
 
     def survival(self, states: Sequence[LookupState]) -> Array:
@@ -134,27 +136,17 @@ class HeadRecord:
         )
         self._hits = self._trials * share
         self.sizes = np.array(considered_sizes(tree))
-        inside = np.arange(len(depths)) < self.sizes[:, None]
-        self._levels = [np.flatnonzero(depths == depth) for depth in range(1, depths.max() + 1)]
-        at_depth = np.stack([depths == depth for depth in range(1, depths.max() + 1)])
-        self._prefix = (inside[:, None, :] & at_depth[None]).astype(float)
+        self._depths = depths
         self._reach: Array | None = None
 
     def reach(self) -> Array:
         """[C, depth]: for each considered size, the chance that some node of each depth is accepted."""
         if self._reach is None:
-            share = np.append(1.0, self._hits / self._trials)
-            for level in self._levels[1:]:
-                share[1 + level] *= share[self._parents[level]]
-            self._reach = np.minimum(self._prefix @ share[1:], 0.99)
+            self._reach = reach(self._hits, self._trials, self._parents, self._depths, self.sizes)
         return self._reach
 
     def observe(self, nodes: int, accepted: Sequence[int]) -> None:
         """Count one step's trees, each of the first `nodes` nodes: bit masks of accepted ones, root bit 0."""
-        bits = np.array([mask & 0xFFFF_FFFF_FFFF_FFFF for mask in accepted], dtype=np.uint64)
-        found = ((bits[:, None] >> np.arange(nodes + 1, dtype=np.uint64)) & np.uint64(1)).astype(float).sum(0)
-        trials = found[self._parents[:nodes]]
-        decay = self._DECAY**trials
-        self._hits[:nodes] = decay * self._hits[:nodes] + found[1:]
-        self._trials[:nodes] = decay * self._trials[:nodes] + trials
+        masks = np.array([mask & 0xFFFF_FFFF_FFFF_FFFF for mask in accepted], dtype=np.uint64)
+        count_accepted(self._hits, self._trials, self._parents, nodes, masks, self._DECAY)
         self._reach = None
