@@ -23,10 +23,10 @@ from torch import Tensor
 
 import engine.llm
 import engine.loop
+from engine.batch import Batch, Verified
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
-from engine.runner import Batch, Verified
 from engine.scheduler import Chunk
 from engine.step_results import Prefilled, Results, StepRow
 

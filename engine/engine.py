@@ -7,14 +7,15 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from engine import faults
+from engine.batch import Batch, Verified
 from engine.constrain import follows, refusal
 from engine.cuda_graphs import Graph
 from engine.errors import told
+from engine.flight import Flight
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
@@ -22,7 +23,6 @@ from engine.medusa.buckets import Buckets
 from engine.medusa.lookup import FORCED
 from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
-from engine.runner import Batch, Verified
 from engine.runners import make_runner
 from engine.scheduler import Chunk, Plan, Scheduler
 from engine.stats import EngineStats
@@ -34,40 +34,13 @@ from engine.types import (
     Request,
     Sequence,
     SequenceState,
-    StepTrace,
     TokenDelta,
-    TokenLogprobs,
 )
 from engine.warmup import measure
 
 __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A decode step that runs on the device, its results not read.
-
-    Args:
-        most: the most tokens each of its sequences may emit.
-        expected: what `tree: auto` expected of it.
-        grammars_s: seconds between its halves, in which grammars were looked at.
-    """
-
-    batch: Batch
-    verified: Verified
-    results: Results
-    most: list[int]
-    expected: Expected
-    grammars_s: float
-
-    @property
-    def lingers(self) -> bool:
-        """True while more of it is wanted than its results, which the next step may overwrite, or grammars
-        go on behind what it gives."""
-        requests = [sequence.request for sequence in self.batch.sequences]
-        return any(r.trace or r.sampling.logprobs is not None or r.grammar is not None for r in requests)
 
 
 class Engine:
@@ -114,7 +87,7 @@ class Engine:
             max_tree_nodes=loaded.info.tree_size,
         )
         self._ahead = loaded.captured if ahead is None else ahead
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._arrivals = 0
         self._uncounted: set[str] = set()  # requests of which no choice has been prefilled
 
@@ -130,14 +103,14 @@ class Engine:
         started = time.perf_counter()
         deltas, plan = self._plan()
         self._took("schedule", started)
-        launched: _Flight | None = None
+        launched: Flight | None = None
         if plan.decode:
             with self._failing(plan.decode, deltas):
                 faults.visit("decode")
                 batch = self._runner.batch(plan.decode)
                 verified = shown = self._runner.draft_forward(batch)
                 grammars_s = 0.0
-                if any(sequence.grammar is not None for sequence in batch.sequences):
+                if batch.asked.grammars:
                     shown, grammars_s = self._runner.constrain(batch, verified)
                 results = self._runner.targets_accept_compact(batch, verified)
                 launched = self._launch(batch, shown, results, grammars_s)
@@ -258,7 +231,10 @@ class Engine:
         if sequence.request.request_id in self._uncounted:  # once a request: not each choice
             self._uncounted.discard(sequence.request.request_id)
             self.stats.prompt_tokens += sequence.num_prompt
-        delta = self._append(sequence, [result.first], result.logprobs)
+        delta = self._append(sequence, [result.first], time.monotonic(), False)
+        if delta.error is None:
+            delta.logprobs = result.logprobs
+        self.stats.emitted(len(delta.token_ids))
         delta.cached_tokens, delta.queue_s = sequence.num_reused, sequence.queue_s
         delta.prompt_logprobs = sequence.prompt_logprobs or None
         return delta
@@ -272,13 +248,13 @@ class Engine:
         deltas = self._land()
         return deltas, self._scheduler.plan()
 
-    def _launch(self, batch: Batch, verified: Verified, results: Results, grammars_s: float) -> _Flight:
+    def _launch(self, batch: Batch, verified: Verified, results: Results, grammars_s: float) -> Flight:
         """From here on the step's sequences are in it, whatever becomes of them."""
         most = self._runner.most_tokens(batch)
         for sequence, tokens in zip(batch.sequences, most, strict=True):
             sequence.in_flight += tokens
         expected = self._chooser.expected if isinstance(self._chooser, AdaptiveTree) else Expected()
-        return _Flight(batch, verified, results, most, expected, grammars_s)
+        return Flight(batch, verified, results, most, expected, grammars_s)
 
     def _land(self) -> list[TokenDelta]:
         """Read the results of the step under way, and let go of who has ended meanwhile."""
@@ -293,16 +269,18 @@ class Engine:
             rows = flight.results.rows()
             self._learn(flight, rows)
             self._emit(flight, rows, deltas)
+        self.stats.emitted(sum([len(delta.token_ids) for delta in deltas]))
         self._scheduler.release_ended()
         return deltas
 
-    def _learn(self, flight: _Flight, rows: list[StepRow]) -> None:
+    def _learn(self, flight: Flight, rows: list[StepRow]) -> None:
         """Let the choice of the tree see what this step took and gave."""
         batch, seconds = flight.batch, flight.results.seconds
         self.stats.step_seconds["decode"].observe(seconds)
         seconds -= flight.grammars_s  # no tree makes them longer or shorter
         for sequence, row in zip(batch.sequences, rows, strict=True):
-            self._lookup.observe(sequence.lookup, row.tokens)
+            if sequence.lookup.chain:
+                self._lookup.observe(sequence.lookup, row.tokens)
         if isinstance(self._chooser, AdaptiveTree):
             self._chooser.observe(
                 batch.shapes,
@@ -312,37 +290,41 @@ class Engine:
                 expected=flight.expected,
             )
             self.stats.explored_steps = self._chooser.explored_steps
-            tokens = sum(len(row.tokens) for row in rows)
+            tokens = len(rows) + sum([row.length for row in rows])
             self.stats.plain_decode_seconds += flight.expected.plain_s * tokens / len(rows)
 
-    def _emit(self, flight: _Flight, rows: list[StepRow], deltas: list[TokenDelta]) -> None:
+    def _emit(self, flight: Flight, rows: list[StepRow], deltas: list[TokenDelta]) -> None:
         """Append the accepted tokens to their sequences."""
-        emitting = time.perf_counter()
-        batch, verified = flight.batch, flight.verified
-        traced = any(sequence.request.trace for sequence in batch.sequences)
-        tokens = verified.draft.tokens.tolist() if traced else []
-        self.stats.tree_size = max(shape.num_nodes for shape in batch.shapes)
-        self.stats.head_nodes = max(shape.head_nodes for shape in batch.shapes)
+        emitting, now = time.perf_counter(), time.monotonic()
+        batch, stats, size, lookup = flight.batch, self.stats, self._blocks.block_size, self.info.lookup
+        shown, tokens = batch.asked.traces or batch.asked.logprobs, flight.tokens()
+        stats.tree_size = max(shape.num_nodes for shape in batch.different)
+        stats.head_nodes = max(shape.head_nodes for shape in batch.different)
+        trees = stats.tree_size > 1
         for i, (sequence, shape, row) in enumerate(zip(batch.sequences, batch.shapes, rows, strict=True)):
             if sequence.state is not SequenceState.DECODE:
                 continue  # it ended while the step ran
             if not row.sound:
                 deltas.append(self._fail(sequence, NOT_FINITE))
                 continue
-            logprobs, trace = None, None
-            if (num_top := sequence.request.sampling.logprobs) is not None:
-                path = self._path(shape, row)
-                logprobs = self._runner.logprobs(verified, i, path, row.tokens, num_top)
-            if sequence.request.trace:
-                trace = self._trace(flight, i, row, tokens[i][: shape.num_nodes])
-            sequence.num_cached += row.length + 1
-            source = sequence.source(row.last, shape.head_nodes)
-            delta = self._append(sequence, row.tokens, logprobs)
-            delta.num_steps, delta.trace = 1, trace
+            logprobs, trace = flight.shown(i, row, tokens, self._runner) if shown else (None, None)
+            advance = row.length + 1
+            sequence.num_cached += advance
+            filled = sequence.num_cached % size < advance  # a block
+            delta = self._append(sequence, row.tokens, now, filled)
+            delta.num_steps = 1
             if delta.error is None:
-                self._count_accepted(sequence, shape, row.length, source, delta)
+                stats.acceptance_counts[len(delta.token_ids)] += 1
+                if trees:
+                    self._count_drafted(sequence, shape, row, delta)
+            if shown:
+                delta.trace = trace
+                if logprobs is not None and delta.error is None:
+                    delta.logprobs = logprobs[: len(delta.token_ids)]
             deltas.append(delta)
-            if sequence.slot >= 0 and self.info.lookup:
+            # Mostly there is no chain, and was none.
+            proposed = row.kind or sequence.lookup.kind or sequence.grammar is not None
+            if proposed and lookup and sequence.slot >= 0:
                 self._propose(sequence, row.chain, row.kind)
         self._took("emit", emitting)
 
@@ -353,47 +335,55 @@ class Engine:
             chain, kind = forced, FORCED
         self._lookup.propose(sequence.lookup, chain, kind)
 
-    def _count_accepted(
-        self, sequence: Sequence, shape: TreeShape, length: int, source: DraftSource, delta: TokenDelta
-    ) -> None:
-        emitted = len(delta.token_ids)
-        self.stats.acceptance_counts[emitted] += 1
-        if shape.num_nodes == 1:
+    def _count_drafted(self, sequence: Sequence, shape: TreeShape, row: StepRow, delta: TokenDelta) -> None:
+        heads, lookup = shape
+        if not heads and not lookup:
             return
-        self.stats.num_drafts += 1
-        self.stats.drafted_by_source["head"] += shape.head_nodes
-        if shape.lookup_nodes:
-            chain = sequence.source(shape.head_nodes + 1, shape.head_nodes)
-            self.stats.drafted_by_source[chain.value] += shape.lookup_nodes
-        if used := min(length, emitted):
-            self.stats.accepted(source.value, used)
+        stats = self.stats
+        stats.num_drafts += 1
+        stats.drafted_by_source["head"] += heads
+        if lookup:
+            stats.drafted_by_source[sequence.source(heads + 1, heads)] += lookup
+        if used := min(row.length, len(delta.token_ids)):
+            source = sequence.source(row.last, heads)
+            stats.accepted(source, used)
             if source is DraftSource.PREDICTION:
                 delta.accepted_prediction_tokens = used
 
-    def _append(
-        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs] | None
-    ) -> TokenDelta:
-        """Append tokens up to what ends the sequence: a stop id in the run, its grammar, or its length."""
-        sampling, grammar = sequence.request.sampling, sequence.grammar
-        tokens = tokens[: sequence.remaining]
+    def _append(self, sequence: Sequence, tokens: list[int], now: float, filled: bool) -> TokenDelta:
+        """Append tokens up to what ends the sequence: a stop id in the run, its grammar, or its length.
+
+        Args:
+            now: `time.monotonic()`.
+            filled: there are K/V of the last row of a block that had none before.
+        """
+        request, grammar, output = sequence.request, sequence.grammar, sequence.token_ids
+        sampling, tokens = request.sampling, tokens[: sequence.max_total - len(output)]
         reason, stop_id = None, None
-        for count, token in enumerate(tokens, start=1):
-            if grammar is not None and not follows(sequence, tokens[:count]):
-                return self._fail(sequence, refusal(sequence))
-            if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
-                tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
-                break
-            if grammar is not None and grammar.ended:
-                tokens, reason = tokens[:count], FinishReason.STOP
-                break
-        sequence.token_ids += tokens
-        self._scheduler.publish(sequence)
-        self.stats.emitted(len(tokens))
-        if reason is None and sequence.remaining <= 0:
+        # Mostly nothing of it can end anything.
+        if (
+            grammar is not None
+            or sampling.stop_token_ids
+            or not (sampling.ignore_eos or self._eos.isdisjoint(tokens))
+        ):
+            for count, token in enumerate(tokens, start=1):
+                if grammar is not None and not follows(sequence, tokens[:count]):
+                    return self._fail(sequence, refusal(sequence))
+                if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+                    tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
+                    break
+                if grammar is not None and grammar.ended:
+                    tokens, reason = tokens[:count], FinishReason.STOP
+                    break
+        output += tokens
+        if filled:
+            self._scheduler.publish(sequence)
+        if reason is None and len(output) >= sequence.max_total:
             reason = FinishReason.LENGTH
-        delta = self._delta(sequence, tokens) if reason is None else self._end(sequence, reason, tokens)
+        if reason is None:
+            return TokenDelta(request.request_id, sequence.index, tokens, None, None, 0, now)
+        delta = self._end(sequence, reason, tokens)
         delta.stop_token_id = stop_id
-        delta.logprobs = logprobs[: len(tokens)] if logprobs is not None else None
         return delta
 
     def _fail(self, sequence: Sequence, error: str) -> TokenDelta:
@@ -407,15 +397,11 @@ class Engine:
         """Take the sequence out and make its last delta."""
         if sequence.state is not SequenceState.FINISHED:
             self._scheduler.remove(sequence)
-        if not any(other.request is sequence.request for other in self._scheduler):
-            self._uncounted.discard(sequence.request.request_id)
-        delta = self._delta(sequence, tokens)
-        delta.finish_reason, delta.error = reason, error
-        return delta
-
-    @staticmethod
-    def _delta(sequence: Sequence, tokens: list[int]) -> TokenDelta:
-        return TokenDelta(sequence.request.request_id, sequence.index, tokens, time_s=time.monotonic())
+        request = sequence.request
+        if request.request_id in self._uncounted and not any(o.request is request for o in self._scheduler):
+            self._uncounted.discard(request.request_id)
+        now = time.monotonic()
+        return TokenDelta(request.request_id, sequence.index, tokens, reason, time_s=now, error=error)
 
     @contextmanager
     def _failing(self, sequences: list[Sequence], deltas: list[TokenDelta]) -> Iterator[None]:
@@ -433,26 +419,6 @@ class Engine:
                 for sequence in sequences
                 if (sequence.request.request_id, sequence.index) not in known
             ]
-
-    def _path(self, shape: TreeShape, row: StepRow) -> list[int]:
-        """The accepted nodes, from the root down."""
-        parents, path = self._runner.parents(shape), [row.last]
-        while path[0]:
-            path.insert(0, parents[path[0]])
-        return path
-
-    def _trace(self, flight: _Flight, i: int, row: StepRow, tokens: list[int]) -> StepTrace:
-        """Sequence i's share of the step, whose nodes are `tokens`."""
-        sequence, shape = flight.batch.sequences[i], flight.batch.shapes[i]
-        return StepTrace(
-            tokens=tuple(tokens),
-            parents=(-1, *self._runner.parents(shape)[1:]),
-            sources=tuple(sequence.source(node, shape.head_nodes) for node in range(shape.num_nodes)),
-            accepted=tuple(self._path(shape, row)),
-            next_root=row.tokens[-1],
-            batch_size=len(flight.batch.sequences),
-            duration_s=flight.results.seconds,
-        )
 
     def _took(self, phase: str, started: float) -> None:
         seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import RaggedAttention
+from engine.batch import Asked, Batch, Verified
 from engine.config import MAX_TREE_NODES
 from engine.cuda_graphs import Graph
 from engine.errors import CaptureError
@@ -29,11 +30,10 @@ from engine.medusa.buckets import Buckets
 from engine.medusa.draft import Draft
 from engine.medusa.tree import Topology, TreeShape
 from engine.prompt_buckets import PromptBucket, PromptBuckets
-from engine.runner import Batch, Runner, Verified
+from engine.runner import Runner
 from engine.sampler import verify_all, verify_greedy
 from engine.scheduler import Chunk
 from engine.step_results import NOT_FINITE, Prefilled, Results, StepRow
-from engine.types import Sequence
 
 __all__ = ["Bucket", "CapturedRunner"]
 
@@ -97,7 +97,7 @@ class CapturedRunner(Runner):
         **arguments: Any,
     ) -> None:
         super().__init__(*args, **arguments, spare_slots=1, captured=True)
-        self.buckets = buckets
+        self.buckets: Buckets = buckets
         self.prompts = PromptBuckets.default(
             buckets.batches if isinstance(self._attention, RaggedAttention) else (),
             max_tokens=max_prefill_tokens,
@@ -111,6 +111,9 @@ class CapturedRunner(Runner):
             self._lookup.allocate_predictions()
         self._first: dict[tuple[Bucket, bool], Graph] = {}
         self._second: dict[tuple[Bucket, bool], Graph] = {}
+        self._halfway: dict[Bucket, _Captured] = {}
+        # What `_fill` wrote last: mostly the next step is alike.
+        self._filled: tuple[Bucket, bool, list[int], list[TreeShape]] | None = None
         self._layers: dict[PromptBucket, Graph] = {}
 
         rows, config, width = buckets.max_rows, self._decoder.config, 4 + MAX_TREE_NODES
@@ -170,10 +173,9 @@ class CapturedRunner(Runner):
     @torch.inference_mode()
     def draft_forward(self, batch: Batch) -> Verified:
         """See `Runner.draft_forward`."""
-        found = self.buckets.find(len(batch.shapes), max(shape.num_nodes for shape in batch.shapes))
-        if found is None:
+        if batch.size is None:
             return super().draft_forward(batch)
-        return self.replay(batch, found, heads=any(shape.head_nodes for shape in batch.shapes))
+        return self.replay(batch, batch.size, heads=any(shape.head_nodes for shape in batch.different))
 
     @torch.inference_mode()
     def replay(self, batch: Batch, size: tuple[int, int], *, heads: bool) -> Verified:
@@ -182,15 +184,18 @@ class CapturedRunner(Runner):
         graph = self._first_half(bucket, heads)
         self._fill(bucket, heads, [sequence.slot for sequence in batch.sequences], batch.shapes)
         graph.replay()
-        found = self._verified(bucket)
-        return _Captured(found.draft, found.hidden, found.logits, found.rows, bucket)
+        if bucket not in self._halfway:
+            found = self._verified(bucket)
+            kept = _Captured(found.draft, found.hidden, found.logits, found.rows, bucket)
+            self._halfway[bucket] = kept
+        return self._halfway[bucket]
 
     @torch.inference_mode()
     def targets_accept_compact(self, batch: Batch, verified: Verified) -> Results:
         """See `Runner.targets_accept_compact`."""
         if not isinstance(verified, _Captured):
             return super().targets_accept_compact(batch, verified)
-        self._second_half(verified.bucket, _ask_for_anything(batch.sequences)).replay()
+        self._second_half(verified.bucket, batch.asked.more_than_best).replay()
         packed = self._packed_rows(verified.bucket)[: len(batch.sequences)]
         if self._device.type == "cpu":
             packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
@@ -232,6 +237,7 @@ class CapturedRunner(Runner):
             "max_num_seqs or max_step_tokens",
         )
         self._staged(bucket).copy_(before)
+        self._filled = None
         return graph
 
     def _captured(self, run: Callable[[], None], what: str, lower: str) -> Graph:
@@ -247,11 +253,15 @@ class CapturedRunner(Runner):
 
     def _fill(self, bucket: Bucket, heads: bool, slots: list[int], shapes: list[TreeShape]) -> None:
         """What the graphs read: slots and shapes, and of those who fill the batch up."""
+        filled = bucket, heads, slots, shapes
+        if filled == self._filled:
+            return
         missing = bucket.batch - len(slots)
         most = self._most(bucket.nodes, heads=heads)
         grid = self._drafter.grid([*shapes, *[TreeShape(0, 0)] * missing], most.head_nodes, bucket.nodes)
         values = torch.tensor([*slots, *[self._spare] * missing])
         self._stage(self._staged(bucket), torch.cat((values, torch.from_numpy(grid).flatten())))
+        self._filled = filled
 
     def _staged(self, bucket: Bucket) -> Tensor:
         """Where its graphs find what `_fill` writes."""
@@ -350,7 +360,7 @@ class CapturedRunner(Runner):
             self._prompt_hidden[: len(ends)] = hidden[self._ids(ends) - 1]
             ends = list(range(1, 1 + len(ends)))
         started, missing, bucket = time.perf_counter(), batch - len(chunks), Bucket(batch, 1, 0, prompts=True)
-        graph = self._second_half(bucket, _ask_for_anything(sequences))
+        graph = self._second_half(bucket, Asked.by(sequences).more_than_best)
         slots = [chunk.sequence.slot if chunk.draws else self._spare for chunk in chunks]
         self._fill(bucket, False, slots, [TreeShape(0, 0)] * len(slots))
         lengths = [chunk.end - 1 if chunk.draws else 0 for chunk in chunks]
@@ -438,9 +448,3 @@ class CapturedRunner(Runner):
             torch.cuda.synchronize(self._device)
             shares.append((launched - started) / (time.perf_counter() - started))
         return statistics.median(shares)
-
-
-def _ask_for_anything(sequences: list[Sequence]) -> bool:
-    """Whether some want more than the best token, which the lesser of the second halves finds."""
-    requests = (sequence.request for sequence in sequences)
-    return any(r.sampling.adjusts or not r.sampling.greedy or r.prediction_token_ids for r in requests)

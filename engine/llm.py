@@ -333,17 +333,18 @@ class LLM:
         with bar, closing(self.steps(requests)) as steps:
             for deltas in steps:
                 for delta in deltas:
-                    key = delta.request_id, delta.index
-                    ended = delta.finish_reason is not None
-                    if key in searches:
-                        delta = searches[key].take(delta)
+                    output = outputs[delta.request_id, delta.index]
+                    if searches:
+                        search = searches[delta.request_id, delta.index]
+                        ended = delta.finish_reason is not None
+                        delta = search.take(delta)
+                        if delta.finish_reason is not None:
+                            output._text = "".join(search.pieces)
+                            if not ended:  # a stop string did, of which the engine knows nothing
+                                self._engine.abort(delta.request_id, delta.index)
                     if delta.finish_reason is not None:
                         bar.update()
-                        if not ended:  # a stop string did, of which the engine knows nothing
-                            self._engine.abort(*key)
-                        if key in searches:
-                            outputs[key]._text = "".join(searches[key].pieces)
-                    outputs[key].deltas.append(delta)
+                    output.deltas.append(delta)
                     tokens += len(delta.token_ids)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started_s):.0f} tokens/s", refresh=False)
         return list(outputs.values())

@@ -4,78 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.batch import NOTHING, Asked, Batch, Verified
 from engine.constrain import forbid_, masks_at_nodes
 from engine.logprobs import token_logprobs
 from engine.medusa.accept import Accepted, accept
+from engine.medusa.buckets import Buckets
 from engine.medusa.draft import Draft
-from engine.medusa.tree import TreeShape
+from engine.medusa.tree import SHAPES, TreeShape
 from engine.prompt_runner import PromptRunner
 from engine.sampler import Targets, verify
 from engine.step_results import Results, device_event
 from engine.types import Sequence, TokenLogprobs
 
-__all__ = ["Batch", "Runner", "Verified"]
+__all__ = ["Runner"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The sequences of one decode step.
-
-    Args:
-        sequences: B of them.
-        shapes: of their trees.
-        slots, lengths: [B] int64.
-        max_length: host upper bound of `lengths`.
-        predicted: for each row with a prediction, how many tokens that has.
-        adjusted: whether some of them use adjustments; None: as far as the host knows of any slot.
-        started: `time.perf_counter()` when it was put together.
-        begun: an event of that time on CUDA.
-    """
-
-    sequences: list[Sequence]
-    shapes: list[TreeShape]
-    slots: Tensor
-    lengths: Tensor
-    max_length: int
-    predicted: Mapping[int, int]
-    adjusted: bool | None = None
-    started: float = 0.0
-    begun: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What the forward pass over the trees gave.
-
-    Args:
-        draft: the trees.
-        hidden: [T, hidden], after the final norm, of the T valid nodes.
-        logits: [T, vocab] float32, or of a dtype that holds them as exactly.
-        rows: [B, N] int64, flat pool rows of the nodes.
-    """
-
-    draft: Draft
-    hidden: Tensor
-    logits: Tensor
-    rows: Tensor
-
-
-def _predicted(sequences: list[Sequence]) -> dict[int, int]:
-    """For each sequence with a prediction, how many tokens that has."""
-    lengths = (len(sequence.request.prediction_token_ids) for sequence in sequences)
-    return {row: length for row, length in enumerate(lengths) if length}
-
-
 class Runner(PromptRunner):
     """Decode steps over the slots of a `PromptRunner`, whose arguments are its own."""
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.buckets: Buckets | None = None
+        self._asked, self._nobody = NOTHING, self._lengths[:0]
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The decode batch of `sequences`, their block tables brought up to date."""
@@ -84,16 +42,25 @@ class Runner(PromptRunner):
             begun = device_event()
             begun.record()
         self._sync_tables(sequences)
-        slots = self._ids([sequence.slot for sequence in sequences])
+        shapes = [SHAPES[sequence.head_nodes, sequence.lookup_nodes] for sequence in sequences]
+        different, slots, size = frozenset(shapes), self._nobody, None
+        if self.buckets is not None:
+            size = self.buckets.find(len(shapes), max(shape.num_nodes for shape in different))
+        if size is None:
+            slots = self._ids([sequence.slot for sequence in sequences])
+        self._asked = self._asked.again(sequences)
         return Batch(
             sequences=sequences,
-            shapes=[TreeShape(sequence.head_nodes, sequence.lookup_nodes) for sequence in sequences],
+            shapes=shapes,
             slots=slots,
-            lengths=self._lengths[slots],
-            max_length=max(sequence.num_cached + sequence.in_flight for sequence in sequences),
-            predicted=_predicted(sequences),
+            lengths=self._lengths[slots] if size is None else slots,
+            max_length=max([sequence.num_cached + sequence.in_flight for sequence in sequences]),
+            predicted=self._asked.predicted,
             started=started,
             begun=begun,
+            asked=self._asked,
+            different=different,
+            size=size,
         )
 
     def place(self, sequences: list[Sequence]) -> Batch:
@@ -110,7 +77,8 @@ class Runner(PromptRunner):
 
     def most_tokens(self, batch: Batch) -> list[int]:
         """The most tokens that each sequence may emit in the step."""
-        return [self._drafter.depth(shape) + 1 for shape in batch.shapes]
+        most = {shape: self._drafter.depth(shape) + 1 for shape in batch.different}
+        return [most[shape] for shape in batch.shapes]
 
     def parents(self, shape: TreeShape) -> list[int]:
         """The parent of each node of such a tree; 0 for the root."""
@@ -230,7 +198,7 @@ class Runner(PromptRunner):
             slots,
             self._lengths[slots],
             max_length=max(sequence.num_cached for sequence in sequences),
-            predicted=_predicted(sequences),
+            predicted=Asked.by(sequences).predicted,
         )
         packed = torch.column_stack((proposal.kind, proposal.count, proposal.tokens)).tolist()
         return [(chain[:count], kind) for kind, count, *chain in packed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ class Prefilled:
     chain: tuple[list[int], int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepRow:
+class StepRow(NamedTuple):
     """One sequence's share of a step, on the host.
 
     Args:
@@ -72,7 +72,8 @@ class Results:
         self._depth, self._begun = depth, begun
         self._ended: torch.cuda.Event | None = None
         if packed.device.type == "cuda":
-            packed = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
+            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            packed = host.copy_(packed, non_blocking=True)
             self._ended = device_event()
             self._ended.record()
         self._packed = packed
@@ -90,12 +91,21 @@ class Results:
         """One for each sequence. Waits for the step's end."""
         if self._ended is not None:
             self._ended.synchronize()
-        found, first = [], 5 + self._depth
-        for sound, length, last, nodes, *rest in self._packed.tolist():
-            kind, count = rest[first - 4 : first - 2] if len(rest) > first - 4 else (0, 0)
-            chain = rest[first - 2 : first - 2 + count]
-            found.append(StepRow(bool(sound), length, last, nodes, rest[: length + 1], chain, kind))
-        return found
+        values, first = self._packed.numpy(), 5 + self._depth
+        sound, lengths, lasts, nodes = values[:, :4].T.tolist()
+        # A row is wide, and most of it is seldom there: only what some row uses becomes Python's numbers.
+        longest = max(lengths, default=0)
+        tokens = values[:, 4 : 5 + longest].tolist()
+        if longest:
+            tokens = [row[: length + 1] for row, length in zip(tokens, lengths, strict=True)]
+        none: list[int] = []
+        kinds, chains = [0] * len(lengths), [none] * len(lengths)
+        if values.shape[1] > first:
+            kinds, counts = values[:, first : first + 2].T.tolist()
+            if most := max(counts, default=0):
+                wide = values[:, first + 2 : first + 2 + most].tolist()
+                chains = [row[:count] for row, count in zip(wide, counts, strict=True)]
+        return list(map(StepRow, map(bool, sound), lengths, lasts, nodes, tokens, chains, kinds))
 
 
 def device_event() -> torch.cuda.Event:

@@ -58,7 +58,8 @@ class Drafter:
     def __init__(self, heads: HeadDrafter | None, device: torch.device) -> None:
         self._heads, self._device = heads, device
         self._topologies: dict[tuple[TreeShape, torch.device], Topology] = {}
-        self._columns: dict[TreeShape, NDArray[np.int64]] = {}
+        self._columns = np.empty((1, 5, MAX_TREE_NODES), dtype=np.int64)
+        self._column_of: dict[int, dict[TreeShape, int]] = {}  # by the nodes of the heads on offer
 
     def draft(self, root: Tensor, hidden: Tensor, chain: Tensor | None, shapes: Sequence[TreeShape]) -> Draft:
         """Trees for B sequences.
@@ -98,11 +99,11 @@ class Drafter:
         `pick` says which of the tokens on offer (root, `most_heads` nodes of the heads, chain) stands at a
         node. A node that is not valid repeats the root.
         """
-        grid = np.stack([self._column(shape)[:, :size] for shape in shapes], axis=1)
-        heads = np.array([shape.head_nodes for shape in shapes])[:, None]
-        in_chain = (np.arange(size) > heads) & (grid[4] > 0)
-        grid[0] += np.where(in_chain, most_heads - heads, 0)
-        return grid
+        known = self._column_of.setdefault(most_heads, {})
+        for shape in set(shapes).difference(known):
+            known[shape] = self._add_column(shape, most_heads)
+        columns = self._columns[[known[shape] for shape in shapes], :, :size]
+        return np.ascontiguousarray(columns.transpose(1, 0, 2))
 
     def fixed(
         self,
@@ -157,18 +158,20 @@ class Drafter:
             parts.append(chain[:, : most.lookup_nodes])
         return torch.cat(parts, dim=1)
 
-    def _column(self, shape: TreeShape) -> NDArray[np.int64]:
-        """[5, 64]: one sequence's share of `grid` where the chain follows its own nodes of the heads."""
-        if shape not in self._columns:
-            found = np.zeros((5, MAX_TREE_NODES), dtype=np.int64)
-            found[3] = 1  # of a node that is not valid: the root
-            nodes = np.arange(shape.num_nodes)
-            topology = self._topology(shape, _HOST)
-            found[0, nodes], found[4, nodes] = nodes, 1
-            for row, values in enumerate((topology.parents, topology.depths, topology.ancestors), start=1):
-                found[row, nodes] = values[0].numpy()
-            self._columns[shape] = found
-        return self._columns[shape]
+    def _add_column(self, shape: TreeShape, most_heads: int) -> int:
+        """Where in `_columns` is now [5, 64]: one sequence's share of `grid`."""
+        count = sum(map(len, self._column_of.values()))
+        if count == len(self._columns):
+            self._columns = np.concatenate((self._columns, np.empty_like(self._columns)))
+        found, nodes = self._columns[count], np.arange(shape.num_nodes)
+        found[:] = 0
+        found[3] = 1  # of a node that is not valid: the root
+        topology = self._topology(shape, _HOST)
+        found[0, nodes], found[4, nodes] = nodes, 1
+        found[0, 1 + shape.head_nodes : shape.num_nodes] += most_heads - shape.head_nodes
+        for row, values in enumerate((topology.parents, topology.depths, topology.ancestors), start=1):
+            found[row, nodes] = values[0].numpy()
+        return count
 
     def _topology(self, shape: TreeShape, device: torch.device) -> Topology:
         key = shape, device

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.config import MAX_TREE_NODES
 from engine.errors import TreeError
 
-__all__ = ["Topology", "Tree", "TreeShape", "default_tree", "greedy_tree"]
+__all__ = ["SHAPES", "Topology", "Tree", "TreeShape", "default_tree", "greedy_tree"]
 
 
 class TreeShape(NamedTuple):
@@ -33,6 +33,16 @@ class TreeShape(NamedTuple):
     def num_nodes(self) -> int:
         """All nodes, root counted; 1 is plain decoding."""
         return 1 + self.head_nodes + self.lookup_nodes
+
+
+class _Shapes(dict[tuple[int, int], TreeShape]):
+    def __missing__(self, key: tuple[int, int]) -> TreeShape:
+        shape = self[key] = TreeShape(*key)
+        return shape
+
+
+SHAPES = _Shapes()
+"""Each shape once, by its two numbers: a step has one for each of its sequences, and few that differ."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from engine.batch import Batch, Verified
 from engine.constrain import forbid_
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.llm import LLM
-from engine.runner import Batch, Verified
 from engine.types import Acceptance, DraftSource, FinishReason, MedusaParams, Request, SamplingParams
 from tests import support
 from tests.engine.conftest import TinyModel

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import warmup
+from engine.batch import Batch, Verified
 from engine.config import EngineConfig
 from engine.cuda_graphs import RecordedGraph
 from engine.engine import Engine
@@ -19,7 +20,7 @@ from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
 from engine.medusa.buckets import Buckets
-from engine.runner import Batch, Verified
+from engine.medusa.tree import TreeShape
 from engine.types import Request, SamplingParams
 from engine.warmup import _replay, _sequences
 from tests import support
@@ -131,6 +132,25 @@ def test_a_batch_that_does_not_fill_its_bucket_touches_nobody(narrow: TinyModel)
         assert runner._pool.data[:, :, 0, 0].any()
         assert not runner._pool.data[:, :, 0, 1:].any()
     assert {bucket.batch for bucket, _ in runner._first} == {4}
+
+
+def test_steps_that_are_alike_are_told_once(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(narrow.folder, tree="off", max_num_seqs=2)
+    runner_of(engine).capture()
+    grid, told = runner_of(engine)._drafter.grid, []
+
+    def noted(shapes: list[TreeShape], most_heads: int, size: int) -> Any:
+        told.append(len(shapes))
+        return grid(shapes, most_heads, size)
+
+    monkeypatch.setattr(runner_of(engine)._drafter, "grid", noted)
+    requests = [greedy("short", [1, 2, 3], 6), greedy("long", [2, 2, 3], 20)]
+    outputs = run_all(engine, requests)
+    assert told == [2, 1], "both, and the one that goes on alone"
+    for request in requests:
+        sampling, prompt = request.sampling, list(request.prompt_token_ids)
+        expected = greedy_reference(narrow.reference, prompt, sampling.max_tokens or 0)
+        assert outputs[request.request_id, 0] == expected
 
 
 def test_a_step_outside_the_buckets_is_eager(narrow: TinyModel) -> None:

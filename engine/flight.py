@@ -1,0 +1,82 @@
+"""A decode step on its way, and what requests want to see of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.batch import Batch, Verified
+from engine.medusa.adaptive import Expected
+from engine.runner import Runner
+from engine.step_results import Results, StepRow
+from engine.types import StepTrace, TokenLogprobs
+
+__all__ = ["Flight"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A decode step that runs on the device, its results not read.
+
+    Args:
+        most: the most tokens each of its sequences may emit.
+        expected: what `tree: auto` expected of it.
+        grammars_s: seconds between its halves, in which grammars were looked at.
+    """
+
+    batch: Batch
+    verified: Verified
+    results: Results
+    most: list[int]
+    expected: Expected
+    grammars_s: float
+
+    @property
+    def lingers(self) -> bool:
+        """True while more of it is wanted than its results, which the next step may overwrite, or grammars
+        go on behind what it gives."""
+        asked = self.batch.asked
+        return asked.traces or asked.logprobs or asked.grammars
+
+    def tokens(self) -> list[list[int]]:
+        """Of each tree's nodes, where a trace is asked for."""
+        return self.verified.draft.tokens.tolist() if self.batch.asked.traces else []
+
+    def shown(
+        self, i: int, row: StepRow, tokens: list[list[int]], runner: Runner
+    ) -> tuple[list[TokenLogprobs] | None, StepTrace | None]:
+        """What sequence i's request asks to see of its share.
+
+        Args:
+            row: what the step gave it.
+            tokens: see `tokens`.
+            runner: which ran it.
+        """
+        request, shape = self.batch.sequences[i].request, self.batch.shapes[i]
+        logprobs, trace, num_top = None, None, request.sampling.logprobs
+        if num_top is not None:
+            path = _path(runner.parents(shape), row)
+            logprobs = runner.logprobs(self.verified, i, path, row.tokens, num_top)
+        if request.trace:
+            trace = self._trace(i, row, tokens[i][: shape.num_nodes], runner.parents(shape))
+        return logprobs, trace
+
+    def _trace(self, i: int, row: StepRow, tokens: list[int], parents: list[int]) -> StepTrace:
+        """Sequence i's share, whose nodes are `tokens`."""
+        sequence, shape = self.batch.sequences[i], self.batch.shapes[i]
+        return StepTrace(
+            tokens=tuple(tokens),
+            parents=(-1, *parents[1:]),
+            sources=tuple(sequence.source(node, shape.head_nodes) for node in range(shape.num_nodes)),
+            accepted=tuple(_path(parents, row)),
+            next_root=row.tokens[-1],
+            batch_size=len(self.batch.sequences),
+            duration_s=self.results.seconds,
+        )
+
+
+def _path(parents: list[int], row: StepRow) -> list[int]:
+    """The accepted nodes, from the root down."""
+    path = [row.last]
+    while path[0]:
+        path.insert(0, parents[path[0]])
+    return path
