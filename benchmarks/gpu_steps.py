@@ -152,7 +152,7 @@ def made_up_engine(
             engine.abort(sequence.request.request_id)
         engine.check()
         # The stand-in for prefill refers to the runner, which would so wait for the garbage collector.
-        del engine._runner.prefill
+        del engine._runner.prefill, engine._runner.launch
         del engine._runner
 
 
@@ -185,7 +185,7 @@ def _skip_prefill(engine: Engine, tokens: int) -> None:
             runner.place([chunk.sequence])
         return [Prefilled(first=c.sequence.token_ids[-1] if c.last else None) for c in chunks]
 
-    runner.prefill = prefill  # type: ignore[method-assign]
+    runner.prefill = runner.launch = prefill  # type: ignore[method-assign]
     engine._scheduler._max_prefill_tokens = max(tokens, engine._scheduler._max_prefill_tokens)
 
 

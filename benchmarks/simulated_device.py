@@ -125,7 +125,7 @@ class SimulatedEngine(Engine):
             packed[:, 4 : 5 + device.accepted] = token
             return _Late(packed, bucket.depth, device)
 
-        runner.prefill = prefill  # type: ignore[method-assign]
+        runner.prefill = runner.launch = prefill  # type: ignore[method-assign]
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
         runner.targets_accept_compact = results  # type: ignore[method-assign]
 

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["sent", "slot_rows"]
+__all__ = ["sent", "sent_together", "slot_rows"]
 
 
 _ALIGNED = 16
-"""Elements: at least 16 bytes of any dtype."""
+"""Bytes, or elements, which are no fewer: where kernels may load many at once."""
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`; what the device does meanwhile is not waited for."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def sent_together(*values: NDArray[Any], device: torch.device) -> list[Tensor]:
+    """`sent` of several in one copy: each has a cost of its own, which few numbers do not reach."""
+    if device.type == "cpu":
+        return [torch.from_numpy(value) for value in values]
+    sizes = [-(-value.nbytes // _ALIGNED) * _ALIGNED for value in values]
+    begins = list(accumulate(sizes, initial=0))
+    packed = np.empty(begins[-1], dtype=np.uint8)
+    for value, begin in zip(values, begins, strict=False):
+        packed[begin : begin + value.nbytes] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    there = sent(torch.from_numpy(packed), device)
+    return [
+        there[begin : begin + value.nbytes].view(torch.from_numpy(value).dtype).view(value.shape)
+        for value, begin in zip(values, begins, strict=False)
+    ]
 
 
 def slot_rows(count: int, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:

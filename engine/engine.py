@@ -15,7 +15,7 @@ from engine.batch import Batch, Verified
 from engine.constrain import follows, refusal
 from engine.cuda_graphs import Graph
 from engine.errors import told
-from engine.flight import Flight
+from engine.flight import Flight, PromptFlight
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
@@ -88,6 +88,7 @@ class Engine:
         )
         self._ahead = loaded.captured if ahead is None else ahead
         self._flight: Flight | None = None
+        self._prompts: list[PromptFlight] = []
         self._arrivals = 0
         self._uncounted: set[str] = set()  # requests of which no choice has been prefilled
 
@@ -114,8 +115,10 @@ class Engine:
                     shown, grammars_s = self._runner.constrain(batch, verified)
                 results = self._runner.targets_accept_compact(batch, verified)
                 launched = self._launch(batch, shown, results, grammars_s)
-        deltas += self._land()  # while the step just launched runs; a prefill waits for that one
-        for chunks in self._runner.together(plan.prefill):
+        deltas += self._land()  # while the step just launched runs; a prefill may wait for that one
+        # Of a prompt in chunks, the one before may just have been found unsound.
+        prefill = [chunk for chunk in plan.prefill if chunk.sequence.state is not SequenceState.FINISHED]
+        for chunks in self._runner.together(prefill):
             with self._failing([chunk.sequence for chunk in chunks], deltas):
                 faults.visit("prefill")
                 deltas += self._prefill(chunks)
@@ -200,23 +203,38 @@ class Engine:
         for sequence in (chunk.sequence for chunk in chunks):
             if sequence.queue_s < 0:
                 sequence.queue_s = time.monotonic() - sequence.request.arrived_s
-        results = self._runner.prefill(chunks)
-        self._took("prefill", started)
-        deltas = []
+        results = self._runner.launch(chunks) if self._ahead else self._runner.prefill(chunks)
+        if isinstance(results, list):
+            self._took("prefill", started)
+            return self._prefilled(chunks, results)
+        for chunk in chunks:
+            self._cached(chunk)
+            chunk.sequence.in_flight += 1  # the first token, where this is the last chunk
+        self._prompts.append(PromptFlight(chunks, results))
+        return []
+
+    def _cached(self, chunk: Chunk) -> None:
+        """Whoever is launched from here on may read the chunk's rows."""
+        chunk.sequence.num_cached = chunk.end
+        self._scheduler.publish(chunk.sequence)
+        if chunk.last:
+            chunk.sequence.state = SequenceState.DECODE
+
+    def _prefilled(self, chunks: list[Chunk], results: list[Prefilled]) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = []
         for chunk, result in zip(chunks, results, strict=True):
+            if chunk.sequence.state is SequenceState.FINISHED:
+                continue  # it ended while the pass was under way
             if result.error is not None:
                 deltas.append(self._fail(chunk.sequence, result.error))
                 continue
-            chunk.sequence.num_cached = chunk.end
-            self._scheduler.publish(chunk.sequence)
-            if chunk.last:
-                chunk.sequence.state = SequenceState.DECODE
+            self._cached(chunk)
             if result.first is not None:
                 deltas.append(self._first(chunk.sequence, result))
         ready = [
             (chunk.sequence, result.chain)
             for chunk, result in zip(chunks, results, strict=True)
-            if chunk.last and chunk.sequence.slot >= 0
+            if chunk.last and chunk.sequence.state is SequenceState.DECODE
         ]
         if ready and self.info.lookup:
             missing = [sequence for sequence, chain in ready if chain is None]
@@ -241,7 +259,8 @@ class Engine:
 
     def _plan(self) -> tuple[list[TokenDelta], Plan]:
         """The next step; while one is under way, one that need not wait for its outcome if there is such."""
-        if self._flight is not None and not self._flight.lingers:
+        lingers = self._flight is not None and self._flight.lingers
+        if (self._flight is not None or self._prompts) and not lingers:
             plan = self._scheduler.plan_ahead()
             if plan is not None:
                 return [], plan
@@ -257,11 +276,19 @@ class Engine:
         return Flight(batch, verified, results, most, expected, grammars_s)
 
     def _land(self) -> list[TokenDelta]:
-        """Read the results of the step under way, and let go of who has ended meanwhile."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return []
+        """Read the results of what is under way, and let go of who has ended meanwhile."""
         deltas: list[TokenDelta] = []
+        flight, self._flight = self._flight, None
+        prompts, self._prompts = self._prompts, []
+        if flight is not None:
+            self._land_step(flight, deltas)
+        for each in prompts:
+            self._land_prompts(each, deltas)
+        if flight is not None or prompts:
+            self._scheduler.release_ended()
+        return deltas
+
+    def _land_step(self, flight: Flight, deltas: list[TokenDelta]) -> None:
         live = [s for s in flight.batch.sequences if s.state is SequenceState.DECODE]
         for sequence, tokens in zip(flight.batch.sequences, flight.most, strict=True):
             sequence.in_flight -= tokens
@@ -270,8 +297,15 @@ class Engine:
             self._learn(flight, rows)
             self._emit(flight, rows, deltas)
         self.stats.emitted(sum([len(delta.token_ids) for delta in deltas]))
-        self._scheduler.release_ended()
-        return deltas
+
+    def _land_prompts(self, flight: PromptFlight, deltas: list[TokenDelta]) -> None:
+        live = [c.sequence for c in flight.chunks if c.sequence.state is not SequenceState.FINISHED]
+        for chunk in flight.chunks:
+            chunk.sequence.in_flight -= 1
+        with self._failing(live, deltas):
+            results = flight.results.read()
+            self.stats.step_seconds["prefill"].observe(flight.results.seconds)
+            deltas += self._prefilled(flight.chunks, results)
 
     def _learn(self, flight: Flight, rows: list[StepRow]) -> None:
         """Let the choice of the tree see what this step took and gave."""

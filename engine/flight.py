@@ -1,4 +1,4 @@
-"""A decode step on its way, and what requests want to see of it."""
+"""What is on its way: a decode step, and what requests want to see of it; a pass over prompts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from engine.batch import Batch, Verified
 from engine.medusa.adaptive import Expected
 from engine.runner import Runner
-from engine.step_results import Results, StepRow
+from engine.scheduler import Chunk
+from engine.step_results import PromptResults, Results, StepRow
 from engine.types import StepTrace, TokenLogprobs
 
-__all__ = ["Flight"]
+__all__ = ["Flight", "PromptFlight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,14 @@ class Flight:
             batch_size=len(self.batch.sequences),
             duration_s=self.results.seconds,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFlight:
+    """A pass over chunks of prompts that runs on the device, its results not read."""
+
+    chunks: list[Chunk]
+    results: PromptResults
 
 
 def _path(parents: list[int], row: StepRow) -> list[int]:

@@ -13,7 +13,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from engine.prompt_buckets import PromptBucket, PromptBuckets
 from engine.runner import Runner
 from engine.sampler import verify_all, verify_greedy
 from engine.scheduler import Chunk
-from engine.step_results import NOT_FINITE, Prefilled, Results, StepRow
+from engine.step_results import Prefilled, PromptResults, Results, device_event
 
 __all__ = ["Bucket", "CapturedRunner"]
 
@@ -230,7 +230,10 @@ class CapturedRunner(Runner):
     def _make(self, bucket: Bucket, run: Callable[[], None]) -> Graph:
         """A graph of `run`, captured with nobody in it."""
         before = self._staged(bucket).clone()
-        self._fill(bucket, False, [], [])
+        if bucket.prompts:
+            self._fill_end(bucket, [], [], [])
+        else:
+            self._fill(bucket, False, [], [])
         graph = self._captured(
             run,
             f"the decode step of {bucket.batch} sequences with {bucket.nodes} nodes",
@@ -348,41 +351,85 @@ class CapturedRunner(Runner):
         graph.replay()
         return self._prompt_hidden[: sum(chunk.size for chunk in chunks)]
 
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk]) -> PromptResults | list[Prefilled]:
+        """See `PromptRunner.launch`. What is wanted beside the first tokens is read at once."""
+        samplings = [chunk.sequence.request.sampling for chunk in chunks]
+        more = any(s.logprobs is not None or s.prompt_logprobs is not None for s in samplings)
+        if more or not self._ends_in_a_graph(chunks):
+            return self.prefill(chunks)
+        started, begun = time.perf_counter(), None
+        try:
+            if self._device.type == "cuda":
+                begun = device_event()
+                begun.record()
+            return self._ended(chunks, *self._computed(chunks), started, begun)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("a pass over %d prompts failed; it is made again", len(chunks))
+        # What the first try has left in the slots is written anew.
+        return self.prefill([replace(chunk, first=True) for chunk in chunks])
+
     def _first_tokens(self, chunks: list[Chunk], hidden: Tensor, ends: list[int]) -> list[Prefilled]:
         """See `PromptRunner._first_tokens`."""
-        sequences = [chunk.sequence for chunk in chunks if chunk.draws]
-        batch = next((most for most in self.prompts.chunks if len(chunks) <= most), None)
-        resumed = any(chunk.last and not chunk.draws for chunk in chunks)
-        grammars = any(sequence.grammar is not None for sequence in sequences)
-        if batch is None or not sequences or resumed or grammars:
+        if not self._ends_in_a_graph(chunks) or not any(chunk.draws for chunk in chunks):
             return super()._first_tokens(chunks, hidden, ends)
+        found = self._ended(chunks, hidden, ends, time.perf_counter(), None).read()
+        for i, (chunk, result) in enumerate(zip(chunks, found, strict=True)):
+            num_top = chunk.sequence.request.sampling.logprobs
+            if result.first is not None and num_top is not None:
+                logits = self._end_logits[i : i + 1]
+                found[i] = replace(
+                    result, logprobs=token_logprobs(logits, self._ids([result.first]), num_top)
+                )
+        return found
+
+    def _ends_in_a_graph(self, chunks: list[Chunk]) -> bool:
+        """Not those who come back with their roots, nor grammars."""
+        resumed = any(chunk.last and not chunk.draws for chunk in chunks)
+        grammars = any(chunk.sequence.grammar is not None for chunk in chunks)
+        return len(chunks) <= max(self.prompts.chunks, default=0) and not resumed and not grammars
+
+    def _ended(
+        self,
+        chunks: list[Chunk],
+        hidden: Tensor,
+        ends: list[int],
+        started: float,
+        begun: torch.cuda.Event | None,
+    ) -> PromptResults:
+        """Launch what follows the layers. Slots of chunks that are not their prompts' last are left alone."""
         if self._prompt_bucket(chunks) is None:  # the graph looks for them there
             self._prompt_hidden[: len(ends)] = hidden[self._ids(ends) - 1]
             ends = list(range(1, 1 + len(ends)))
-        started, missing, bucket = time.perf_counter(), batch - len(chunks), Bucket(batch, 1, 0, prompts=True)
-        graph = self._second_half(bucket, Asked.by(sequences).more_than_best)
+        batch = next(most for most in self.prompts.chunks if len(chunks) <= most)
+        bucket = Bucket(batch, 1, 0, prompts=True)
+        draws = [chunk.draws for chunk in chunks]
+        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
+        graph = self._second_half(bucket, Asked.by(drawing).more_than_best)
         slots = [chunk.sequence.slot if chunk.draws else self._spare for chunk in chunks]
-        self._fill(bucket, False, slots, [TreeShape(0, 0)] * len(slots))
         lengths = [chunk.end - 1 if chunk.draws else 0 for chunk in chunks]
-        more = [*(end - 1 for end in ends), *[0] * missing, *lengths, *[0] * missing]
-        self._stage(self._end_inputs[6 * batch :], torch.tensor(more))
+        self._fill_end(bucket, slots, [end - 1 for end in ends], lengths)
         graph.replay()
         packed = self._packed_rows(bucket)[: len(chunks)]
-        rows = Results(packed, 0, started=started, begun=None).rows()
-        return [
-            self._prefilled(chunk, row, i) for i, (chunk, row) in enumerate(zip(chunks, rows, strict=True))
-        ]
+        if self._device.type == "cpu":
+            packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
+        return PromptResults(
+            Results(packed, 0, started=started, begun=begun), draws, self._lookup is not None
+        )
 
-    def _prefilled(self, chunk: Chunk, row: StepRow, i: int) -> Prefilled:
-        if not row.sound:
-            return Prefilled(error=NOT_FINITE)
-        if not chunk.draws:
-            return Prefilled()
-        logprobs, num_top = None, chunk.sequence.request.sampling.logprobs
-        if num_top is not None:
-            logprobs = token_logprobs(self._end_logits[i : i + 1], self._ids(row.tokens), num_top)
-        chain = None if self._lookup is None else (row.chain, row.kind)
-        return Prefilled(first=row.tokens[0], logprobs=logprobs, chain=chain)
+    def _fill_end(self, bucket: Bucket, slots: list[int], rows: list[int], lengths: list[int]) -> None:
+        """What the graph behind a pass reads.
+
+        Args:
+            slots: of the chunks; rows: of their last tokens; lengths: of what comes before these, cached.
+        """
+        batch, missing = bucket.batch, [0] * (bucket.batch - len(slots))
+        # The grid of trees of one node: picks, parents and depths, then ancestors and which are valid.
+        grid = [0] * (3 * batch) + [1] * (2 * batch)
+        values = [*slots, *[self._spare] * len(missing), *grid, *rows, *missing, *lengths, *missing]
+        self._stage(self._end_inputs, torch.tensor(values))
 
     def _prompt_bucket(self, chunks: list[Chunk]) -> PromptBucket | None:
         return self.prompts.find(len(chunks), sum(chunk.size for chunk in chunks))

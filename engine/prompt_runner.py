@@ -24,7 +24,7 @@ from engine.model.decoder import Decoder
 from engine.sampler import draw
 from engine.sampling_slots import SamplingSlots
 from engine.scheduler import Chunk
-from engine.step_results import NOT_FINITE, Prefilled
+from engine.step_results import NOT_FINITE, Prefilled, PromptResults
 from engine.types import Sequence
 
 __all__ = ["PromptRunner"]
@@ -67,6 +67,7 @@ class PromptRunner:
     ) -> None:
         num_slots = max_num_seqs + spare_slots
         self._decoder, self._attention, self._pool = decoder, attention, pool
+        self._ragged = isinstance(attention, RaggedAttention)  # to ask this takes long
         self._device = pool.device
         self._drafter = Drafter(heads, self._device)
         self._table_length = -(-(max_model_len + MAX_TREE_NODES) // pool.block_size)
@@ -105,9 +106,13 @@ class PromptRunner:
         One pass for all reads the weights once, and launches its kernels once. Where attention pays for rows
         that are not there, each is a pass of its own.
         """
-        if isinstance(self._attention, RaggedAttention) and chunks:
+        if self._ragged and chunks:
             return [chunks]
         return [[chunk] for chunk in chunks]
+
+    def launch(self, chunks: list[Chunk]) -> PromptResults | list[Prefilled]:
+        """`prefill`, which is not waited for where that can be."""
+        return self.prefill(chunks)
 
     def prefill(self, chunks: list[Chunk]) -> list[Prefilled]:
         """Compute the K/V of chunks of different sequences; after a new one's last, draw its first token.
@@ -139,13 +144,16 @@ class PromptRunner:
 
     @torch.inference_mode()
     def _prefill(self, chunks: list[Chunk]) -> list[Prefilled]:
-        self._admit([chunk.sequence for chunk in chunks if chunk.first])
-        self._sync_tables(chunk.sequence for chunk in chunks)
-        hidden = self._chunks_forward(chunks)
-        ends = list(accumulate(chunk.size for chunk in chunks))
+        hidden, ends = self._computed(chunks)
         for chunk, end in zip(chunks, ends, strict=True):
             self._prompt_logprobs(chunk, hidden[end - chunk.size : end])
         return self._first_tokens(chunks, hidden, ends)
+
+    def _computed(self, chunks: list[Chunk]) -> tuple[Tensor, list[int]]:
+        """Hidden states, one chunk after the other, and where each ends."""
+        self._admit([chunk.sequence for chunk in chunks if chunk.first])
+        self._sync_tables(chunk.sequence for chunk in chunks)
+        return self._chunks_forward(chunks), list(accumulate(chunk.size for chunk in chunks))
 
     def _first_tokens(self, chunks: list[Chunk], hidden: Tensor, ends: list[int]) -> list[Prefilled]:
         """What is carried of completed prompts, and the first tokens of those that have none.

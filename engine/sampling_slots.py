@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence as Items
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.adjust import Adjustment, BadWords, LogitBias, MinTokens, Penalties
-from engine.devices import sent, slot_rows
+from engine.devices import sent_together, slot_rows
 from engine.sampler import Adjusting, SamplingRows, TypicalRows
 from engine.types import Sequence
 
@@ -61,7 +62,6 @@ class SamplingSlots:
         A sequence that returns after preemption goes on where it was: the next draw is that of output
         position `sequence.num_output`, and its output counts as emitted.
         """
-        slots = sent(torch.tensor([sequence.slot for sequence in sequences]), self._device)
         floats, integers = [], []
         for sequence in sequences:
             sampling, medusa = sequence.request.sampling, sequence.request.medusa
@@ -75,10 +75,14 @@ class SamplingSlots:
                 (self._typical.add if typical else self._typical.discard)(sequence.slot)
             for adjustment in self._adjustments:
                 adjustment.admit(sequence)
-        self._floats.index_copy_(
-            1, slots, sent(torch.tensor(floats, dtype=torch.float32).T.contiguous(), self._device)
+        slots, parameters, others = sent_together(
+            np.array([sequence.slot for sequence in sequences]),
+            np.array(floats, dtype=np.float32).T,
+            np.array(integers).T,
+            device=self._device,
         )
-        self._integers.index_copy_(1, slots, sent(torch.tensor(integers).T.contiguous(), self._device))
+        self._floats.index_copy_(1, slots, parameters)
+        self._integers.index_copy_(1, slots, others)
 
     @torch.inference_mode()
     def advance(self, slots: Tensor, tokens: Tensor, counts: Tensor, *, adjusted: bool | None = None) -> None:

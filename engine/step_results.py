@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.types import TokenLogprobs
 
-__all__ = ["NOT_FINITE", "Prefilled", "Results", "StepRow", "device_event"]
+__all__ = ["NOT_FINITE", "Prefilled", "PromptResults", "Results", "StepRow", "device_event"]
 
 NOT_FINITE = "the model computed values that are not finite; a wider dtype may help"
 
@@ -106,6 +106,36 @@ class Results:
                 wide = values[:, first + 2 : first + 2 + most].tolist()
                 chains = [row[:count] for row, count in zip(wide, counts, strict=True)]
         return list(map(StepRow, map(bool, sound), lengths, lasts, nodes, tokens, chains, kinds))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResults:
+    """What the host reads of a captured pass over prompts, on its way from the device.
+
+    Args:
+        results: of the step's second half that ends it; draws: for each chunk, whether it drew a token.
+        lookup: there are proposals.
+    """
+
+    results: Results
+    draws: list[bool]
+    lookup: bool
+
+    @property
+    def seconds(self) -> float:
+        """What the pass took; on CUDA, on the device. Waits for its end."""
+        return self.results.seconds
+
+    def read(self) -> list[Prefilled]:
+        """One for each chunk, but for log-probabilities. Waits for the pass."""
+        return [self._of(*each) for each in zip(self.results.rows(), self.draws, strict=True)]
+
+    def _of(self, row: StepRow, draws: bool) -> Prefilled:
+        if not row.sound:
+            return Prefilled(error=NOT_FINITE)
+        if not draws:
+            return Prefilled()
+        return Prefilled(first=row.tokens[0], chain=(row.chain, row.kind) if self.lookup else None)
 
 
 def device_event() -> torch.cuda.Event:

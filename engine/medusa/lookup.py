@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.devices import sent, slot_rows
+from engine.devices import sent, sent_together, slot_rows
 from engine.types import Sequence
 
 __all__ = ["CONTEXT", "FORCED", "MOST_MATCHED", "NOBODY", "NUM_KINDS", "Lookup", "Proposal"]
@@ -69,10 +69,7 @@ class Lookup:
         slots = np.array([sequence.slot for sequence in sequences])
         counts = np.array([len(sequence.token_ids) for sequence in sequences])
         first = slots * self.history.shape[1] - (np.cumsum(counts) - counts)
-        place = torch.from_numpy(np.arange(counts.sum()) + np.repeat(first, counts))
         tokens = [token for sequence in sequences for token in sequence.token_ids]
-        written = sent(torch.tensor(tokens, dtype=torch.int32), self._device)
-        self.history.view(-1).index_copy_(0, sent(place, self._device), written)
         lengths = []
         for sequence in sequences:
             context = sequence.request.prompt_token_ids[-CONTEXT:]
@@ -83,8 +80,15 @@ class Lookup:
                 assert self.prediction is not None
                 row = sent(torch.tensor((*context, *expected), dtype=torch.int32), self._device)
                 self.prediction[sequence.slot, : len(row)] = row
-        index, table = sent(torch.from_numpy(slots), self._device), torch.tensor(lengths).T.contiguous()
-        self._prompts.index_copy_(1, index, sent(table, self._device))
+        place, written, index, table = sent_together(
+            np.arange(counts.sum()) + np.repeat(first, counts),
+            np.array(tokens, dtype=np.int32),
+            slots,
+            np.array(lengths).T,
+            device=self._device,
+        )
+        self.history.view(-1).index_copy_(0, place, written)
+        self._prompts.index_copy_(1, index, table)
 
     def allocate_predictions(self) -> None:
         """Make the table of predictions now, [slots, max_tokens] int32; it is made once."""

@@ -306,14 +306,14 @@ def test_a_failed_step_fails_its_own_requests_only(tiny: TinyModel, monkeypatch:
     engine = make_engine(tiny.folder, tree=8, heads=str(tiny.heads))
     engine.add(greedy("old", [1, 2, 3], 50))
     engine.step()
-    prefill = engine._runner._prefill
+    computed = engine._runner._computed
 
     def broken(chunks):
         if any(chunk.sequence.request.request_id == "bad" for chunk in chunks):
             raise RuntimeError("out of luck")
-        return prefill(chunks)
+        return computed(chunks)
 
-    monkeypatch.setattr(engine._runner, "_prefill", broken)
+    monkeypatch.setattr(engine._runner, "_computed", broken)
     engine.add(greedy("bad", [4], 5))
     engine.add(greedy("good", [4], 5))
     deltas = engine.step()

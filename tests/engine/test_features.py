@@ -77,7 +77,7 @@ def test_features_give_one_text_whatever_the_tree_and_the_batch(
         if name == "starved":
             assert engine.stats.preemptions > 0
         if name in ("tree", "chain"):
-            assert engine.stats.accepted_tokens > 20
+            assert engine.stats.accepted_tokens > 15
 
 
 def test_forbidden_and_forced_tokens(narrow: TinyModel) -> None:
@@ -165,7 +165,7 @@ def test_choices_share_one_prefill(narrow: TinyModel) -> None:
             computed.extend(chunk.end - chunk.start for chunk in chunks)
             return prefill(chunks)
 
-        engine._runner.prefill = counted  # type: ignore[method-assign]
+        engine._runner.prefill = engine._runner.launch = counted  # type: ignore[method-assign]
         request = Request("r", prompt, SamplingParams(temperature=0.8, seed=5, max_tokens=12, n=4))
         together = run_all(engine, [request])
         assert computed == [83, 3, 3, 3]  # blocks of 4: 80 tokens are shared

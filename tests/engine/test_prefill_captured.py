@@ -20,9 +20,10 @@ from tests.engine.test_prefill_together import *
 from tests.engine.test_prefill_together import PROMPTS, SAMPLINGS, engine, outputs, shown
 
 
-@pytest.fixture(autouse=True)
-def _mode(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[True, False], ids=["ahead", "in turn"])
+def _mode(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setitem(support.MODE, "captured", True)
+    monkeypatch.setitem(support.MODE, "ahead", request.param)
 
 
 @pytest.fixture
