@@ -226,10 +226,11 @@ def thread_environment(threads: int | None) -> dict[str, str]:
     return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """CPU time a process has used, its threads included; None where /proc does not tell."""
+def cpu_seconds(pid: int, *, main_thread: bool = False) -> float | None:
+    """CPU time a process, or its main thread alone, has used; None where /proc does not tell."""
+    place = f"/proc/{pid}/task/{pid}/stat" if main_thread else f"/proc/{pid}/stat"
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = Path(place).read_text().rsplit(")", 1)[1].split()
     except OSError:
         return None
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

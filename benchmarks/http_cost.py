@@ -4,8 +4,9 @@
 
 The server is a process of its own; the offline engine lives in this one, as the client does. They take
 turns, A B B A, with new prompts of equal length in every round. The share lost is
-1 - (tokens/s over HTTP) / (tokens/s offline), the median over rounds with its interval. Options of `serve`
-may follow and go to both.
+1 - (tokens/s over HTTP) / (tokens/s offline), the median over rounds with its interval. Beside it stands the
+server's CPU time per token over all rounds, requests included: of its main thread, which is the event loop's,
+and of all others, the engine's among them. Options of `serve` may follow and go to both.
 
 With --step-ms the device is simulated, on both sides: what remains is what the host does beside a fast one.
 """
@@ -78,13 +79,18 @@ def measure(args: argparse.Namespace, server: Server, llm: LLM) -> tuple[list[di
     busy: list[str] = []
     for streams in args.streams:
         rates: dict[str, list[float]] = {"http": [], "offline": []}
+        busy_s = {"event_loop": 0.0, "other_threads": 0.0}
         for number in range(-1, args.rounds):
             new_tokens = args.new_tokens if number >= 0 else min(8, args.new_tokens)
             prompts = [exact_prompt(llm.text.tokenizer, args.prompt_tokens, rng) for _ in range(streams)]
             for side in ("http", "offline") if number % 2 == 0 else ("offline", "http"):
                 if side == "http":
+                    earlier = _thread_seconds(server)
                     answer = ours(server.url, model, prompts, args.prompt_tokens, new_tokens)
                     seconds = asyncio.run(answer)
+                    if number >= 0:
+                        for name, used in _thread_seconds(server).items():
+                            busy_s[name] += used - earlier[name]
                 else:
                     before = cpu_seconds(server.pid)
                     seconds = offline(llm, prompts, new_tokens, str(number))
@@ -94,16 +100,25 @@ def measure(args: argparse.Namespace, server: Server, llm: LLM) -> tuple[list[di
                         busy.append(f"while the engine ran alone, the server used {share:.0%} of a core")
                 if number >= 0:
                     rates[side].append(streams * new_tokens / seconds)
-        rows.append(row := summary(streams, rates["http"], rates["offline"]))
+        row = summary(streams, rates["http"], rates["offline"])
+        tokens = args.rounds * streams * args.new_tokens
+        row["server_us_per_token"] = {name: round(1e6 * used / tokens, 2) for name, used in busy_s.items()}
+        rows.append(row)
         print(
             f"{streams:3} streams: HTTP {row['http_tokens_per_s']:8.1f} tok/s  offline "
             f"{row['offline_tokens_per_s']:8.1f} tok/s  lost {row['share_lost_median']:.1%} "
-            f"(95 % {row['share_lost_interval_95']})",
+            f"(95 % {row['share_lost_interval_95']})  CPU us/token {row['server_us_per_token']}",
             flush=True,
         )
     for line in busy:
         print(f"warning: {line}", flush=True)
     return rows, busy
+
+
+def _thread_seconds(server: Server) -> dict[str, float]:
+    """CPU time the server's threads have used; zeros where /proc does not tell."""
+    event_loop, whole = cpu_seconds(server.pid, main_thread=True) or 0.0, cpu_seconds(server.pid) or 0.0
+    return {"event_loop": event_loop, "other_threads": max(0.0, whole - event_loop)}
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

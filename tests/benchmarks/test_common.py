@@ -1,10 +1,21 @@
+import os
 import random
 import statistics
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.common import bootstrap_interval, exact_prompt, kv_blocks, metrics, prompt_ids
+from benchmarks.common import (
+    bootstrap_interval,
+    cpu_seconds,
+    exact_prompt,
+    kv_blocks,
+    metrics,
+    prompt_ids,
+)
 
 PAGE = """\
 # HELP medusa_kv_blocks K/V blocks by state.
@@ -51,3 +62,26 @@ def test_exact_prompt(length: int) -> None:
     assert len(prompts) == 5
     with pytest.raises(ValueError, match="no room"):
         exact_prompt(tokenizer, 12, random.Random(0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU times are read from /proc")
+def test_a_threads_cpu_time_is_the_processs_and_not_the_main_threads() -> None:
+    def seconds(*, main_thread: bool) -> float:
+        found = cpu_seconds(os.getpid(), main_thread=main_thread)
+        assert found is not None
+        return found
+
+    whole, main = seconds(main_thread=False), seconds(main_thread=True)
+    started = time.thread_time()
+
+    def busy() -> None:
+        begun = time.thread_time()
+        while time.thread_time() < begun + 0.3:
+            pass
+
+    worker = threading.Thread(target=busy)
+    worker.start()
+    worker.join()
+    own = time.thread_time() - started
+    assert seconds(main_thread=False) - whole > 0.25
+    assert seconds(main_thread=True) - main < own + 0.05
