@@ -183,8 +183,10 @@ def test_answers_and_quality(results: dict[str, Any]) -> None:
 
 def test_the_picture(results: dict[str, Any], tmp_path: Path) -> None:
     lines = series(results)
-    assert [line["simulated"] for line in lines] == [False, True]
-    assert "simulated" in lines[1]["label"]
+    assert [line["simulated"] for line in lines] == [False, False, True]
+    assert "asks again" in lines[0]["label"]
+    assert "run empty" in lines[1]["label"]
+    assert "simulated" in lines[2]["label"]
     draw(results, tmp_path / "speed.svg")
     assert "simulated: 7B" in (tmp_path / "speed.svg").read_text()
     with pytest.raises(ValueError, match="neither"):
@@ -266,7 +268,13 @@ def test_targets_say_what_was_measured() -> None:
     ]
     parts = {
         "steps": {"llama-2-7b": {"rows": rows}},
-        "end_to_end": {"rows": [{"batch": 1, "ratio_median": 1.4, "ratio_interval_95": [1.3, 1.5]}]},
+        "end_to_end": {
+            "rows": [{"batch": 1, "ratio_median": 1.4, "ratio_interval_95": [1.3, 1.5]}],
+            "streams": [
+                {"streams": 1, "ratio_median": 1.4, "ratio_interval_95": [1.3, 1.5]},
+                {"streams": 4, "ratio_median": 0.9, "ratio_interval_95": [0.8, 0.99]},
+            ],
+        },
         "divergences": {"float32": {"a": {"largest_margin": None}, "b": {"largest_margin": 5e-5}}},
     }
     states = [row["state"] for row in targets(parts)]
@@ -277,6 +285,7 @@ def test_targets_say_what_was_measured() -> None:
         "not measured",
         "not measured",
         "reached",
+        "not reached",
         "reached",
         "not measured",
         "reached",

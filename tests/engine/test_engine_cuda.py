@@ -89,6 +89,7 @@ def test_prompts_find_their_kernels_compiled(narrow: TinyModel, monkeypatch: pyt
     assert not compiled
 
 
+@pytest.mark.parametrize("_mode", ["captured"], indirect=True)
 def test_prompts_in_graphs_give_what_each_gives_without(narrow: TinyModel) -> None:
     """Of whatever length, alone and with others, behind a prefix or not, greedy and sampled."""
     settings: dict[str, Any] = {"heads": str(narrow.heads), "tree": 8, "max_num_seqs": 16}
