@@ -10,6 +10,8 @@
 # New heads in two calls instead (docs/training.md):
 #   gpu.sh heads0   there, with .gpu/whl and .gpu/half00: tries on CUDA what training needs, measures the kernels
 #   gpu.sh heads    there, right after, with .gpu/half01 and .gpu/prompts.jsonl.xz
+# What is compiled and measured there need not be again: `gpu.sh caches` at the end of a call leaves it in
+# $OUT/caches.tar.xz; put into .gpu and carried by a later first call or `tests`, it is unpacked there.
 # Results: $OUT/gpu-1.json and $OUT/gpu-2.json. Both calls fit 15 minutes, the machine's start and the transfers
 # included; with more time, ask for more: further arguments go to benchmarks.gpu, the last of a kind counts.
 set -euo pipefail
@@ -58,6 +60,13 @@ whole_model() {
 install() {
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$@"
     export PYTHONPATH=$SITE:$PWD PYTHONUNBUFFERED=1
+    if [ -f .gpu/caches.tar.xz ]; then tar xJf .gpu/caches.tar.xz -C "$HOME"; fi
+}
+
+caches() { # not the converted model, which is large and made in seconds
+    (cd "$HOME" && find .triton/cache .cache/medusa-serve -maxdepth 3 -type f \
+        \( -path '.triton/*' -o -name 'attention-*.json' -o -name 'products-*.json' \) -print0 |
+        tar c --null -T -) | xz -1 -T0 >"$OUT/caches.tar.xz"
 }
 
 first() {

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 import tomllib
@@ -132,6 +133,7 @@ def shell(root: Path, *arguments: str, fails_on: str = "nothing") -> subprocess.
     environment = {
         "PATH": f"{stand_in.parent}:{os.environ['PATH']}",
         "TMPDIR": str(root / "there"),
+        "HOME": str(root / "home"),
         "OUT": str(root / "out"),
     }
     command = ["bash", "benchmarks/gpu.sh", *arguments]
@@ -191,6 +193,31 @@ def test_the_bare_machine_gets_what_it_lacks_of_our_dependencies() -> None:
     assert needed - set(carried[1].split()) == THERE
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert set(carried[1].split()) <= pinned
+
+
+def test_what_was_compiled_and_measured_there_is_there_the_next_time(tmp_path: Path) -> None:
+    (tmp_path / ".gpu" / "whl").mkdir(parents=True)
+    (tmp_path / ".gpu" / "whl" / "some.whl").touch()
+    (tmp_path / ".gpu" / "half00").touch()
+    (tmp_path / "out").mkdir()
+    kept = [".triton/cache/AB12/k.cubin", ".cache/medusa-serve/products-1.json"]
+    kept += [".cache/medusa-serve/attention-2.json"]
+    left = [
+        ".cache/medusa-serve/smollm2/model.safetensors",
+        ".cache/medusa-serve/other.json",
+        ".cache/x.json",
+    ]
+    for name in kept + left:
+        (tmp_path / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / name).write_text(name)
+    assert shell(tmp_path, "caches").returncode == 0
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "out" / "caches.tar.xz").rename(tmp_path / ".gpu" / "caches.tar.xz")
+    assert shell(tmp_path, "first").returncode == 0
+    found = [file for file in (tmp_path / "home").rglob("*") if file.is_file()]
+    assert sorted(str(file.relative_to(tmp_path / "home")) for file in found) == sorted(kept)
+    assert all(file.read_text() == str(file.relative_to(tmp_path / "home")) for file in found)
 
 
 def test_the_script_runs_the_tests_marked_cuda_in_a_call_of_their_own(tmp_path: Path) -> None:
