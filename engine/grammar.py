@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Grammar", "GrammarCompiler", "GrammarSpec", "GrammarState"]
 
-MAX_GRAMMAR_BYTES = 1 << 18
-"""Of a grammar's text: more is a mistake or an attack."""
+MAX_GRAMMAR_BYTES = {"json_schema": 1 << 18, "choice": 1 << 18, "regex": 1 << 16, "grammar": 1 << 16}
+"""Of the text of each kind: more is a mistake or an attack. Nothing else bounds what llguidance takes for it:
+of terminals that name terminals, the worst so far, the square of their number, two seconds for 64 KiB."""
 
 STACK_PER_BYTE = 2048
 """Bytes of stack that a byte of text may take. llguidance goes down rules that name rules, and schemas that
@@ -163,8 +164,8 @@ class GrammarCompiler:
             RequestError: the text is not what `spec.kind` says, is too large, or asks for what llguidance
                 does not know; or the model's tokenizer is none that it can read.
         """
-        if len(spec.text.encode(errors="surrogatepass")) > MAX_GRAMMAR_BYTES:
-            raise RequestError(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes of text", param=param)
+        if len(spec.text.encode(errors="surrogatepass")) > (most := MAX_GRAMMAR_BYTES[spec.kind]):
+            raise RequestError(f"a {_NAMES[spec.kind]} may have {most} bytes of text", param=param)
         tokenizer = self._tokenizer(param)
         try:
             matcher = self._matcher(tokenizer, spec)

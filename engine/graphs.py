@@ -1,5 +1,5 @@
-"""Captured steps: the two halves of a decode step as CUDA graphs, one pair for each bucket of shapes; and passes
-over prompts, whose end is a second half too.
+"""Captured steps: the two halves of a decode step as CUDA graphs, one pair for each bucket of shapes; and
+passes over prompts, whose end is a second half too.
 
 A graph repeats kernels on the same memory, so everything that differs from step to step is read from
 buffers allocated once: slots and tree shapes are copied into one before each step; block tables, lengths,
