@@ -68,8 +68,16 @@ def test_it_reaches_and_draws_what_the_tensor_code_does(
     found = drawn(step)
     first, second = (accept(step.tokens, each, step.topology) for each in (wanted, found))
     assert torch.equal(first.length, second.length)
-    assert torch.equal(first.path, second.path)
-    assert torch.equal(first.tokens, second.tokens)
+    alike = (first.path == second.path).all(1)
+    if wanted.log_p is not None:  # which of equally likely paths it is, rounding decides
+        within = torch.arange(first.path.shape[1]) <= first.length.unsqueeze(1)
+        one, other = (
+            torch.where(within, wanted.log_p.gather(1, each.path), 0.0).sum(1) for each in (first, second)
+        )
+        assert (alike | torch.isclose(one, other, atol=1e-4)).all()
+    else:
+        assert alike.all()
+    assert torch.equal(first.tokens[alike], second.tokens[alike])
     assert torch.equal(first.nodes, second.nodes)
     if not (rows.all_greedy and rows.adjusting is None):
         assert torch.equal(wanted.tokens, found.tokens)
