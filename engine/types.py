@@ -457,7 +457,7 @@ class EngineInfo:
             ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
             ("bad_words", [token for word in request.sampling.bad_words for token in word]),
         ):
-            if not all(0 <= token < self.vocab_size for token in tokens):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
                 raise RequestError(f"{name} token ids must be in [0, {self.vocab_size})", param=name)
         if len(prompt) + (wanted or 1) > self.max_model_len:
             asked = f"{len(prompt)} prompt tokens" + (f" and max_tokens {wanted}" if wanted else "")

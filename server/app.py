@@ -73,9 +73,12 @@ def create_app(
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.context = context
-    for routes in (chat, completions, models, tokenize, health):
-        # The routes themselves: FastAPI looks through an included router, of which ours use nothing, twice.
-        app.router.routes.extend(routes.router.routes)
+    # The routes themselves: FastAPI looks through an included router, of which ours use nothing, twice. And
+    # before those of the documentation: the first that fits is taken.
+    ours = [
+        route for routes in (chat, completions, models, tokenize, health) for route in routes.router.routes
+    ]
+    app.router.routes[:0] = ours
     add_error_handlers(app)
     # Each wraps the ones before: a refusal has its log line, and browsers may read it.
     app.add_middleware(HeadMiddleware)

@@ -13,6 +13,7 @@ from engine.types import TokenLogprobs
 from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
 from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage
+from server.routes.body_route import BodyRoute
 from server.routes.generate import (
     ERRORS,
     STREAMED,
@@ -27,7 +28,7 @@ from server.streaming import Generation, TextPiece, take_all
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, **STREAMED})

@@ -16,6 +16,7 @@ from server.batch import Batch
 from server.chunks import CompletionWriter, Heading, completion_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
 from server.responses import Completion, CompletionChoice, CompletionLogprobs, FinishReasonName, Usage
+from server.routes.body_route import BodyRoute
 from server.routes.generate import (
     ERRORS,
     STREAMED,
@@ -30,7 +31,7 @@ from server.streaming import TextPiece, take_all
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 Entry = tuple[int, int, TokenLogprobs | None]
 """A token's id, the character of the choice's text at which it begins, and what is known of it."""

@@ -6,6 +6,7 @@ name unless it has its default value (`UNSUPPORTED`), or unknown and refused.
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,10 @@ def parts(value: object) -> object:
 
 def first(*values: Any) -> Any:
     """The first value that is not None, or None."""
-    return next((value for value in values if value is not None), None)
+    for value in values:
+        if value is not None:
+            return value
+    return None
 
 
 def at_most(entries: int) -> Callable[[object], object]:
@@ -339,7 +343,7 @@ def without_unsupported(
     """
     if not isinstance(data, dict):
         return data
-    fields = {field.alias or name for name, field in model.model_fields.items()}
+    fields = _names_in_json(model)
     known = {}
     for name, value in data.items():
         if name in fields:
@@ -353,6 +357,11 @@ def without_unsupported(
                 f"{param} is not supported: leave it out, or null, or its default", param=param
             )
     return known
+
+
+@functools.cache
+def _names_in_json(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 def _same(value: object, default: object) -> bool:
