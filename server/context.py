@@ -18,6 +18,7 @@ from engine.client import EngineClient
 from engine.errors import EngineStoppedError
 from engine.grammar import GrammarCompiler
 from server import __version__
+from server.arrivals import Arrivals
 from server.errors import ModelNotFoundError
 from server.grammars import Grammars
 from server.metrics import Metrics
@@ -44,6 +45,7 @@ class ServerContext:
     settings: Settings
     defaults: GenerationDefaults
     metrics: Metrics
+    arrivals: Arrivals = field(default_factory=Arrivals)
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     text_thread: ThreadPoolExecutor = field(

@@ -13,10 +13,12 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request as HttpRequest
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from engine.errors import EngineStoppedError, StepError
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
+from server.arrivals import Arrivals
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
 from server.metrics import FinishedReason
@@ -368,35 +370,48 @@ class Events(Protocol):
     async def take_slow(self) -> bytes: ...
 
 
-class EventStream(EventSourceResponse):
+class EventStream(Response):
     """Server-sent events of a generation, closed with the response however that ends.
 
     A generator's own `finally` is not enough: if the client leaves before the first event is asked for,
     the generator never starts.
 
+    Args:
+        generation: what the events tell of.
+        events: makes what writes them, when the response begins.
+        arrivals: of the server; the response begins when the burst that its request is of is over.
+    """
+
+    def __init__(self, generation: Pieces, events: Callable[[], Events], arrivals: Arrivals) -> None:
+        super().__init__()
+        self._generation = generation
+        self._events = events
+        self._arrivals = arrivals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._arrivals.over(self._generation.listen)
+            write = scope.get("extensions", {}).get(DIRECT_WRITE)
+            await _Begun(self._generation, self._events(), write)(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+class _Begun(EventSourceResponse):
+    """The response of an `EventStream`.
+
     Where the server has `DIRECT_WRITE`, events are written in the call that brings what they tell. The base
     class's task, elsewhere woken for each, then sends what is left: the first, the last, those that take
     long to write, and those of a client that reads slowly.
-
-    Args:
-        generation: what the events tell of.
-        events: of it.
     """
 
-    def __init__(self, generation: Pieces, events: Events) -> None:
+    def __init__(self, generation: Pieces, events: Events, write: DirectWrite | None) -> None:
         super().__init__(
             self._left(), sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
         )
         self._generation = generation
         self._events = events
-        self._write: DirectWrite | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._write = scope.get("extensions", {}).get(DIRECT_WRITE)
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._generation.close()
+        self._write = write
 
     async def _left(self) -> AsyncIterator[bytes]:
         """The events that are left to the base class."""

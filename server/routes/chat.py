@@ -38,7 +38,8 @@ async def chat_completions(body: ChatRequest, http: HttpRequest, context: Contex
     record.fields["model"] = body.model
     context.check_model(body.model)
     generation = await _submit(body, context, record)
-    return await respond(http, generation, _Answer(body, context, record, generation), bool(body.stream))
+    answer = partial(_Answer, body, context, record, generation)
+    return await respond(http, context, generation, answer, bool(body.stream))
 
 
 async def _submit(body: ChatRequest, context: ServerContext, record: RequestRecord) -> Generation:

@@ -68,7 +68,8 @@ async def completions(body: CompletionRequest, http: HttpRequest, context: Conte
         if body.echo:
             echoes.append(await context.in_thread(_echo, body, context, prompt, request))
     batch = Batch(context, record, requests, text_options(body))
-    return await respond(http, batch, _Answer(body, context, record, batch, echoes), bool(body.stream))
+    answer = partial(_Answer, body, context, record, batch, echoes)
+    return await respond(http, context, batch, answer, bool(body.stream))
 
 
 async def _encode(

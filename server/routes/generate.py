@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -136,15 +136,17 @@ def engine_request(
     )
 
 
-async def respond(http: HttpRequest, generation: Pieces, answer: Answer, stream: bool) -> Response:
-    """A stream's events, or the whole answer; the generation is closed with it.
+async def respond(
+    http: HttpRequest, context: ServerContext, generation: Pieces, answer: Callable[[], Answer], stream: bool
+) -> Response:
+    """A stream's events, or the whole answer, written by what `answer` makes.
 
-    A client that leaves ends the work either way.
+    The generation is closed with it. A client that leaves ends the work either way.
     """
     if stream:
-        return EventStream(generation, _Events(generation, answer))
+        return EventStream(generation, lambda: _Events(generation, answer()), context.arrivals)
     try:
-        content = await unless_disconnected(http, answer.whole())
+        content = await unless_disconnected(http, answer().whole())
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:

@@ -1,0 +1,66 @@
+"""Requests that come at once reach the engine before any of their responses begins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Arrivals"]
+
+_CALM_S = 0.002
+"""A burst has ended when so long no stream was added to it."""
+
+_MOST_S = 0.05
+
+_TOGETHER = 8
+"""Responses begun between two looks at what else the event loop has to do."""
+
+
+class Arrivals:
+    """Streams whose requests are in the engine and whose responses have not begun.
+
+    To begin a response takes almost as long as to bring a request to the engine. Done at once, it keeps those
+    behind it from the engine, which would have work to do by then; done a little later, it costs the engine
+    nothing. A stream that has something to tell does not wait.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._grown = False
+        self._since = 0.0
+
+    async def over(self, listen: Callable[[Callable[[], None]], None]) -> None:
+        """Return when no more streams come, after `_MOST_S` at the latest, or when the stream has events.
+
+        Args:
+            listen: takes what is to be called when there are; not called for what was there before.
+        """
+        loop = asyncio.get_running_loop()
+        begin: asyncio.Future[None] = loop.create_future()
+        listen(lambda: _end(begin))
+        self._grown = bool(self._waiting)
+        if not self._waiting:
+            self._since = loop.time()
+            loop.call_later(_CALM_S, self._look)
+        self._waiting.append(begin)
+        await begin
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._grown and loop.time() - self._since < _MOST_S:
+            self._grown = False
+            loop.call_later(_CALM_S, self._look)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        for _ in range(min(_TOGETHER, len(self._waiting))):
+            _end(self._waiting.popleft())
+        if self._waiting:
+            asyncio.get_running_loop().call_later(0, self._begin)
+
+
+def _end(begin: asyncio.Future[None]) -> None:
+    if not begin.done():
+        begin.set_result(None)

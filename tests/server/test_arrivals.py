@@ -1,0 +1,79 @@
+"""Responses wait for the burst of requests to be over, and for nothing longer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from server.arrivals import Arrivals
+from tests.server.conftest import RunningServer
+
+
+def _never(_listener: Callable[[], None]) -> None:
+    """A stream without events."""
+
+
+def test_no_response_of_a_burst_begins_before_the_last_request_is_there() -> None:
+    async def burst() -> None:
+        arrivals = Arrivals()
+        streams = []
+        for _ in range(500):
+            streams.append(asyncio.create_task(arrivals.over(_never)))
+            await asyncio.sleep(0)
+            assert not streams[0].done()
+        await asyncio.wait_for(asyncio.gather(*streams), 5)
+        await asyncio.wait_for(arrivals.over(_never), 5)  # a later one waits for none of them
+
+    asyncio.run(burst())
+
+
+def test_a_burst_without_end_is_not_waited_for() -> None:
+    async def endless() -> None:
+        arrivals = Arrivals()
+        first = asyncio.create_task(arrivals.over(_never))
+        others = []
+        async with asyncio.timeout(5):
+            while not first.done():
+                others.append(asyncio.create_task(arrivals.over(_never)))
+                await asyncio.sleep(0)
+            await asyncio.gather(*others)
+
+    asyncio.run(endless())
+
+
+def test_what_has_events_begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.arrivals._CALM_S", 60)
+
+    async def told() -> None:
+        arrivals = Arrivals()
+        listeners: list[Callable[[], None]] = []
+        eager = asyncio.create_task(arrivals.over(listeners.append))
+        patient = asyncio.create_task(arrivals.over(_never))
+        await asyncio.sleep(0.01)
+        assert not eager.done()
+        for _ in range(2):
+            listeners[0]()
+        await asyncio.wait_for(eager, 5)
+        assert not patient.done()
+        patient.cancel()  # its client has left
+        arrivals._look()
+        await asyncio.wait({patient})
+
+    asyncio.run(told())
+
+
+def test_streams_wait_when_their_request_is_in_the_engine(
+    hello: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = len(hello.engine.submitted), []
+
+    class Noting(Arrivals):
+        async def over(self, listen: Callable[[Callable[[], None]], None]) -> None:
+            seen.append(len(hello.engine.submitted) - before)
+            await super().over(listen)
+
+    monkeypatch.setattr(hello.context, "arrivals", Noting())
+    assert hello.events()[-1] == "[DONE]"
+    assert seen == [1]
