@@ -223,8 +223,10 @@ class Engine:
     def _prefilled(self, chunks: list[Chunk], results: list[Prefilled]) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
         for chunk, result in zip(chunks, results, strict=True):
-            if chunk.sequence.state is SequenceState.FINISHED:
-                continue  # it ended while the pass was under way
+            if chunk.sequence.state is SequenceState.FINISHED:  # while the pass was under way
+                if result.error is not None:
+                    self._zero(chunk.sequence)
+                continue
             if result.error is not None:
                 deltas.append(self._fail(chunk.sequence, result.error))
                 continue
@@ -336,8 +338,10 @@ class Engine:
         stats.head_nodes = max(shape.head_nodes for shape in batch.different)
         trees = stats.tree_size > 1
         for i, (sequence, shape, row) in enumerate(zip(batch.sequences, batch.shapes, rows, strict=True)):
-            if sequence.state is not SequenceState.DECODE:
-                continue  # it ended while the step ran
+            if sequence.state is not SequenceState.DECODE:  # it ended while the step ran
+                if not row.sound:
+                    self._zero(sequence)
+                continue
             if not row.sound:
                 deltas.append(self._fail(sequence, NOT_FINITE))
                 continue
@@ -421,9 +425,13 @@ class Engine:
         return delta
 
     def _fail(self, sequence: Sequence, error: str) -> TokenDelta:
+        self._zero(sequence)
+        return self._end(sequence, FinishReason.ERROR, [], error)
+
+    def _zero(self, sequence: Sequence) -> None:
+        """Leave nothing of K/V that may be unsound to others."""
         if sequence.blocks and (own := self._scheduler.forget(sequence)):
             self._runner.clear(own)
-        return self._end(sequence, FinishReason.ERROR, [], error)
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, tokens: list[int], error: str | None = None

@@ -223,14 +223,15 @@ class Scheduler:
     def forget(self, sequence: Sequence) -> list[int]:
         """Let nobody reuse the blocks of a sequence whose K/V may be unsound.
 
-        Call before `remove`, and do not `publish` it again.
+        Call while it holds them, and do not `publish` it again.
 
         Returns:
-            Blocks that nobody else owns, for the caller to zero.
+            Blocks that nobody else owns but who has ended, for the caller to zero.
         """
         for block in sequence.blocks:
             self._cache.forget(block)
-        return [block for block in sequence.blocks if self._blocks.owners(block) == 1]
+        ended = Counter(block for other in self._ended if other is not sequence for block in other.blocks)
+        return [block for block in sequence.blocks if self._blocks.owners(block) - ended[block] == 1]
 
     def check(self) -> None:
         """Raises RuntimeError if a block is lost, or owned by other than the running sequences."""

@@ -46,6 +46,23 @@ def rest(engine: Engine, found: list[TokenDelta]) -> dict[str, list[int]]:
     return tokens
 
 
+def poison(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The last row of passes over this request's prompt is not finite, nor is its K/V."""
+    forward = CapturedRunner._chunks_forward
+
+    def poisoned(self: CapturedRunner, chunks: list[Chunk]) -> torch.Tensor:
+        hidden, end = forward(self, chunks), 0
+        for chunk in chunks:
+            end += chunk.size
+            if chunk.sequence.request.request_id == name:
+                hidden[end - 1, 0] = float("nan")
+                row, offset = divmod(chunk.end - 1, self._pool.block_size)
+                self._pool.data[:, :, chunk.sequence.blocks[row], : offset + 1] = float("nan")
+        return hidden
+
+    monkeypatch.setattr(CapturedRunner, "_chunks_forward", poisoned)
+
+
 def test_the_first_step_is_launched_before_the_first_token_is_read(narrow: TinyModel) -> None:
     reference = greedy_reference(narrow.reference, [1, 2, 3], 9)
     engine = make_engine(narrow.folder, tree="off")
@@ -141,17 +158,7 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(
     narrow: TinyModel, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(narrow.folder, tree="off", max_prefill_tokens=64)
-    forward = CapturedRunner._chunks_forward
-
-    def poisoned(self: CapturedRunner, chunks: list[Chunk]) -> torch.Tensor:
-        hidden, end = forward(self, chunks), 0
-        for chunk in chunks:
-            end += chunk.size
-            if chunk.sequence.request.request_id == "bad":
-                hidden[end - 1, 0] = float("nan")
-        return hidden
-
-    monkeypatch.setattr(CapturedRunner, "_chunks_forward", poisoned)
+    poison(monkeypatch, "bad")
     engine.add(greedy("bad", [i % 12 for i in range(length)], 9))
     engine.step()
     engine.add(greedy("good", [4, 5], 9))
@@ -164,7 +171,6 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(
     assert "not finite" in str(failed.error)
     assert engine._runner._pool.data.isfinite().all()
     assert rest(engine, found)["good"] == greedy_reference(narrow.reference, [4, 5], 9)
-    monkeypatch.undo()
 
 
 def test_a_launch_that_fails_is_made_again_one_by_one(
@@ -208,3 +214,61 @@ def test_what_is_wanted_beside_tokens_is_read_at_once(narrow: TinyModel, wanted:
     assert first.token_ids == greedy_reference(narrow.reference, [1, 2, 3], 1)
     assert (first.logprobs or first.prompt_logprobs) is not None
     assert not engine._prompts
+
+
+@pytest.mark.parametrize("length", [8, 10])
+def test_who_ended_before_its_values_were_found_not_finite_leaves_none_behind(
+    narrow: TinyModel, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is told, but its blocks go to others."""
+    engine = make_engine(narrow.folder, tree="off")
+    poison(monkeypatch, "bad")
+    prompt = [i % 12 for i in range(length)]
+    engine.add(greedy("bad", prompt, 9))
+    engine.step()
+    engine.add(greedy("good", [4, 5], 9))
+    engine.abort("bad")
+    found = rest(engine, [])
+    assert engine._runner._pool.data.isfinite().all()
+    engine.add(greedy("again", prompt, 9))
+    found |= rest(engine, [])
+    assert found["good"] == greedy_reference(narrow.reference, [4, 5], 9)
+    assert found["again"] == greedy_reference(narrow.reference, prompt, 9)
+
+
+def test_what_was_reused_before_it_was_found_not_finite_is_zeroed_too(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(narrow.folder, tree="off")
+    poison(monkeypatch, "bad")
+    prompt = [i % 12 for i in range(8)]
+    engine.add(greedy("bad", prompt, 9))
+    engine.step()
+    engine.add(greedy("reuses", [*prompt, 3], 9))
+    found: list[TokenDelta] = []
+    while engine.has_work:
+        found += engine.step()
+    assert engine.stats.prefix_hit_tokens == 8
+    assert [(d.request_id, d.finish_reason) for d in found] == [
+        (name, FinishReason.ERROR) for name in ("bad", "reuses")
+    ]
+    engine.check()
+    assert engine._runner._pool.data.isfinite().all()
+    engine.add(greedy("again", prompt, 9))
+    assert rest(engine, []) == {"again": greedy_reference(narrow.reference, prompt, 9)}
+
+
+def test_who_ended_before_its_step_was_found_not_finite_leaves_none_behind(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree="off")
+    engine.add(greedy("bad", [1, 2, 3], 9))
+    engine.step()
+    engine.step()
+    [made] = engine._scheduler.running
+    assert engine._flight is not None
+    with torch.inference_mode():
+        engine._flight.results._packed[0, 0] = 0
+        engine._runner._pool.data[:, :, made.blocks[0]] = float("nan")
+    engine.add(greedy("good", [4, 5], 9))
+    engine.abort("bad")
+    assert rest(engine, []) == {"good": greedy_reference(narrow.reference, [4, 5], 9)}
+    assert engine._runner._pool.data.isfinite().all()
