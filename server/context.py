@@ -22,6 +22,7 @@ from server.arrivals import Arrivals
 from server.errors import ModelNotFoundError
 from server.grammars import Grammars
 from server.metrics import Metrics
+from server.prompts import Prompts
 from server.schemas.base import GenerationDefaults
 from server.settings import Settings
 
@@ -51,6 +52,7 @@ class ServerContext:
     text_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
     )
+    prompts: Prompts = field(init=False)
     grammars: Grammars = field(init=False)
     model_names: tuple[str, ...] = field(init=False)
     """All names clients may use, the main one first."""
@@ -60,6 +62,7 @@ class ServerContext:
     def __post_init__(self) -> None:
         described = json.dumps([__version__, asdict(self.engine.info)], sort_keys=True)
         self.model_names = self.settings.model_names  # which looks at the disk
+        self.prompts = Prompts(self.text)
         self.grammars = Grammars(GrammarCompiler(self.text.tokenizer, self.defaults.eos_token_ids))
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 
@@ -105,6 +108,16 @@ class ServerContext:
         if record.body_bytes <= _AT_ONCE_BYTES:
             return work(*args, **options)
         return await self.in_thread(work, *args, **options)
+
+    async def tokens_of(
+        self, record: RequestRecord, write: Callable[[], str], *, add_special_tokens: bool, param: str
+    ) -> list[int]:
+        """`TextProcessor.encode` of what `write` returns, a prompt of the request's: as `encoded`."""
+        if record.body_bytes <= _AT_ONCE_BYTES:
+            return await self.prompts.encoded(write(), add_special_tokens=add_special_tokens, param=param)
+        return await self.in_thread(
+            lambda: self.text.encode(write(), add_special_tokens=add_special_tokens, param=param)
+        )
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError if `name` is none of the served model's."""

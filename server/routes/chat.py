@@ -52,8 +52,10 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
         prediction = await context.encoded(
             record, text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
         )
-    messages, options = body.template_input(), body.template_options()
-    prompt = await context.encoded(record, text.encode_chat, messages, **options)
+    options = body.template_options()
+    special = options.pop("add_special_tokens")
+    write = partial(text.render_chat, body.template_input(), **options)
+    prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
     request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
     try:
         return Generation(context, record, request, text_options(body))

@@ -77,8 +77,8 @@ async def _encode(
 ) -> Sequence[int]:
     if not isinstance(prompt, str):
         return prompt
-    options = {"add_special_tokens": body.add_special_tokens is not False, "param": "prompt"}
-    return await context.encoded(record, context.text.encode, prompt, **options)
+    special = body.add_special_tokens is not False
+    return await context.tokens_of(record, lambda: prompt, add_special_tokens=special, param="prompt")
 
 
 @dataclass(slots=True)

@@ -12,7 +12,9 @@ from engine.text import TextProcessor
 from tests.server.conftest import MODEL, RunningServer
 
 
-@pytest.mark.parametrize(("path", "method"), [("chat/completions", "encode_chat"), ("completions", "encode")])
+@pytest.mark.parametrize(
+    ("path", "method"), [("chat/completions", "render_chat"), ("completions", "encode_checked")]
+)
 def test_only_prompts_of_large_bodies_are_encoded_in_a_thread(
     hello: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, method: str
 ) -> None:
