@@ -197,6 +197,7 @@ def test_all_graphs_are_captured_at_once(narrow: TinyModel) -> None:
         assert not runner._first
         runner.capture()
         assert (len(runner._first), len(runner._second)) == (first, second), settings
+        assert not any(carried.any() for carried in (runner._lengths, runner._root[:-1], runner._hidden[:-1]))
         asked = [Request(f"r{i}", (i, 2), SamplingParams(max_tokens=9, seed=i, top_p=0.9)) for i in range(3)]
         run_all(engine, asked)
         assert (len(runner._first), len(runner._second)) == (first, second), "nothing is captured later"

@@ -173,6 +173,25 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(
     assert rest(engine, found)["good"] == greedy_reference(narrow.reference, [4, 5], 9)
 
 
+def test_a_chunk_that_is_not_finite_is_found_before_the_next_whoever_is_beside_it(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    engine = make_engine(narrow.folder, tree="off", max_prefill_tokens=64)
+    poison(monkeypatch, "bad")
+    engine.add(greedy("beside", [7, 8], 9))
+    engine.add(greedy("bad", [i % 12 for i in range(90)], 9))
+    engine.step()
+    deltas = engine.step()
+    assert [(d.request_id, d.finish_reason) for d in deltas] == [
+        ("beside", None),
+        ("bad", FinishReason.ERROR),
+    ]
+    assert not engine._prompts, "its next chunk is in no pass"
+    assert rest(engine, deltas)["beside"] == greedy_reference(narrow.reference, [7, 8], 9)
+    assert not caplog.records
+
+
 def test_a_launch_that_fails_is_made_again_one_by_one(
     narrow: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
