@@ -140,6 +140,16 @@ def test_chunks_follow_one_another_unread(narrow: TinyModel) -> None:
     assert rest(engine, []) == {"long": greedy_reference(narrow.reference, prompt, 5)}
 
 
+def test_what_is_drawn_behind_chunks_is_the_first_draw(narrow: TinyModel) -> None:
+    sampling = SamplingParams(temperature=0.9, seed=3, presence_penalty=0.7, max_tokens=9)
+    request = Request("long", tuple((i * i) % 12 for i in range(150)), sampling)
+    whole, chunks = (
+        run_all(make_engine(narrow.folder, tree="off", max_prefill_tokens=tokens), [request])
+        for tokens in (256, 64)
+    )
+    assert whole == chunks
+
+
 def test_what_is_under_way_can_be_reused(narrow: TinyModel) -> None:
     """By who is admitted before it has been read: it is computed behind it."""
     prompt = [(i * i) % 12 for i in range(41)]
