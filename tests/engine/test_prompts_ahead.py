@@ -301,3 +301,27 @@ def test_who_ended_before_its_step_was_found_not_finite_leaves_none_behind(narro
     engine.abort("bad")
     assert rest(engine, []) == {"good": greedy_reference(narrow.reference, [4, 5], 9)}
     assert engine._runner._pool.data.isfinite().all()
+
+
+def test_the_second_try_of_a_last_chunk_draws_what_the_first_drew(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot is made anew: the first try has drawn, and counted, a token that nobody saw."""
+    prompt = tuple((i * i) % 12 for i in range(90))
+    sampling = SamplingParams(temperature=0.9, seed=4, max_tokens=9, presence_penalty=0.7)
+    settings: dict[str, Any] = {"tree": "off", "max_prefill_tokens": 64}
+    wanted = run_all(make_engine(narrow.folder, **settings), [Request("r", prompt, sampling)])
+    engine = make_engine(narrow.folder, **settings)
+    ended, tries = CapturedRunner._ended, []
+
+    def broken(self: CapturedRunner, chunks: list[Chunk], *rest: Any) -> Any:
+        found = ended(self, chunks, *rest)
+        tries.append(chunks[0].end)
+        if tries == [64, 90]:
+            raise RuntimeError("out of luck")
+        return found
+
+    monkeypatch.setattr(CapturedRunner, "_ended", broken)
+    engine.add(Request("r", prompt, sampling))
+    assert rest(engine, []) == {"r": wanted["r", 0]}
+    assert tries == [64, 90, 90]
