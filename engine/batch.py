@@ -69,7 +69,6 @@ class Batch:
         shapes: of their trees.
         slots, lengths: [B] int64; empty where the step is captured, as graphs have their own.
         max_length: host upper bound of `lengths`.
-        predicted: for each row with a prediction, how many tokens that has.
         adjusted: whether some of them use adjustments; None: as far as the host knows of any slot.
         started: `time.perf_counter()` when it was put together.
         begun: an event of that time on CUDA.
@@ -83,7 +82,6 @@ class Batch:
     slots: Tensor
     lengths: Tensor
     max_length: int
-    predicted: Mapping[int, int]
     adjusted: bool | None = None
     started: float = 0.0
     begun: torch.cuda.Event | None = None

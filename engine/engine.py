@@ -206,6 +206,9 @@ class Engine:
         results = self._runner.launch(chunks) if self._ahead else self._runner.prefill(chunks)
         if isinstance(results, list):
             self._took("prefill", started)
+            for chunk, result in zip(chunks, results, strict=True):
+                if result.error is None:
+                    self._cached(chunk)
             return self._prefilled(chunks, results)
         for chunk in chunks:
             self._cached(chunk)
@@ -221,6 +224,7 @@ class Engine:
             chunk.sequence.state = SequenceState.DECODE
 
     def _prefilled(self, chunks: list[Chunk], results: list[Prefilled]) -> list[TokenDelta]:
+        """What is emitted of chunks whose pass has been read."""
         deltas: list[TokenDelta] = []
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.state is SequenceState.FINISHED:  # while the pass was under way
@@ -230,7 +234,6 @@ class Engine:
             if result.error is not None:
                 deltas.append(self._fail(chunk.sequence, result.error))
                 continue
-            self._cached(chunk)
             if result.first is not None:
                 deltas.append(self._first(chunk.sequence, result))
         ready = [

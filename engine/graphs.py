@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import RaggedAttention
-from engine.batch import Asked, Batch, Verified
+from engine.batch import NOTHING, Asked, Batch, Verified
 from engine.config import MAX_TREE_NODES
 from engine.cuda_graphs import Graph
 from engine.errors import CaptureError
@@ -302,10 +302,11 @@ class CapturedRunner(Runner):
         return self._packed[: bucket.batch * width].view(bucket.batch, width)
 
     def _static_batch(self, slots: Tensor, anything: bool) -> Batch:
-        predicted: dict[int, int] = {}
+        asked = NOTHING
         if anything and self._lookup is not None:
             predicted = dict.fromkeys(range(len(slots)), self._lookup.longest_prediction)
-        return Batch([], [], slots, self._lengths[slots], self._max_length, predicted, adjusted=anything)
+            asked = replace(NOTHING, predicted=predicted)
+        return Batch([], [], slots, self._lengths[slots], self._max_length, adjusted=anything, asked=asked)
 
     def _draft_forward(self, bucket: Bucket, heads: bool) -> None:
         """What the graph of a first half holds."""

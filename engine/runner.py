@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -23,8 +22,6 @@ from engine.step_results import Results, device_event
 from engine.types import Sequence, TokenLogprobs
 
 __all__ = ["Runner"]
-
-log = logging.getLogger(__name__)
 
 
 class Runner(PromptRunner):
@@ -55,7 +52,6 @@ class Runner(PromptRunner):
             slots=slots,
             lengths=self._lengths[slots] if size is None else slots,
             max_length=max([sequence.num_cached + sequence.in_flight for sequence in sequences]),
-            predicted=self._asked.predicted,
             started=started,
             begun=begun,
             asked=self._asked,
@@ -183,7 +179,7 @@ class Runner(PromptRunner):
                 accepted.tokens,
                 accepted.length + 1,
                 max_length=batch.max_length + accepted.path.shape[1],
-                predicted=batch.predicted,
+                predicted=batch.asked.predicted,
             )
             columns += [proposal.kind, proposal.count, proposal.tokens]
         return torch.column_stack(columns)

@@ -106,8 +106,8 @@ def _gauge(name: str, unit: str, text: str, read: Read, labels: tuple[str, ...] 
     return Metric(name, "gauge", unit, text, labels, read=read)
 
 
-def _seconds(name: str, text: str, buckets: tuple[float, ...]) -> Metric:
-    return Metric(name, "histogram", "seconds", text, buckets=buckets)
+def _seconds(name: str, text: str, buckets: tuple[float, ...], read: Read | None = None) -> Metric:
+    return Metric(name, "histogram", "seconds", text, buckets=buckets, read=read)
 
 
 def _kv_blocks(source: _Source) -> Iterator[tuple[tuple[str, ...], Value]]:
@@ -292,12 +292,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     # Requests
     _seconds("time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT),
-    Metric(
+    _seconds(
         "inter_token_latency_seconds",
-        "histogram",
-        "seconds",
         "Between the steps that gave a choice tokens; a step may give several.",
-        read=lambda s: s.inter_token_latency,
+        _TPOT,
+        lambda s: s.inter_token_latency,
     ),
     _seconds(
         "request_time_per_output_token_seconds",

@@ -82,6 +82,12 @@ def test_closing_a_stream_frees_its_slot_within_two_steps(tiny: TinyModel) -> No
     run(tiny, body)
 
 
+def rest_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """After each hand-out."""
+    monkeypatch.setattr(loop, "_REST", 1e9)
+    monkeypatch.setattr(loop, "_MOST_REST_S", seconds)
+
+
 def test_an_event_loop_that_was_busy_is_told_of_all_steps_at_once(tiny: TinyModel) -> None:
     async def body(engine: EngineLoop) -> None:
         stream = engine.submit(endless("r"))
@@ -110,8 +116,7 @@ def test_an_event_loop_that_was_busy_is_told_of_all_steps_at_once(tiny: TinyMode
 def test_the_event_loop_rests_after_it_has_handed_out(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_REST", 1e9)
-    monkeypatch.setattr(loop, "_MOST_REST_S", 0.1)
+    rest_for(monkeypatch, 0.1)
 
     async def body(engine: EngineLoop) -> None:
         stream = engine.submit(endless("r"))
@@ -132,8 +137,7 @@ def test_the_event_loop_rests_after_it_has_handed_out(
 def test_what_a_thread_gave_before_it_died_is_not_lost(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_REST", 1e9)
-    monkeypatch.setattr(loop, "_MOST_REST_S", 5.0)
+    rest_for(monkeypatch, 5.0)
 
     async def body(engine: EngineLoop) -> None:
         stream = engine.submit(endless("r"))
