@@ -35,7 +35,7 @@ from benchmarks.common import (
     print_result,
 )
 from benchmarks.side_by_side import IDLE_SHARE, ours
-from benchmarks.simulated_device import SimulatedDevice, install
+from benchmarks.simulated_device import OPTIONS, SimulatedDevice, install
 from engine.llm import LLM
 from engine.types import Request, SamplingParams
 
@@ -148,6 +148,7 @@ def main() -> int:
         simulated = {"step_ms": args.step_ms, "token_us": args.token_us, "accepted": args.accepted}
         install(SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))
         command, threads = ["benchmarks.simulated_device", *map(str, simulated.values())], 1
+        options = [*OPTIONS, *options]
     llm = LLM(engine_config(options, model=args.model))
     with Server([args.model, *options], threads=threads, command=command) as server:
         rows, busy = measure(args, server, llm)

@@ -5,8 +5,9 @@
 
 The host does all it does for captured steps that are launched ahead: it schedules, fills the graphs' inputs,
 reads results, makes text and events of them. What it launches ends without work at a time on the device's own
-clock: a decode step after `step_s`, a pass over prompts after `token_s` for each of its tokens, each after
-what was launched before. Text is one token over and over, `accepted` + 1 times a step.
+clock: a decode step after `step_s`, a pass over prompts after `token_s` for each of its tokens and not before
+`step_s`, since it reads the weights too, each after what was launched before. A pass holds as many tokens as on
+a GPU. Text is one token over and over, `accepted` + 1 times a step.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from torch import Tensor
 import engine.llm
 import engine.loop
 from engine.batch import Batch, Verified
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.scheduler import Chunk
-from engine.step_results import Prefilled, Results, StepRow
+from engine.step_results import PromptResults, Results, StepRow
 
-__all__ = ["SimulatedDevice", "SimulatedEngine", "install"]
+__all__ = ["OPTIONS", "SimulatedDevice", "SimulatedEngine", "install"]
+
+OPTIONS = ["--max-prefill-tokens", str(EngineConfig(model="").prefill_tokens("cuda"))]
+"""What `serve` would choose by itself on a GPU."""
 
 _TOKEN = 1000
 """What every step emits, where the vocabulary has it."""
@@ -41,7 +46,7 @@ class SimulatedDevice:
     """The clock.
 
     Args:
-        step_s: seconds of a decode step.
+        step_s: seconds of a decode step, and the least of a pass over prompts.
         token_s: seconds of each token of a pass over prompts.
         accepted: nodes accepted in each step, the root not counted; the tree must have them.
     """
@@ -65,13 +70,13 @@ def _wait(end: float) -> None:
 class _Late(Results):
     """Results that are there when the device has made them."""
 
-    def __init__(self, packed: Tensor, depth: int, device: SimulatedDevice) -> None:
+    def __init__(self, packed: Tensor, depth: int, device: SimulatedDevice, seconds: float) -> None:
         super().__init__(packed, depth, started=time.perf_counter(), begun=None)
-        self._end, self._step_s = device.launch(device.step_s), device.step_s
+        self._end, self._takes = device.launch(seconds), seconds
 
     @property
     def seconds(self) -> float:
-        return self._step_s
+        return self._takes
 
     def rows(self) -> list[StepRow]:
         _wait(self._end)
@@ -107,27 +112,31 @@ class SimulatedEngine(Engine):
         assert isinstance(runner, CapturedRunner)
         token = min(_TOKEN, loaded.info.vocab_size - 1)
 
-        def prefill(chunks: list[Chunk]) -> list[Prefilled]:
+        def late(rows: int, depth: int, seconds: float, emitted: int) -> Results:
+            width = 5 + depth + (2 + loaded.info.lookup if loaded.info.lookup else 0)
+            packed = torch.zeros(rows, width, dtype=torch.int64)
+            packed[:, 0] = 1  # finite
+            packed[:, 1:3] = emitted - 1
+            packed[:, 3] = (1 << emitted) - 1
+            packed[:, 4 : 4 + emitted] = token
+            return _Late(packed, depth, device, seconds)
+
+        def prompts(chunks: list[Chunk]) -> PromptResults:
             runner._admit([chunk.sequence for chunk in chunks if chunk.first])
             runner._sync_tables(chunk.sequence for chunk in chunks)
             slots = torch.tensor([chunk.sequence.slot for chunk in chunks])
             runner._lengths[slots] = torch.tensor([chunk.end for chunk in chunks])
-            _wait(device.launch(device.token_s * sum(chunk.size for chunk in chunks)))
-            return [Prefilled(first=token if chunk.last else None) for chunk in chunks]
+            seconds = max(device.step_s, device.token_s * sum(chunk.size for chunk in chunks))
+            draws = [chunk.draws for chunk in chunks]
+            return PromptResults(late(len(chunks), 0, seconds, 1), draws, loaded.info.lookup > 0)
 
-        def results(batch: Batch, verified: Verified) -> Results:
-            bucket = verified.bucket  # type: ignore[attr-defined]
-            packed = runner._packed_rows(bucket)[: len(batch.sequences)].clone()
-            packed.zero_()
-            packed[:, 0] = 1  # finite
-            packed[:, 1:3] = device.accepted
-            packed[:, 3] = (2 << device.accepted) - 1
-            packed[:, 4 : 5 + device.accepted] = token
-            return _Late(packed, bucket.depth, device)
+        def step(batch: Batch, verified: Verified) -> Results:
+            depth = verified.bucket.depth  # type: ignore[attr-defined]
+            return late(len(batch.sequences), depth, device.step_s, device.accepted + 1)
 
-        runner.prefill = runner.launch = prefill  # type: ignore[method-assign]
+        runner.launch = prompts  # type: ignore[method-assign]
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
-        runner.targets_accept_compact = results  # type: ignore[method-assign]
+        runner.targets_accept_compact = step  # type: ignore[method-assign]
 
 
 def install(device: SimulatedDevice) -> None:
@@ -148,7 +157,7 @@ def main() -> None:
     install(SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))
     from server.cli import main as serve
 
-    sys.argv = ["medusa-serve", *command]
+    sys.argv = ["medusa-serve", *command[:1], *OPTIONS, *command[1:]]
     serve()
 
 
