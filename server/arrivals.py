@@ -1,4 +1,4 @@
-"""Requests that come at once reach the engine before any of their responses begins."""
+"""Requests that come at once: each reaches the engine early, and before any response begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["Arrivals"]
+__all__ = ["Arrivals", "Intake"]
 
 _CALM_S = 0.002
 """A burst has ended when so long no stream was added to it."""
@@ -14,7 +14,43 @@ _CALM_S = 0.002
 _MOST_S = 0.05
 
 _TOGETHER = 8
-"""Responses begun between two looks at what else the event loop has to do."""
+"""Requests or responses begun between two looks at what else the event loop has to do."""
+
+
+class Intake:
+    """Lets a few requests begin at a time.
+
+    The event loop takes all that can go on in turns. Of a hundred requests that have come at once, each would
+    be at the same place of its way, and the first reach the engine when the last nearly do.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._begun = 0
+
+    async def turn(self) -> None:
+        """Return when this request may begin: those before it that wait for nothing are in the engine."""
+        if self._begun < _TOGETHER and not self._waiting:
+            self._begin()
+            return
+        begin: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(begin)
+        await begin
+
+    def _begin(self) -> None:
+        if not self._begun:
+            loop = asyncio.get_running_loop()
+            # In its next turn they go on, in that after it their prompts are encoded, then they go on again.
+            loop.call_soon(loop.call_soon, loop.call_soon, self._next)
+        self._begun += 1
+
+    def _next(self) -> None:
+        self._begun = 0
+        while self._waiting and self._begun < _TOGETHER:
+            begin = self._waiting.popleft()
+            if not begin.done():  # its client may have left
+                begin.set_result(None)
+                self._begin()
 
 
 class Arrivals:

@@ -32,6 +32,11 @@ __all__ = ["Server", "bind", "run"]
 HANDSHAKE_S = 5
 """What connections get to close after the drain, in seconds."""
 
+SWITCH_S = 0.0005
+"""How long a thread keeps Python's lock while another wants it; Python's own is 5 ms. The engine's thread
+gives the lock away in most of torch's calls, so when the event loop has much to do, as in a burst, it waited
+so long several times before each launch, and the device had nothing to do."""
+
 log = structlog.stdlib.get_logger("server")
 
 
@@ -126,6 +131,7 @@ class Server(uvicorn.Server):
         # million objects, tenths of a second in which no stream gets a token.
         gc.collect()
         gc.freeze()
+        sys.setswitchinterval(SWITCH_S)
         super().run(sockets)
         if self.force_exit:
             # The interpreter's own end would wait for threads, and not survive one that is inside a kernel.

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import EngineStoppedError
+from server.arrivals import Intake
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, error_response
 from server.metrics import Metrics
@@ -42,6 +43,7 @@ class RequestMiddleware:
         self._metrics = metrics
         self._max_body_bytes = settings.max_body_bytes
         self._read_timeout = settings.read_timeout
+        self._intake = Intake()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +60,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            if scope["method"] == "POST":
+                await self._intake.turn()
             await self._app(scope, self._bounded(scope, receive, record), send_with_id)
         except Exception as error:
             log.exception("request_failed", request_id=record.request_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.arrivals import Arrivals
+from server.arrivals import Arrivals, Intake
 from tests.server.conftest import RunningServer
 
 
@@ -77,3 +77,42 @@ def test_streams_wait_when_their_request_is_in_the_engine(
     monkeypatch.setattr(hello.context, "arrivals", Noting())
     assert hello.events()[-1] == "[DONE]"
     assert seen == [1]
+
+
+def test_the_first_of_a_burst_are_through_before_the_last_begin() -> None:
+    """Each goes on two turns later, as those do whose prompts are encoded in the next."""
+
+    async def burst() -> None:
+        intake, begun, through = Intake(), list[int](), list[int]()
+
+        async def request(number: int) -> None:
+            await intake.turn()
+            begun.append(number)
+            assert len(begun) - len(through) <= 8
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            through.append(number)
+
+        tasks = [asyncio.create_task(request(number)) for number in range(100)]
+        await asyncio.sleep(0)
+        assert begun == [*range(8)], "these wait for nothing"
+        tasks[20].cancel()  # its client leaves
+        await asyncio.wait(tasks, timeout=5)
+        assert begun == through == [number for number in range(100) if number != 20]
+        late = asyncio.create_task(request(100))
+        await asyncio.sleep(0)
+        assert begun[-1] == 100, "a lone one waits for nothing"
+        await late
+
+    asyncio.run(burst())
+
+
+def test_requests_take_their_turn(hello: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    async def noted(_intake: Intake) -> None:
+        turns.append(1)
+
+    monkeypatch.setattr(Intake, "turn", noted)
+    assert hello.events()[-1] == "[DONE]"
+    assert turns == [1]
