@@ -6,8 +6,8 @@
 The host does all it does for captured steps that are launched ahead: it schedules, fills the graphs' inputs,
 reads results, makes text and events of them. What it launches ends without work at a time on the device's own
 clock: a decode step after `step_s`, a pass over prompts after `token_s` for each of its tokens and not before
-`step_s`, since it reads the weights too, each after what was launched before. A pass holds as many tokens as on
-a GPU. Text is one token over and over, `accepted` + 1 times a step.
+`step_s`, since it reads the weights too, each after what was launched before. A pass holds as many tokens as
+on a GPU. Text is one token over and over, `accepted` + 1 times a step.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class SimulatedEngine(Engine):
             depth = verified.bucket.depth  # type: ignore[attr-defined]
             return late(len(batch.sequences), depth, device.step_s, device.accepted + 1)
 
+        runner.launches = lambda _: True  # type: ignore[method-assign]
         runner.launch = prompts  # type: ignore[method-assign]
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
         runner.targets_accept_compact = step  # type: ignore[method-assign]

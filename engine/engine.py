@@ -15,15 +15,14 @@ from engine.batch import Batch, Verified
 from engine.constrain import follows, refusal
 from engine.cuda_graphs import Graph
 from engine.errors import told
-from engine.flight import Flight, PromptFlight
-from engine.graphs import CapturedRunner
+from engine.flight import Flight, Pace, PromptFlight
 from engine.loader import Loaded
-from engine.medusa.adaptive import AdaptiveTree, Expected, FixedTree
+from engine.medusa.adaptive import AdaptiveTree, Expected
 from engine.medusa.buckets import Buckets
 from engine.medusa.lookup import FORCED
 from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
-from engine.runners import make_runner
+from engine.runners import make_chooser, make_runner
 from engine.scheduler import Chunk, Plan, Scheduler
 from engine.stats import EngineStats
 from engine.step_results import NOT_FINITE, Prefilled, Results, StepRow
@@ -36,7 +35,6 @@ from engine.types import (
     SequenceState,
     TokenDelta,
 )
-from engine.warmup import measure
 
 __all__ = ["Engine"]
 
@@ -76,7 +74,7 @@ class Engine:
         self._blocks = loaded.blocks
         self._runner = make_runner(loaded, graph, buckets)
         self._lookup = LookupRecord(loaded.info.lookup)
-        self._chooser = self._make_chooser(loaded)
+        self._chooser = make_chooser(loaded, self._runner, self._lookup)
         self._scheduler = Scheduler(
             loaded.blocks,
             max_num_seqs=loaded.info.max_num_seqs,
@@ -89,6 +87,7 @@ class Engine:
         self._ahead = loaded.captured if ahead is None else ahead
         self._flight: Flight | None = None
         self._prompts: list[PromptFlight] = []
+        self._pace = Pace()
         self._arrivals = 0
         self._uncounted: set[str] = set()  # requests of which no choice has been prefilled
 
@@ -96,14 +95,32 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    def step(self) -> list[TokenDelta]:
+    @property
+    def patience_s(self) -> float:
+        """Seconds to wait for others before the next `step`, in which the device has work anyway.
+
+        Above 0 while prompts are computed and no decode step is under way: launched at once, one of few would
+        come before the prompts of those right behind them. Half of what the pass takes at least is left for
+        launching what is next.
+        """
+        if not self._prompts or self._flight is not None:
+            return 0.0
+        return self._pace.least_s(sum([flight.tokens for flight in self._prompts])) / 2
+
+    def step(self, arrived: Callable[[], list[TokenDelta]] = list) -> list[TokenDelta]:
         """Advance every scheduled sequence and return what has been emitted.
 
         An error fails the sequences of the pass it happened in, with a delta that says so, and no others.
+
+        Args:
+            arrived: called when what was under way has ended, to add and abort requests: those it adds are in
+                this step's pass over prompts. Returns what the aborts gave.
         """
+        if self._flight is not None and self._prompts:
+            return self._read_step()  # what is launched next has time until the pass behind the step ends
         started = time.perf_counter()
         deltas, plan = self._plan()
-        self._took("schedule", started)
+        planning_s = time.perf_counter() - started
         launched: Flight | None = None
         if plan.decode:
             with self._failing(plan.decode, deltas):
@@ -115,14 +132,18 @@ class Engine:
                     shown, grammars_s = self._runner.constrain(batch, verified)
                 results = self._runner.targets_accept_compact(batch, verified)
                 launched = self._launch(batch, shown, results, grammars_s)
-        deltas += self._land()  # while the step just launched runs; a prefill may wait for that one
-        # Of a prompt in chunks, the one before may just have been found unsound.
-        prefill = [chunk for chunk in plan.prefill if chunk.sequence.state is not SequenceState.FINISHED]
-        for chunks in self._runner.together(prefill):
-            with self._failing([chunk.sequence for chunk in chunks], deltas):
-                faults.visit("prefill")
-                deltas += self._prefill(chunks)
+        if plan.prefill and not self._runner.launches(plan.prefill):
+            deltas += self._land()  # its tokens need not wait for a pass that has to be waited for
+        instead = self._launch_prompts(plan.prefill, deltas)
+        deltas += self._land(leaving=instead)  # while what was just launched runs
         self._flight = launched
+        deltas += arrived()
+        if not plan.prefill:
+            started = time.perf_counter()
+            self._scheduler.add_prompts(plan)
+            planning_s += time.perf_counter() - started
+            self._launch_prompts(plan.prefill, deltas)
+        self._took("schedule", planning_s)
         if not self._ahead or not self._scheduler.has_work:
             deltas += self._land()
         self.stats.num_steps += 1
@@ -174,29 +195,22 @@ class Engine:
         if not self._scheduler.has_work and self._blocks.used:
             raise RuntimeError(f"{self._blocks.used} K/V blocks are owned while nothing runs")
 
-    def _make_chooser(self, loaded: Loaded) -> AdaptiveTree | FixedTree | None:
-        info = loaded.info
-        heads = loaded.heads.tree if loaded.heads is not None else None
-        if info.tree_size == 1:
-            return None
-        if info.tree != "auto":
-            buckets = self._runner.buckets if isinstance(self._runner, CapturedRunner) else None
-            return FixedTree(info.tree_size, heads, info.lookup, loaded.max_step_tokens, buckets)
-        times = measure(
-            self._runner,
-            loaded.blocks,
-            heads,
-            max_num_seqs=info.max_num_seqs,
-            max_step_tokens=loaded.max_step_tokens,
-            max_model_len=info.max_model_len,
-        )
-        return AdaptiveTree(
-            times,
-            heads,
-            self._lookup,
-            loaded.max_step_tokens,
-            accepted=loaded.heads.accepted if loaded.heads is not None else None,
-        )
+    def _read_step(self) -> list[TokenDelta]:
+        """What the decode step under way gave, while the pass over prompts behind it runs."""
+        deltas = self._land(leaving=len(self._prompts))
+        if not self._scheduler.has_work:
+            deltas += self._land()
+        self._count()
+        return deltas
+
+    def _launch_prompts(self, chunks: list[Chunk], deltas: list[TokenDelta]) -> int:
+        """Launch passes over these; how many are under way."""
+        before = len(self._prompts)
+        for each in self._runner.together(chunks):
+            with self._failing([chunk.sequence for chunk in each], deltas):
+                faults.visit("prefill")
+                deltas += self._prefill(each)
+        return max(0, len(self._prompts) - before)
 
     def _prefill(self, chunks: list[Chunk]) -> list[TokenDelta]:
         started = time.perf_counter()
@@ -205,7 +219,7 @@ class Engine:
                 sequence.queue_s = time.monotonic() - sequence.request.arrived_s
         results = self._runner.launch(chunks) if self._ahead else self._runner.prefill(chunks)
         if isinstance(results, list):
-            self._took("prefill", started)
+            self._took("prefill", time.perf_counter() - started)
             for chunk, result in zip(chunks, results, strict=True):
                 if result.error is None:
                     self._cached(chunk)
@@ -280,11 +294,13 @@ class Engine:
         expected = self._chooser.expected if isinstance(self._chooser, AdaptiveTree) else Expected()
         return Flight(batch, verified, results, most, expected, grammars_s)
 
-    def _land(self) -> list[TokenDelta]:
-        """Read the results of what is under way, and let go of who has ended meanwhile."""
+    def _land(self, leaving: int = 0) -> list[TokenDelta]:
+        """Read the results of what is under way, but for the last `leaving` passes over prompts, and let go
+        of who has ended meanwhile."""
         deltas: list[TokenDelta] = []
         flight, self._flight = self._flight, None
-        prompts, self._prompts = self._prompts, []
+        read = len(self._prompts) - leaving
+        prompts, self._prompts = self._prompts[:read], self._prompts[read:]
         if flight is not None:
             self._land_step(flight, deltas)
         for each in prompts:
@@ -309,13 +325,16 @@ class Engine:
             chunk.sequence.in_flight -= 1
         with self._failing(live, deltas):
             results = flight.results.read()
-            self.stats.step_seconds["prefill"].observe(flight.results.seconds)
+            seconds = flight.results.seconds
+            self.stats.step_seconds["prefill"].observe(seconds)
+            self._pace.prefilled(flight.tokens, seconds)
             deltas += self._prefilled(flight.chunks, results)
 
     def _learn(self, flight: Flight, rows: list[StepRow]) -> None:
         """Let the choice of the tree see what this step took and gave."""
         batch, seconds = flight.batch, flight.results.seconds
         self.stats.step_seconds["decode"].observe(seconds)
+        self._pace.stepped(seconds)
         seconds -= flight.grammars_s  # no tree makes them longer or shorter
         for sequence, row in zip(batch.sequences, rows, strict=True):
             if sequence.lookup.chain:
@@ -367,7 +386,7 @@ class Engine:
             proposed = row.kind or sequence.lookup.kind or sequence.grammar is not None
             if proposed and lookup and sequence.slot >= 0:
                 self._propose(sequence, row.chain, row.kind)
-        self._took("emit", emitting)
+        self._took("emit", time.perf_counter() - emitting)
 
     def _propose(self, sequence: Sequence, chain: list[int], kind: int) -> None:
         """Note the chain of the next step: the lookup's, or what the grammar forces where it forces any."""
@@ -465,8 +484,7 @@ class Engine:
                 if (sequence.request.request_id, sequence.index) not in known
             ]
 
-    def _took(self, phase: str, started: float) -> None:
-        seconds = time.perf_counter() - started
+    def _took(self, phase: str, seconds: float) -> None:
         self.stats.step_seconds[phase].observe(seconds)
         # Of a step launched ahead, the device knows nothing of these: they pass while it runs.
         besides = phase in ("schedule", "emit") and not self._ahead

@@ -1,7 +1,9 @@
-"""What is on its way: a decode step, and what requests want to see of it; a pass over prompts."""
+"""What is on its way: a decode step, and what requests want to see of it; a pass over prompts, and how long
+it takes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.batch import Batch, Verified
@@ -11,7 +13,7 @@ from engine.scheduler import Chunk
 from engine.step_results import PromptResults, Results, StepRow
 from engine.types import StepTrace, TokenLogprobs
 
-__all__ = ["Flight", "PromptFlight"]
+__all__ = ["Flight", "Pace", "PromptFlight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,31 @@ class PromptFlight:
 
     chunks: list[Chunk]
     results: PromptResults
+
+    @property
+    def tokens(self) -> int:
+        return sum([chunk.size for chunk in self.chunks])
+
+
+@dataclass(slots=True)
+class Pace:
+    """What passes over prompts take at least, by those that were: no less than a decode step, since either
+    reads all weights, and no less a token than the quickest."""
+
+    _step_s: float = math.inf
+    _token_s: float = math.inf
+
+    def stepped(self, seconds: float) -> None:
+        """A decode step took so long."""
+        self._step_s = min(self._step_s, seconds)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens took so long."""
+        self._token_s = min(self._token_s, seconds / tokens)
+
+    def least_s(self, tokens: int) -> float:
+        """Seconds of a pass over so many tokens; 0 before anything is known."""
+        return max([s for s in (self._step_s, tokens * self._token_s) if s < math.inf], default=0.0)
 
 
 def _path(parents: list[int], row: StepRow) -> list[int]:

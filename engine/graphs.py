@@ -353,12 +353,16 @@ class CapturedRunner(Runner):
         graph.replay()
         return self._prompt_hidden[: sum(chunk.size for chunk in chunks)]
 
-    @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> PromptResults | list[Prefilled]:
-        """See `PromptRunner.launch`. What is wanted beside the first tokens is read at once."""
+    def launches(self, chunks: list[Chunk]) -> bool:
+        """See `PromptRunner.launches`. What is wanted beside the first tokens is read at once."""
         samplings = [chunk.sequence.request.sampling for chunk in chunks]
         more = any(s.logprobs is not None or s.prompt_logprobs is not None for s in samplings)
-        if more or not self._ends_in_a_graph(chunks):
+        return not more and self._ends_in_a_graph(chunks)
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk]) -> PromptResults | list[Prefilled]:
+        """See `PromptRunner.launch`."""
+        if not self.launches(chunks):
             return self.prefill(chunks)
         started, begun = time.perf_counter(), None
         try:

@@ -40,8 +40,8 @@ _MOST_REST_S = 0.02
 class EngineLoop:
     """Runs an `Engine` in a thread of its own; implements `EngineClient`.
 
-    Requests and aborts go in through a queue that the thread empties between steps, so an abort is
-    carried out at the next step boundary. All deltas of a step, or of several where the event loop cannot
+    Requests and aborts go in through a queue that the thread empties between steps, and in each step before
+    it launches a pass over prompts. All deltas of a step, or of several where the event loop cannot
     keep up, come out in one call into it.
 
     The thread also loads the model, and no other thread may run torch operators of any size: libgomp keeps
@@ -53,6 +53,7 @@ class EngineLoop:
         self._capacity = config.max_num_seqs + config.max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], list[TokenDelta]] | None] = queue.SimpleQueue()
         self._outbox: deque[list[TokenDelta]] = deque()  # deltas of steps, from the thread to the event loop
+        self._ending = False  # the thread: a None command has come
         self._told = False  # a `_deliver` is on its way that will see what is put into the outbox now
         self._streams: dict[str, DeltaStream] = {}
         self._live = 0
@@ -174,16 +175,14 @@ class EngineLoop:
         """Commands, one step, hand-over; and again."""
         while True:
             deltas: list[TokenDelta] = []
-            while not self._inbox.empty() or not engine.has_work:
-                if deltas and self._inbox.empty():
-                    break  # an abort emptied the engine: tell before going to sleep
-                command = self._inbox.get()
-                if command is None:
-                    return
-                deltas += command()
+            if not engine.has_work:
+                deltas += self._command(self._inbox.get())
+            deltas += self._arrived()
+            if self._ending:
+                return
             if engine.has_work:
                 engine.stats.step_started = time.monotonic()
-                deltas += engine.step()
+                deltas += engine.step(self._arrived)
                 engine.stats.step_started = 0.0
             if not engine.has_work and log.isEnabledFor(logging.DEBUG):
                 engine.check()
@@ -192,6 +191,20 @@ class EngineLoop:
                 if not self._told:
                     self._told = True
                     self._in_event_loop(self._deliver)
+            time.sleep(engine.patience_s)
+
+    def _arrived(self) -> list[TokenDelta]:
+        """Carry out the commands that are there; what the aborts among them gave."""
+        deltas: list[TokenDelta] = []
+        while not self._ending and not self._inbox.empty():
+            deltas += self._command(self._inbox.get())
+        return deltas
+
+    def _command(self, command: Callable[[], list[TokenDelta]] | None) -> list[TokenDelta]:
+        if command is not None:
+            return command()
+        self._ending = True
+        return []
 
     def _in_event_loop(self, callback: Callable[..., None], *values: object) -> None:
         if self._event_loop is not None:  # commands, and so results, exist only after start()

@@ -110,6 +110,10 @@ class PromptRunner:
             return [chunks]
         return [[chunk] for chunk in chunks]
 
+    def launches(self, chunks: list[Chunk]) -> bool:  # noqa: ARG002 - of graphs, which are not here
+        """Whether `launch` need not wait for a pass over these."""
+        return False
+
     def launch(self, chunks: list[Chunk]) -> PromptResults | list[Prefilled]:
         """`prefill`, which is not waited for where that can be."""
         return self.prefill(chunks)

@@ -1,4 +1,4 @@
-"""Which runner an engine has."""
+"""Which runner an engine has, and what chooses its trees."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from functools import partial
 from engine.cuda_graphs import Graph, cuda_graphs
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
+from engine.medusa.adaptive import AdaptiveTree, FixedTree
 from engine.medusa.buckets import Buckets
+from engine.medusa.records import LookupRecord
 from engine.runner import Runner
+from engine.warmup import measure
 
-__all__ = ["make_runner"]
+__all__ = ["make_chooser", "make_runner"]
 
 
 def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buckets | None) -> Runner:
@@ -55,3 +58,23 @@ def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buck
 
             warm_prompts(runner, loaded)
     return runner
+
+
+def make_chooser(loaded: Loaded, runner: Runner, lookup: LookupRecord) -> AdaptiveTree | FixedTree | None:
+    """What chooses the trees of each step; None is plain decoding. For `tree: auto` steps are timed now."""
+    info = loaded.info
+    heads = loaded.heads.tree if loaded.heads is not None else None
+    if info.tree_size == 1:
+        return None
+    if info.tree != "auto":
+        return FixedTree(info.tree_size, heads, info.lookup, loaded.max_step_tokens, runner.buckets)
+    times = measure(
+        runner,
+        loaded.blocks,
+        heads,
+        max_num_seqs=info.max_num_seqs,
+        max_step_tokens=loaded.max_step_tokens,
+        max_model_len=info.max_model_len,
+    )
+    accepted = loaded.heads.accepted if loaded.heads is not None else None
+    return AdaptiveTree(times, heads, lookup, loaded.max_step_tokens, accepted=accepted)

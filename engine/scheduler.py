@@ -13,6 +13,9 @@ from engine.types import Request, Sequence, SequenceState
 
 __all__ = ["Chunk", "Plan", "Scheduler", "TreeChooser"]
 
+_LEAST_PASS = 0.25
+"""Share of `max_prefill_tokens` that has to be left for a decode step to wait for one more pass."""
+
 
 class TreeChooser(Protocol):
     """Decides how many nodes each sequence of a decode step verifies."""
@@ -54,7 +57,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: prefill chunks of different sequences, then one decode pass over `num_nodes` each."""
+    """One step: one decode pass over `num_nodes` each, and prefill chunks of different sequences."""
 
     prefill: list[Chunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
@@ -123,6 +126,7 @@ class Scheduler:
         self._free_slots = list(range(min(max_num_seqs, max_step_tokens) - 1, -1, -1))
         self._chains: dict[Sequence, _Chain] = {}
         self._ended: list[Sequence] = []  # taken out while a step that holds them is under way
+        self._passed = 0  # tokens of prompts since the last decode step was planned
         self.waiting: deque[Sequence] = deque()  # by rank
         self.running: list[Sequence] = []  # by admission
         self.preemptions = 0
@@ -167,11 +171,15 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose the next step's work and reserve its blocks; no step is under way.
 
+        It is either a decode step, to which `add_prompts` adds, or prompts that come before it.
+
         Raises:
             RuntimeError: the chooser broke its promise.
         """
-        plan = Plan()
-        ready = self._choose()
+        plan, ready = Plan(), self._ready()
+        if self._prompts_first(plan, ready):
+            return plan
+        self._choose(ready)
         for sequence in ready:  # admission order: the earliest reserves first
             if sequence.slot < 0:
                 continue  # given up for an earlier one a moment ago
@@ -184,7 +192,7 @@ class Scheduler:
                 if victim is sequence:
                     break
         plan.decode = [sequence for sequence in ready if sequence.slot >= 0]
-        self._plan_prefill(plan)
+        self._passed = 0
         return plan
 
     def plan_ahead(self) -> Plan | None:
@@ -199,13 +207,24 @@ class Scheduler:
         Raises:
             RuntimeError: the chooser broke its promise.
         """
-        plan, size = Plan(decode=self._choose()), self._blocks.block_size
-        for sequence in plan.decode:
-            most = sequence.num_cached + sequence.in_flight + 1 + sequence.head_nodes + sequence.lookup_nodes
-            if most > len(sequence.blocks) * size and not self._blocks.grow(sequence.blocks, most):
+        plan, ready = Plan(), self._ready()
+        if self._prompts_first(plan, ready):
+            return plan
+        self._choose(ready)
+        for sequence in ready:
+            if not self._reserve(sequence, 1 + sequence.head_nodes + sequence.lookup_nodes):
                 return None
-        self._plan_prefill(plan)
+        plan.decode = ready
+        self._passed = 0
         return plan
+
+    def add_prompts(self, plan: Plan) -> None:
+        """Add chunks of prompts to a plan without any.
+
+        Call it when the decode step has been launched and what was under way before has ended: whoever has
+        come by then need not wait for another pass.
+        """
+        self._plan_prefill(plan)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others reuse the blocks that `sequence` has filled with emitted tokens.
@@ -244,21 +263,46 @@ class Scheduler:
                 f"{self._blocks.used} K/V blocks are owned, {len(owners)} by running sequences"
             )
 
-    def _choose(self) -> list[Sequence]:
-        """The sequences to decode, in order of admission, their trees chosen."""
-        ready = [
+    def _ready(self) -> list[Sequence]:
+        """The sequences to decode, in order of admission."""
+        return [
             sequence
             for sequence in self.running
             if sequence.state is SequenceState.DECODE
             and sequence.max_total - len(sequence.token_ids) > sequence.in_flight
         ]
+
+    def _prompts_first(self, plan: Plan, ready: list[Sequence]) -> bool:
+        """Plan prompts in the place of a decode step of `ready`, where half as many or more wait for theirs.
+
+        A step of few takes as long as one of many. Those who were there first are one step behind for it and
+        catch up in the next, which comes as early as it would have; the others are a step ahead. Between two
+        decode steps are at most `max_prefill_tokens` of prompts, as without this, and who waits keeps the
+        blocks that its next step needs.
+        """
+        coming, most = min(len(self.waiting), len(self._free_slots)), self._max_prefill_tokens
+        if not ready or 2 * coming < len(ready) or most - self._passed < most * _LEAST_PASS:
+            return False
+        if not all(self._reserve(sequence, 1) for sequence in ready):
+            return False
+        self._plan_prefill(plan)
+        return bool(plan.prefill)
+
+    def _reserve(self, sequence: Sequence, nodes: int) -> bool:
+        """Blocks for a step of so many nodes behind the one under way; False where they are too few."""
+        most = sequence.num_cached + sequence.in_flight + nodes
+        if most <= len(sequence.blocks) * self._blocks.block_size:
+            return True
+        return self._blocks.grow(sequence.blocks, most)
+
+    def _choose(self, ready: list[Sequence]) -> None:
+        """Choose their trees."""
         if self._chooser is None:
             for sequence in ready:
                 sequence.head_nodes = sequence.lookup_nodes = 0
         elif ready:
             self._chooser.choose(ready)
             self._check_trees(ready)
-        return ready
 
     def _check_trees(self, sequences: list[Sequence]) -> None:
         nodes = [1 + sequence.head_nodes + sequence.lookup_nodes for sequence in sequences]
@@ -270,7 +314,7 @@ class Scheduler:
             )
 
     def _plan_prefill(self, plan: Plan) -> None:
-        budget = self._max_prefill_tokens
+        budget = self._max_prefill_tokens - self._passed
         for sequence in self.running:
             if budget > 0 and sequence.state is SequenceState.PREFILL:
                 budget -= self._chunk(plan, sequence, budget, first=False)
@@ -343,6 +387,7 @@ class Scheduler:
         start = sequence.num_cached
         end = min(sequence.prefill_target, start + budget)
         plan.prefill.append(Chunk(sequence, start, end, last=end == sequence.prefill_target, first=first))
+        self._passed += end - start
         return end - start
 
     def _preempt(self, sequence: Sequence) -> None:

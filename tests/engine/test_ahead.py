@@ -13,7 +13,7 @@ from engine.scheduler import Chunk
 from engine.types import FinishReason, Request, SamplingParams, SequenceState
 from tests import support
 from tests.engine.conftest import TinyModel
-from tests.engine.test_scheduler import BLOCK, Nodes, make, prefill, sequence
+from tests.engine.test_scheduler import BLOCK, Nodes, make, planned, prefill, sequence
 from tests.support import greedy, greedy_reference, make_engine, run_all
 
 
@@ -48,15 +48,18 @@ def test_the_next_step_is_launched_before_the_last_ones_tokens_are_read(narrow: 
     assert sum(engine.stats.acceptance_counts) == 29, "length is known beforehand: no step in vain"
 
 
+@pytest.mark.parametrize(("others", "seen_of_it"), [(0, (2, 0)), (2, (2, 1))], ids=["before", "behind"])
 def test_tokens_do_not_wait_for_a_prefill_launched_behind_them(
-    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+    narrow: TinyModel, others: int, seen_of_it: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading a prefill's result waits for the device, and so for the step launched just before it."""
+    """Reading a prefill's result waits for the device, and so for the step launched just before it, if there
+    is one: a step of a single sequence waits for another's prompt."""
     engine = make_engine(narrow.folder, tree="off")
-    engine.add(greedy("r", [1, 2, 3], 30))
+    for name in ["r", *map(str, range(others))]:
+        engine.add(greedy(name, [1, 2, 3], 30))
     engine.step()
     engine.step()
-    [made] = engine._scheduler.running
+    made = engine._scheduler.running[0]
     prefill = engine._runner.prefill
     seen: list[tuple[int, int]] = []
 
@@ -67,7 +70,7 @@ def test_tokens_do_not_wait_for_a_prefill_launched_behind_them(
     monkeypatch.setattr(engine._runner, "prefill", noted)
     engine.add(greedy("other", [4, 5], 30))
     engine.step()
-    assert seen == [(2, 1)], "the step before has been read, the next one is under way"
+    assert seen == [seen_of_it], "the step before has been read, the next one is under way"
 
 
 def test_who_ended_is_dropped_a_step_late_and_holds_its_own_till_then(narrow: TinyModel) -> None:
@@ -238,7 +241,7 @@ def test_the_scheduler_reserves_for_the_most_that_may_come() -> None:
     first, second = sequence(1, prompt=7, output=20), sequence(2, prompt=7, output=5)
     for seq in (first, second):
         scheduler.add(seq)
-    for chunk in scheduler.plan().prefill:
+    for chunk in planned(scheduler).prefill:
         prefill(scheduler, chunk)
     plan = scheduler.plan()
     for seq in plan.decode:
@@ -253,7 +256,7 @@ def test_the_scheduler_does_not_plan_ahead_where_somebody_may_have_to_give_way()
     scheduler = make(blocks=4, chooser=Nodes(4), max_tree_nodes=4)
     seq = sequence(1, prompt=7, output=9)
     scheduler.add(seq)
-    for chunk in scheduler.plan().prefill:
+    for chunk in planned(scheduler).prefill:
         prefill(scheduler, chunk)
     [decoded] = scheduler.plan().decode
     decoded.in_flight = 4
@@ -271,7 +274,7 @@ def test_what_is_removed_under_way_is_freed_when_the_step_has_ended() -> None:
     scheduler = make(blocks=20, max_num_seqs=1)
     seq, other = sequence(1, prompt=7, output=9), sequence(2, prompt=7, output=9)
     scheduler.add(seq)
-    for chunk in scheduler.plan().prefill:
+    for chunk in planned(scheduler).prefill:
         prefill(scheduler, chunk)
     scheduler.plan()
     seq.in_flight = 2
@@ -285,9 +288,10 @@ def test_what_is_removed_under_way_is_freed_when_the_step_has_ended() -> None:
     scheduler.release_ended()
     plan = scheduler.plan_ahead()
     assert plan is not None
+    scheduler.add_prompts(plan)
     assert not plan.prefill, "its slot is the only one"
     seq.in_flight = 0
     scheduler.release_ended()
     assert seq.slot == -1
     scheduler.check()
-    assert [chunk.sequence for chunk in scheduler.plan().prefill] == [other]
+    assert [chunk.sequence for chunk in planned(scheduler).prefill] == [other]

@@ -116,7 +116,7 @@ def test_auto_takes_the_chains_that_pay(
     narrow: TinyModel, monkeypatch: pytest.MonkeyPatch, node_s: float, least: int, most: int
 ) -> None:
     """The same text whatever a node costs, and the fewer nodes the more it does."""
-    monkeypatch.setattr("engine.engine.measure", lambda *_runner, **_bounds: Unchanging(node_s))
+    monkeypatch.setattr("engine.runners.measure", lambda *_runner, **_bounds: Unchanging(node_s))
     engine = make_engine(narrow.folder, tree="auto")
     check_greedy(narrow, engine, 2)
     assert least <= engine.stats.accepted_by_source["lookup"] <= most

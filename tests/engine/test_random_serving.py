@@ -181,18 +181,22 @@ def test_each_text_is_that_of_its_request_alone(
     engine = make_engine(narrow.folder, max_model_len=96, **heads, **settings)
     random, asked, found = Random(seed), dict[str, Request](), dict[Key, list[TokenDelta]]()
     Failing.random, Failing.failed = Random(seed + 1), set()
-    while len(asked) < 40 or engine.has_work:
-        deltas: list[TokenDelta] = []
-        for _ in range(random.choice([0, 0, 1, 1, 2, 4]) if len(asked) < 40 else 0):
+
+    def come_and_go() -> list[TokenDelta]:
+        for _ in range(random.choice([0, 0, 0, 1, 1, 3]) if len(asked) < 40 else 0):
             request = some_request(random, f"{len(asked)}")
             asked[request.request_id] = request
             engine.add(request)
-        if random.random() < 0.06 and (live := list(engine._scheduler)):
+        if random.random() < 0.03 and (live := list(engine._scheduler)):
             gone = random.choice(live)
-            deltas += engine.abort(gone.request.request_id, random.choice([None, gone.index]))
-            check_books(engine)
+            return engine.abort(gone.request.request_id, random.choice([None, gone.index]))
+        return []
+
+    while len(asked) < 40 or engine.has_work:
+        deltas = come_and_go()
+        check_books(engine)
         if engine.has_work:
-            deltas += engine.step()
+            deltas += engine.step(come_and_go)
             check_books(engine)
         for delta in deltas:
             deltas_of = found.setdefault((delta.request_id, delta.index), [])

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.cache.blocks import BlockManager
 from engine.scheduler import Chunk, Scheduler
 from engine.types import Request, SamplingParams, Sequence, SequenceState
-from tests.engine.test_scheduler import choices
+from tests.engine.test_scheduler import choices, planned
 
 
 class Serving(RuleBasedStateMachine):
@@ -77,7 +77,7 @@ class Serving(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.has_work)
     @rule(failing=st.sampled_from([0.0, 0.0, 0.2]))
     def step(self, failing: float) -> None:
-        plan = self.scheduler.plan()
+        plan = planned(self.scheduler)
         assert plan.prefill or plan.decode
         assert sum(seq.num_nodes for seq in plan.decode) <= self.step_tokens
         assert sum(chunk.end - chunk.start for chunk in plan.prefill) <= self.step_tokens
