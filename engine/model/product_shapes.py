@@ -59,7 +59,7 @@ class Shape(NamedTuple):
 
     Args:
         rows: of a program.
-        outputs: of a program.
+        outputs: of a program's tile, a power of two.
         channels: of one row, taken at once; of several rows, those that a warp takes, or of a tile that
             streams.
         warps: of a program.
@@ -68,6 +68,7 @@ class Shape(NamedTuple):
         stages: tiles under way, of a weight that streams.
         run: of a weight that streams in tiles of 64 channels: lines of 128 bytes of the same output that are
             asked for at once; 0: its tiles come as they are.
+        fewer: outputs of such a tile that are another program's.
     """
 
     rows: int
@@ -78,6 +79,12 @@ class Shape(NamedTuple):
     splits: int = 0
     stages: int = 0
     run: int = 0
+    fewer: int = 0
+
+    @property
+    def height(self) -> int:
+        """Outputs of a program."""
+        return self.outputs - self.fewer
 
     @property
     def streams(self) -> bool:
@@ -168,6 +175,31 @@ def _streamed(rows: int, size: int, width: int, gated: bool, processors: int) ->
             shape = Shape(held, outputs, channels, warps, 0, splits, min(stages, 4) if run else stages, run)
             if shape not in found:
                 found.append(shape)
+    return found + _in_one_wave(held, width, gated, processors)
+
+
+_WAVES = (
+    # Channels of a tile, lines of a run.
+    (64, _RUN),
+    (64, 2 * _RUN),
+    (128, 0),
+)
+
+
+def _in_one_wave(held: int, width: int, gated: bool, processors: int) -> list[Shape]:
+    """As many outputs a program as let all multiprocessors end together, without sharing any. Each reads the
+    input: with few outputs a program that would be most of what is read."""
+    waves = triton.cdiv(width, 128 * processors)
+    height = 4 * triton.cdiv(width, 4 * processors * waves)
+    outputs, found = max(64, triton.next_power_of_2(height)), []
+    if height < 48:
+        return []
+    for channels, run in _WAVES:
+        tile = ((2 if gated else 1) * outputs + held) * channels * 2
+        stages, warps = min(_SHARED // tile, 8), 8 if gated and outputs > 64 else 4
+        if stages >= 2:
+            shape = Shape(held, outputs, channels, warps, 0, 1, stages, run, outputs - height)
+            found.append(shape)
     return found
 
 

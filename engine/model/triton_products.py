@@ -212,7 +212,7 @@ def product(
         "num_warps": shape.warps,
         **options,
     }
-    tiles = triton.cdiv(width, shape.outputs)
+    tiles = triton.cdiv(width, shape.height)
     bias_or_any = x if bias is None else bias
     if shape.streams:
         if around.norm or (shape.splits > 1 and counts is None):
@@ -224,7 +224,7 @@ def product(
         streamed_kernel[tiles, shape.splits](
             x, weight, bias_or_any, y, parts, y if counts is None else counts,
             rows, size, width, residual_scale,
-            SPLIT=shape.splits > 1, LINES=shape.lines, RUN=shape.run,
+            SPLIT=shape.splits > 1, LINES=shape.lines, RUN=shape.run, HEIGHT=shape.height,
             BLOCK_M=shape.rows, num_stages=shape.stages, **flags,
         )  # fmt: skip
         return y

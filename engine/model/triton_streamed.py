@@ -24,28 +24,30 @@ __all__ = ["streamed_kernel"]
 def streamed_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, rows, size, width, residual_scale,
     GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, LINES: tl.constexpr,
-    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
+    RUN: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """All rows, at most BLOCK_M, by a grid (outputs / BLOCK_N, splits): a program takes a share of channels.
+    """All rows, at most BLOCK_M, by a grid (outputs / HEIGHT, splits): a program takes a share of channels.
 
     Outputs come first in the product: tensor cores take 64 of them with as few as 8 rows.
 
     Args:
         x_ptr: [rows, size]; weight_ptr: [width, size], twice as many with GATE; bias_ptr: as many.
         y_ptr: [rows, width].
-        part_ptr: [outputs / BLOCK_N, splits, 1 + (GATE > 0), BLOCK_N, BLOCK_M] float32, with SPLIT.
+        part_ptr: [outputs / HEIGHT, splits, 1 + (GATE > 0), BLOCK_N, BLOCK_M] float32, with SPLIT.
         count_ptr: int32, with SPLIT as many zeros as there are tiles of outputs; zeros when it ends.
         LINES: of 128 bytes of each of its outputs' weights that a program asks for before it waits.
         RUN: so many of these are asked for at once, LINES ahead of the loop: in each turn, which takes one
             line (BLOCK_K = 64), of one of RUN outputs. 0: the loop's own loads ask for all.
+        HEIGHT: outputs of a program, at most BLOCK_N, of which the tensor cores take as many anyway.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
-    output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_program = tl.arange(0, BLOCK_N)
+    output = tile * HEIGHT + of_program
     row = tl.arange(0, BLOCK_M)
-    there = (output < width)[:, None]
+    there = (of_program < tl.minimum(HEIGHT, width - tile * HEIGHT))[:, None]
     share = tl.cdiv(tl.cdiv(size, BLOCK_K), splits) * BLOCK_K
     first = split * share
     last = tl.minimum(first + share, size)
@@ -65,10 +67,11 @@ def streamed_kernel(
     for start in range(first, last, BLOCK_K):
         if EARLY and RUN:
             turn = (start - first) // BLOCK_K
-            asked = tile * BLOCK_N + tl.arange(0, BLOCK_N // RUN) * RUN + turn % RUN
+            of_run = tl.arange(0, BLOCK_N // RUN) * RUN + turn % RUN
+            asked = tile * HEIGHT + of_run
             ahead = first + (turn // RUN * RUN + LINES) * 64 + tl.arange(0, RUN) * 64
             asked_at = weight_ptr + asked.to(tl.int64)[:, None] * size + ahead[None, :]
-            wanted = (asked < width)[:, None] & (ahead < last)[None, :]
+            wanted = (of_run < HEIGHT)[:, None] & (asked < width)[:, None] & (ahead < last)[None, :]
             prefetches(asked_at.to(tl.int64, bitcast=True), wanted)
             if GATE:
                 asked_at += tl.cast(width, tl.int64) * size
