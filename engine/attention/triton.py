@@ -32,8 +32,8 @@ from engine.triton_dependent import launched_early, lines_of
 
 __all__ = ["TritonAttention"]
 
-_PROGRAMS_PER_PROCESSOR = 2
-"""Keys are split until there are so many programs for each multiprocessor."""
+_MOST_TOGETHER = 2
+"""Of a tile's `together`."""
 
 _MOST_PARTS = 64
 """Parts of a query row's keys; the second kernel holds them all in registers."""
@@ -320,7 +320,7 @@ class TritonAttention:
     def _zeros(self, device: torch.device) -> Tensor:
         """Made once, for graphs to find it where it was; keys are split among few programs only."""
         if self._counts is None:
-            size = self._multiprocessors(device) * _PROGRAMS_PER_PROCESSOR
+            size = self._multiprocessors(device) * _MOST_TOGETHER
             self._counts = torch.zeros(size, dtype=torch.int32, device=device)
         return self._counts
 
@@ -331,7 +331,7 @@ class TritonAttention:
             programs: those of one part.
         """
         processors = self._multiprocessors(device)
-        idle = processors * _PROGRAMS_PER_PROCESSOR // programs
+        idle = processors * tile.together // programs
         shares = min(idle, triton.cdiv(cached, tile.least_keys), _MOST_PARTS - 1)
         return 1 if shares < 2 else shares + 1  # the new rows are a part of their own
 

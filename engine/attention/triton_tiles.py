@@ -69,6 +69,7 @@ class Tile(NamedTuple):
         joins: where keys are split, the last program to finish joins the parts, not a second kernel.
         rotates: whoever loads queries or keys of a tree norms and rotates them, not a kernel before.
         least_keys: cached keys that a part gets at least, where keys are split.
+        together: keys are split until there are so many programs for each multiprocessor.
     """
 
     rows: int
@@ -78,6 +79,7 @@ class Tile(NamedTuple):
     joins: bool = False
     rotates: bool = True
     least_keys: int = 128
+    together: int = 2
 
 
 def block_channels(head_dim: int) -> int:

@@ -240,8 +240,9 @@ def _measured(
     step.compile([runs[0] for tiles in variants.values() for runs in tiles.values()])
     for kind, tiles in variants.items():
         tile = _fastest_in_graph({best[kind]: ways(kind, best[kind]), **tiles}, in_graph)
-        # Nothing that is compiled depends on a part's least keys.
+        # Nothing that is compiled depends on how many parts there are.
         tries = [tile, *(tile._replace(least_keys=keys) for keys in _LEAST_KEYS)]
+        tries += [one._replace(together=1) for one in tries]
         best[kind] = _fastest_in_graph({one: ways(kind, one) for one in tries}, in_graph)
     return best
 

@@ -227,6 +227,15 @@ def test_short_contexts_have_no_parts_that_nobody_fills() -> None:
     assert attention._plan.parts == {None: 6}  # and the new rows'
 
 
+def test_keys_are_split_until_each_multiprocessor_has_its_programs() -> None:
+    step = make_step(Shape((300,), 3, tree=True, kv_heads=2))
+    for together, parts in ((2, 8), (1, 4)):
+        attention = backend(step, 8, least_keys=16, together=together)
+        check(step, attention)
+        assert attention._plan is not None
+        assert attention._plan.parts == {None: parts + 1}  # and the new rows'
+
+
 @pytest.mark.parametrize(("shape", "processors"), [
     (Shape((300,), 33, tree=True, kv_heads=1, group=3), 8),
     (Shape((300, 20, 140), 5, tree=True, computed=(5, 1, 3), group=2, head_dim=96), 8),

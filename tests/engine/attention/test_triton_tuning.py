@@ -75,7 +75,7 @@ CHUNK = Kind(128, chunk=True)
 def last_of_all(kind: Kind) -> Tile:
     """What `slowest_first` chooses."""
     tile = candidates(kind, 64, 2)[-1]
-    return tile if kind.chunk else tile._replace(joins=tile.rows <= 32, least_keys=512)
+    return tile if kind.chunk else tile._replace(joins=tile.rows <= 32, least_keys=512, together=1)
 
 
 def tries(kind: Kind, best: Tile) -> list[Tile]:
@@ -86,7 +86,7 @@ def tries(kind: Kind, best: Tile) -> list[Tile]:
 
 
 def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Tile]) -> None:
-    """The shape, then who rotates and who joins, then the least keys of a part: each with two contexts."""
+    """The shape, then who rotates and who joins, then how many parts there are: each with two contexts."""
     shape = replace(SHAPE, group=1, frequencies=32)
     tiles = tuned_tiles(shape, DEVICE, tmp_path / "new", clock=slowest_first())
     kinds = [*TREES[:4], CHUNK]
@@ -100,7 +100,8 @@ def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Ti
     for kind in TREES[:4]:
         chosen = tries(kind, best[kind])[-1]
         keys = [chosen._replace(least_keys=keys) for keys in (128, 64, 256, 512)]
-        wanted += [tile for tile in (best[kind], *keys) for _ in range(2)]
+        parts = [*keys, *(tile._replace(together=1) for tile in keys)]
+        wanted += [tile for tile in (best[kind], *parts) for _ in range(2)]
     assert measured == wanted
     measured.clear()
     assert tuned_tiles(shape, DEVICE, tmp_path / "new", clock=slowest_first()) == tiles
@@ -152,7 +153,7 @@ def test_both_contexts_decide_together(
 
     monkeypatch.setattr(TritonAttention, "plan", note)
     shapes = [3.0, 2.0, 1.0, 5.0, 5.0, 5.0] + [1.0] * len(candidates(CHUNK, 64, 2))
-    longer = [9.0] * 4
+    longer = [9.0] * 12
     times = iter([*shapes, 2.0, 9.0, *joined, *(time for both in keys for time in both), *longer])
     found = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=lambda run: next(times))
     assert found[Kind(8, chunk=False)] == wanted
@@ -175,8 +176,8 @@ def test_what_rotates_apart_is_measured_with_it(tmp_path: Path, monkeypatch: pyt
     shape = replace(SHAPE, frequencies=32)
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
     shapes = 2 * len(candidates(Kind(8, chunk=False), 64, 2)) + len(candidates(CHUNK, 64, 2))
-    # In two contexts each: as it was, rotated apart, joined, both; then the first with other least keys.
-    assert counts == [0] * shapes + [0, 0, 1, 1, 0, 0, 1, 1] + [0] * 8
+    # In two contexts each: as it was, rotated apart, joined, both; then the first with other least keys, and programs.
+    assert counts == [0] * shapes + [0, 0, 1, 1, 0, 0, 1, 1] + [0] * 16
     assert {int(at) for at in positions} == {triton_tuning._SHORT, triton_tuning._CACHED}
 
 
