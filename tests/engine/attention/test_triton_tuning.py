@@ -176,7 +176,7 @@ def test_what_rotates_apart_is_measured_with_it(tmp_path: Path, monkeypatch: pyt
     shape = replace(SHAPE, frequencies=32)
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
     shapes = 2 * len(candidates(Kind(8, chunk=False), 64, 2)) + len(candidates(CHUNK, 64, 2))
-    # In two contexts each: as it was, rotated apart, joined, both; then the first with other least keys, and programs.
+    # In two contexts each: as it was, rotated apart, joined, both; then the first in other parts.
     assert counts == [0] * shapes + [0, 0, 1, 1, 0, 0, 1, 1] + [0] * 16
     assert {int(at) for at in positions} == {triton_tuning._SHORT, triton_tuning._CACHED}
 
