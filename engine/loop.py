@@ -31,8 +31,9 @@ _STOP_S = 10.0
 
 _REST = 3.0
 """After handing out what steps gave, the event loop lets the engine's thread be for so many times as long as
-that took: both need Python's lock. Steps of a small model at many streams, shorter than it takes to write
-their events, are joined for that; a client sees that its events hold several tokens."""
+that took for streams that go on: both need Python's lock. Steps of a small model at many streams, shorter
+than it takes to write their events, are joined for that; a client sees that its events hold several tokens.
+"""
 
 _MOST_REST_S = 0.02
 
@@ -214,8 +215,8 @@ class EngineLoop:
         """Hand out what the steps since the last time gave, then rest."""
         assert self._event_loop is not None
         began = self._event_loop.time()
-        self._hand_out()
-        rest = min(_REST * (self._event_loop.time() - began), _MOST_REST_S)
+        going_on = self._hand_out()
+        rest = min(_REST * going_on * (self._event_loop.time() - began), _MOST_REST_S)
         if rest >= 0.001:  # a timer's resolution
             self._event_loop.call_later(rest, self._deliver)
             return
@@ -224,8 +225,12 @@ class EngineLoop:
             self._told = True
             self._event_loop.call_soon(self._deliver)
 
-    def _hand_out(self) -> None:
-        """Tokens of several steps are joined for each choice, and each stream is told once."""
+    def _hand_out(self) -> float:
+        """Tokens of several steps are joined for each choice, and each stream is told once.
+
+        Returns:
+            The share of these streams that have not ended.
+        """
         streams, filled = self._streams, []
         while self._outbox:
             for delta in self._outbox.popleft():
@@ -241,6 +246,7 @@ class EngineLoop:
             stream.tell()
         if not streams:
             self._idle.set()
+        return sum([bool(stream.unfinished) for stream in filled]) / max(1, len(filled))
 
     def _die(self, reason: str) -> None:
         """The thread is gone: end every stream with the reason and take nothing more."""

@@ -93,5 +93,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(RequestMiddleware, settings=settings, metrics=context.metrics)
+    intake = context.arrivals.intake
+    app.add_middleware(RequestMiddleware, settings=settings, metrics=context.metrics, intake=intake)
     return app

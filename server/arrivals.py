@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
-__all__ = ["Arrivals", "Intake"]
+__all__ = ["Arrivals", "FewAtATime", "Intake"]
 
 _CALM_S = 0.002
 """A burst has ended when so long no stream was added to it."""
@@ -14,7 +15,26 @@ _CALM_S = 0.002
 _MOST_S = 0.05
 
 _TOGETHER = 8
-"""Requests or responses begun between two looks at what else the event loop has to do."""
+"""Requests or responses begun or ended between two looks at what else the event loop has to do."""
+
+
+class FewAtATime:
+    """Makes calls that can wait, a few in each turn of the event loop, so that what cannot comes between."""
+
+    def __init__(self) -> None:
+        self._calls: deque[Callable[[], None]] = deque()
+
+    def add(self, call: Callable[[], None]) -> None:
+        """Call it soon, behind those that were added before."""
+        if not self._calls:
+            asyncio.get_running_loop().call_soon(self._next)
+        self._calls.append(call)
+
+    def _next(self) -> None:
+        for _ in range(min(_TOGETHER, len(self._calls))):
+            self._calls.popleft()()
+        if self._calls:
+            asyncio.get_running_loop().call_soon(self._next)
 
 
 class Intake:
@@ -27,6 +47,11 @@ class Intake:
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._begun = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests wait for their turn."""
+        return bool(self._waiting)
 
     async def turn(self) -> None:
         """Return when this request may begin: those before it that wait for nothing are in the engine."""
@@ -62,6 +87,8 @@ class Arrivals:
     """
 
     def __init__(self) -> None:
+        self.intake = Intake()
+        self.few = FewAtATime()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._grown = False
         self._since = 0.0
@@ -84,17 +111,15 @@ class Arrivals:
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._grown and loop.time() - self._since < _MOST_S:
+        if (self._grown or self.intake.busy) and loop.time() - self._since < _MOST_S:
             self._grown = False
             loop.call_later(_CALM_S, self._look)
         else:
             self._begin()
 
     def _begin(self) -> None:
-        for _ in range(min(_TOGETHER, len(self._waiting))):
-            _end(self._waiting.popleft())
-        if self._waiting:
-            asyncio.get_running_loop().call_later(0, self._begin)
+        while self._waiting:
+            self.few.add(partial(_end, self._waiting.popleft()))
 
 
 def _end(begin: asyncio.Future[None]) -> None:

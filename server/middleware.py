@@ -36,14 +36,15 @@ class RequestMiddleware:
         app: what to wrap.
         settings: `max_body_bytes` (larger bodies get 413) and `read_timeout` (slower ones 408).
         metrics: where requests are counted.
+        intake: where those that bring a body wait for their turn.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, intake: Intake) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = settings.max_body_bytes
         self._read_timeout = settings.read_timeout
-        self._intake = Intake()
+        self._intake = intake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -38,10 +38,12 @@ MAX_HEAD_BYTES = 64 * 1024
 DIRECT_WRITE = "medusa.write"
 """The ASGI extension that holds a `DirectWrite`."""
 
-DirectWrite = Callable[[bytes], bool]
+DirectWrite = Callable[[bytes, bool], bool]
 """Writes a part of the body of a response that has begun, in the event loop, at once: without a task, and
-without the layers between application and connection, none of which looks at a body. False, and nothing is
-written, where the client reads too slowly or has left; the part is to be sent as usual then."""
+without the layers between application and connection, none of which looks at a body. Its second argument says
+that the part is the last: the client then has the whole response, and the application ends it without
+another. False, and nothing is written, where the client reads too slowly or has left; the part is to be sent
+as usual then."""
 
 log = structlog.stdlib.get_logger("server.connection")
 
@@ -174,10 +176,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def _write(cycle: RequestResponseCycle, part: bytes) -> bool:
+def _write(cycle: RequestResponseCycle, part: bytes, last: bool) -> bool:
     """See `DirectWrite`."""
     free = not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
-    if free and cycle.chunked_encoding and part:
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
-        return True
-    return False
+    if not (free and cycle.chunked_encoding and part):
+        return False
+    chunk = b"%x\r\n%b\r\n" % (len(part), part)
+    if last:
+        chunk += b"0\r\n\r\n"
+        cycle.chunked_encoding, cycle.expected_content_length = False, 0  # or its end would be written twice
+    cycle.transport.write(chunk)
+    return True

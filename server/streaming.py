@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from engine.errors import EngineStoppedError, StepError
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
-from server.arrivals import Arrivals
+from server.arrivals import Arrivals, FewAtATime
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
 from server.metrics import FinishedReason
@@ -392,7 +392,7 @@ class EventStream(Response):
         try:
             await self._arrivals.over(self._generation.listen)
             write = scope.get("extensions", {}).get(DIRECT_WRITE)
-            await _Begun(self._generation, self._events(), write)(scope, receive, send)
+            await _Begun(self._generation, self._events(), write, self._arrivals.few)(scope, receive, send)
         finally:
             self._generation.close()
 
@@ -401,17 +401,22 @@ class _Begun(EventSourceResponse):
     """The response of an `EventStream`.
 
     Where the server has `DIRECT_WRITE`, events are written in the call that brings what they tell. The base
-    class's task, elsewhere woken for each, then sends what is left: the first, the last, those that take
-    long to write, and those of a client that reads slowly.
+    class's task, elsewhere woken for each, then sends what is left: the first, those that take long to write,
+    and those of a client that reads slowly. When the last are written it has to clear up, which takes longer
+    than to write them: `few` of many that end together at a time.
     """
 
-    def __init__(self, generation: Pieces, events: Events, write: DirectWrite | None) -> None:
+    def __init__(
+        self, generation: Pieces, events: Events, write: DirectWrite | None, few: FewAtATime
+    ) -> None:
         super().__init__(
             self._left(), sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
         )
         self._generation = generation
         self._events = events
         self._write = write
+        self._few = few
+        self._whole = False  # the client has all of it
 
     async def _left(self) -> AsyncIterator[bytes]:
         """The events that are left to the base class."""
@@ -432,19 +437,29 @@ class _Begun(EventSourceResponse):
         left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         events, write = self._events, self._write
 
+        def end() -> None:
+            if not left.done():  # its client may have left
+                left.set_result(b"")
+
         def push() -> None:
-            if left.done():
+            if left.done() or self._whole:
                 return  # the task is on its way
             data = events.take()
-            if events.ended or events.slow or (data and (write is None or not write(data))):
-                left.set_result(data)
+            written = write is not None and write(data, events.ended)
+            if written and events.ended:
+                self._whole = True
+                self._few.add(end)
+            elif events.ended or events.slow or (data and not written):
+                left.set_result(b"" if written else data)
 
         self._generation.listen(push)
         return await left
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        """The base class opens a cancel scope for each event, also where no timeout is set, as here."""
-        await send(message)
+        """The base class opens a cancel scope for each event, also where no timeout is set, as here; and
+        pings for as long as its task is there."""
+        if not self._whole:
+            await send(message)
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -134,6 +134,20 @@ def test_the_event_loop_rests_after_it_has_handed_out(
     run(tiny, body)
 
 
+def test_the_event_loop_does_not_rest_after_ends(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest_for(monkeypatch, 1.0)
+
+    async def body(engine: EngineLoop) -> None:
+        await collect(engine, greedy("a", [1], 3))
+        asked = time.monotonic()
+        stream = engine.submit(endless("b"))
+        await anext(aiter(stream))
+        assert time.monotonic() - asked < 0.5
+        await stream.aclose()
+
+    run(tiny, body)
+
+
 def test_what_a_thread_gave_before_it_died_is_not_lost(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from server.arrivals import Arrivals, Intake
+from server.arrivals import Arrivals, FewAtATime, Intake
 from tests.server.conftest import RunningServer
 
 
@@ -116,3 +117,34 @@ def test_requests_take_their_turn(hello: RunningServer, monkeypatch: pytest.Monk
     monkeypatch.setattr(Intake, "turn", noted)
     assert hello.events()[-1] == "[DONE]"
     assert turns == [1]
+
+
+def test_calls_that_can_wait_leave_room_for_others() -> None:
+    async def main() -> None:
+        few, made = FewAtATime(), list[int]()
+        for number in range(20):
+            few.add(partial(made.append, number))
+        seen = []
+        while len(made) < 20:
+            seen.append(len(made))
+            await asyncio.sleep(0)
+        assert seen == [0, 8, 16]
+        assert made == [*range(20)]
+        few.add(partial(made.append, 20))
+        await asyncio.sleep(0)
+        assert made[-1] == 20
+
+    asyncio.run(main())
+
+
+def test_no_response_begins_while_requests_wait_for_their_turn() -> None:
+    async def main() -> None:
+        arrivals = Arrivals()
+        first = asyncio.create_task(arrivals.over(_never))
+        arrivals.intake._waiting.append(asyncio.get_running_loop().create_future())
+        await asyncio.sleep(0.02)
+        assert not first.done()
+        arrivals.intake._waiting.clear()
+        await asyncio.wait_for(first, 5)
+
+    asyncio.run(main())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from engine.fake import FakeEngine
 from server import protocol, streaming
+from server.arrivals import FewAtATime
 from server.protocol import MAX_HEAD_BYTES
 from tests.server.conftest import TEXT, RunningServer, Serve, chat_body, endless, ids, says, wait_until
 
@@ -212,18 +214,54 @@ def test_events_are_the_same_with_and_without_direct_writes(
     server = serve(engine)
     write, written = protocol._write, []
 
-    def counted(cycle: Any, part: bytes) -> bool:
-        written.append(part)
-        return write(cycle, part)
+    def counted(cycle: Any, part: bytes, last: bool) -> bool:
+        written.append(last)
+        return write(cycle, part, last)
 
     monkeypatch.setattr(protocol, "_write", counted)
     options = {"stream_options": {"include_usage": True}, **body}
     direct = told(server.events(**options))
     assert len(written) > 3
+    assert [last for last in written if last] == written[-1:], "and the end of the response with the last"
     written.clear()
     monkeypatch.setattr(streaming, "DIRECT_WRITE", "absent")
     assert told(server.events(**options)) == direct
     assert written == []
+
+
+def test_what_follows_an_end_that_is_written_early(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No ping, while the response's task has still to clear up; then the connection's next request."""
+    monkeypatch.setattr(streaming.EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.01)
+    add, held = FewAtATime.add, threading.Event()
+
+    def late(self: FewAtATime, call: Callable[[], None]) -> None:
+        if getattr(call, "__name__", "") == "end":
+            held.set()
+        asyncio.get_running_loop().call_later(0.2, add, self, call)
+
+    server = serve(FakeEngine(says("Hello", size=1), step_s=0.03, vocab_size=TEXT.vocab_size))
+    monkeypatch.setattr(FewAtATime, "add", late)
+    body = json.dumps(chat_body(stream=True)).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+    ).encode()
+    with connection(server) as raw:
+        raw.sendall(head + b"\r\n" + body)
+        first = b""
+        while not first.endswith(b"0\r\n\r\n"):
+            first += raw.recv(65536)
+        assert held.is_set()
+        raw.sendall(head + b"Connection: close\r\n\r\n" + body)
+        second = rest(raw)
+    for answer in (first, second):
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"data: [DONE]") == answer.count(b"\r\n0\r\n\r\n") == 1
+    assert b"ping" not in first.partition(b"[DONE]")[2]
+    assert second.endswith(b"0\r\n\r\n")
+    assert "request_failed" not in caplog.text
 
 
 def told(events: list[Any]) -> Any:
