@@ -20,11 +20,14 @@ _LEAST_PASS = 0.25
 class TreeChooser(Protocol):
     """Decides how many nodes each sequence of a decode step verifies."""
 
-    def choose(self, sequences: list[Sequence]) -> None:
+    def choose(self, sequences: list[Sequence], others_wait: bool, /) -> None:
         """Set `head_nodes` and `lookup_nodes` of every sequence.
 
         The nodes of all, roots counted, stay within the scheduler's `max_step_tokens`, those of one
         within its `max_tree_nodes`.
+
+        Args:
+            others_wait: for a slot, or for blocks.
         """
 
 
@@ -301,7 +304,7 @@ class Scheduler:
             for sequence in ready:
                 sequence.head_nodes = sequence.lookup_nodes = 0
         elif ready:
-            self._chooser.choose(ready)
+            self._chooser.choose(ready, bool(self.waiting))
             self._check_trees(ready)
 
     def _check_trees(self, sequences: list[Sequence]) -> None:

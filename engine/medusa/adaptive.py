@@ -1,4 +1,5 @@
-"""Which tree now: the nodes that make the most tokens per second of this batch on this device.
+"""Which tree now: the nodes that make the most tokens per second of this batch on this device; where steps
+are captured, those that let its requests end soonest.
 
 Three things are known about a step before it runs: what it will take (`step_times`), how often each node
 of the heads' tree has been accepted, and how often a lookup chain of this kind came true, in all sequences
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
+from engine.medusa.choice_captured import choose_captured
 from engine.medusa.choice_kernels import Costs, choose, predict, promise
 from engine.medusa.records import HeadRecord, LookupRecord
 from engine.medusa.step_times import StepTimes
@@ -66,15 +68,37 @@ _FORGET = 0.0001
 _NO_REACH = np.zeros((1, 1))
 """Of no heads."""
 
+_FORESEEN = 256.0
+"""Tokens of an answer that are reckoned with: a bound of thousands says little of how long it will be."""
+
 
 class _Taken(NamedTuple):
-    """What `choice_kernels.choose` gives."""
+    """What `choose_captured` gives, and `choose`, where an option is a size of the heads' branch for all."""
 
     choice: int
     plain: Array
     seconds: Array
+    heads: Counts
     counts: Counts
     added: Array
+
+
+class _Batch(NamedTuple):
+    """What is known of the sequences of a step.
+
+    Args:
+        context: tokens of the longest.
+        states: see `choice_kernels.survival`.
+        own: [B], see `HeadRecord.own`.
+        left: [B] tokens that each may still emit, see `choice_captured.worth`.
+        others_wait: for their slots.
+    """
+
+    context: int
+    states: Array
+    own: Array
+    left: Array
+    others_wait: bool
 
 
 class TreeCaps:
@@ -92,12 +116,14 @@ class TreeCaps:
             for bound in range(deepest + 1)
         ]
 
-    def apply(self, sequences: SequenceOf[Sequence], head_nodes: int, lookup_nodes: SequenceOf[int]) -> None:
+    def apply(
+        self, sequences: SequenceOf[Sequence], head_nodes: SequenceOf[int], lookup_nodes: SequenceOf[int]
+    ) -> None:
         """Set each sequence's nodes for this step to these, or to fewer."""
-        for sequence, lookup in zip(sequences, lookup_nodes, strict=True):
+        for sequence, heads, lookup in zip(sequences, head_nodes, lookup_nodes, strict=True):
             # The last token is the draw at the path's end.
             useful = sequence.max_total - len(sequence.token_ids) - sequence.in_flight - 1
-            heads, cap = head_nodes, sequence.request.medusa.max_tree_size
+            cap = sequence.request.medusa.max_tree_size
             if useful < len(self._first_deeper):
                 heads = min(heads, self._first_deeper[useful])
             if lookup:
@@ -132,13 +158,14 @@ class FixedTree:
         self._most_heads = heads.size - 1 if heads is not None else 0
         self._caps = TreeCaps([len(path) for path in heads.paths] if heads is not None else [])
 
-    def choose(self, sequences: list[Sequence]) -> None:
+    def choose(self, sequences: list[Sequence], _others_wait: bool = False, /) -> None:
         """Set each sequence's nodes."""
         nodes = min(self._size, max(1, self._max_step_tokens // len(sequences))) - 1
         if self._buckets is not None:
             nodes = min(nodes, self._buckets.most_nodes(len(sequences)) - 1)
         lookup = min(self._lookup, nodes // 3 if self._most_heads else nodes)
-        self._caps.apply(sequences, min(self._most_heads, nodes - lookup), [lookup] * len(sequences))
+        heads, batch = min(self._most_heads, nodes - lookup), len(sequences)
+        self._caps.apply(sequences, [heads] * batch, [lookup] * batch)
 
 
 @dataclass(slots=True)
@@ -192,11 +219,13 @@ class Expected:
         plain_s: seconds that plain decoding would take.
         draft_s: seconds of drafting.
         beyond: tokens that the lookup adds to the heads' where their chances are multiplied.
+        slots: [B] int64, of its sequences; None where nothing is chosen.
     """
 
     plain_s: float = 0.0
     draft_s: float = 0.0
     beyond: float = 0.0
+    slots: Counts | None = None
 
 
 class AdaptiveTree:
@@ -235,59 +264,65 @@ class AdaptiveTree:
         # are right the chain often is too, which multiplying their chances overlooks.
         self._beyond = _UNKNOWN_BEYOND.copy()
         self._batch, self._outside = 0, 0.0
+        self._where: tuple[list[int], list[Sequence], Counts] = [], [], np.zeros(0, dtype=np.int64)
         self.expected = Expected()
         """Of the step chosen last."""
         # Compile it now, not under the first request.
-        self._search(times.costs(1, 1, max_step_tokens), 1, 1, np.zeros((1, 3)))
+        one = _Batch(1, np.zeros((1, 3)), np.ones(1), np.ones(1), False)
+        self._search(times.costs(1, 1, max_step_tokens), one)
 
     @property
     def explored_steps(self) -> int:
         return self._for_nodes.steps + self._for_times.steps
 
-    def choose(self, sequences: list[Sequence]) -> None:
-        """Set each sequence's nodes for the most expected tokens per second of this batch."""
-        batch = len(sequences)
-        self._batch, self._outside = batch, 0.0
+    def choose(self, sequences: list[Sequence], others_wait: bool = False, /) -> None:
+        """Set each sequence's nodes; see `TreeChooser.choose`."""
+        self._batch, self._outside = len(sequences), 0.0
         context = max([sequence.num_cached for sequence in sequences])
         states = self._lookup.states([sequence.lookup for sequence in sequences])
-        costs = self._times.costs(batch, context, self._max_step_tokens)
-        choice, counts, added, plain_s = self._search(costs, batch, context, states)
-        head_nodes = int(self._sizes[choice])
-        self._caps.apply(sequences, head_nodes, counts.tolist())
+        slots = self._seated(sequences)
+        own = self._heads.own(slots) if self._heads is not None else np.ones(len(sequences))
+        remaining = np.array([s.max_total - len(s.token_ids) for s in sequences], dtype=np.float64)
+        left = _FORESEEN * -np.expm1(remaining / -_FORESEEN)
+        costs = self._times.costs(len(sequences), context, self._max_step_tokens)
+        taken = self._search(costs, _Batch(context, states, own, left, others_wait))
+        self._caps.apply(sequences, taken.heads.tolist(), taken.counts.tolist())
         # From here on by what the caps have left of it.
         nodes, beyond = max([sequence.head_nodes for sequence in sequences]), 0.0
-        if nodes and counts.any():
-            left = np.array([sequence.lookup_nodes for sequence in sequences])
-            beyond = float(added[np.arange(added.shape[1]) < left[:, None]].sum())
+        if nodes and taken.counts.any():
+            with_heads = [s.lookup_nodes if s.head_nodes else 0 for s in sequences]
+            beyond = float(taken.added[np.arange(taken.added.shape[1]) < np.array(with_heads)[:, None]].sum())
         draft_s = float(costs.drafts[np.searchsorted(self._sizes, nodes)])
-        self.expected = Expected(plain_s, draft_s, beyond)
+        self.expected = Expected(float(taken.seconds[0]), draft_s, beyond, slots)
 
-    def _search(
-        self, costs: Costs, batch: int, context: int, states: Array
-    ) -> tuple[int, Counts, Array, float]:
-        """What to take.
+    def _seated(self, sequences: list[Sequence]) -> Counts:
+        """[B] int64: their slots, which the record knows as theirs. Mostly they are the last step's."""
+        where = [sequence.slot for sequence in sequences]
+        if where != self._where[0] or sequences != self._where[1]:
+            self._where = where, sequences, np.array(where)
+            if self._heads is not None:
+                self._heads.seat(self._where[2], [sequence.arrival for sequence in sequences])
+        return self._where[2]
 
-        Args:
-            states: see `choice_kernels.survival`.
-
-        Returns:
-            The index of the size; [B] the lookup nodes beside it; [B, D] see `choice_kernels.beside`; seconds
-            of plain decoding.
-        """
+    def _search(self, costs: Costs, batch: _Batch) -> _Taken:
+        """What to take."""
         reach = self._heads.reach() if self._heads is not None else _NO_REACH
         beyond = float(self._beyond[0] / self._beyond[1])
-        bounds = _CHAIN_DEPTHS if batch > 1 and self._times.widens(batch, context) else _ANY_DEPTH
-        heads = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
+        known = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
+        count, odds = len(batch.states), self._lookup.odds
 
         def take(costs: Costs, forced: int = -1) -> _Taken:
-            return _Taken(*choose(costs, self._lookup.odds, states, *heads, forced, bounds))
+            if self._times.captured:
+                _, states, *aim = batch
+                return _Taken(*choose_captured(costs, odds, states, *aim, *known, forced))
+            bounds = _CHAIN_DEPTHS if count > 1 and self._times.widens(count, batch.context) else _ANY_DEPTH
+            choice, plain, seconds, *rest = choose(costs, odds, batch.states, *known, forced, bounds)
+            return _Taken(choice, plain, seconds, np.full(count, self._sizes[choice]), *rest)
 
         usual = take(costs)
         self._current = usual.choice
-        taken = self._try_for_times(usual, take, costs, context)
-        if taken is usual:
-            taken = self._try_for_nodes(usual, take, costs)
-        return taken.choice, taken.counts, taken.added, float(usual.seconds[0])
+        taken = self._try_for_times(usual, take, costs, batch.context)
+        return taken if taken is not usual else self._try_for_nodes(usual, take, costs)
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
         """Tokens per second that each size of the heads' tree, root counted, promises now, without lookup.
@@ -328,17 +363,13 @@ class AdaptiveTree:
         self._for_times.earn(seconds)
         if self._heads is None:
             return
-        nodes = max(shape.head_nodes for shape in alike)
         if expected.beyond == 0.0:  # nothing is learned: forget, or no chain beside heads is ever tried again
             self._beyond += _FORGET * (_UNKNOWN_BEYOND - self._beyond)
         else:
             self._count_beyond(shapes, accepted, expected.beyond)
-        if nodes == 0:
-            return
-        whole = accepted
-        if len(alike) > 1:
-            whole = [mask for shape, mask in zip(shapes, accepted, strict=True) if shape.head_nodes == nodes]
-        self._heads.observe(nodes, whole)
+        if expected.slots is not None and any(shape.head_nodes for shape in alike):
+            nodes = [shape.head_nodes for shape in shapes] if len(alike) > 1 else shapes[0].head_nodes
+            self._heads.observe(np.full(batch, nodes), accepted, expected.slots)
 
     def observe_outside(self, seconds: float, *, last: bool) -> None:
         """Add to what the step chosen last takes besides; with the `last` part of it, learn the sum."""
@@ -352,7 +383,7 @@ class AdaptiveTree:
         beyond = 0
         for shape, mask in zip(shapes, accepted, strict=True):
             bits = mask & 0xFFFF_FFFF_FFFF_FFFF
-            if not (in_chain := bits >> 1 + shape.head_nodes):
+            if not shape.head_nodes or not (in_chain := bits >> 1 + shape.head_nodes):
                 continue
             chain, by_heads = in_chain.bit_count(), 0
             heads = (bits & (1 << 1 + shape.head_nodes) - 1) >> 1
@@ -400,6 +431,8 @@ class AdaptiveTree:
         if budget.due < 1.0 - 1e-9:
             return usual
         fits = np.flatnonzero(usual.plain > 0)
+        if self._times.captured:
+            fits = fits[fits % 2 == 1]  # in which the heads draft
         larger, smaller = fits[fits > choice], fits[fits < choice]
         # In turn the next size, the largest and the size before: whether to grow, all nodes, and what the
         # first ones bring alone.
@@ -419,17 +452,17 @@ class AdaptiveTree:
 
     def _rows(self, taken: _Taken) -> float:
         """Rows that are computed."""
-        nodes = 1 + int(self._sizes[taken.choice])
-        rows = nodes * len(taken.counts) + int(taken.counts.sum())
-        return self._times.rows(len(taken.counts), rows, nodes + int(taken.counts.max()))
+        nodes = 1 + taken.heads + taken.counts
+        return self._times.rows(len(nodes), int(nodes.sum()), int(nodes.max()))
 
     def _lost(self, costs: Costs, tried: _Taken, usual: _Taken) -> float:
         """Seconds expected of a step to try, less those in which the usual one makes as many tokens."""
         seconds, tokens = [], []
         for taken in (tried, usual):
-            heads = float(self._heads.reach()[taken.choice].sum()) if self._heads is not None else 0.0
+            sizes = np.searchsorted(self._sizes, taken.heads)
+            heads = float(self._heads.reach()[sizes].sum()) if self._heads is not None else 0.0
             lookup = sum(row[:count].sum() for row, count in zip(taken.added, taken.counts, strict=True))
-            tokens.append(len(taken.counts) * (1.0 + heads) + lookup)
+            tokens.append(len(taken.counts) + heads + lookup)
             body = predict(costs.rows, costs.seconds, self._rows(taken))
-            seconds.append(body + costs.drafts[taken.choice] + costs.outside)
+            seconds.append(body + costs.drafts[sizes.max()] + costs.outside)
         return max(0.0, float(seconds[0] - tokens[0] / tokens[1] * seconds[1]))

@@ -1,4 +1,4 @@
-"""The arithmetic behind the choice of the tree, compiled.
+"""The arithmetic behind the choice of the trees of steps that are not captured, compiled.
 
 It runs before every step, when a step has just streamed the weights through the caches: as sixty operators
 on small arrays it takes five times as long as when measured by itself, and plain decoding pays for it.
@@ -106,22 +106,45 @@ def reach(hits: Array, trials: Array, parents: Counts, depths: Counts, sizes: Co
 
 @njit(**_JIT)
 def count_accepted(
-    hits: Array, trials: Array, parents: Counts, nodes: int, masks: NDArray[np.uint64], decay: float
+    hits: Array,
+    trials: Array,
+    parents: Counts,
+    depths: Counts,
+    nodes: Counts,
+    masks: NDArray[np.uint64],
+    decay: float,
+    own: Array,
+    slots: Counts,
+    own_decay: float,
 ) -> None:
-    """Count trees of the first `nodes` nodes of the heads' in `hits` and `trials`, see `reach`.
+    """Count trees in `hits` and `trials`, and in `own`, see `reach` and `HeadRecord.own`.
 
     Args:
-        masks: bits of the accepted nodes, the root's the lowest.
+        nodes: [B] int64, how many of the heads' first ones each has.
+        masks: [B], bits of the accepted nodes, the root's the lowest.
         decay: what is left of what was known, a trial later.
+        own: [slots, 2] tokens that came true of each slot's trees, and tokens that should have.
+        slots: [B] int64, of the trees.
+        own_decay: what is left of the latter, a step later.
     """
-    found = np.zeros(nodes + 1)
-    for mask in masks:
-        for i in range(nodes + 1):
-            found[i] += (mask >> np.uint64(i)) & np.uint64(1)
-    for i in range(nodes):
-        tried = found[parents[i]]
-        left = decay**tried
-        hits[i], trials[i] = left * hits[i] + found[i + 1], left * trials[i] + tried
+    most = nodes.max()
+    found, tried, chances, promised = np.zeros(most), np.zeros(most), np.ones(most + 1), np.zeros(most + 1)
+    for i in range(most):
+        chances[i + 1] = chances[parents[i]] * (hits[i] / trials[i])
+        promised[i + 1] = promised[i] + chances[i + 1]
+    for b in range(nodes.size):
+        deepest = 0
+        for i in range(nodes[b]):
+            tried[i] += (masks[b] >> np.uint64(parents[i])) & np.uint64(1)
+            if (masks[b] >> np.uint64(i + 1)) & np.uint64(1):
+                found[i] += 1.0
+                deepest = max(deepest, depths[i])
+        if nodes[b]:
+            own[slots[b], 0] = own_decay * own[slots[b], 0] + deepest
+            own[slots[b], 1] = own_decay * own[slots[b], 1] + promised[nodes[b]]
+    for i in range(most):
+        left = decay ** tried[i]
+        hits[i], trials[i] = left * hits[i] + found[i], left * trials[i] + tried[i]
 
 
 @njit(**_JIT)
@@ -201,9 +224,7 @@ def _rate(costs: Costs, batch: int, choice: int, tokens: float, rows: float, lar
 
 @njit(**_JIT)
 def _least_slope(costs: Costs) -> float:
-    """Seconds that each further row takes at least; 0 where captured steps have rows to fill."""
-    if costs.grid_nodes.size > 0:
-        return 0.0
+    """Seconds that each further row takes at least."""
     least = np.inf
     for i in range(1, costs.rows.size):
         if i > 1 and costs.rows[i - 1] >= costs.most_rows:
@@ -211,37 +232,6 @@ def _least_slope(costs: Costs) -> float:
         slope = (costs.seconds[i] - costs.seconds[i - 1]) / (costs.rows[i] - costs.rows[i - 1])
         least = min(least, slope)
     return least
-
-
-@njit(**_JIT)
-def _best_captured(
-    costs: Costs, added: Array, left: float, heads: int, choice: int, tokens: float, best: float
-) -> tuple[float, int, int, Array, Counts]:
-    """`_best` where a step takes what its bucket takes: within a depth, every node comes for nothing.
-
-    Args:
-        added: `beside`; left: what is left of it.
-        tokens: without chains; best: the rate that they have to beat.
-    """
-    B, D = added.shape
-    within = 0
-    for d in range(D):
-        gain = 0.0
-        for b in range(B):
-            gain += left * added[b, d]
-        if gain <= 0.0:
-            break
-        tokens += gain
-        rate = _rate(costs, B, choice, tokens, B * (2.0 + heads + d), 2.0 + heads + d)
-        if rate > best:
-            best, within = rate, d + 1
-    gains, nodes, count = np.empty(B * within), np.empty(B * within, dtype=np.int64), 0
-    for d in range(within):
-        for b in range(B):
-            if added[b, d] > 0.0:
-                gains[count], nodes[count] = left * added[b, d], b * D + d
-                count += 1
-    return best, count, within, gains[:count], nodes[:count]
 
 
 @njit(**_JIT)
@@ -264,10 +254,6 @@ def _best(
     first_tokens, first_rows = B * (1.0 + reach.sum()), float(B * (1 + heads))
     best, count, within = _rate(costs, B, choice, first_tokens, first_rows, 1.0 + heads), 0, 0
     left = beyond if heads else 1.0
-    if costs.grid_nodes.size > 0:
-        if heads == 0:
-            best *= margin
-        return _best_captured(costs, beside(chains, reach), left, heads, choice, first_tokens, best)
     least = best * _least_slope(costs)  # a node that adds less makes any rate that is better than this worse
     gains, nodes = _gains(chains, reach, left, least, int(costs.most_rows))
     if heads == 0:
@@ -323,7 +309,7 @@ def choose(
     """The size of the heads' branch, and the lookup nodes beside it, of the most tokens per second.
 
     Args:
-        costs: of this batch.
+        costs: of this batch, of steps that are not captured.
         odds, states: see `survival`.
         sizes: [C] int64, nodes.
         reach: [C, depth], the chance that some node of each depth is accepted.

@@ -16,7 +16,7 @@ class Nodes:
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
 
-    def choose(self, sequences: list[Sequence]) -> None:
+    def choose(self, sequences: list[Sequence], _others_wait: bool, /) -> None:
         for seq in sequences:
             seq.head_nodes, seq.lookup_nodes = self.nodes - 1, 0
 
@@ -225,7 +225,7 @@ def test_trees_are_given_up_before_anyone_is_preempted() -> None:
 
 def test_the_chooser_may_give_each_sequence_its_own_tree() -> None:
     class Own:
-        def choose(self, sequences: list[Sequence]) -> None:
+        def choose(self, sequences: list[Sequence], _others_wait: bool, /) -> None:
             for seq in sequences:
                 seq.head_nodes, seq.lookup_nodes = seq.arrival, 1
 
@@ -237,6 +237,22 @@ def test_the_chooser_may_give_each_sequence_its_own_tree() -> None:
     assert [seq.num_nodes for seq in plan.decode] == [2, 3, 4]
     for seq in plan.decode:
         assert len(seq.blocks) * BLOCK >= seq.num_cached + seq.num_nodes
+
+
+def test_the_chooser_is_told_who_waits() -> None:
+    told = []
+
+    class Told(Nodes):
+        def choose(self, sequences: list[Sequence], others_wait: bool, /) -> None:
+            told.append(([seq.arrival for seq in sequences], others_wait))
+            super().choose(sequences, others_wait)
+
+    scheduler = make(chooser=Told(1), max_num_seqs=1)
+    for arrival in range(2):
+        scheduler.add(sequence(arrival, 3, 3))
+    while scheduler.has_work:
+        advance(scheduler)
+    assert told == [([0], True)] * 2 + [([1], False)] * 2
 
 
 @pytest.mark.parametrize(("nodes", "bound"), [(17, 64), (9, 8)])

@@ -48,7 +48,7 @@ class Serving(RuleBasedStateMachine):
         self.admitted: set[Sequence] = set()
         self.arrivals = self.queried = self.hits = 0
 
-    def choose(self, sequences: list[Sequence]) -> None:
+    def choose(self, sequences: list[Sequence], _others_wait: bool, /) -> None:
         spare = self.step_tokens - len(sequences)
         for seq in sequences:
             extra = self.random.randint(0, min(spare, self.NODES - 1))

@@ -21,6 +21,14 @@ PATHS = [[0], [0, 0], [1], [0, 0, 0]]
 ACCEPTED = [0.5, 0.25, 0.2, 0.1]
 
 
+def record_of_two(accepted: list[float] | None) -> HeadRecord:
+    """With sequences in slots 0 and 1."""
+    record = HeadRecord(Tree.from_paths(PATHS), accepted)
+    record.seat(np.arange(2), [0, 1])
+    assert record.own(np.arange(2)).tolist() == [1.0, 1.0]
+    return record
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_random_heads(tmp_path / "medusa_lm_head.safetensors", hidden=32, vocab=61)
@@ -79,21 +87,21 @@ def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_what_is_served_corrects_the_table() -> None:
-    record = HeadRecord(Tree.from_paths(PATHS), ACCEPTED)
+    record = record_of_two(ACCEPTED)
     # Sizes 0 and 1, 2, 3, 4 nodes; at depth 1 the first and third node.
     np.testing.assert_allclose(record.reach()[:, 0], [0.0, 0.5, 0.5, 0.7, 0.7])
     for _ in range(2000):
-        record.observe(4, [0b11])
+        record.observe(np.array([4]), [0b11], np.arange(1))
     assert record.reach()[-1, 0] == pytest.approx(0.99, abs=0.01)
     assert record.reach()[-1, 1] == pytest.approx(0.0, abs=0.01)
 
 
 def test_what_is_learned_of_a_node_holds_for_those_below_it() -> None:
     """Heads that are always right where they are verified: the third node of the chain never was."""
-    record = HeadRecord(Tree.from_paths(PATHS))
+    record = record_of_two(None)
     before = record.reach()[-1].copy()
     for _ in range(200):
-        record.observe(2, [0b111])
+        record.observe(np.array([2]), [0b111], np.arange(1))
     after = record.reach()[-1]
     assert after[0] == pytest.approx(0.98, abs=0.02)
     assert after[1] == pytest.approx(0.98, abs=0.02)
@@ -102,10 +110,25 @@ def test_what_is_learned_of_a_node_holds_for_those_below_it() -> None:
     assert before[2] == pytest.approx(0.8 * 0.8 * 0.95 * hoped)
     assert after[2] == pytest.approx(hoped * after[1], rel=0.01)
     for _ in range(300):
-        record.observe(4, [0b1, 0b1])  # always wrong from here on; of the lower ones nothing is seen
+        # Always wrong from here on; of the lower ones nothing is seen.
+        record.observe(np.array([4, 4]), [0b1, 0b1], np.arange(2))
     assert record.reach()[-1] == pytest.approx([0.0, 0.0, 0.0], abs=0.1)
 
 
 def test_a_calibration_is_read_as_shares_of_the_parents() -> None:
     record = HeadRecord(Tree.from_paths(PATHS), ACCEPTED)
     np.testing.assert_allclose(record.reach()[-1], [0.7, 0.25, 0.1])
+
+
+def test_what_a_sequences_own_drafts_are_worth() -> None:
+    """At first what all are; then by what was expected of them and came, until another has the slot."""
+    record = record_of_two(ACCEPTED)
+    for _ in range(100):
+        record.observe(np.array([4, 2]), [0b1, 0b111], np.arange(2))  # never; two tokens each time
+    useless, good = record.own(np.arange(2))
+    assert useless < 0.5
+    assert good > 1.2
+    record.observe(np.array([0, 0]), [0b1, 0b1], np.arange(2))  # they drafted nothing: nothing is known
+    assert record.own(np.arange(2)).tolist() == [useless, good]
+    record.seat(np.array([1, 0, 5]), [1, 7, 8])
+    assert record.own(np.array([1, 0, 5])).tolist() == [good, 1.0, 1.0]
