@@ -1,0 +1,80 @@
+"""The virtual clock on a tiny model: what is replayed is what the engine itself does."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from benchmarks.virtual_clock import Times, VirtualEngine, compare, record, run_empty, streams
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import Loaded, load
+from engine.types import Request, SamplingParams
+from tests.engine.conftest import TinyModel
+
+PROMPTS = [(1, 2, 3, 4), (5, 6, 5), (2, 2, 7, 1, 3), (7,)]
+TIMES = Times({1: (1.0, 1.1, 1.2, 1.3), 4: (2.0, 2.2, 2.6, 3.4)}, context=0, per_token=0.001)
+TOKENS = 24
+
+
+def loaded(model: TinyModel, tree: int | str, **settings: Any) -> Loaded:
+    drafts = {"heads": str(model.heads), "lookup": 2 if tree == 8 else "on"} if tree != "off" else {}
+    values = {"max_num_seqs": 4, "kv_cache_tokens": 2048, "block_size": 4, "device": "cpu", "tree": tree}
+    return load(EngineConfig(model=str(model.folder), **(values | drafts | settings)), progress=False)
+
+
+@pytest.mark.parametrize("tree", [8, "off"])
+def test_what_is_replayed_is_what_the_engine_does(narrow: TinyModel, tree: int | str) -> None:
+    """Token by token and step by step, with heads and lookup."""
+    records = record(loaded(narrow, tree), PROMPTS, TOKENS + 40)
+    virtual = VirtualEngine(loaded(narrow, tree), records, TIMES)
+    outputs = []
+    for engine in (Engine(loaded(narrow, tree)), virtual):
+        texts: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+        for i, prompt in enumerate(PROMPTS):
+            sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+            engine.add(Request(str(i), prompt, sampling))
+        while engine.has_work:
+            for delta in engine.step():
+                texts[delta.request_id] += delta.token_ids
+        engine.check()
+        outputs.append((texts, engine.stats.acceptance_counts, engine.stats.accepted_by_source))
+    assert outputs[0] == outputs[1]
+    assert (tree == "off") == (sum(outputs[0][1][2:]) == 0)
+
+
+def test_the_clock_is_the_sum_of_what_steps_take(narrow: TinyModel) -> None:
+    records = record(loaded(narrow, "off"), PROMPTS, TOKENS + 40)
+    engine = VirtualEngine(loaded(narrow, "off"), records, TIMES)
+    (ended,) = run_empty(engine, PROMPTS[:1], 3)
+    steps = sum(TIMES.step_s(1, 1, heads=False, context=context) for context in (4, 5))
+    assert ended == pytest.approx(TIMES.prompts_s(4) + steps)
+    before, prefilled = engine.clock_s, engine.prefill_s
+    rate = streams(engine, PROMPTS * 2, 4, 3)
+    # Eight prompts in two rounds of two steps; every first token is a prompt's pass's.
+    assert rate == pytest.approx(16 / (engine.clock_s - before - (engine.prefill_s - prefilled)))
+    assert engine.nodes == [1] * 6
+    assert not engine.has_work
+    engine.check()
+
+
+def test_trees_are_measured_and_compared_by_the_table(narrow: TinyModel) -> None:
+    """Where nodes cost next to nothing and drafts come true, and where a node costs a step."""
+    gains = []
+    for last in (1.0, 8.0):
+        cheap_or_dear = Times({1: (1.0, *[last] * 5), 4: (1.0, *[last] * 5)}, draft_ms=0.0)
+        records = record(loaded(narrow, "auto"), PROMPTS, TOKENS + 40)
+        engines = {
+            tree: VirtualEngine(loaded(narrow, tree, tree_file=None), records, cheap_or_dear)
+            for tree in ("auto", "off")
+        }
+        args = argparse.Namespace(batches=[4], rounds=3, new_tokens=TOKENS, seed=0)
+        empty, streamed = compare(engines, PROMPTS, args)
+        assert (empty["load"], streamed["load"]) == ("runs empty", "streams")
+        gains.append(
+            (empty["ratio_median"], streamed["ratio_median"], empty["until_each_ends"]["ratio_median"])
+        )
+    assert min(gains[0]) > 1.0
+    assert max(gains[1]) < 1.05
