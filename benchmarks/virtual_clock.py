@@ -31,16 +31,15 @@ import torch
 
 from benchmarks.common import ROOT, engine_config, hardware, numbers, print_result, ratio_interval, read_items
 from engine.batch import Batch, Verified
-from engine.cuda_graphs import Graph
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded, load
-from engine.medusa.adaptive import AdaptiveTree, FixedTree
 from engine.medusa.draft import Drafter
 from engine.medusa.lookup import Lookup
 from engine.medusa.tree import TreeShape
+from engine.runners import make_chooser
 from engine.scheduler import Chunk
-from engine.step_results import Prefilled, Results, StepRow
+from engine.step_results import PromptResults, Results, StepRow
 from engine.types import Request, SamplingParams, Sequence as Running, TokenDelta
 from training.backbone import EngineBackbone
 
@@ -120,7 +119,12 @@ def record(loaded: Loaded, prompts: Sequence[tuple[int, ...]], tokens: int) -> d
     Args:
         loaded: a model with heads, and a pool that nobody else uses.
         tokens: of each answer.
+
+    Raises:
+        ValueError: the pool's blocks are not those that `EngineBackbone` takes.
     """
+    if loaded.pool.block_size != 16:
+        raise ValueError(f"a record takes blocks of 16 tokens, not of {loaded.pool.block_size}")
     engine, answers = Engine(loaded), {str(i): [] for i in range(len(prompts))}  # type: dict[str, list[int]]
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     for i, prompt in enumerate(prompts):
@@ -206,11 +210,12 @@ class VirtualEngine(Engine):
         """Of the largest tree of each step."""
         self._depths = [0, *(len(path) for path in loaded.heads.tree.paths)] if loaded.heads else [0]
         self._at: dict[int, int] = {}
-        graph: Callable[[], Graph] = _NoGraph
-        super().__init__(loaded, ahead=True, graph=graph)
+        super().__init__(loaded, ahead=True, graph=_NoGraph)
+        self._replace_device()
+        # Measured again, by the device's times.
+        self._chooser = self._scheduler._chooser = make_chooser(loaded, self._runner, self._lookup)
 
-    def _make_chooser(self, loaded: Loaded) -> AdaptiveTree | FixedTree | None:
-        """Before the measurement, so that it sees the device's times."""
+    def _replace_device(self) -> None:
         runner, drafted = self._runner, False
         assert isinstance(runner, CapturedRunner)
         replay = runner.replay
@@ -229,23 +234,24 @@ class VirtualEngine(Engine):
                 [self._row(*each) for each in zip(batch.sequences, batch.shapes, strict=True)], took
             )
 
-        def prefill(chunks: list[Chunk]) -> list[Prefilled]:
+        def prompts(chunks: list[Chunk]) -> PromptResults:
             runner._admit([chunk.sequence for chunk in chunks if chunk.first])
             took = self.times.prompts_s(sum(chunk.size for chunk in chunks))
             self.clock_s, self.prefill_s = self.clock_s + took, self.prefill_s + took
-            return [self._first_of(chunk) for chunk in chunks]
+            known = _Known([self._first_row(chunk.sequence) for chunk in chunks], took)
+            return PromptResults(known, [chunk.draws for chunk in chunks], self.info.lookup > 0)
 
         runner.replay = replayed  # type: ignore[method-assign]
         runner.targets_accept_compact = results  # type: ignore[method-assign]
-        runner.prefill = runner.launch = prefill  # type: ignore[method-assign]
+        runner.launches = lambda _: True  # type: ignore[method-assign]
+        runner.launch = prompts  # type: ignore[method-assign]
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
-        return super()._make_chooser(loaded)
 
-    def _first_of(self, chunk: Chunk) -> Prefilled:
-        found = self.records[chunk.sequence.request.prompt_token_ids]
-        self._at[chunk.sequence.slot] = 0
-        chain = found.chains[0] if self.info.lookup else ([], 0)
-        return Prefilled(first=found.answer[0] if chunk.last else None, chain=chain)
+    def _first_row(self, sequence: Running) -> StepRow:
+        """What a pass over its prompt gives a sequence."""
+        found = self.records[sequence.request.prompt_token_ids]
+        self._at[sequence.slot] = 0
+        return StepRow(True, 0, 0, 1, found.answer[:1], *(found.chains[0] if self.info.lookup else ([], 0)))
 
     def _row(self, sequence: Running, shape: TreeShape) -> StepRow:
         """What the step gives a sequence. The device knows where it stands; the host is a step behind."""

@@ -27,7 +27,7 @@ class TreeChooser(Protocol):
         within its `max_tree_nodes`.
 
         Args:
-            others_wait: for a slot, or for blocks.
+            others_wait: more of them than there are free slots.
         """
 
 
@@ -304,7 +304,7 @@ class Scheduler:
             for sequence in ready:
                 sequence.head_nodes = sequence.lookup_nodes = 0
         elif ready:
-            self._chooser.choose(ready, bool(self.waiting))
+            self._chooser.choose(ready, len(self.waiting) > len(self._free_slots))
             self._check_trees(ready)
 
     def _check_trees(self, sequences: list[Sequence]) -> None:

@@ -367,7 +367,11 @@ class AdaptiveTree:
             self._beyond += _FORGET * (_UNKNOWN_BEYOND - self._beyond)
         else:
             self._count_beyond(shapes, accepted, expected.beyond)
-        if expected.slots is not None and any(shape.head_nodes for shape in alike):
+        if expected.slots is None:
+            return
+        if not any(shape.head_nodes for shape in alike):
+            self._heads.unseen(expected.slots)
+        else:
             nodes = [shape.head_nodes for shape in shapes] if len(alike) > 1 else shapes[0].head_nodes
             self._heads.observe(np.full(batch, nodes), accepted, expected.slots)
 

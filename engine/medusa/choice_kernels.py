@@ -139,9 +139,8 @@ def count_accepted(
             if (masks[b] >> np.uint64(i + 1)) & np.uint64(1):
                 found[i] += 1.0
                 deepest = max(deepest, depths[i])
-        if nodes[b]:
-            own[slots[b], 0] = own_decay * own[slots[b], 0] + deepest
-            own[slots[b], 1] = own_decay * own[slots[b], 1] + promised[nodes[b]]
+        own[slots[b], 0] = own_decay * own[slots[b], 0] + deepest
+        own[slots[b], 1] = own_decay * own[slots[b], 1] + promised[nodes[b]]
     for i in range(most):
         left = decay ** tried[i]
         hits[i], trials[i] = left * hits[i] + found[i], left * trials[i] + tried[i]

@@ -123,7 +123,7 @@ class HeadRecord:
     """What a calibration counts as: it saw thousands of positions, but of other text than is served."""
     _HOPED_TRIALS = 2.0
     """What hope counts as."""
-    _COMMON_TOKENS = 16.0
+    _COMMON_TOKENS = 24.0
     """Expected of a sequence's drafts until what came of them weighs as much as what is known of all. (What
     comes has a variance of 1.8 to a token expected, and SmolLM2's answers differ by one of 0.1.)"""
     _OWN_DECAY = 0.99
@@ -171,6 +171,10 @@ class HeadRecord:
         came, expected = self._own[slots].T + self._COMMON_TOKENS
         found: Array = came / expected
         return found
+
+    def unseen(self, slots: Counts) -> None:
+        """A step went by in which these slots' sequences drafted nothing: what is known of them grows old."""
+        self._own[slots] *= self._OWN_DECAY
 
     def observe(self, nodes: Counts, accepted: Sequence[int], slots: Counts) -> None:
         """Count one step's trees.
