@@ -226,6 +226,15 @@ def thread_environment(threads: int | None) -> dict[str, str]:
     return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that still run; none where /proc does not tell."""
+    try:
+        found = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for child in " ".join(found).split()]
+
+
 def cpu_seconds(pid: int, *, main_thread: bool = False) -> float | None:
     """CPU time a process, or its main thread alone, has used; None where /proc does not tell."""
     place = f"/proc/{pid}/task/{pid}/stat" if main_thread else f"/proc/{pid}/stat"

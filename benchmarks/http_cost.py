@@ -6,7 +6,7 @@ The server is a process of its own; the offline engine lives in this one, as the
 turns, A B B A, with new prompts of equal length in every round. The share lost is
 1 - (tokens/s over HTTP) / (tokens/s offline), the median over rounds with its interval. Beside it stands the
 server's CPU time per token over all rounds, requests included: of its main thread, which is the event loop's,
-and of all others, the engine's among them. Options of `serve` may follow and go to both.
+and of all others and the engine's process, where it has one. Options of `serve` may follow and go to both.
 
 With --step-ms the device is simulated, on both sides: what remains is what the host does beside a fast one.
 """
@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.common import (
     Server,
     bootstrap_interval,
+    children,
     cores,
     cpu_seconds,
     engine_config,
@@ -96,10 +97,9 @@ def measure(args: argparse.Namespace, server: Server, llm: LLM) -> tuple[list[di
                         for name, used in _thread_seconds(server).items():
                             busy_s[name] += used - earlier[name]
                 else:
-                    before = cpu_seconds(server.pid)
+                    before = _seconds(server)
                     seconds = offline(llm, prompts, new_tokens, str(number))
-                    after = cpu_seconds(server.pid)
-                    share = (after - before) / seconds if before is not None and after is not None else 0.0
+                    share = (_seconds(server) - before) / seconds
                     if number >= 0 and share > IDLE_SHARE:
                         busy.append(f"while the engine ran alone, the server used {share:.0%} of a core")
                 if number >= 0:
@@ -119,9 +119,14 @@ def measure(args: argparse.Namespace, server: Server, llm: LLM) -> tuple[list[di
     return rows, busy
 
 
+def _seconds(server: Server) -> float:
+    """CPU time the server and the processes it started have used; zero where /proc does not tell."""
+    return sum(cpu_seconds(pid) or 0.0 for pid in (server.pid, *children(server.pid)))
+
+
 def _thread_seconds(server: Server) -> dict[str, float]:
-    """CPU time the server's threads have used; zeros where /proc does not tell."""
-    event_loop, whole = cpu_seconds(server.pid, main_thread=True) or 0.0, cpu_seconds(server.pid) or 0.0
+    """The same of its event loop's thread, and of all others."""
+    event_loop, whole = cpu_seconds(server.pid, main_thread=True) or 0.0, _seconds(server)
     return {"event_loop": event_loop, "other_threads": max(0.0, whole - event_loop)}
 
 
@@ -137,6 +142,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--step-ms", type=float, help="simulate a device that takes so long a decode step")
     parser.add_argument("--token-us", type=float, default=25.0, help="and so long for a token of a prompt")
     parser.add_argument("--accepted", type=int, default=0, help="and accepts so many nodes beside the root")
+    parser.add_argument("--engine-process", default="auto", help="the server's: auto, on or off")
     parser.add_argument("--most", type=float, default=0.10, help="largest share lost that passes")
     parser.add_argument("--seed", type=int, default=0)
     args, options = parse_with_engine_options(parser, argv)
@@ -154,7 +160,8 @@ def main() -> int:
         command, threads = ["benchmarks.simulated_device", *map(str, simulated.values())], 1
         options = [*OPTIONS, *options]
     llm = LLM(engine_config(options, model=args.model))
-    with Server([args.model, *options], threads=threads, command=command) as server:
+    served = [args.model, *options, "--engine-process", args.engine_process]
+    with Server(served, threads=threads, command=command) as server:
         rows, busy = measure(args, server, llm)
     ok = all(row["share_lost_median"] <= args.most for row in rows)
     print_result(
@@ -165,6 +172,7 @@ def main() -> int:
             "model": args.model,
             "simulated": simulated,
             "serve": options,
+            "engine_process": args.engine_process,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "order": "ABBA",

@@ -13,22 +13,27 @@ on a GPU. Text is one token over and over, `accepted` + 1 times a step.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import engine.child
 import engine.llm
 import engine.loop
+import engine.process
 from engine.batch import Batch, Verified
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
+from engine.process import EngineProcess
 from engine.scheduler import Chunk
 from engine.step_results import PromptResults, Results, StepRow
 
@@ -141,9 +146,17 @@ class SimulatedEngine(Engine):
 
 
 def install(device: SimulatedDevice) -> None:
-    """From here on every engine of this process runs on the simulated device."""
+    """From here on every engine of this process, and of those it starts, runs on the simulated device."""
     made = partial(SimulatedEngine, device=device)
-    engine.llm.Engine = engine.loop.Engine = made  # type: ignore[assignment, misc]
+    engine.llm.Engine = engine.loop.Engine = engine.child.Engine = made  # type: ignore[assignment, misc]
+
+    class SimulatedProcess(EngineProcess):
+        def __init__(
+            self, config: EngineConfig, *, prepare: Sequence[Callable[[], None]] = (), **options: Any
+        ) -> None:
+            super().__init__(config, prepare=[partial(install, device), *prepare], **options)
+
+    engine.process.EngineProcess = SimulatedProcess  # type: ignore[misc]
 
 
 def main() -> None:
@@ -155,9 +168,12 @@ def main() -> None:
     parser.add_argument("accepted", type=int)
     args, command = parser.parse_known_args()
     torch.set_num_threads(1)
-    install(SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of a process that it starts, too
+    # Not this module's own, which a process of the engine's cannot find: its name is __main__ here.
+    from benchmarks import simulated_device as found
     from server.cli import main as serve
 
+    found.install(found.SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))
     sys.argv = ["medusa-serve", *command[:1], *OPTIONS, *command[1:]]
     serve()
 

@@ -33,7 +33,8 @@ class TokenStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """What the server needs of an engine. `EngineLoop` is the real one, `FakeEngine` the test one.
+    """What the server needs of an engine. `EngineLoop` runs one in a thread, `EngineProcess` in a process;
+    `FakeEngine` is the test one.
 
     All methods are called from the asyncio event loop.
     """
@@ -50,10 +51,10 @@ class EngineClient(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """False once the engine thread has died."""
+        """False once the engine has died."""
 
     async def start(self) -> None:
-        """Start the engine thread; returns when it takes requests."""
+        """Take requests from here on."""
 
     def submit(self, request: Request) -> TokenStream:
         """Queue a request.
@@ -73,6 +74,9 @@ class EngineClient(Protocol):
         Unknown or finished choices are ignored. The slot frees at the next step boundary; whether a
         last delta of the choice still arrives is not specified.
         """
+
+    async def stack(self) -> str:
+        """Where in the code the engine is now, for the log; empty if that cannot be told."""
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest.

@@ -187,6 +187,10 @@ class FakeEngine:
         """Drop one choice at once; unknown or finished ones are ignored."""
         self._drop(lambda choice: (choice.request.request_id, choice.index) == (request_id, index))
 
+    async def stack(self) -> str:
+        """See `EngineClient.stack`; it has no thread."""
+        return ""
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new work, let running requests finish for up to `drain_s` seconds, abort the rest."""
         self._accepting = False

@@ -154,6 +154,10 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._made: LLTokenizer | None = None
 
+    def prepare(self) -> None:
+        """Read the tokenizer, for the most part with Python's lock held. Raises RequestError if it cannot."""
+        self._tokenizer(None)
+
     def compile(self, spec: GrammarSpec, *, param: str | None = None) -> Grammar:
         """A grammar from its text. The first call takes half a second more: it reads the tokenizer.
 

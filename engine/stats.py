@@ -64,7 +64,7 @@ class Tally:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Totals since start-up, written by the engine thread only; readers may see them mid-step.
+    """Totals since start-up, written by the engine's thread only; readers may see them mid-step.
 
     Args:
         prompt_tokens: tokens of the prompts that were prefilled, once a request.

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 from engine.types import FinishReason, Request, TokenDelta
 
-__all__ = ["DeltaStream"]
+__all__ = ["DeltaStream", "joined"]
 
 _MERGEABLE = (None, FinishReason.STOP, FinishReason.LENGTH)
 
@@ -46,9 +46,10 @@ class DeltaStream:
             return False
         if reason is not None:
             self.unfinished.discard(index)
+        if delta.num_steps > 1:  # joined on the way here
+            self.merged_steps += delta.num_steps - 1
         waiting = self._waiting
-        if waiting and (newest := self._newest.get(index)) is not None and _mergeable(newest, delta):
-            _merge(newest, delta)
+        if waiting and (newest := self._newest.get(index)) is not None and joined(newest, delta):
             self.merged_steps += 1
             return False
         waiting.append(delta)
@@ -91,18 +92,19 @@ class DeltaStream:
             self._abort(self.request.request_id)
 
 
-def _mergeable(first: TokenDelta, second: TokenDelta) -> bool:
-    """Both from decode steps, without traces, and no failure, which is told at once."""
-    return (
-        first.num_steps > 0
-        and second.num_steps > 0
-        and first.trace is None
-        and second.trace is None
-        and second.finish_reason in _MERGEABLE
-    )
+def joined(first: TokenDelta, second: TokenDelta) -> bool:
+    """Join the next delta of a choice to one before it, in place, where they may be one.
 
-
-def _merge(first: TokenDelta, second: TokenDelta) -> None:
+    Both have to be from decode steps, without traces; and a failure is told at once.
+    """
+    if (
+        first.num_steps == 0
+        or second.num_steps == 0
+        or first.trace is not None
+        or second.trace is not None
+        or second.finish_reason not in _MERGEABLE
+    ):
+        return False
     first.token_ids = [*first.token_ids, *second.token_ids]
     first.finish_reason, first.stop_token_id = second.finish_reason, second.stop_token_id
     first.num_steps += second.num_steps
@@ -110,3 +112,4 @@ def _merge(first: TokenDelta, second: TokenDelta) -> None:
     first.accepted_prediction_tokens += second.accepted_prediction_tokens
     if first.logprobs is not None and second.logprobs is not None:
         first.logprobs = [*first.logprobs, *second.logprobs]
+    return True

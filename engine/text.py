@@ -66,6 +66,9 @@ class TextProcessor:
         )
         self._token_bytes = _TokenBytes(self._bytes_of)
 
+    def __reduce__(self) -> tuple[type[TextProcessor], tuple[PreTrainedTokenizerBase, str | None]]:
+        return TextProcessor, (self.tokenizer, self._chat_template)
+
     @property
     def vocab_size(self) -> int:
         """Token ids the tokenizer knows, added ones included; a model's logits may be padded beyond."""

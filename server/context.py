@@ -68,7 +68,7 @@ class ServerContext:
 
     @property
     def healthy(self) -> bool:
-        """False once the engine's thread has died, and while a step takes longer than it may."""
+        """False once the engine has died, and while a step takes longer than it may."""
         return self.engine.healthy and not self.stuck
 
     @property

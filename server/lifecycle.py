@@ -12,6 +12,7 @@ import socket
 import ssl
 import sys
 import time
+from functools import partial
 from types import FrameType
 
 import structlog
@@ -19,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.errors import ConfigError, MedusaError
+from engine.front import EngineFront
 from engine.types import EngineInfo
 from server.app import create_app
 from server.auth import ApiKeys
@@ -56,10 +58,8 @@ def run(settings: Settings) -> int:
     except OSError as error:
         return _fail(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
     with listener:
-        from engine.loop import EngineLoop  # late: it imports torch, which takes seconds
-
         try:
-            engine = EngineLoop.load(settings.engine_config)
+            engine = _load(settings)
         except MedusaError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
@@ -71,6 +71,28 @@ def run(settings: Settings) -> int:
             return _fail(str(error))
         server.run(sockets=[listener])
     return 0
+
+
+def _load(settings: Settings) -> EngineFront:
+    """The engine, in a thread or a process of its own. Raises MedusaError."""
+    if _in_process(settings):
+        from engine.process import EngineProcess
+
+        logs = partial(configure_logging, settings.log_level, settings.log_format)
+        lock = partial(sys.setswitchinterval, SWITCH_S)
+        return EngineProcess.load(settings.engine_config, prepare=[logs, lock])
+    from engine.loop import EngineLoop  # late: it imports torch, which takes seconds
+
+    return EngineLoop.load(settings.engine_config)
+
+
+def _in_process(settings: Settings) -> bool:
+    if settings.engine_process == "auto":
+        from engine.process import cuda_is_used
+
+        # Windows has no pairs of sockets.
+        return sys.platform != "win32" and cuda_is_used(settings.device)
+    return settings.engine_process == "on"
 
 
 def check(settings: Settings) -> None:

@@ -71,6 +71,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         raise ConfigError(f"unknown: {', '.join(unknown)}")
     if others := [name for name in rest if name in OF_CONNECTIONS]:
         raise ConfigError(f"of no effect here, where Ray's proxies take the connections: {', '.join(others)}")
+    if "engine_process" in rest:
+        raise ConfigError("of no effect here, where a replica is a process anyway: engine_process")
     settings = load_settings(rest)
     try:
         scaling = Scaling(**own)

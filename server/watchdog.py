@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-import threading
-import traceback
 
 import structlog
 
@@ -24,17 +21,10 @@ async def watch_steps(context: ServerContext) -> None:
     told = False
     while True:
         await asyncio.sleep(min(1.0, limit / 4))
-        if context.stuck and not told:
+        stuck = context.stuck
+        if stuck and not told:
             age = round(context.engine.stats.step_age(), 1)
-            log.error("step_stuck", step_age_s=age, step_timeout_s=limit, stack=_engine_stack())
-        elif told and not context.stuck:
+            log.error("step_stuck", step_age_s=age, step_timeout_s=limit, stack=await context.engine.stack())
+        elif told and not stuck:
             log.warning("step_ended_after_all")
-        told = context.stuck
-
-
-def _engine_stack() -> str:
-    """Where the engine's thread is now; empty if there is none."""
-    frames = sys._current_frames()
-    threads = [thread for thread in threading.enumerate() if thread.name == "engine"]
-    stacks = [traceback.format_stack(frames[t.ident]) for t in threads if t.ident in frames]
-    return "".join(line for stack in stacks for line in stack)
+        told = stuck

@@ -78,7 +78,7 @@ def test_a_step_that_hangs_shows_its_age_and_may_recover(tiny: TinyModel) -> Non
 def test_a_drain_does_not_wait_for_a_step_that_hangs(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.loop._STOP_S", 0.2)
+    monkeypatch.setattr("engine.front._STOP_S", 0.2)
 
     async def body(engine: EngineLoop) -> None:
         with faults.injected("decode=hang:1.5@2"):

@@ -87,6 +87,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
     [
         ({"max_num_seq": 4}, "unknown: max_num_seq"),
         ({"port": 8001}, "of no effect here.*: port"),
+        ({"engine_process": "on"}, "of no effect here.*: engine_process"),
         ({"max_num_seqs": "many"}, "--max-num-seqs: must be a valid integer"),
         ({"min_replicas": 0}, "min_replicas: .*greater than or equal to 1"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas: below min_replicas"),

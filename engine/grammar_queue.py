@@ -1,0 +1,85 @@
+"""Grammars of requests for an engine in a process of its own, compiled while its steps go on."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from engine.errors import told
+from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
+from engine.types import FinishReason, Request, TokenDelta
+from engine.worker import EngineWorker
+
+__all__ = ["GrammarQueue"]
+
+_MAX_KEPT_TEXT = 1 << 20
+"""Characters of all grammars that are kept, as in the server, where each has been compiled before."""
+
+_THREADS = 2
+
+
+class GrammarQueue:
+    """Adds requests to an engine, those with a grammar when that is compiled. One thread may use it.
+
+    Args:
+        compiler: the model's.
+        worker: of the engine.
+    """
+
+    def __init__(self, compiler: GrammarCompiler, worker: EngineWorker) -> None:
+        self._compiler, self._worker = compiler, worker
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._behind: dict[str, list[int | None]] = {}
+        """Aborts of requests whose grammars are being compiled: choices, or None for all."""
+
+    def add(self, request: Request, spec: GrammarSpec | None) -> None:
+        """Have the engine take a request, which has come without its grammar."""
+        if spec is None:
+            self._worker.add(request)
+            return
+        with self._lock:
+            if (grammar := self._kept.get(spec)) is not None:
+                self._kept.move_to_end(spec)
+                self._worker.add(replace(request, grammar=grammar))
+                return
+            self._behind[request.request_id] = []
+        self._threads.submit(self._compile, request, spec)
+
+    def abort(self, request_id: str, index: int | None) -> None:
+        """Have the engine drop a request or one choice of it, once it has been added."""
+        with self._lock:
+            if (behind := self._behind.get(request_id)) is not None:
+                behind.append(index)
+                return
+        self._worker.abort(request_id, index)
+
+    def _compile(self, request: Request, spec: GrammarSpec) -> None:
+        grammar, failed = None, ""
+        try:
+            grammar = self._compiler.compile(spec)
+        except Exception as error:
+            failed = told(error)
+        with self._lock:
+            if grammar is None:
+                self._worker.put(lambda: _errors(request, failed))
+            else:
+                self._keep(spec, grammar)
+                self._worker.add(replace(request, grammar=grammar))
+            for index in self._behind.pop(request.request_id):
+                self._worker.abort(request.request_id, index)
+
+    def _keep(self, spec: GrammarSpec, grammar: Grammar) -> None:
+        self._kept[spec] = grammar
+        while len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept) > _MAX_KEPT_TEXT:
+            self._kept.popitem(last=False)
+
+
+def _errors(request: Request, error: str) -> list[TokenDelta]:
+    return [
+        TokenDelta(request.request_id, index, [], FinishReason.ERROR, error=error)
+        for index in range(request.sampling.n)
+    ]

@@ -1,0 +1,140 @@
+"""The engine's process: what waits for a parent that lags, and what happens when either of the two ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.child import Outlet, _check_text
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineStoppedError, ModelError
+from engine.front import EngineFront
+from engine.process import EngineProcess
+from engine.stats import EngineStats
+from engine.text import TextProcessor
+from engine.types import FinishReason, TokenDelta
+from engine.wire import Done, Step, deltas_of, received
+from tests.engine.conftest import TinyModel
+from tests.engine.test_loop import endless, run, until
+from tests.support import letter_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+PARENT = """
+import socket, sys
+from engine.config import EngineConfig
+from engine.process import _started
+from engine.wire import SetUp, packed
+ours, theirs = socket.socketpair()
+with theirs:
+    child = _started(theirs.fileno())
+ours.sendall(packed(SetUp(EngineConfig(model=sys.argv[1], device="cpu", tree="off"), False, ())))
+ours.recv(1)  # it has loaded
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_reader_leaves_waiting_is_joined_and_nothing_is_lost() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        outlet, stats = Outlet(theirs), EngineStats()
+        began = time.monotonic()
+        for step in range(20_000):
+            stats.num_steps = step + 1
+            both = [TokenDelta(f"a request's id of usual length {i}", 0, [step], num_steps=1) for i in (0, 1)]
+            outlet.tell(both, stats if step % 100 == 99 else None)
+        assert len(outlet._kept) <= 2
+        assert time.monotonic() - began < 5
+        outlet.say(Done(None))
+        found: dict[str, list[int]] = {}
+        messages, newest = 0, None
+        while isinstance(message := received(ours), Step):
+            messages += 1
+            newest = message.stats or newest
+            for delta in deltas_of(message.rows):
+                assert delta.num_steps == len(delta.token_ids)
+                found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        assert message == Done(None)
+        assert messages < 10_000
+        assert [tokens == list(range(20_000)) for tokens in found.values()] == [True, True]
+        assert newest == pickle.dumps(stats, pickle.HIGHEST_PROTOCOL)
+
+
+def test_a_process_that_is_killed_ends_every_stream_with_the_reason(tiny: TinyModel) -> None:
+    async def body(engine: EngineProcess) -> None:
+        stream = engine.submit(endless("r", n=2))
+        await until(lambda: engine.stats.running == 2)
+        os.kill(engine.pid, signal.SIGKILL)
+        deltas = [delta async for delta in stream]
+        assert {delta.index: delta.finish_reason for delta in deltas} == dict.fromkeys(
+            (0, 1), FinishReason.ERROR
+        )
+        assert deltas[-1].error == "the engine's process was killed by SIGKILL"
+        dead(engine, "SIGKILL")
+
+    run(tiny, body, "process", tree="off")
+
+
+def test_an_engine_that_fails_tells_why_and_what_it_gave_is_not_lost(tiny: TinyModel) -> None:
+    async def body(engine: EngineProcess) -> None:
+        slow = asyncio.ensure_future(anext(aiter(engine.submit(endless("slow")))))
+        await until(lambda: engine.stats.step_age() > 0.2)  # while a step takes long
+        await slow
+        engine.abort(["slow"])
+        await until(lambda: not engine._streams)
+        assert engine.stats.step_age() == 0
+        os.kill(engine.pid, signal.SIGTERM)  # as a service manager does
+        os.kill(engine.pid, signal.SIGINT)
+        stream, fatal = engine.submit(endless("r")), engine.submit(endless("fatal"))
+        deltas = [delta async for delta in stream]
+        assert deltas[-1].finish_reason is FinishReason.ERROR
+        assert deltas[-1].error == "the engine has failed: MemoryError: no more"
+        assert [delta.finish_reason async for delta in fatal] == [FinishReason.ERROR]
+        dead(engine, "no more")
+        await until(lambda: engine._process.poll() == 1)
+
+    run(tiny, body, "process", tree="off")
+
+
+def dead(engine: EngineFront, reason: str) -> None:
+    assert not engine.healthy
+    assert not engine.ready
+    with pytest.raises(EngineStoppedError, match=reason):
+        engine.submit(endless("late"))
+
+
+def test_the_process_goes_when_its_parent_is_killed(tiny: TinyModel) -> None:
+    command = [sys.executable, "-c", PARENT, str(tiny.folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)
+        parent.kill()
+    deadline = time.monotonic() + 2
+    while Path(f"/proc/{child}/stat").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ProcessLookupError):  # or it is gone now
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_tokenizer_that_cannot_be_sent_is_refused_in_words() -> None:
+    text = TextProcessor(letter_tokenizer("abc"))
+    _check_text(text)
+    text.tokenizer.of_its_own = lambda: None
+    with pytest.raises(ConfigError, match=r"tokenizer cannot be sent.*--engine-process off"):
+        _check_text(text)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_as_by_the_thread() -> None:
+    with pytest.raises(ModelError, match=r"^model folder \./none does not exist$"):
+        EngineProcess.load(EngineConfig(model="./none"), progress=False)
