@@ -285,7 +285,8 @@ def first_divergences(base: list[Any], outputs: list[Any]) -> dict[str, Any]:
 
 
 def http(run: Run) -> dict[str, Any]:
-    """The same prompts over HTTP and through the engine alone, in turns, at 1 to 64 streams."""
+    """The same prompts over HTTP and through the engine alone, in turns, at 1 to 64 streams; the server's
+    engine is in a thread, and then in a process of its own."""
     if missing := [name for name in _WEB if importlib.util.find_spec(name) is None]:
         return {"skipped": f"not installed here: {', '.join(missing)}"}
     found: dict[str, Any] = {}
@@ -299,8 +300,11 @@ def http(run: Run) -> dict[str, Any]:
             cases[f"{shape.name} with random weights"] = [str(folder), "--load-format", "dummy"]
         if not run.tiny:
             cases["model"] = [run.args.model]
-        for name, (model, *options) in cases.items():
-            if run.left() < 75:
+        sides = [(name, on) for name in cases for on in (False, True)]
+        for case, on in sides:
+            model, *options = cases[case]
+            name = f"{case}, engine in a process" if on else case
+            if run.left() < 45:
                 found[name] = {"skipped": "no time left"}
                 continue
             options += ["--tree", "off", "--device", str(run.device)]
@@ -314,7 +318,7 @@ def http(run: Run) -> dict[str, Any]:
                 new_tokens=6 if run.tiny else 96,
                 seed=0,
             )
-            with Server([model, *options]) as server:
+            with Server([model, *options, "--engine-process", "on" if on else "off"]) as server:
                 llm = LLM(engine_config(options, model=model), progress=False)
                 rows, warnings = http_cost.measure(args, server, llm)
             found[name] = {"rows": rows, "warnings": warnings}

@@ -147,9 +147,11 @@ def test_over_http(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--tiny", "--model", str(folder), "--output", str(output)]
     assert gpu.main([*arguments, "--parts", "http"]) == 0
-    found = json.loads(output.read_text())["parts"]["http"]["tiny with random weights"]
-    assert [row["streams"] for row in found["rows"]] == [1, 2]
-    assert all(row["http_tokens_per_s"] > 0 for row in found["rows"])
+    found = json.loads(output.read_text())["parts"]["http"]
+    assert list(found) == ["tiny with random weights", "tiny with random weights, engine in a process"]
+    for case in found.values():
+        assert [row["streams"] for row in case["rows"]] == [1, 2]
+        assert all(row["http_tokens_per_s"] > 0 for row in case["rows"])
 
 
 def test_greedy_float32_texts_do_not_part(results: dict[str, Any]) -> None:

@@ -120,11 +120,20 @@ def test_the_process_goes_when_its_parent_is_killed(tiny: TinyModel) -> None:
         child = int(parent.stdout.readline())
         os.kill(child, 0)
         parent.kill()
-    deadline = time.monotonic() + 2
-    while Path(f"/proc/{child}/stat").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20  # at once, but for a machine that has much to do
+    while _runs(child):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            raise AssertionError("the engine's process goes on without its parent")
         time.sleep(0.01)
-    with pytest.raises(ProcessLookupError):  # or it is gone now
-        os.kill(child, signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process; one that has ended may wait for somebody to ask how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_tokenizer_that_cannot_be_sent_is_refused_in_words() -> None:
