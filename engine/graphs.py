@@ -355,9 +355,9 @@ class CapturedRunner(Runner):
 
     def launches(self, chunks: list[Chunk]) -> bool:
         """See `PromptRunner.launches`. What is wanted beside the first tokens is read at once."""
-        samplings = [chunk.sequence.request.sampling for chunk in chunks]
-        more = any(s.logprobs is not None or s.prompt_logprobs is not None for s in samplings)
-        return not more and self._ends_in_a_graph(chunks)
+        asked = [chunk.sequence.request.sampling for chunk in chunks]
+        plain = all(s.logprobs is None and s.prompt_logprobs is None for s in asked)
+        return plain and self._ends_in_a_graph(chunks)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> PromptResults | list[Prefilled]:
@@ -385,17 +385,14 @@ class CapturedRunner(Runner):
         for i, (chunk, result) in enumerate(zip(chunks, found, strict=True)):
             num_top = chunk.sequence.request.sampling.logprobs
             if result.first is not None and num_top is not None:
-                logits = self._end_logits[i : i + 1]
-                found[i] = replace(
-                    result, logprobs=token_logprobs(logits, self._ids([result.first]), num_top)
-                )
+                logits, tokens = self._end_logits[i : i + 1], self._ids([result.first])
+                found[i] = replace(result, logprobs=token_logprobs(logits, tokens, num_top))
         return found
 
     def _ends_in_a_graph(self, chunks: list[Chunk]) -> bool:
         """Not those who come back with their roots, nor grammars."""
-        resumed = any(chunk.last and not chunk.draws for chunk in chunks)
-        grammars = any(chunk.sequence.grammar is not None for chunk in chunks)
-        return len(chunks) <= max(self.prompts.chunks, default=0) and not resumed and not grammars
+        others = any((c.last and not c.draws) or c.sequence.grammar is not None for c in chunks)
+        return not others and len(chunks) <= max(self.prompts.chunks, default=0)
 
     def _ended(
         self,
