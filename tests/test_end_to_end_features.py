@@ -35,7 +35,8 @@ def plain() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def lookup() -> Iterator[Server]:
-    with Server([MODEL, "--dtype", "float32", "--tree", "auto", "--max-num-seqs", "4"]) as server:
+    # A tree of a set size: to measure steps for `auto` takes a server longer than all that is asked here.
+    with Server([MODEL, "--dtype", "float32", "--tree", "16", "--max-num-seqs", "4"]) as server:
         yield server
 
 
