@@ -417,6 +417,7 @@ class _Begun(EventSourceResponse):
         self._write = write
         self._few = few
         self._whole = False  # the client has all of it
+        self._sending = 0  # parts on their way that may wait for the client
 
     async def _left(self) -> AsyncIterator[bytes]:
         """The events that are left to the base class."""
@@ -445,7 +446,8 @@ class _Begun(EventSourceResponse):
             if left.done() or self._whole:
                 return  # the task is on its way
             data = events.take()
-            written = write is not None and write(data, events.ended)
+            # Not past a ping that waits for the client: it would come behind the end.
+            written = write is not None and not self._sending and write(data, events.ended)
             if written and events.ended:
                 self._whole = True
                 self._few.add(end)
@@ -458,8 +460,13 @@ class _Begun(EventSourceResponse):
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
         """The base class opens a cancel scope for each event, also where no timeout is set, as here; and
         pings for as long as its task is there."""
-        if not self._whole:
+        if self._whole:
+            return
+        self._sending += 1
+        try:
             await send(message)
+        finally:
+            self._sending -= 1
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -262,6 +262,51 @@ def test_what_follows_an_end_that_is_written_early(
     assert b"ping" not in first.partition(b"[DONE]")[2]
     assert second.endswith(b"0\r\n\r\n")
     assert "request_failed" not in caplog.text
+
+
+def test_the_responses_end_does_not_overtake_a_ping_that_waits_for_the_client() -> None:
+    """The client has just begun to read again, and the ping's task has not been woken yet."""
+
+    class Last:
+        ended = slow = False
+
+        def take(self) -> bytes:
+            return b"data: [DONE]\n\n" if self.ended else b""
+
+        def listen(self, listener: Callable[[], None]) -> None:
+            self.tell = listener
+
+    written: list[bytes] = []
+    bodies: list[bytes | None] = []
+
+    def write(part: bytes, _last: bool) -> bool:
+        written.append(part)
+        return True
+
+    async def main() -> None:
+        last, flowing, pinged = Last(), asyncio.Event(), asyncio.Event()
+        flowing.set()
+
+        async def send(message: Any) -> None:
+            if b"ping" in message.get("body", b""):
+                flowing.clear()
+                pinged.set()
+            await flowing.wait()
+            bodies.append(message.get("body"))
+
+        response = streaming._Begun(cast("Any", last), last, write, FewAtATime())
+        response.ping_interval = 0.01
+        answering = asyncio.create_task(
+            response({"type": "http", "method": "POST"}, asyncio.Event().wait, send)
+        )
+        await asyncio.wait_for(pinged.wait(), 5)
+        last.ended = True
+        last.tell()
+        flowing.set()
+        await asyncio.wait_for(answering, 5)
+
+    asyncio.run(main())
+    assert (written, bodies) == ([], [None, b"data: [DONE]\n\n", b": ping\n\n", b""])
 
 
 def told(events: list[Any]) -> Any:
