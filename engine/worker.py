@@ -55,7 +55,7 @@ class EngineWorker:
         while True:
             deltas: list[TokenDelta] = []
             idle = not engine.has_work
-            if idle:
+            if idle and not self._ending:  # that may have come in the last step
                 deltas += self._carry_out(self._inbox.get())
             deltas += self._arrived()
             if self._ending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from itertools import pairwise
@@ -19,9 +20,10 @@ from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.loop import EngineLoop
 from engine.process import EngineProcess
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
+from engine.worker import EngineWorker
 from tests.engine.conftest import TinyModel
 from tests.engine.in_child import strike
-from tests.support import greedy, greedy_reference, letter_tokenizer
+from tests.support import greedy, greedy_reference, letter_tokenizer, make_engine
 
 TOKENIZER = letter_tokenizer("abcd")  # of which grammars can be made
 D = TOKENIZER.convert_tokens_to_ids("d")
@@ -270,6 +272,24 @@ def test_drain_lets_the_running_finish_and_refuses_the_new(tiny: TinyModel) -> N
         await stopping
 
     run(tiny, body)
+
+
+def test_who_is_told_to_end_in_the_last_step_ends(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny.folder, tree="off")
+    given: list[TokenDelta] = []
+    worker, step = EngineWorker(engine, given.extend), engine.step
+
+    def told(arrived: Callable[[], list[TokenDelta]]) -> list[TokenDelta]:
+        worker.put(None)
+        return step(arrived)
+
+    monkeypatch.setattr(engine, "step", told)
+    worker.add(greedy("r", [1, 2], 1))
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    thread.start()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert [delta.finish_reason for delta in given] == [FinishReason.LENGTH]
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
