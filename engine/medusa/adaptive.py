@@ -367,8 +367,8 @@ class AdaptiveTree:
             self._beyond += _FORGET * (_UNKNOWN_BEYOND - self._beyond)
         else:
             self._count_beyond(shapes, accepted, expected.beyond)
-        if expected.slots is None:
-            return
+        if expected.slots is None or len(expected.slots) != batch:
+            return  # one was preempted behind the choice: the others have moved up
         if not any(shape.head_nodes for shape in alike):
             self._heads.unseen(expected.slots)
         else:

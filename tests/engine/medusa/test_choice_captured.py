@@ -119,6 +119,17 @@ def test_the_longest_counts_most_where_nobody_waits() -> None:
     assert worth(np.array([1.0, 4.0]), alike, True) > worth(np.array([1.5, 1.5]), alike, True)
 
 
+def test_of_a_step_that_one_was_preempted_from_nothing_is_laid_to_others() -> None:
+    chooser = adaptive()
+    sequences = [sequence(slot) for slot in range(3)]
+    chooser.choose(sequences)
+    del sequences[1]
+    assert all(made.head_nodes for made in sequences)
+    observe(chooser, sequences, [0b1, 0b1], 0.01)
+    assert chooser._heads is not None
+    assert chooser._heads.own(np.arange(3)).tolist() == [1.0] * 3
+
+
 class Answers:
     """So many requests at once, on a device much as an H100, until the last has its tokens.
 
