@@ -16,6 +16,10 @@ __all__ = ["Chunk", "Plan", "Scheduler", "TreeChooser"]
 _LEAST_PASS = 0.25
 """Share of `max_prefill_tokens` that has to be left for a decode step to wait for one more pass."""
 
+_MOST_PASSES = 4
+"""Over prompts between two decode steps. Short prompts whose answers end with their first token, so that the
+batch does not grow, could otherwise come before it by the hundred within `max_prefill_tokens`."""
+
 
 class TreeChooser(Protocol):
     """Decides how many nodes each sequence of a decode step verifies."""
@@ -129,7 +133,7 @@ class Scheduler:
         self._free_slots = list(range(min(max_num_seqs, max_step_tokens) - 1, -1, -1))
         self._chains: dict[Sequence, _Chain] = {}
         self._ended: list[Sequence] = []  # taken out while a step that holds them is under way
-        self._passed = 0  # tokens of prompts since the last decode step was planned
+        self._passed = self._passes = 0  # tokens of prompts since the last decode step was planned, and plans
         self.waiting: deque[Sequence] = deque()  # by rank
         self.running: list[Sequence] = []  # by admission
         self.preemptions = 0
@@ -195,7 +199,7 @@ class Scheduler:
                 if victim is sequence:
                     break
         plan.decode = [sequence for sequence in ready if sequence.slot >= 0]
-        self._passed = 0
+        self._passed = self._passes = 0
         return plan
 
     def plan_ahead(self) -> Plan | None:
@@ -218,7 +222,7 @@ class Scheduler:
             if not self._reserve(sequence, 1 + sequence.head_nodes + sequence.lookup_nodes):
                 return None
         plan.decode = ready
-        self._passed = 0
+        self._passed = self._passes = 0
         return plan
 
     def add_prompts(self, plan: Plan) -> None:
@@ -228,6 +232,7 @@ class Scheduler:
         come by then need not wait for another pass.
         """
         self._plan_prefill(plan)
+        self._passes += bool(plan.prefill)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others reuse the blocks that `sequence` has filled with emitted tokens.
@@ -280,15 +285,17 @@ class Scheduler:
 
         A step of few takes as long as one of many. Those who were there first are one step behind for it and
         catch up in the next, which comes as early as it would have; the others are a step ahead. Between two
-        decode steps are at most `max_prefill_tokens` of prompts, as without this, and who waits keeps the
-        blocks that its next step needs.
+        decode steps are at most `max_prefill_tokens` of prompts, as without this, in at most `_MOST_PASSES`,
+        and who waits keeps the blocks that its next step needs.
         """
         coming, most = min(len(self.waiting), len(self._free_slots)), self._max_prefill_tokens
-        if not ready or 2 * coming < len(ready) or most - self._passed < most * _LEAST_PASS:
+        if not ready or 2 * coming < len(ready) or self._passes >= _MOST_PASSES:
+            return False
+        if most - self._passed < most * _LEAST_PASS:
             return False
         if not all(self._reserve(sequence, 1) for sequence in ready):
             return False
-        self._plan_prefill(plan)
+        self.add_prompts(plan)
         return bool(plan.prefill)
 
     def _reserve(self, sequence: Sequence, nodes: int) -> bool:

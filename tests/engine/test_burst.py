@@ -209,6 +209,21 @@ def test_a_step_does_not_wait_where_little_is_left_of_the_bound() -> None:
     assert [of(1), of(1), of(1), of(2)] == [(0, 1), (0, 1), (0, 1), (3, 2)]
 
 
+def test_a_step_does_not_wait_for_ever_shorter_passes() -> None:
+    """Answers of one token leave the batch as small as it was, and their prompts little of the bound used."""
+    scheduler = make(max_prefill_tokens=8192)
+    for arrival in range(2):
+        scheduler.add(sequence(arrival, 4, 50))
+    advance(scheduler)
+    steps = []
+    for arrival in range(2, 18):
+        scheduler.add(sequence(arrival, 4, 1))
+        plan = advance(scheduler)
+        assert plan.prefill
+        steps.append(len(plan.decode))
+    assert steps == [0, 0, 0, 2] * 4
+
+
 def test_who_waits_keeps_what_its_next_step_needs() -> None:
     scheduler = make(3)
     old = sequence(0, 4, 9)
