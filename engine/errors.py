@@ -95,6 +95,6 @@ class StepError(MedusaError):
     """A step failed; the requests in it end with this, and no others."""
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """What a client is told of an error in its request: no more than that of errors not raised on purpose."""
     return str(error) if isinstance(error, MedusaError) else f"internal error: {type(error).__name__}"

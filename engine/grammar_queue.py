@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from engine.errors import told
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
@@ -14,8 +15,9 @@ from engine.worker import EngineWorker
 
 __all__ = ["GrammarQueue"]
 
+_MAX_KEPT = 256
 _MAX_KEPT_TEXT = 1 << 20
-"""Characters of all grammars that are kept, as in the server, where each has been compiled before."""
+"""Characters of all grammars that are kept. Both as in the server, where each has been compiled before."""
 
 _THREADS = 2
 
@@ -33,6 +35,8 @@ class GrammarQueue:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._waiting: dict[GrammarSpec, list[Request]] = {}
+        """For grammars that are being compiled, each once for all who have asked by then."""
         self._behind: dict[str, list[int | None]] = {}
         """Aborts of requests whose grammars are being compiled: choices, or None for all."""
 
@@ -47,7 +51,11 @@ class GrammarQueue:
                 self._worker.add(replace(request, grammar=grammar))
                 return
             self._behind[request.request_id] = []
-        self._threads.submit(self._compile, request, spec)
+            if (waiting := self._waiting.get(spec)) is not None:
+                waiting.append(request)
+                return
+            self._waiting[spec] = [request]
+        self._threads.submit(self._compile, spec)
 
     def abort(self, request_id: str, index: int | None) -> None:
         """Have the engine drop a request or one choice of it, once it has been added."""
@@ -57,24 +65,28 @@ class GrammarQueue:
                 return
         self._worker.abort(request_id, index)
 
-    def _compile(self, request: Request, spec: GrammarSpec) -> None:
+    def _compile(self, spec: GrammarSpec) -> None:
         grammar, failed = None, ""
         try:
             grammar = self._compiler.compile(spec)
-        except Exception as error:
+        except BaseException as error:  # a panic of llguidance's is no Exception
             failed = told(error)
         with self._lock:
-            if grammar is None:
-                self._worker.put(lambda: _errors(request, failed))
-            else:
+            if grammar is not None:
                 self._keep(spec, grammar)
-                self._worker.add(replace(request, grammar=grammar))
-            for index in self._behind.pop(request.request_id):
-                self._worker.abort(request.request_id, index)
+            for request in self._waiting.pop(spec):
+                if grammar is None:
+                    self._worker.put(partial(_errors, request, failed))
+                else:
+                    self._worker.add(replace(request, grammar=grammar))
+                for index in self._behind.pop(request.request_id):
+                    self._worker.abort(request.request_id, index)
 
     def _keep(self, spec: GrammarSpec, grammar: Grammar) -> None:
         self._kept[spec] = grammar
-        while len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept) > _MAX_KEPT_TEXT:
+        while len(self._kept) > _MAX_KEPT or (
+            len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept) > _MAX_KEPT_TEXT
+        ):
             self._kept.popitem(last=False)
 
 
