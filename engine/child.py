@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from engine.engine import Engine
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError
 from engine.grammar import GrammarCompiler
 from engine.grammar_queue import GrammarQueue
 from engine.loader import load
@@ -107,6 +107,8 @@ class Outlet:
             sent = self._connection.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
+        except ConnectionError:
+            return  # the parent is gone, which the reader sees
         if sent < len(data):
             self._rest = data[sent:]
             self._lags.notify_all()
@@ -186,7 +188,8 @@ class _Child:
         self.outlet.say(Made(loaded.info, loaded.text, loaded.generation_defaults, self._engine.stats))
         # While the server makes itself ready: what would stop every stream at the first grammar, and what the
         # server does with all that it has loaded (see `server.lifecycle.Server.run`).
-        with suppress(RequestError):  # which the server tells
+        # Where it cannot be read, the server says so, and requests without a grammar go on.
+        with suppress(Exception):
             compiler.prepare()
         gc.collect()
         gc.freeze()
@@ -203,7 +206,9 @@ class _Child:
         """See `EngineWorker`. The statistics are exact whenever a choice has ended."""
         stats, now = self._engine.stats, time.monotonic()
         held = stats.running, stats.waiting
-        due = held != self._held or not self._engine.has_work or now - self._told_s >= _STATS_S
+        # A choice that has ended need not change the numbers: another may have come in the same step.
+        ended = any(delta.finish_reason is not None for delta in deltas)
+        due = ended or held != self._held or not self._engine.has_work or now - self._told_s >= _STATS_S
         if due:
             self._held, self._told_s = held, now
         if due or deltas:

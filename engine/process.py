@@ -44,6 +44,8 @@ __all__ = ["EngineProcess", "cuda_is_used"]
 
 log = logging.getLogger(__name__)
 
+_READ_BYTES = 1 << 18
+
 _STACK_S = 1.0
 """How long the engine's process gets to say where it is."""
 
@@ -120,7 +122,7 @@ class EngineProcess(EngineFront):
         assert self._event_loop is not None
         self._socket.setblocking(False)
         self._transport, _ = await self._event_loop.create_unix_connection(
-            lambda: _Inlet(self._heard, self._ended_there), sock=self._socket
+            lambda: _Inlet(self._heard, self._ended_there, self._socket.dup()), sock=self._socket
         )
 
     async def stack(self) -> str:
@@ -227,10 +229,14 @@ class _Inlet(asyncio.Protocol):
     Args:
         heard: called with all that are whole by now.
         lost: called at the end.
+        left: another descriptor of the same socket. A transport whose write fails, since the process has
+            ended, closes and leaves unread what that has said before.
     """
 
-    def __init__(self, heard: Callable[[list[Any]], None], lost: Callable[[], None]) -> None:
-        self._heard, self._lost = heard, lost
+    def __init__(
+        self, heard: Callable[[list[Any]], None], lost: Callable[[], None], left: socket.socket
+    ) -> None:
+        self._heard, self._lost, self._left = heard, lost, left
         self._buffer = bytearray()
 
     def data_received(self, data: bytes) -> None:
@@ -239,7 +245,12 @@ class _Inlet(asyncio.Protocol):
             self._heard(messages)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the hook's signature
-        self._lost()
+        try:
+            with self._left, contextlib.suppress(OSError):
+                while data := self._left.recv(_READ_BYTES):
+                    self.data_received(data)
+        finally:
+            self._lost()
 
 
 def cuda_is_used(device: str) -> bool:

@@ -24,8 +24,8 @@ from engine.text import TextProcessor
 from engine.types import FinishReason, TokenDelta
 from engine.wire import Done, Step, deltas_of, received
 from tests.engine.conftest import TinyModel
-from tests.engine.test_loop import endless, run, until
-from tests.support import letter_tokenizer
+from tests.engine.test_loop import collect, endless, run, until
+from tests.support import greedy, letter_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,15 @@ def test_what_a_reader_leaves_waiting_is_joined_and_nothing_is_lost() -> None:
         assert newest == pickle.dumps(stats, pickle.HIGHEST_PROTOCOL)
 
 
+def test_what_nobody_can_read_any_more_is_no_failure() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        outlet = Outlet(theirs)
+        ours.close()
+        outlet.tell([TokenDelta("r", 0, [1])], EngineStats())
+        outlet.say(Done(None))
+
+
 def test_a_process_that_is_killed_ends_every_stream_with_the_reason(tiny: TinyModel) -> None:
     async def body(engine: EngineProcess) -> None:
         stream = engine.submit(endless("r", n=2))
@@ -87,23 +96,28 @@ def test_a_process_that_is_killed_ends_every_stream_with_the_reason(tiny: TinyMo
 
 def test_an_engine_that_fails_tells_why_and_what_it_gave_is_not_lost(tiny: TinyModel) -> None:
     async def body(engine: EngineProcess) -> None:
-        slow = asyncio.ensure_future(anext(aiter(engine.submit(endless("slow")))))
+        slow = asyncio.ensure_future(collect(engine, greedy("slow", [1], 2)))
         await until(lambda: engine.stats.step_age() > 0.2)  # while a step takes long
+        engine.submit(endless("slow too"))
+        await until(lambda: engine.stats.running == 2)
+        engine.submit(endless("instead"))  # comes in the first one's last step, so as many run as before
         await slow
-        engine.abort(["slow"])
+        assert engine.stats.generation_tokens >= 4
+        engine.abort(["slow too", "instead"])
         await until(lambda: not engine._streams)
         assert engine.stats.step_age() == 0
         os.kill(engine.pid, signal.SIGTERM)  # as a service manager does
         os.kill(engine.pid, signal.SIGINT)
         stream, fatal = engine.submit(endless("r")), engine.submit(endless("fatal"))
+        assert engine._process.wait(20) == 1
+        engine.abort(["r"])  # which cannot be sent any more, before what has come is read
         deltas = [delta async for delta in stream]
         assert deltas[-1].finish_reason is FinishReason.ERROR
         assert deltas[-1].error == "the engine has failed: MemoryError: no more"
         assert [delta.finish_reason async for delta in fatal] == [FinishReason.ERROR]
         dead(engine, "no more")
-        await until(lambda: engine._process.poll() == 1)
 
-    run(tiny, body, "process", tree="off")
+    run(tiny, body, "process", tree="off", max_num_seqs=3)
 
 
 def dead(engine: EngineFront, reason: str) -> None:
