@@ -270,6 +270,8 @@ class AdaptiveTree:
         # Compile it now, not under the first request.
         one = _Batch(1, np.zeros((1, 3)), np.ones(1), np.ones(1), False)
         self._search(times.costs(1, 1, max_step_tokens), one)
+        if self._heads is not None:
+            self._heads.prepare()
 
     @property
     def explored_steps(self) -> int:

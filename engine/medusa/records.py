@@ -147,6 +147,12 @@ class HeadRecord:
         # Of each slot: tokens of its sequence's drafts that came true, and that should have; and whose it is.
         self._own, self._whose = np.zeros((0, 2)), np.zeros(0, dtype=np.int64)
 
+    def prepare(self) -> None:
+        """Compile `observe`, which takes half a second: nothing is learned."""
+        nobody = np.zeros(1, dtype=np.int64)
+        self.seat(nobody, [-1])
+        self.observe(nobody, [1], nobody)
+
     def reach(self) -> Array:
         """[C, depth]: for each considered size, the chance that some node of each depth is accepted."""
         if self._reach is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
+from engine.medusa import records
 from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.buckets import Buckets
 from engine.medusa.choice_captured import choose_captured, fill, worth
@@ -117,6 +119,25 @@ def test_the_longest_counts_most_where_nobody_waits() -> None:
     alike = np.full(2, 100.0)
     assert worth(np.array([1.0, 4.0]), alike, False) < worth(np.array([1.5, 1.5]), alike, False)
     assert worth(np.array([1.0, 4.0]), alike, True) > worth(np.array([1.5, 1.5]), alike, True)
+
+
+def test_what_is_learned_of_heads_is_compiled_before_there_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    count = records.count_accepted
+
+    def counted(*arguments: Any) -> None:
+        compiled.append([count.typeof_pyval(each) for each in arguments])
+        count(*arguments)
+
+    monkeypatch.setattr(records, "count_accepted", counted)
+    chooser = adaptive()
+    [at_first] = compiled
+    made = sequence(2)
+    chooser.choose([made])
+    assert chooser._heads is not None
+    assert chooser._heads.own(np.array([0, 2])).tolist() == [1.0, 1.0]
+    observe(chooser, [made], [0b1], 0.01)
+    assert compiled[1] == at_first
 
 
 def test_of_a_step_that_one_was_preempted_from_nothing_is_laid_to_others() -> None:
