@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 18
 
+_FLUSH_S = 10.0
+"""How long a parent whose event loop lags gets to read the last of it."""
+
 _STATS_S = 0.25
 """Between two copies of the statistics while the same sequences run."""
 
@@ -154,7 +157,7 @@ def main() -> None:
         log.exception("the engine has died")
         child.outlet.say(Failed(f"the engine has failed: {type(error).__name__}: {error}"))
         code = 1
-    child.outlet.flush(1.0)
+    child.outlet.flush(_FLUSH_S)
     logging.shutdown()
     os._exit(code)  # the interpreter's own end would wait for threads and unload what the system frees anyway
 
