@@ -69,7 +69,8 @@ class EngineWorker:
             if not engine.has_work and log.isEnabledFor(logging.DEBUG):
                 engine.check()
             self._report(deltas)
-            time.sleep(engine.patience_s)
+            if (patience_s := engine.patience_s) > 0:  # to sleep for none gives Python's lock away
+                time.sleep(patience_s)
 
     def _arrived(self) -> list[TokenDelta]:
         """Carry out the commands that are there; what the aborts among them gave."""

@@ -19,6 +19,7 @@ from engine.loop import EngineLoop
 from engine.types import FinishReason, SequenceState, TokenDelta
 from tests import support
 from tests.engine.conftest import TinyModel
+from tests.engine.test_prompts_ahead import rest
 from tests.engine.test_scheduler import advance, make, sequence
 from tests.support import greedy, greedy_reference, make_engine
 
@@ -55,16 +56,6 @@ def adding(engine: Engine, *names: str) -> Callable[[], list[TokenDelta]]:
         return []
 
     return add
-
-
-def rest(engine: Engine, found: list[TokenDelta]) -> dict[str, list[int]]:
-    while engine.has_work:
-        found += engine.step()
-    engine.check()
-    tokens: dict[str, list[int]] = {}
-    for delta in found:
-        tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
-    return tokens
 
 
 # -- who is in the next pass -----------------------------------------------------------------------
