@@ -20,17 +20,17 @@ _AHEAD = 12 << 20
 _LONGEST = 2048
 """Channels that a program of several rows holds at once; of more, weights stream through shared memory."""
 
-_RUN = 4
-"""Lines of 128 bytes of an output's weights that are asked for at once where tiles take single ones."""
-
 _SHARED = 216 << 10
 """Bytes of shared memory that programs of one multiprocessor may take together."""
 
 _MOST_SPLITS = 8
 """Programs that share the channels of a tile of outputs."""
 
-_BEGINNING = 384
-"""Channels in whose time a program begins and ends: what each split costs."""
+_LEAST_HEIGHT = 40
+"""Outputs of a program of a weight that streams: each reads the input, which of fewer would be most of it."""
+
+_SHARED_HEIGHT = 60
+"""The same where programs share the channels of a tile of outputs, which costs them a sum."""
 
 MOST_TILES = 4096
 """Of outputs of a weight that streams: for each there is a count of the programs that are done."""
@@ -66,9 +66,7 @@ class Shape(NamedTuple):
         ahead: of one long row: before it waits, a program asks for the weights of the one so many behind it.
         splits: of a weight that streams: programs that share an output's channels; 0: it does not stream.
         stages: tiles under way, of a weight that streams.
-        run: of a weight that streams in tiles of 64 channels: lines of 128 bytes of the same output that are
-            asked for at once; 0: its tiles come as they are.
-        fewer: outputs of such a tile that are another program's.
+        fewer: outputs of a tile that streams that are another program's.
     """
 
     rows: int
@@ -78,7 +76,6 @@ class Shape(NamedTuple):
     ahead: int = 0
     splits: int = 0
     stages: int = 0
-    run: int = 0
     fewer: int = 0
 
     @property
@@ -93,9 +90,8 @@ class Shape(NamedTuple):
 
     @property
     def lines(self) -> int:
-        """Of 128 bytes of an output's weights that stream, asked for before the kernel waits: where two
-        programs share a multiprocessor, half as many each."""
-        return 4 if self.channels == 64 and not self.run else 8
+        """Of 128 bytes of an output's weights that stream, asked for before the kernel waits."""
+        return 4 if self.channels == 64 else 8
 
 
 def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> list[Shape]:
@@ -127,7 +123,7 @@ def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> li
     if rows > MOST_ROWS:
         return []
     if size > _LONGEST:
-        return _streamed(rows, size, width, gated, processors)
+        return _streamed(rows, width, gated, processors)
     # Few warps, each with a long share: joining what they have summed up takes as long as summing it up.
     tokens = (8,) if rows <= 8 else (16,) if rows <= 16 else (16, 32)
     found = []
@@ -139,76 +135,74 @@ def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> li
             if held <= _MOST_HELD:
                 found.append(Shape(some, 16, channels, warps))
     if rows > _MANY_ROWS:
-        found += _streamed(rows, size, width, gated, processors)[-1:]  # small weights may lie in L2
+        found.append(_small(rows, size, width, gated, processors))
     return found
 
 
-_STREAMS = (
-    # Weights' rows and channels of a tile, warps, programs that run together, lines of a run.
-    (128, 64, 4, 1, _RUN),
-    (128, 256, 8, 1, 0),
-    (128, 128, 4, 1, 0),
-    (64, 256, 4, 1, 0),
-    (128, 64, 4, 2, 0),
-)
-"""Torch's kernels take 128 bytes of each of many rows, and that at three quarters of memory's rate. If longer
-runs are faster, a tile has many channels, which leaves room for few, or its next lines come to L2 in runs."""
+_TILES = {
+    # By weights' rows of a tile: its channels, and warps.
+    64: ((128, 4), (256, 4), (64, 4)),
+    128: ((128, 8), (128, 4), (64, 4), (256, 8)),
+    256: ((64, 4), (128, 8), (64, 8)),
+}
+"""The best guess first, by what an H100 takes for a 7B's products. Few tiles of many channels bring each
+output's weights in long runs, which memory gives sooner, many of few channels more of them at a time."""
 
 
-def _streamed(rows: int, size: int, width: int, gated: bool, processors: int) -> list[Shape]:
+def _streamed(rows: int, width: int, gated: bool, processors: int) -> list[Shape]:
     two = 2 if gated else 1
     held = max(16, triton.next_power_of_2(rows))
     found: list[Shape] = []
-    for height, channels, warps, together, run in _STREAMS:
-        outputs = height // two
-        tiles, steps = triton.cdiv(width, outputs), triton.cdiv(size, channels)
-        stages = min(_SHARED // together // ((height + held) * channels * 2), 8)
-        if outputs < 64 or stages < 2 or tiles > MOST_TILES:
-            continue  # a Hopper's tensor cores take no fewer outputs at their full rate
-        by_time = sorted(
-            range(1, min(_MOST_SPLITS, steps) + 1),
-            key=lambda splits: _turns(tiles * splits, -(-steps // splits) * channels, processors, together),
-        )
-        # What memory's rate makes of it is not known: the fewest, which add nothing up, are tried as well.
-        for splits in (by_time[0], 1) if not found else by_time[:1]:
-            # Lines in runs come from L2, which takes a third of the time: few tiles are under way then.
-            shape = Shape(held, outputs, channels, warps, 0, splits, min(stages, 4) if run else stages, run)
-            if shape not in found:
-                found.append(shape)
-    return found + _in_one_wave(held, width, gated, processors)
+    for height, splits, waves in _cuts(width, two, processors):
+        # A Hopper's tensor cores take no fewer at their full rate.
+        outputs = max(64, triton.next_power_of_2(height))
+        tiles = _TILES[two * outputs]
+        for channels, warps in tiles if splits == 1 else tiles[:2]:
+            tile = (two * outputs + held) * channels * 2
+            # Programs of a second wave may run beside those of the first, or behind them.
+            for together in range(1, waves + 1):
+                stages = min(_SHARED // together // tile, 8)
+                if stages >= together + 1:
+                    found.append(Shape(held, outputs, channels, warps, 0, splits, stages, outputs - height))
+    return list(dict.fromkeys(found))
 
 
-_WAVES = (
-    # Channels of a tile, lines of a run.
-    (64, _RUN),
-    (64, 2 * _RUN),
-    (128, 0),
-)
-
-
-def _in_one_wave(held: int, width: int, gated: bool, processors: int) -> list[Shape]:
-    """As many outputs a program as let all multiprocessors end together, without sharing any. Each reads the
-    input: with few outputs a program that would be most of what is read."""
-    waves = triton.cdiv(width, 128 * processors)
-    height = 4 * triton.cdiv(width, 4 * processors * waves)
-    outputs, found = max(64, triton.next_power_of_2(height)), []
-    if height < 48:
-        return []
-    for channels, run in _WAVES:
-        tile = ((2 if gated else 1) * outputs + held) * channels * 2
-        stages, warps = min(_SHARED // tile, 8), 8 if gated and outputs > 64 else 4
-        if stages >= 2:
-            shape = Shape(held, outputs, channels, warps, 0, 1, stages, run, outputs - height)
-            found.append(shape)
-    return found
-
-
-def _turns(programs: int, channels: int, processors: int, together: int) -> int:
-    """Channels of a tile that the busiest multiprocessor loads one after the other.
-
-    Args:
-        programs: of the grid; channels: of each.
-        together: programs that a multiprocessor runs at a time.
+def _cuts(width: int, two: int, processors: int) -> list[tuple[int, int, int]]:
+    """Outputs of a program, how many programs share their channels, and whether each multiprocessor gets one
+    (1) or several (2): so that all multiprocessors end together, and nobody shares where outputs are enough.
     """
-    waves, rest = divmod(programs, processors * together)
-    return (waves * together + -(-rest // processors)) * (channels + _BEGINNING)
+    most = 256 // two
+    found: list[tuple[int, int, int]] = []
+    for waves in range(1, triton.cdiv(width, processors) + 1):
+        height = _even(width, processors * waves)
+        if height < _LEAST_HEIGHT or len(found) == 2:
+            break
+        if height <= most:
+            found.append((height, 1, min(waves, 2)))
+    if found:
+        return found
+    least = next(
+        (splits for splits in range(2, _MOST_SPLITS) if _even(width, processors // splits) >= _SHARED_HEIGHT),
+        _MOST_SPLITS,
+    )
+    cuts = ((least, 1), (least + 1, 1), (2 * least, 1), (least + 1, 2))
+    return [
+        (min(_even(width, waves * processors // splits), most), splits, waves)
+        for splits, waves in cuts
+        if splits <= _MOST_SPLITS
+    ]
+
+
+def _even(width: int, programs: int) -> int:
+    """Outputs of each of so many programs, a multiple of 4."""
+    each: int = 4 * triton.cdiv(width, 4 * max(1, programs))
+    return each
+
+
+def _small(rows: int, size: int, width: int, gated: bool, processors: int) -> Shape:
+    """Of a small weight, which may lie in L2: as many programs share its channels as there is room for."""
+    held = triton.next_power_of_2(rows)
+    outputs = 64 if gated else 128
+    tiles, steps = triton.cdiv(width, outputs), triton.cdiv(size, 64)
+    splits = max(1, min(_MOST_SPLITS, steps // 2, 2 * processors // tiles))
+    return Shape(held, outputs, 64, 4, 0, splits, 4)

@@ -224,8 +224,8 @@ def product(
         streamed_kernel[tiles, shape.splits](
             x, weight, bias_or_any, y, parts, y if counts is None else counts,
             rows, size, width, residual_scale,
-            SPLIT=shape.splits > 1, LINES=shape.lines, RUN=shape.run, HEIGHT=shape.height,
-            BLOCK_M=shape.rows, num_stages=shape.stages, **flags,
+            SPLIT=shape.splits > 1, LINES=shape.lines, HEIGHT=shape.height, BLOCK_M=shape.rows,
+            num_stages=shape.stages, **flags,
         )  # fmt: skip
         return y
     pointers = (x, x if norm is None else norm, weight, bias_or_any, y)

@@ -24,8 +24,8 @@ __all__ = ["streamed_kernel"]
 def streamed_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, part_ptr, count_ptr, rows, size, width, residual_scale,
     GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, LINES: tl.constexpr,
-    RUN: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """All rows, at most BLOCK_M, by a grid (outputs / HEIGHT, splits): a program takes a share of channels.
 
@@ -37,8 +37,6 @@ def streamed_kernel(
         part_ptr: [outputs / HEIGHT, splits, 1 + (GATE > 0), BLOCK_N, BLOCK_M] float32, with SPLIT.
         count_ptr: int32, with SPLIT as many zeros as there are tiles of outputs; zeros when it ends.
         LINES: of 128 bytes of each of its outputs' weights that a program asks for before it waits.
-        RUN: so many of these are asked for at once, LINES ahead of the loop: in each turn, which takes one
-            line (BLOCK_K = 64), of one of RUN outputs. 0: the loop's own loads ask for all.
         HEIGHT: outputs of a program, at most BLOCK_N, of which the tensor cores take as many anyway.
     """
     tile = tl.program_id(0)
@@ -65,17 +63,6 @@ def streamed_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = sums
     for start in range(first, last, BLOCK_K):
-        if EARLY and RUN:
-            turn = (start - first) // BLOCK_K
-            of_run = tl.arange(0, BLOCK_N // RUN) * RUN + turn % RUN
-            asked = tile * HEIGHT + of_run
-            ahead = first + (turn // RUN * RUN + LINES) * 64 + tl.arange(0, RUN) * 64
-            asked_at = weight_ptr + asked.to(tl.int64)[:, None] * size + ahead[None, :]
-            wanted = (of_run < HEIGHT)[:, None] & (asked < width)[:, None] & (ahead < last)[None, :]
-            prefetches(asked_at.to(tl.int64, bitcast=True), wanted)
-            if GATE:
-                asked_at += tl.cast(width, tl.int64) * size
-                prefetches(asked_at.to(tl.int64, bitcast=True), wanted)
         channel = start + tl.arange(0, BLOCK_K)
         inside = (channel < last)[None, :]
         w = tl.load(weight_at + channel[None, :], mask=there & inside, other=0.0)

@@ -156,10 +156,11 @@ def test_odd_sizes_and_many_rows_are_torchs() -> None:
     assert not shapes(1, 584, 64, False, 132)
     assert not shapes(2, 4104, 64, False, 132)
     assert not shapes(MOST_ROWS + 1, 576, 64, False, 132)
-    width = 64 * (MOST_TILES + 1)  # no count for each of small tiles, where programs share them
-    assert all(
-        -(-width // s.height) <= MOST_TILES or s.splits == 1 for s in shapes(2, 4096, width, True, 132)
-    )
+    # There is a count for each tile that programs share.
+    for width in (4, 64, 4096, 64 * (MOST_TILES + 1)):
+        for processors in (1, 20, 132):
+            found = shapes(2, 4096, width, True, processors)
+            assert all(-(-width // s.height) <= MOST_TILES or s.splits == 1 for s in found)
     assert shapes(1, 4096, 64, False, 132)
 
 
@@ -174,7 +175,8 @@ def test_a_weight_that_streams_fills_all_multiprocessors(
     """A 7B's products: of what the busiest loads, the others load most too, and its memory holds it."""
     found = shapes(rows, size, width, gated, 132)
     assert len(set(found)) == len(found) >= 3
-    assert any(shape.splits == 1 for shape in found)
+    # Where there are outputs enough for each multiprocessor, none are shared.
+    assert all((shape.splits == 1) == (width >= 132 * 40) for shape in found)
     shares = []
     for shape in found:
         assert shape.streams
@@ -186,11 +188,7 @@ def test_a_weight_that_streams_fills_all_multiprocessors(
         programs, steps = tiles * shape.splits, -(-size // shape.channels // shape.splits)
         busiest = -(-programs // 132) * steps
         shares.append(width / shape.height * size / shape.channels / 132 / busiest)
-    assert max(shares) > 0.8
-    # Where there are outputs enough for each, they end together without sharing any.
-    assert (
-        width < 132 * 48 or max(s for s, shape in zip(shares, found, strict=True) if shape.splits == 1) > 0.96
-    )
+    assert min(shares) > 0.85
 
 
 def fused(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Any, FusedLayers]:
