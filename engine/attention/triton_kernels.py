@@ -285,12 +285,11 @@ def attend_kernel(
         BLOCK_M, BLOCK_N, BLOCK_NEW: query rows, cached keys and new keys of a tile.
         BLOCK_W: at least the nodes that begin in a tile of BLOCK_M rows.
         BLOCK_J, BLOCK_P: rows and parts that JOINS joins at once.
-        EARLY: it is launched early (`triton_dependent`).
+        EARLY: it is launched early (`triton_dependent`). What the step says of its rows and sequences is read
+            before what the layer computed is waited for.
     """
     if EARLY:
         asks_in_turns(ahead_ptr, ahead_lines, 256)
-        waits()
-        launches_next()
     tile = tl.program_id(0)
     if not TREE:
         tile = tl.num_programs(0) - 1 - tile  # the last rows of a chunk take longest: first
@@ -328,6 +327,9 @@ def attend_kernel(
     position = length + depth
     channel = tl.arange(0, BLOCK_D)
     key_norm_ptr = norm_ptr + (HEADS + head) * HEAD_DIM
+    ancestors = tl.zeros([BLOCK_M], tl.int64)
+    if TREE:
+        ancestors = tl.load(ancestors_ptr + node, mask=valid, other=0)
 
     if SPLIT:
         part -= 1
@@ -335,7 +337,7 @@ def attend_kernel(
             write_new(
                 tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token,
                 row_of_ptr, rows_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
-                DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
+                DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W, EARLY,
             )  # fmt: skip
             return
 
@@ -361,6 +363,11 @@ def attend_kernel(
 
     # Looked up before the queries are turned, so that nobody waits for one after the other.
     place = _places(table_ptr, begin + tl.arange(0, BLOCK_N), end, ROW, BLOCK_SIZE)
+    # What was read up to here was written before this pass. Programs that have left need not wait: those of
+    # part 0 do, and each grid has some.
+    if EARLY:
+        waits()
+        launches_next()
     inside = valid[:, None] & (channel < HEAD_DIM)[None, :]
     norm_at = query_head * HEAD_DIM
     q = turned(
@@ -402,9 +409,6 @@ def attend_kernel(
                 scale, False, TREE, DEPTHS, INDEXED, WINDOW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_NEW,
                 PRECISION,
             )  # fmt: skip
-    ancestors = tl.zeros([BLOCK_M], tl.int64)
-    if TREE:
-        ancestors = tl.load(ancestors_ptr + node, mask=valid, other=0)
     best, total, mixed = _new(
         q, best, total, mixed, new_begin, new_end, node, depth, ancestors, k_ptr, v_ptr, k_stride, v_stride,
         first_token, row_of_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
@@ -453,5 +457,5 @@ def attend_kernel(
         write_new(
             tile, num_rows, k_ptr, v_ptr, k_stride, v_stride, k_pool_ptr, v_pool_ptr, first_token, row_of_ptr,
             rows_ptr, depths_ptr, length, key_norm_ptr, cos_ptr, sin_ptr, eps, channel,
-            DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W,
+            DEPTHS, INDEXED, GROUP, ROW, HEAD_DIM, HALF, NORM, OFFSET, BLOCK_M, BLOCK_W, False,
         )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.triton_dependent import launches_next, waits
+
 __all__ = ["turned", "write_new"]
 
 
@@ -90,8 +92,13 @@ def write_new(
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """K/V of the nodes whose first query row is in this tile, into the pool."""
+    """K/V of the nodes whose first query row is in this tile, into the pool.
+
+    Args:
+        EARLY: nobody has waited yet for the kernel that computed them.
+    """
     node = tl.cdiv(tile * BLOCK_M, GROUP) + tl.arange(0, BLOCK_W)
     keep = (node < tl.cdiv((tile + 1) * BLOCK_M, GROUP)) & (node < num_rows)
     if INDEXED:
@@ -105,6 +112,9 @@ def write_new(
     depth = node
     if DEPTHS and HALF:
         depth = tl.load(depth_ptr + node, mask=keep, other=0).to(tl.int32)
+    if EARLY:
+        waits()
+        launches_next()
     k = turned(
         k_ptr, token * k_stride, keep, length + depth, norm_ptr, tl.zeros_like(node), cos_ptr, sin_ptr, eps,
         channel, HEAD_DIM, HALF, NORM, OFFSET,

@@ -79,6 +79,8 @@ class Step:
 
     def attend(self, backend: AttentionBackend, layer: int = 1) -> Tensor:
         backend.plan(self.batch, self.pool)
+        if DEVICE.type == "cuda":  # in a pass, products part attention from whoever writes the plan
+            torch.cuda.synchronize()
         if self.rotary is not None:
             assert isinstance(backend, RotatingAttention)
             return backend.attend(layer, self.q, self.k, self.v, self.rotary)
