@@ -74,7 +74,6 @@ class _Plan:
         parts: how many parts the keys come in, for each window of a layer.
         mixed: [parts, T, heads, head_dim] float32, the parts' outputs; empty where no layer is split.
         weight: [parts, T, heads] float32, log2 of their weights' sums.
-        filled: [T, heads] int32, how many parts share a row's cached keys; empty where nobody asks.
         counts: int32, where programs count those that are done; all zeros between launches.
     """
 
@@ -89,7 +88,6 @@ class _Plan:
     parts: dict[int | None, int]
     mixed: Tensor
     weight: Tensor
-    filled: Tensor
     counts: Tensor
 
 
@@ -151,7 +149,6 @@ class TritonAttention:
             parts=parts,
             mixed=torch.empty(*shape, head_dim, dtype=torch.float32, device=pool.device),
             weight=torch.empty(shape, dtype=torch.float32, device=pool.device),
-            filled=torch.empty(() if tile.joins else shape[1:], dtype=torch.int32, device=pool.device),
             counts=self._zeros(pool.device),
         )
 
@@ -196,7 +193,6 @@ class TritonAttention:
             out,
             plan.mixed,
             plan.weight,
-            plan.filled,
             plan.counts,
             k_pool,
             v_pool,
@@ -255,9 +251,19 @@ class TritonAttention:
             join_kernel[(triton.cdiv(rows, block_rows),)](
                 plan.mixed,
                 plan.weight,
-                plan.filled,
                 out,
+                batch.lengths,
+                batch.lengths if batch.index is None else batch.index,
                 rows,
+                num_rows,
+                parts - 1,
+                tile.least_keys,
+                tile.keys,
+                tile.rows if batch.ancestors is None else num_rows * self._group,
+                INDEXED=batch.index is not None,
+                WINDOW=window or 0,
+                GROUP=self._group,
+                HEADS=heads,
                 HEAD_DIM=head_dim,
                 BLOCK_M=block_rows,
                 BLOCK_D=channels,
@@ -279,7 +285,8 @@ class TritonAttention:
         kind, tile, parts = self._cut(len(sizes), max(sizes), cached, pool, tree=False)
         found: set[Hashable] = {(kind, window, some > 1, ragged) for window, some in parts.items()}
         if max(parts.values()) > 1 and not tile.joins:
-            found.add(self._one_each(sum(sizes) * pool.data.shape[-2] * self._group, pool.device))
+            one = self._one_each(sum(sizes) * pool.data.shape[-2] * self._group, pool.device)
+            found |= {(window, one, ragged) for window, some in parts.items() if some > 1}
         return found
 
     def undivided(self, pool: KVPool) -> int:

@@ -7,7 +7,31 @@ import triton.language as tl
 
 from engine.triton_dependent import launches_next, waits
 
-__all__ = ["join_kernel", "join_parts"]
+__all__ = ["first_key", "join_kernel", "join_parts", "shared_out"]
+
+
+@triton.jit
+def first_key(length, depth, WINDOW: tl.constexpr, tile_keys):
+    """The first cached row that is read for query rows of which none is before `depth`, of a tile of keys."""
+    first = length * 0
+    if WINDOW:  # nobody looks at what lies before
+        first = tl.maximum(length + depth - WINDOW + 1, 0) // tile_keys * tile_keys
+    return tl.minimum(first, length)
+
+
+@triton.jit
+def shared_out(keys, shares, least_keys, tile_keys):
+    """How cached rows are shared out among parts.
+
+    Args:
+        keys: so many rows; shares: among so many parts at most; least_keys: of a part.
+
+    Returns:
+        Keys of a part, of which the last may get fewer; how many parts get some, 0: one takes all keys.
+    """
+    share = tl.cdiv(tl.maximum(tl.cdiv(keys, shares), least_keys), tile_keys) * tile_keys
+    filled = tl.cdiv(keys, share)
+    return share, tl.where(filled > 1, filled, 0)
 
 
 @triton.jit
@@ -58,30 +82,55 @@ def join_parts(
     tl.store(out_ptr + out_at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_nodes", "shares", "least_keys", "tile_keys", "alike"],
+    do_not_specialize_on_alignment=["length_ptr", "index_ptr"],
+)
 def join_kernel(
     part_ptr,
     weight_ptr,
-    filled_ptr,
     out_ptr,
+    length_ptr,
+    index_ptr,
     num_rows,
+    num_nodes,
+    shares,
+    least_keys,
+    tile_keys,
+    alike,
+    INDEXED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The parts of `attend_kernel` weighted together, BLOCK_M of num_rows = T * heads rows a program.
+    """The parts of `attend_kernel` weighted together, BLOCK_M of num_rows = T * HEADS rows a program.
 
-    Rows whose keys came in one part are left as they are.
+    Rows whose keys came in one part are left as they are. How many parts a row has follows from its
+    sequence's length, as in `attend_kernel`, so that it is known before that one has ended.
+
+    Args:
+        length_ptr, index_ptr: see `AttentionInput`; num_nodes: N.
+        shares, least_keys, tile_keys: see `shared_out`.
+        alike: so many query rows of a sequence have the same parts: those of a chunk's tile, all of a tree.
     """
-    if EARLY:
-        waits()
-        launches_next()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    filled = tl.load(filled_ptr + row, mask=row < num_rows, other=0)
+    token = row // HEADS
+    if INDEXED:
+        token = tl.load(index_ptr + token, mask=row < num_rows, other=0).to(tl.int32)
+    length = tl.load(length_ptr + token // num_nodes, mask=row < num_rows, other=0).to(tl.int32)
+    query_row = token % num_nodes * GROUP + row % GROUP
+    begin = first_key(length, query_row // alike * alike // GROUP, WINDOW, tile_keys)
+    _, filled = shared_out(length - begin, shares, least_keys, tile_keys)
     most = tl.max(filled, 0)
     channel = tl.arange(0, BLOCK_D)
+    if EARLY:  # even if there is nothing to join
+        waits()
+        launches_next()
     if most > 0:
         join_parts(
             part_ptr, weight_ptr, out_ptr, row.to(tl.int64), filled > 0, filled, most, num_rows, channel,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.attention.triton_join import join_parts
+from engine.attention.triton_join import first_key, join_parts, shared_out
 from engine.attention.triton_rotary import turned, write_new
 from engine.triton_dependent import asks_in_turns, launches_next, waits
 
@@ -205,7 +205,6 @@ def attend_kernel(
     out_ptr,
     part_ptr,
     weight_ptr,
-    filled_ptr,
     count_ptr,
     k_pool_ptr,
     v_pool_ptr,
@@ -267,8 +266,6 @@ def attend_kernel(
             one another. out_ptr: [T, KV_HEADS * GROUP * HEAD_DIM], where there is one part.
         part_ptr: [parts, T, KV_HEADS * GROUP, HEAD_DIM] float32 and weight_ptr: [parts, T, KV_HEADS * GROUP]
             float32: each part's output and log2 of its weights' sum; nothing of parts without keys.
-        filled_ptr: [T, KV_HEADS * GROUP] int32, without JOINS: how many parts share the cached rows; 0: the
-            output is there already.
         count_ptr: int32, with JOINS as many zeros as the grid has programs of one part; zeros when it ends.
         k_pool_ptr, v_pool_ptr: [pool rows, KV_HEADS, HEAD_DIM] of this layer.
         table_ptr, length_ptr, rows_ptr, ancestors_ptr, depths_ptr: see `AttentionInput`.
@@ -341,18 +338,12 @@ def attend_kernel(
             )  # fmt: skip
             return
 
-    begin = 0
-    if WINDOW:  # nobody looks at what lies before
-        begin = tl.maximum(tl.min(tl.where(valid, position, length + num_rows), 0) - WINDOW + 1, 0)
-        begin = tl.minimum(begin // BLOCK_N * BLOCK_N, length)
+    begin = first_key(length, 0 if TREE else tile * BLOCK_M // GROUP, WINDOW, BLOCK_N)
     end = length
     filled = 0
     if SPLIT:
         shares = tl.num_programs(1) // KV_HEADS - 2
-        share = tl.maximum(tl.cdiv(end - begin, shares), least_keys)
-        share = tl.cdiv(share, BLOCK_N) * BLOCK_N
-        filled = tl.cdiv(end - begin, share)
-        filled = tl.where(filled > 1, filled, 0)
+        share, filled = shared_out(end - begin, shares, least_keys, BLOCK_N)
         if part > filled:
             return
         if part > 0:
@@ -419,8 +410,6 @@ def attend_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     mixed = mixed * (1.0 / total)[:, None]
     if SPLIT:
-        if not JOINS:
-            tl.store(filled_ptr + at_row, filled, mask=valid & (part == 0))
         if filled > 0:
             at_part = at_row + part.to(tl.int64) * num_tokens * HEADS
             tl.store(weight_ptr + at_part, best + tl.log2(total), mask=valid)
