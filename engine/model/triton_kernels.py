@@ -256,9 +256,6 @@ def _rotate_kernel(
     BLOCK_HALF: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        waits()
-        launches_next()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     channel = tl.arange(0, BLOCK_HALF)[None, :]
@@ -268,6 +265,9 @@ def _rotate_kernel(
     table = tl.load(position_ptr + token) * (2 * HALF) + HALF + channel
     cos = tl.load(cos_ptr + table, mask=rotated, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + table, mask=rotated, other=0.0).to(tl.float32)
+    if EARLY:  # positions are what the step was prepared with
+        waits()
+        launches_next()
     at = token * token_stride + head * HEAD_DIM + channel
     first = tl.load(qk_ptr + at, mask=inside, other=0.0)
     second = tl.load(qk_ptr + at + HALF, mask=inside, other=0.0)
