@@ -63,9 +63,10 @@ install() {
     if [ -f .gpu/caches.tar.xz ]; then tar xJf .gpu/caches.tar.xz -C "$HOME"; fi
 }
 
-caches() { # not the converted model, which is large and made in seconds
+caches() { # not the converted model, which is large and made in seconds, nor what led to the compiled kernels
     (cd "$HOME" && find .triton/cache .cache/medusa-serve -maxdepth 3 -type f \
-        \( -path '.triton/*' -o -name 'attention-*.json' -o -name 'products-*.json' \) -print0 |
+        \( -path '.triton/*' -o -name 'attention-*.json' -o -name 'products-*.json' \) \
+        ! -name '*.ttir' ! -name '*.ttgir' ! -name '*.llir' ! -name '*.ptx' ! -name '*.source' -print0 |
         tar c --null -T -) | xz -6 -T0 >"$OUT/caches.tar.xz"
 }
 
