@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -54,6 +55,9 @@ _FLUSH_S = 10.0
 
 _STATS_S = 0.25
 """Between two copies of the statistics while the same sequences run."""
+
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Outlet:
@@ -139,7 +143,7 @@ class Outlet:
 
 
 def main() -> None:
-    """The process: its argument is the descriptor of the socket to its parent."""
+    """The process. Its arguments: the socket to its parent, and the parent it ends with, where it does."""
     # Ctrl-C and a service manager's SIGTERM go to all processes; this one does what its parent says, which
     # has blocked them until here.
     asked = {signal.SIGINT, signal.SIGTERM}
@@ -147,6 +151,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, asked)
     connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)  # a compiler's process that held it would hide the end of this one
+    _end_with(int(sys.argv[2]))
     set_up = received(connection)
     if set_up is None:
         os._exit(1)
@@ -160,6 +166,18 @@ def main() -> None:
     child.outlet.flush(_FLUSH_S)
     logging.shutdown()
     os._exit(code)  # the interpreter's own end would wait for threads and unload what the system frees anyway
+
+
+def _end_with(parent: int) -> None:
+    """Have the system end this process when its parent ends; 0: not by that.
+
+    A thread that sees the socket's end needs Python's lock to do something about it, and a call into a driver
+    or compiler may hold that for minutes, and the GPU's memory with it.
+    """
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it has ended before that
+            os._exit(1)
 
 
 class _Child:

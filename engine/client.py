@@ -53,6 +53,10 @@ class EngineClient(Protocol):
     def healthy(self) -> bool:
         """False once the engine has died."""
 
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's process, where it has one of its own that runs."""
+
     async def start(self) -> None:
         """Take requests from here on."""
 

@@ -154,6 +154,10 @@ class FakeEngine:
     def healthy(self) -> bool:
         return not self._dead
 
+    @property
+    def pid(self) -> int | None:
+        return None
+
     async def start(self) -> None:
         """Start stepping on the running event loop."""
         self._accepting = True

@@ -74,6 +74,11 @@ class EngineFront(ABC):
     def healthy(self) -> bool:
         return self._failure is None
 
+    @property
+    def pid(self) -> int | None:
+        """See `EngineClient.pid`."""
+        return None
+
     async def start(self) -> None:
         """See `EngineClient.start`."""
         if self._event_loop is not None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -62,8 +63,9 @@ class EngineProcess(EngineFront):
     taken together where the event loop lags. The statistics are copies, up to a quarter of a second old while
     the same sequences run, and exact when one has ended. A request's grammar is compiled there once more.
 
-    Either side sees the other's end by its socket. Signals are the parent's: the child ignores those that a
-    terminal or a service manager sends to both.
+    Either side sees the other's end by its socket, and on Linux the system ends a child whose parent is gone
+    and that is too busy to look. Signals are the parent's: the child ignores those that a terminal or a
+    service manager sends to both.
 
     Args:
         config: what to load.
@@ -112,9 +114,9 @@ class EngineProcess(EngineFront):
         return self._stats
 
     @property
-    def pid(self) -> int:
-        """Of the engine's process."""
-        return self._process.pid
+    def pid(self) -> int | None:
+        """See `EngineClient.pid`."""
+        return self._process.pid if self._process.poll() is None else None
 
     async def start(self) -> None:
         """See `EngineClient.start`."""
@@ -265,19 +267,18 @@ def cuda_is_used(device: str) -> bool:
 def _started(descriptor: int) -> subprocess.Popen[bytes]:
     """A Python like this one that runs `engine.child` and has this socket.
 
-    multiprocessing's own would import the parent's main module there and start a third process.
+    multiprocessing's own would import the parent's main module there and start a third process. Where modules
+    are is told in its arguments, since what it starts in turn (compilers) would inherit PYTHONPATH.
     """
-    path = os.pathsep.join(os.path.abspath(place) for place in sys.path)
-    command = [sys.executable, "-P", "-c", "from engine.child import main; main()", str(descriptor)]
+    code = "import sys; sys.path[:0] = sys.argv[3:]; from engine.child import main; main()"
+    # Which it ends with. To the system that is this thread, so it has to be one that stays.
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+    command = [sys.executable, "-P", "-c", code, str(descriptor), str(parent)]
+    command += [os.path.abspath(place) for place in sys.path]
     # A Ctrl-C while it imports shall not end it with a traceback.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
-            pass_fds=[descriptor],
-            stdin=subprocess.DEVNULL,
-        )
+        return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

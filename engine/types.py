@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config import MAX_TREE_NODES
 from engine.errors import ContextLengthError, RequestError
@@ -259,9 +259,8 @@ class StepTrace:
     duration_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Raw log-probabilities at one position.
+class TokenLogprobs(NamedTuple):
+    """Raw log-probabilities at one position. A tuple, which is soonest sent to another process.
 
     Args:
         token_id: the token that stands there.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import time
 
 from engine import child
@@ -15,8 +17,14 @@ def unprepared(_compiler: GrammarCompiler) -> None:
     raise TypeError("not a tokenizer as others")
 
 
+def held(_arrived: Command) -> list[TokenDelta]:
+    ctypes.PyDLL(None).sleep(60)
+    return []
+
+
 def strike() -> None:
-    """From here on a request called "fatal" ends the engine, and one called "slow…" stands it for 0.4 s.
+    """From here on a request called "fatal" ends the engine, one called "slow…" stands it for 0.4 s, and one
+    called "held" for a minute, with Python's lock; one called "compiled" has it start a process.
 
     The statistics come by no clock, and the tokenizer is first read for a request.
     """
@@ -27,7 +35,11 @@ def strike() -> None:
     def struck(self: Engine, request: Request) -> None:
         if request.request_id == "fatal":
             raise MemoryError("no more")
+        if request.request_id == "compiled":
+            subprocess.Popen(["sleep", "60"], close_fds=False)  # a driver's compiler closes nothing either
         add(self, request)
+        if request.request_id == "held":
+            self.step = held  # type: ignore[method-assign]
         if request.request_id.startswith("slow"):
             step = self.step
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +36,10 @@ def load(kind: str, model: TinyModel, **settings: Any) -> EngineFront:
     config = EngineConfig(model=str(model.folder), **(SETTINGS | settings))
     if kind == "thread":
         return EngineLoop.load(config, progress=False)
-    return EngineProcess.load(config, progress=False, prepare=[strike])
+    if kind == "process":
+        return EngineProcess.load(config, progress=False, prepare=[strike])
+    with ThreadPoolExecutor(1) as loading:  # a thread that ends
+        return loading.submit(EngineProcess.load, config, progress=False, prepare=[strike]).result()
 
 
 class Running:

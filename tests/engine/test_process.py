@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import children
 from engine.child import Outlet, _check_text
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineStoppedError, ModelError
@@ -33,12 +34,17 @@ PARENT = """
 import socket, sys
 from engine.config import EngineConfig
 from engine.process import _started
-from engine.wire import SetUp, packed
+from engine.types import Request
+from engine.wire import Add, SetUp, Step, packed, received
+from tests.engine.in_child import strike
 ours, theirs = socket.socketpair()
 with theirs:
     child = _started(theirs.fileno())
-ours.sendall(packed(SetUp(EngineConfig(model=sys.argv[1], device="cpu", tree="off"), False, ())))
-ours.recv(1)  # it has loaded
+ours.sendall(packed(SetUp(EngineConfig(model=sys.argv[1], device="cpu", tree="off"), False, (strike,))))
+received(ours)  # it has loaded
+if sys.argv[2:]:
+    ours.sendall(packed(Add(Request(sys.argv[2], (1, 2)), None)))
+    received(ours)  # it begins
 print(child.pid, flush=True)
 sys.stdin.read()
 """
@@ -81,14 +87,23 @@ def test_what_nobody_can_read_any_more_is_no_failure() -> None:
 
 def test_a_process_that_is_killed_ends_every_stream_with_the_reason(tiny: TinyModel) -> None:
     async def body(engine: EngineProcess) -> None:
-        stream = engine.submit(endless("r", n=2))
+        pid = engine.pid
+        assert pid is not None
+        stream = engine.submit(endless("compiled", n=2))
         await until(lambda: engine.stats.running == 2)
-        os.kill(engine.pid, signal.SIGKILL)
+        (compiler,) = children(pid)  # which goes on, and has nothing that was meant for the engine
+        begun_with = Path(f"/proc/{compiler}/environ").read_bytes().split(b"\0")
+        assert [each for each in begun_with if each.startswith(b"PYTHONPATH=")] == [
+            f"PYTHONPATH={path}".encode() for path in [os.environ.get("PYTHONPATH")] if path is not None
+        ]
+        os.kill(pid, signal.SIGKILL)
         deltas = [delta async for delta in stream]
         assert {delta.index: delta.finish_reason for delta in deltas} == dict.fromkeys(
             (0, 1), FinishReason.ERROR
         )
         assert deltas[-1].error == "the engine's process was killed by SIGKILL"
+        assert engine.pid is None
+        os.kill(compiler, signal.SIGKILL)
         dead(engine, "SIGKILL")
 
     run(tiny, body, "process", tree="off")
@@ -106,6 +121,7 @@ def test_an_engine_that_fails_tells_why_and_what_it_gave_is_not_lost(tiny: TinyM
         engine.abort(["slow too", "instead"])
         await until(lambda: not engine._streams)
         assert engine.stats.step_age() == 0
+        assert engine.pid is not None
         os.kill(engine.pid, signal.SIGTERM)  # as a service manager does
         os.kill(engine.pid, signal.SIGINT)
         stream, fatal = engine.submit(endless("r")), engine.submit(endless("fatal"))
@@ -117,7 +133,7 @@ def test_an_engine_that_fails_tells_why_and_what_it_gave_is_not_lost(tiny: TinyM
         assert [delta.finish_reason async for delta in fatal] == [FinishReason.ERROR]
         dead(engine, "no more")
 
-    run(tiny, body, "process", tree="off", max_num_seqs=3)
+    run(tiny, body, "process of a thread that ended", tree="off", max_num_seqs=3)
 
 
 def dead(engine: EngineFront, reason: str) -> None:
@@ -127,12 +143,18 @@ def dead(engine: EngineFront, reason: str) -> None:
         engine.submit(endless("late"))
 
 
-def test_the_process_goes_when_its_parent_is_killed(tiny: TinyModel) -> None:
-    command = [sys.executable, "-c", PARENT, str(tiny.folder)]
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not end it")
+
+
+@pytest.mark.parametrize("request_id", [None, pytest.param("held", marks=on_linux)])
+def test_the_process_goes_when_its_parent_is_killed(tiny: TinyModel, request_id: str | None) -> None:
+    """Idle, and in a call that keeps Python's lock."""
+    command = [sys.executable, "-c", PARENT, str(tiny.folder), *([request_id] if request_id else [])]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        os.kill(child, 0)
+        time.sleep(0.5)  # into the call
+        assert _runs(child)
         parent.kill()
     deadline = time.monotonic() + 20  # at once, but for a machine that has much to do
     while _runs(child):
