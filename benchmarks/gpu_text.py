@@ -286,7 +286,7 @@ def first_divergences(base: list[Any], outputs: list[Any]) -> dict[str, Any]:
 
 def http(run: Run) -> dict[str, Any]:
     """The same prompts over HTTP and through the engine alone, in turns, at 1 to 64 streams; the server's
-    engine is in a thread, and then in a process of its own."""
+    engine is where `--engine-process auto` has it, in a process on a GPU, and then where it has not."""
     if missing := [name for name in _WEB if importlib.util.find_spec(name) is None]:
         return {"skipped": f"not installed here: {', '.join(missing)}"}
     found: dict[str, Any] = {}
@@ -300,10 +300,11 @@ def http(run: Run) -> dict[str, Any]:
             cases[f"{shape.name} with random weights"] = [str(folder), "--load-format", "dummy"]
         if not run.tiny:
             cases["model"] = [run.args.model]
-        sides = [(name, on) for name in cases for on in (False, True)]
+        auto = run.device.type == "cuda"
+        sides = [(name, on) for name in cases for on in (auto, not auto)]
         for case, on in sides:
             model, *options = cases[case]
-            name = f"{case}, engine in a process" if on else case
+            name = f"{case}, engine in a {'process' if on else 'thread'}"
             if run.left() < 45:
                 found[name] = {"skipped": "no time left"}
                 continue

@@ -142,7 +142,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--step-ms", type=float, help="simulate a device that takes so long a decode step")
     parser.add_argument("--token-us", type=float, default=25.0, help="and so long for a token of a prompt")
     parser.add_argument("--accepted", type=int, default=0, help="and accepts so many nodes beside the root")
-    parser.add_argument("--engine-process", default="off", help="the server's: off, on or auto")
+    parser.add_argument("--engine-process", default="auto", help="the server's: on, off or auto")
     parser.add_argument("--most", type=float, default=0.10, help="largest share lost that passes")
     parser.add_argument("--seed", type=int, default=0)
     args, options = parse_with_engine_options(parser, argv)

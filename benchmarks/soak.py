@@ -5,10 +5,11 @@
 A server with few slots and a K/V pool too small for them (so that sequences are preempted) gets a mix of
 requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,
 penalties, biases, stop strings, predictions, both acceptances; a third of them hang up. Some requests are
-asked again and again: their text must be the same every time. The server's resident memory is sampled all
-along; its slope after the warm-up is a least-squares line. So are its threads and open files, the most of
-which may not be more in the second half after the warm-up than in the first. Exit code 1 on an error, a text
-that changed, a block lost, no preemption, a slope above --most-slope, or more threads or open files.
+asked again and again: their text must be the same every time. The server's resident memory, with its engine's
+where that has a process of its own, is sampled all along; its slope after the warm-up is a least-squares
+line. So are its threads and open files, the most of which may not be more in the second half after the
+warm-up than in the first. Exit code 1 on an error, a text that changed, a block lost, no preemption, a slope
+above --most-slope, or more threads or open files.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import aiohttp
 
 from benchmarks.common import (
     Server,
+    children,
     data_of,
     first_model,
     hardware,
@@ -243,8 +245,9 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
     samples: list[tuple[float, float]] = []
     counts: list[tuple[int, int]] = []
     for number in itertools.count(1):
-        samples.append(((time.monotonic() - start) / 60, rss_mib(server.pid)))
-        counts.append((threads(server.pid), open_files(server.pid)))
+        pids = (server.pid, *children(server.pid))  # the engine may have a process of its own
+        samples.append(((time.monotonic() - start) / 60, sum(map(rss_mib, pids))))
+        counts.append((sum(map(threads, pids)), sum(map(open_files, pids))))
         if number % 60 == 0:
             answered, failed = sum(soak.counts.values()), sum(soak.errors.values())
             print(

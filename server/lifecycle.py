@@ -19,9 +19,9 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from engine.client import EngineClient
 from engine.errors import ConfigError, MedusaError
 from engine.front import EngineFront
-from engine.types import EngineInfo
 from server.app import create_app
 from server.auth import ApiKeys
 from server.context import ServerContext
@@ -29,7 +29,7 @@ from server.logs import configure_logging
 from server.protocol import ServerConfig
 from server.settings import Settings
 
-__all__ = ["Server", "bind", "run"]
+__all__ = ["Server", "bind", "in_process", "run"]
 
 HANDSHAKE_S = 5
 """What connections get to close after the drain, in seconds."""
@@ -75,7 +75,7 @@ def run(settings: Settings) -> int:
 
 def _load(settings: Settings) -> EngineFront:
     """The engine, in a thread or a process of its own. Raises MedusaError."""
-    if _in_process(settings):
+    if in_process(settings):
         from engine.process import EngineProcess
 
         logs = partial(configure_logging, settings.log_level, settings.log_format)
@@ -86,7 +86,8 @@ def _load(settings: Settings) -> EngineFront:
     return EngineLoop.load(settings.engine_config)
 
 
-def _in_process(settings: Settings) -> bool:
+def in_process(settings: Settings) -> bool:
+    """Whether these settings give the engine a process of its own on this machine."""
     if settings.engine_process == "auto":
         from engine.process import cuda_is_used
 
@@ -164,7 +165,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started and sockets:
-            _announce(self._settings, self._context.engine.info, sockets[0])
+            _announce(self._settings, self._context.engine, sockets[0])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the hook's signature
         """Called by the signal, between two instructions of the event loop's thread."""
@@ -210,7 +211,7 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _announce(settings: Settings, info: EngineInfo, listener: socket.socket) -> None:
+def _announce(settings: Settings, engine: EngineClient, listener: socket.socket) -> None:
     """One line that says what is served and where, and a request to try."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -225,7 +226,10 @@ def _announce(settings: Settings, info: EngineInfo, listener: socket.socket) -> 
         f"  -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(body)}'"
     )
-    in_log = {"try": curl} if settings.log_format == "json" else {}
+    in_log: dict[str, str | int] = {"try": curl} if settings.log_format == "json" else {}
+    if engine.pid is not None:  # whose memory of the GPU it is
+        in_log["engine_pid"] = engine.pid
+    info = engine.info
     log.info(
         "serving",
         model=settings.model_name,

@@ -356,7 +356,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("build_info", "1", "Versions.", _build, ("version", "python", "torch", "transformers")),
     _gauge("model_info", "1", "What is served.", _model, _MODEL_LABELS),
 )
-"""All of ours. Those of the process (`process_…`, on Linux) are the client library's, without the prefix."""
+"""All of ours. The client library's are `process_…` and `medusa_engine_process_…` (on Linux)."""
 
 
 class Metrics:
@@ -365,8 +365,7 @@ class Metrics:
     Args:
         engine: read at each scrape.
         model_name: the served name.
-        ready: what /ready answers.
-        healthy: what /health answers.
+        ready, healthy: what /ready and /health answer.
     """
 
     def __init__(
@@ -395,6 +394,7 @@ class Metrics:
 
         self._registry.register(_Collector(source))
         ProcessCollector(registry=self._registry)
+        ProcessCollector(PREFIX + "engine", lambda: engine.pid or 0, registry=self._registry)  # 0: nothing
         own = {metric.name: metric for metric in METRICS if metric.read is None}
 
         def histogram(name: str) -> Histogram:

@@ -84,10 +84,10 @@ class Settings(EngineConfig, BaseSettings):
         30.0, ge=0.0, allow_inf_nan=False, description="Seconds running requests get to finish at shutdown."
     )
     engine_process: Literal["auto", "on", "off"] = Field(
-        "off",
+        "auto",
         description="Run the engine in a process of its own, not in a thread beside the event loop: the two "
-        "need no common lock, which should count beside a fast device; not measured on one yet. 'auto': on a "
-        "GPU. On the CPU both need the same cores, and there is nothing to gain.",
+        "need no common lock, which counts beside a fast device. 'auto': on a GPU. On the CPU both need the "
+        "same cores, and there is nothing to gain.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look.")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import torch
 
 from benchmarks.common import Server, children, metrics
 from tests.server.conftest import wait_until
 from tests.support import save_model, tiny_llama
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+OPTIONS = ["--engine-process", "on", "--tree", "off", "--max-num-seqs", "4", "--kv-cache-tokens", "20000"]
 SOON_S = 30.0
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,7 @@ def page(server: Server) -> dict[str, float]:
 
 
 def test_chat_hanging_up_metrics_and_drain(model: Path) -> None:
-    options = ["--engine-process", "on", "--tree", "off", "--max-num-seqs", "4", "--kv-cache-tokens", "20000"]
-    options += ["--load-format", "dummy"]  # of which the engine's loader tells the log
+    options = [*OPTIONS, "--load-format", "dummy"]  # of which the engine's loader tells the log
     names = [str(model), "--served-model-name", "tiny", "--chat-template", TEMPLATE, "--log-format", "json"]
     with (
         Server([*names, *options], threads=1) as server,
@@ -71,3 +75,39 @@ def test_chat_hanging_up_metrics_and_drain(model: Path) -> None:
             os.kill(child, 0)
         assert "Traceback" not in server.log_tail(1000)
         assert '"logger": "engine.loader"' in server.log_tail(1000)  # the child's lines are as the server's
+
+
+def test_an_engine_that_is_killed_ends_what_runs_and_the_server_says_so(model: Path) -> None:
+    with Server([str(model), "--served-model-name", "tiny", *OPTIONS], threads=1) as server:
+        (child,) = children(server.pid)
+        assert page(server)["medusa_engine_process_resident_memory_bytes"] > 1e6
+        asked = {"model": "tiny", "prompt": [1, 2], "max_tokens": 3000, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=SOON_S) as answer:
+            events = answer.iter_lines()
+            next(events)
+            os.kill(child, signal.SIGKILL)
+            last = [event for event in events if event][-1]
+        assert "the engine's process was killed by SIGKILL" in last
+        for path in ("/health", "/ready"):
+            assert httpx.get(server.url + path).status_code == 503
+        assert httpx.post(f"{server.url}/v1/completions", json=asked | {"stream": False}).status_code == 503
+        found = page(server)
+        assert found["medusa_healthy"] == 0
+        assert found["process_resident_memory_bytes"] > 1e6
+        assert "medusa_engine_process_resident_memory_bytes" not in found
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(SOON_S) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_an_engine_that_cannot_start_there_is_told_in_one_line(model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", str(model), "--device", "cuda", "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: device 'cuda' was asked for and torch sees no GPU here\n"

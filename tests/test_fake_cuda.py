@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_cuda import environment
+from tests.support import save_model, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,3 +86,42 @@ def test_new_heads_are_made_on_it() -> None:
     file = Path(__file__).parent / "benchmarks" / "test_gpu_heads.py"
     options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "cuda"]
     assert "1 passed" in run("-m", "pytest", *options, str(file))
+
+
+SERVED = """
+import asyncio, sys
+import torch
+
+
+def touched(*_, **__):
+    raise AssertionError("the server's process has touched the device")
+
+
+for name in "_lazy_init get_device_properties mem_get_info current_device set_device synchronize".split():
+    setattr(torch.cuda, name, touched)
+
+from engine.types import Request, SamplingParams
+from server.app import create_app
+from server.lifecycle import _load
+from server.settings import load_settings
+
+given = {"tree": "off", "enforce_eager": True, "kv_cache_tokens": 1024}
+settings = load_settings({"model": sys.argv[1], **given})
+engine = _load(settings)
+create_app(engine, engine.text, settings, engine.generation_defaults)
+
+
+async def main():
+    await engine.start()
+    request = Request("r", (1, 2), SamplingParams(temperature=0, max_tokens=5))
+    print(engine.info.device, sum([len(delta.token_ids) async for delta in engine.submit(request)]))
+    await engine.stop()
+
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_leaves_the_device_to_its_engines_process(tmp_path: Path) -> None:
+    folder = save_model(tiny_llama(), tmp_path / "tiny")
+    assert run("-c", SERVED, str(folder)).split() == ["cuda", "5"]

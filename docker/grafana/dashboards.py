@@ -245,9 +245,12 @@ SERVING = [
     ),
     Panel(
         "Memory",
-        "Resident, of each server process.",
-        # Prometheus has this one of itself, too.
-        {"{{instance}}": f"process_resident_memory_bytes{CHOSEN} and on (instance) medusa_ready"},
+        "Resident, of each server process, and of the engine's where it has its own.",
+        {
+            # Prometheus has this one of itself, too.
+            "{{instance}}": f"process_resident_memory_bytes{CHOSEN} and on (instance) medusa_ready",
+            "{{instance}} engine": f"medusa_engine_process_resident_memory_bytes{CHOSEN}",
+        },
         unit="bytes",
     ),
 ]

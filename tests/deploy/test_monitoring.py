@@ -35,7 +35,7 @@ DASHBOARDS = runpy.run_path(str(GRAFANA / "dashboards.py"))["DASHBOARDS"]
 
 def series() -> set[str]:
     """Every name that a query may use."""
-    names = {rule["record"] for rule in RULES}
+    names = {rule["record"] for rule in RULES} | {"medusa_engine_process_resident_memory_bytes"}
     for metric in METRICS:
         parts = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
         names |= {metric.full_name + part for part in parts}

@@ -22,7 +22,7 @@ import pytest
 from engine.errors import ConfigError
 from engine.fake import FakeEngine
 from server.app import create_app
-from server.lifecycle import Server, bind, check
+from server.lifecycle import Server, bind, check, in_process
 from server.settings import Settings, load_settings
 from tests.server.conftest import MODEL, TEXT, Defaults, Serve, chat_body, says, wait_until
 
@@ -48,6 +48,26 @@ app = create_app(engine, TEXT, settings, Defaults())
 Server(app, settings).run(sockets=[bind("127.0.0.1", 0)])
 print("collected", len(gc.get_objects()), "of", gc.get_freeze_count(), file=sys.stderr)
 """
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [
+        ({}, 0, False),
+        ({}, 1, True),
+        ({"device": "cpu"}, 1, False),
+        ({"device": "cuda:1"}, 0, True),  # whose error is the engine's to tell
+        ({"device": "cuda", "engine_process": "off"}, 1, False),
+        ({"device": "cpu", "engine_process": "on"}, 0, True),
+    ],
+)
+def test_the_engine_has_a_process_of_its_own_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], gpus: int, expected: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert in_process(load_settings(given)) == expected
+    monkeypatch.setattr("server.lifecycle.sys.platform", "win32")
+    assert in_process(load_settings(given)) == (given.get("engine_process") == "on")
 
 
 @contextmanager
