@@ -84,6 +84,7 @@ PER_POSITION = "medusa_spec_decode_num_accepted_tokens_per_pos_total"
 DRAFTS = "medusa_spec_decode_num_drafts_total"
 STEP_S = "medusa_step_duration_seconds"
 LENGTH = "medusa_acceptance_length"
+MEMORY = f"process_resident_memory_bytes{CHOSEN}"
 PREFIX_HITS = ("medusa_prefix_cache_hits_total", "medusa_prefix_cache_queries_total")
 SPEED_UP = ("medusa_plain_decode_seconds_total", f"{STEP_S}_sum")
 TOKENS_A_STEP = (f"{LENGTH}_sum", f"{STEP_S}_count")
@@ -245,11 +246,11 @@ SERVING = [
     ),
     Panel(
         "Memory",
-        "Resident, of each server process, and of the engine's where it has its own.",
+        "Resident, of each server, with its engine's process where it has one.",
+        # Prometheus has this one of itself, too.
         {
-            # Prometheus has this one of itself, too.
-            "{{instance}}": f"process_resident_memory_bytes{CHOSEN} and on (instance) medusa_ready",
-            "{{instance}} engine": f"medusa_engine_process_resident_memory_bytes{CHOSEN}",
+            "{{instance}}": f"({MEMORY} + on (instance) medusa_engine_{MEMORY} or on (instance) {MEMORY}) "
+            "and on (instance) medusa_ready"
         },
         unit="bytes",
     ),
