@@ -39,6 +39,7 @@ from engine.wire import (
     Where,
     packed,
     received,
+    request_of,
     rows_of,
     taken,
 )
@@ -252,8 +253,8 @@ class _Child:
 
     def _obey(self, message: Any) -> None:
         match message:
-            case Add(request, spec):
-                self._grammars.add(request, spec)
+            case Add(row, spec):
+                self._grammars.add(request_of(row), spec)
             case Abort(request_id, choice):
                 self._grammars.abort(request_id, choice)
             case Where():

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple, Self
 
@@ -38,6 +37,7 @@ from engine.wire import (
     deltas_of,
     packed,
     received,
+    row_of,
     taken,
 )
 
@@ -78,6 +78,7 @@ class EngineProcess(EngineFront):
     ) -> None:
         super().__init__(config)
         self._transport: asyncio.Transport | None = None
+        self._outbox: list[bytes] = []
         self._lost = self._done = False
         self._problem: str | None = None
         self._stacks: list[asyncio.Future[str]] = []
@@ -157,17 +158,23 @@ class EngineProcess(EngineFront):
                 )
 
     def _add(self, request: Request) -> None:
-        if request.grammar is None:
-            self._send(Add(request, None))
-        else:
-            self._send(Add(replace(request, grammar=None), request.grammar.spec))
+        self._send(Add(row_of(request), None if request.grammar is None else request.grammar.spec))
 
     def _abort(self, request_id: str, index: int | None) -> None:
         self._send(Abort(request_id, index))
 
     def _send(self, message: NamedTuple) -> None:
+        """Send it with the others of this turn of the event loop: a write that wakes the process takes longer
+        than all else that is done to hand a request over."""
+        if self._event_loop is not None:
+            if not self._outbox:
+                self._event_loop.call_soon(self._flush)
+            self._outbox.append(packed(message))
+
+    def _flush(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(packed(message))
+            self._transport.write(b"".join(self._outbox))
+        self._outbox.clear()
 
     def _end(self) -> None:
         if self._transport is None:

@@ -1,6 +1,7 @@
 """What goes between a server's process and its engine's: pickled messages, each behind its length.
 
-A delta travels as a tuple, which takes a sixth of the time that a pickled dataclass does (0.2 and 1.3 µs).
+Deltas and requests travel as tuples, which is sooner done than pickled dataclasses: a sixth of the time for a
+delta (0.2 and 1.3 µs), less than half for a request (7 and 17 µs).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from engine.config import EngineConfig
 from engine.grammar import GrammarSpec
 from engine.stats import EngineStats
-from engine.types import EngineInfo, Request, TokenDelta
+from engine.types import EngineInfo, MedusaParams, Request, SamplingParams, TokenDelta
 
 if TYPE_CHECKING:
     from engine.model.weights import GenerationDefaults
@@ -37,6 +38,8 @@ __all__ = [
     "deltas_of",
     "packed",
     "received",
+    "request_of",
+    "row_of",
     "rows_of",
     "taken",
 ]
@@ -44,6 +47,11 @@ __all__ = [
 _LENGTH = struct.Struct("!Q")
 
 _row = attrgetter(*(field.name for field in fields(TokenDelta)))
+_sampling = attrgetter(*(field.name for field in fields(SamplingParams)))
+_medusa = attrgetter(*(field.name for field in fields(MedusaParams)))
+_PARTS = {"sampling", "medusa", "grammar"}
+_others = tuple(field.name for field in fields(Request) if field.name not in _PARTS)
+_rest = attrgetter(*_others)
 
 
 # -- to the engine ---------------------------------------------------------------------------------
@@ -63,9 +71,9 @@ class SetUp(NamedTuple):
 
 
 class Add(NamedTuple):
-    """A request, without its grammar; and what that is made from."""
+    """A request, of `row_of`; and what its grammar is made from."""
 
-    request: Request
+    row: tuple[Any, ...]
     grammar: GrammarSpec | None
 
 
@@ -133,6 +141,17 @@ class Done(NamedTuple):
     """The engine has ended as it was told; `problem`: what of its books was wrong."""
 
     problem: str | None
+
+
+def row_of(request: Request) -> tuple[Any, ...]:
+    """A request without its grammar."""
+    return _sampling(request.sampling), _medusa(request.medusa), _rest(request)
+
+
+def request_of(row: tuple[Any, ...]) -> Request:
+    sampling, medusa, rest = row
+    named = dict(zip(_others, rest, strict=True))
+    return Request(sampling=SamplingParams(*sampling), medusa=MedusaParams(*medusa), **named)
 
 
 def rows_of(deltas: list[TokenDelta]) -> list[tuple[Any, ...]]:

@@ -35,7 +35,7 @@ import socket, sys
 from engine.config import EngineConfig
 from engine.process import _started
 from engine.types import Request
-from engine.wire import Add, SetUp, Step, packed, received
+from engine.wire import Add, SetUp, Step, packed, received, row_of
 from tests.engine.in_child import strike
 ours, theirs = socket.socketpair()
 with theirs:
@@ -43,7 +43,7 @@ with theirs:
 ours.sendall(packed(SetUp(EngineConfig(model=sys.argv[1], device="cpu", tree="off"), False, (strike,))))
 received(ours)  # it has loaded
 if sys.argv[2:]:
-    ours.sendall(packed(Add(Request(sys.argv[2], (1, 2)), None)))
+    ours.sendall(packed(Add(row_of(Request(sys.argv[2], (1, 2))), None)))
     received(ours)  # it begins
 print(child.pid, flush=True)
 sys.stdin.read()
@@ -125,6 +125,7 @@ def test_an_engine_that_fails_tells_why_and_what_it_gave_is_not_lost(tiny: TinyM
         os.kill(engine.pid, signal.SIGTERM)  # as a service manager does
         os.kill(engine.pid, signal.SIGINT)
         stream, fatal = engine.submit(endless("r")), engine.submit(endless("fatal"))
+        await asyncio.sleep(0)  # they are sent together, in the next turn
         assert engine._process.wait(20) == 1
         engine.abort(["r"])  # which cannot be sent any more, before what has come is read
         deltas = [delta async for delta in stream]
