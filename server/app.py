@@ -19,6 +19,7 @@ from server.errors import add_error_handlers
 from server.metrics import Metrics
 from server.middleware import HeadMiddleware, ReadinessMiddleware, RequestMiddleware
 from server.routes import chat, completions, health, models, tokenize
+from server.routes.body_route import ShortWay
 from server.schemas.base import GenerationDefaults
 from server.schemas.structured import JSON_OBJECT
 from server.settings import Settings
@@ -81,6 +82,7 @@ def create_app(
     app.router.routes[:0] = ours
     add_error_handlers(app)
     # Each wraps the ones before: a refusal has its log line, and browsers may read it.
+    app.add_middleware(ShortWay, routes=ours)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(ReadinessMiddleware, context=context)
     if keys is not None:

@@ -17,6 +17,10 @@ _MOST_S = 0.05
 _TOGETHER = 8
 """Requests or responses begun or ended between two looks at what else the event loop has to do."""
 
+_WAY = 4
+"""Turns of the event loop for a request that waits for nothing: its task begins, its prompt is encoded, it
+goes on to the engine; and then the next may come."""
+
 
 class FewAtATime:
     """Makes calls that can wait, a few in each turn of the event loop, so that what cannot comes between."""
@@ -45,7 +49,7 @@ class Intake:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()
         self._begun = 0
 
     @property
@@ -53,29 +57,36 @@ class Intake:
         """Whether requests wait for their turn."""
         return bool(self._waiting)
 
-    async def turn(self) -> None:
-        """Return when this request may begin: those before it that wait for nothing are in the engine."""
+    def take(self, begin: Callable[[], None]) -> None:
+        """Have a request begin when those before it, where they wait for nothing, are in the engine."""
         if self._begun < _TOGETHER and not self._waiting:
-            self._begin()
-            return
-        begin: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(begin)
-        await begin
+            self._begin(begin)
+        else:
+            self._waiting.append(begin)
 
-    def _begin(self) -> None:
+    async def turn(self) -> None:
+        """Return when this request may begin."""
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.take(partial(_end, begun))
+        await begun
+
+    def _begin(self, begin: Callable[[], None]) -> None:
         if not self._begun:
-            loop = asyncio.get_running_loop()
-            # In its next turn they go on, in that after it their prompts are encoded, then they go on again.
-            loop.call_soon(loop.call_soon, loop.call_soon, self._next)
+            _later(_WAY, self._next)
         self._begun += 1
+        begin()
 
     def _next(self) -> None:
         self._begun = 0
         while self._waiting and self._begun < _TOGETHER:
-            begin = self._waiting.popleft()
-            if not begin.done():  # its client may have left
-                begin.set_result(None)
-                self._begin()
+            self._begin(self._waiting.popleft())
+
+
+def _later(turns: int, call: Callable[[], None]) -> None:
+    """Call it so many turns of the event loop later."""
+    if turns > 1:
+        call = partial(_later, turns - 1, call)
+    asyncio.get_running_loop().call_soon(call)
 
 
 class Arrivals:

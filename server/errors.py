@@ -33,6 +33,7 @@ __all__ = [
     "error_body",
     "error_response",
     "field_path",
+    "on_http_error",
     "to_status",
 ]
 
@@ -125,7 +126,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the app in OpenAI's form."""
     app.add_exception_handler(MedusaError, _on_medusa_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(HTTPException, on_http_error)
 
 
 async def _on_medusa_error(_request: Request, error: Exception) -> ErrorResponse:
@@ -176,7 +177,8 @@ def _not_json(request: Request, cause: BaseException) -> tuple[int, str, str]:
     return 400, f"The request body is not valid JSON: {reason}.", "invalid_json"
 
 
-async def _on_http_error(request: Request, error: Exception) -> ErrorResponse:
+async def on_http_error(request: Request, error: Exception) -> ErrorResponse:
+    """The answer for an error of Starlette's, FastAPI's, or about how a body came."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and error.__cause__ is not None:  # FastAPI's, who has tried to parse it
         status, message, code = _not_json(request, error.__cause__)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-import uuid
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +16,7 @@ from server.arrivals import Intake
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, error_response
 from server.metrics import Metrics
+from server.protocol import DIRECT
 from server.routes.health import QUIET_PATHS
 from server.settings import Settings
 
@@ -61,8 +62,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if scope["method"] == "POST":
-                await self._intake.turn()
+            if scope["method"] == "POST" and DIRECT not in scope.get("extensions", ()):
+                await self._intake.turn()  # else its connection has waited for it
             await self._app(scope, self._bounded(scope, receive, record), send_with_id)
         except Exception as error:
             log.exception("request_failed", request_id=record.request_id)
@@ -80,6 +81,7 @@ class RequestMiddleware:
         """`receive` with bounds on the body's size and time. What is left of a refused body is not read."""
         length = Headers(scope=scope).get("content-length", "")
         announced = length.isdecimal() and int(length) > self._max_body_bytes
+        direct = scope.get("extensions", {}).get(DIRECT)
         complete = False
         deadline = asyncio.get_running_loop().time() + self._read_timeout
         close = {"Connection": "close"}
@@ -89,7 +91,9 @@ class RequestMiddleware:
             if complete:  # what follows the body is the client's going away
                 return await receive()
             message: Message = {}
-            if not announced:
+            if not announced and direct is not None and (body := direct.body()) is not None:
+                message = {"type": "http.request", "body": body}  # it is there, as most are by their turn
+            elif not announced:
                 try:
                     async with asyncio.timeout_at(deadline):
                         message = await receive()
@@ -160,7 +164,7 @@ def _request_ids(given: str | None) -> tuple[str, str]:
 
     A client's id is kept if it is short printable ASCII, which is safe in headers and logs.
     """
-    new = uuid.uuid4().hex
+    new = os.urandom(16).hex()
     if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given, f"{given}-{new[:8]}"
     return new, new

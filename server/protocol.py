@@ -6,24 +6,24 @@ import asyncio
 import json
 from asyncio import TimerHandle
 from collections.abc import Callable
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import structlog
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from server.arrivals import Intake
 from server.errors import error_body
 from server.settings import Settings
 
 __all__ = [
-    "DIRECT_WRITE",
+    "DIRECT",
     "KEEP_ALIVE_S",
     "MAX_HEAD_BYTES",
-    "DirectWrite",
+    "Direct",
     "GuardedProtocol",
     "ServerConfig",
 ]
@@ -35,15 +35,8 @@ one just as a request is put on it."""
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers."""
 
-DIRECT_WRITE = "medusa.write"
-"""The ASGI extension that holds a `DirectWrite`."""
-
-DirectWrite = Callable[[bytes, bool], bool]
-"""Writes a part of the body of a response that has begun, in the event loop, at once: without a task, and
-without the layers between application and connection, none of which looks at a body. Its second argument says
-that the part is the last: the client then has the whole response, and the application ends it without
-another. False, and nothing is written, where the client reads too slowly or has left; the part is to be sent
-as usual then."""
+DIRECT = "medusa.direct"
+"""The ASGI extension that holds a `Direct`."""
 
 log = structlog.stdlib.get_logger("server.connection")
 
@@ -52,13 +45,14 @@ class ServerConfig(uvicorn.Config):
     """uvicorn's configuration as every server here has it.
 
     Args:
-        app: the application.
+        app: of `create_app`.
         settings: TLS files and time-outs are read from it.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.read_timeout = settings.read_timeout
         self.write_timeout = settings.write_timeout
+        self.intake: Intake = app.state.context.arrivals.intake
         super().__init__(
             app,
             http=GuardedProtocol,
@@ -68,6 +62,7 @@ class ServerConfig(uvicorn.Config):
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
+            proxy_headers=False,  # nobody asks for the client's address or scheme
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
@@ -95,6 +90,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._late: TimerHandle | None = None
         self._stalled: TimerHandle | None = None
         self._head_bytes = 0
+        self._direct: Direct | None = None
+        self._intake = config.intake
+        self._held: list[bytes] = []  # what has come while its request waits for its turn
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -103,9 +101,31 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         self._flowing()
+        self._held.clear()
         super().connection_lost(exc)
+        if self._direct is not None:
+            self._direct.lose()
 
     def data_received(self, data: bytes) -> None:
+        if self._held:
+            self._held.append(data)
+            self.flow.pause_reading()
+        elif self._idle and data.startswith(b"POST "):
+            # Before it is parsed, which for all that have come at once takes as long as a few need for their
+            # way to the engine.
+            self._held.append(data)
+            self._intake.take(self._let_in)
+        else:
+            self._take(data)
+
+    def _let_in(self) -> None:
+        if self._held:  # the client may have left
+            data = b"".join(self._held)
+            self._held.clear()
+            self.flow.resume_reading()
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
         if self._late is None and self._idle:
             self._late = self.loop.call_later(self._read_timeout, self._on_late)
             self._head_bytes = 0
@@ -119,7 +139,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if (cycle := self.cycle) is not None:
             # Its task begins later. ASGI's type of an extension is a dict, whatever it may hold.
-            self.scope["extensions"] = {DIRECT_WRITE: partial(_write, cycle)}  # type: ignore[dict-item]
+            self._direct = Direct(cycle)
+            self.scope["extensions"] = {DIRECT: self._direct}  # type: ignore[dict-item]
 
     def on_message_complete(self) -> None:
         self._in_time()  # of a body that nobody wanted
@@ -176,14 +197,61 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def _write(cycle: RequestResponseCycle, part: bytes, last: bool) -> bool:
-    """See `DirectWrite`."""
-    free = not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
-    if not (free and cycle.chunked_encoding and part):
-        return False
-    chunk = b"%x\r\n%b\r\n" % (len(part), part)
-    if last:
-        chunk += b"0\r\n\r\n"
-        cycle.chunked_encoding, cycle.expected_content_length = False, 0  # or its end would be written twice
-    cycle.transport.write(chunk)
-    return True
+class Direct:
+    """One request's connection, without tasks, and without the layers between it and the application.
+
+    To be used in the event loop.
+    """
+
+    __slots__ = ("_cycle", "_lost")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._lost: Callable[[], None] | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has left."""
+        return self._cycle.disconnected
+
+    def on_lost(self, call: Callable[[], None] | None) -> None:
+        """Have `call` called when the client leaves."""
+        self._lost = call
+
+    def lose(self) -> None:
+        """The connection is lost."""
+        if self._lost is not None:
+            self._lost()
+
+    def body(self) -> bytes | None:
+        """What is left to receive of the request's body, if all of it is there; it is then received."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected or cycle.waiting_for_100_continue:
+            return None
+        cycle.flow.resume_reading()
+        cycle.message_event.clear()
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
+
+    def write(self, part: bytes, last: bool) -> bool:
+        """Write a part of the body of a response that has begun.
+
+        Args:
+            part: not empty.
+            last: the client then has the whole response, and the application ends it without another.
+
+        Returns:
+            False, and nothing is written, where the client reads too slowly or has left; the part is to be
+            sent as usual then.
+        """
+        cycle = self._cycle
+        free = not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+        if not (free and cycle.chunked_encoding and part):
+            return False
+        chunk = b"%x\r\n%b\r\n" % (len(part), part)
+        if last:
+            chunk += b"0\r\n\r\n"
+            # Or its end would be written twice.
+            cycle.chunked_encoding, cycle.expected_content_length = False, 0
+        cycle.transport.write(chunk)
+        return True

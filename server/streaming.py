@@ -6,28 +6,21 @@ import asyncio
 import time
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
 
 from engine.errors import EngineStoppedError, StepError
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
-from server.arrivals import Arrivals, FewAtATime
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
 from server.metrics import FinishedReason
-from server.protocol import DIRECT_WRITE, DirectWrite
 from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
 
 __all__ = [
-    "EventStream",
-    "Events",
     "Generation",
     "Pieces",
     "TextOptions",
@@ -351,122 +344,6 @@ async def take_all(generation: Pieces, take: Callable[[TextPiece], None]) -> Non
     generation.listen(read)
     read()
     await done
-
-
-class Events(Protocol):
-    """A stream's events, made of what waits in its generation."""
-
-    @property
-    def ended(self) -> bool:
-        """True once the last events were taken."""
-
-    @property
-    def slow(self) -> bool:
-        """True where events come next that take long to write: `take_slow` has to be awaited for them."""
-
-    def take(self) -> bytes:
-        """What can be told at once; may be nothing. Errors are told too, none is raised."""
-
-    async def take_slow(self) -> bytes: ...
-
-
-class EventStream(Response):
-    """Server-sent events of a generation, closed with the response however that ends.
-
-    A generator's own `finally` is not enough: if the client leaves before the first event is asked for,
-    the generator never starts.
-
-    Args:
-        generation: what the events tell of.
-        events: makes what writes them, when the response begins.
-        arrivals: of the server; the response begins when the burst that its request is of is over.
-    """
-
-    def __init__(self, generation: Pieces, events: Callable[[], Events], arrivals: Arrivals) -> None:
-        super().__init__()
-        self._generation = generation
-        self._events = events
-        self._arrivals = arrivals
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._arrivals.over(self._generation.listen)
-            write = scope.get("extensions", {}).get(DIRECT_WRITE)
-            await _Begun(self._generation, self._events(), write, self._arrivals.few)(scope, receive, send)
-        finally:
-            self._generation.close()
-
-
-class _Begun(EventSourceResponse):
-    """The response of an `EventStream`.
-
-    Where the server has `DIRECT_WRITE`, events are written in the call that brings what they tell. The base
-    class's task, elsewhere woken for each, then sends what is left: the first, those that take long to write,
-    and those of a client that reads slowly. When the last are written it has to clear up, which takes longer
-    than to write them: `few` of many that end together at a time.
-    """
-
-    def __init__(
-        self, generation: Pieces, events: Events, write: DirectWrite | None, few: FewAtATime
-    ) -> None:
-        super().__init__(
-            self._left(), sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n")
-        )
-        self._generation = generation
-        self._events = events
-        self._write = write
-        self._few = few
-        self._whole = False  # the client has all of it
-        self._sending = 0  # parts on their way that may wait for the client
-
-    async def _left(self) -> AsyncIterator[bytes]:
-        """The events that are left to the base class."""
-        events = self._events
-        while True:
-            data = events.take()
-            if not (data or events.slow or events.ended):
-                data = await self._unwritten()
-            if data:
-                yield data
-            if events.slow:
-                yield await events.take_slow()
-            elif events.ended:
-                return
-
-    async def _unwritten(self) -> bytes:
-        """Write what comes as long as that can be done at once; the events that were taken and cannot."""
-        left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        events, write = self._events, self._write
-
-        def end() -> None:
-            if not left.done():  # its client may have left
-                left.set_result(b"")
-
-        def push() -> None:
-            if left.done() or self._whole:
-                return  # the task is on its way
-            data = events.take()
-            # Not past a ping that waits for the client: it would come behind the end.
-            written = write is not None and not self._sending and write(data, events.ended)
-            if written and events.ended:
-                self._whole = True
-                self._few.add(end)
-            elif events.ended or events.slow or (data and not written):
-                left.set_result(b"" if written else data)
-
-        self._generation.listen(push)
-        return await left
-
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        """The base class opens a cancel scope for each event, also where no timeout is set, as here; and
-        pings for as long as its task is there."""
-        if self._whole:
-            return
-        self._sending += 1
-        try:
-            await send(message)
-        finally:
-            self._sending -= 1
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -17,10 +17,11 @@ from engine.types import MedusaParams, Request, SamplingParams
 from server.chunks import event
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, to_status
+from server.events import EventStream
 from server.responses import ErrorBody
 from server.schemas.base import GenerationBody
 from server.schemas.structured import ConstrainedBody
-from server.streaming import EventStream, Pieces, TextOptions, TextPiece, unless_disconnected
+from server.streaming import Pieces, TextOptions, TextPiece, unless_disconnected
 
 __all__ = [
     "ERRORS",
@@ -155,7 +156,7 @@ async def respond(
 
 
 class _Events:
-    """See `server.streaming.Events`. An error after the start can only be told in the stream itself."""
+    """See `server.events.Events`. An error after the start can only be told in the stream itself."""
 
     def __init__(self, generation: Pieces, answer: Answer) -> None:
         self._generation = generation

@@ -344,6 +344,8 @@ def without_unsupported(
     if not isinstance(data, dict):
         return data
     fields = _names_in_json(model)
+    if fields.issuperset(data):
+        return data
     known = {}
     for name, value in data.items():
         if name in fields:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
+import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from server.arrivals import Arrivals, FewAtATime, Intake
-from tests.server.conftest import RunningServer
+from tests.server.conftest import RunningServer, chat_body, wait_until
 
 
 def _never(_listener: Callable[[], None]) -> None:
@@ -81,7 +84,8 @@ def test_streams_wait_when_their_request_is_in_the_engine(
 
 
 def test_the_first_of_a_burst_are_through_before_the_last_begin() -> None:
-    """Each goes on two turns later, as those do whose prompts are encoded in the next."""
+    """Each goes on three turns later, as those do whose task begins in the next turn and whose prompt is
+    encoded in that after it."""
 
     async def burst() -> None:
         intake, begun, through = Intake(), list[int](), list[int]()
@@ -90,8 +94,8 @@ def test_the_first_of_a_burst_are_through_before_the_last_begin() -> None:
             await intake.turn()
             begun.append(number)
             assert len(begun) - len(through) <= 8
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            for _ in range(3):
+                await asyncio.sleep(0)
             through.append(number)
 
         tasks = [asyncio.create_task(request(number)) for number in range(100)]
@@ -108,15 +112,52 @@ def test_the_first_of_a_burst_are_through_before_the_last_begin() -> None:
     asyncio.run(burst())
 
 
-def test_requests_take_their_turn(hello: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[int] = []
+@pytest.mark.parametrize("direct", [True, False])
+def test_requests_take_their_turn(
+    hello: RunningServer, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """Before they are parsed; of other servers' connections, which do not, behind that."""
+    turns: list[Callable[[], None]] = []
 
-    async def noted(_intake: Intake) -> None:
-        turns.append(1)
+    def noted(_intake: Intake, begin: Callable[[], None]) -> None:
+        turns.append(begin)
+        begin()
 
-    monkeypatch.setattr(Intake, "turn", noted)
+    monkeypatch.setattr(Intake, "take", noted)
+    if not direct:
+        monkeypatch.setattr("server.middleware.DIRECT", "absent")
     assert hello.events()[-1] == "[DONE]"
-    assert turns == [1]
+    assert len(turns) == (1 if direct else 2)
+
+
+def test_what_comes_while_a_request_waits_for_its_turn_is_kept(hello: RunningServer) -> None:
+    """Also the rest of its body, and that its client has left."""
+    intake, held = hello.context.arrivals.intake, list[Callable[[], None]]()
+    body = json.dumps(chat_body()).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    ).encode()
+    host, port = hello.url.removeprefix("http://").split(":")
+    before = len(hello.engine.submitted)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(intake, "take", held.append, raising=False)
+        with socket.create_connection((host, int(port)), timeout=5) as left:
+            left.sendall(head + body)
+            wait_until(lambda: len(held) == 1)
+        with socket.create_connection((host, int(port)), timeout=5) as stays:
+            stays.sendall(head)
+            wait_until(lambda: len(held) == 2)
+            stays.sendall(body)
+            time.sleep(0.05)
+            for begin in held:
+                hello.server.loop.call_soon_threadsafe(begin)
+            answer = b""
+            while part := stays.recv(65536):
+                answer += part
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"Hello, world!" in answer
+    assert len(hello.engine.submitted) - before == 1
 
 
 def test_calls_that_can_wait_leave_room_for_others() -> None:
@@ -141,7 +182,7 @@ def test_no_response_begins_while_requests_wait_for_their_turn() -> None:
     async def main() -> None:
         arrivals = Arrivals()
         first = asyncio.create_task(arrivals.over(_never))
-        arrivals.intake._waiting.append(asyncio.get_running_loop().create_future())
+        arrivals.intake._waiting.append(lambda: None)
         await asyncio.sleep(0.02)
         assert not first.done()
         arrivals.intake._waiting.clear()

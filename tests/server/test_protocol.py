@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from engine.fake import FakeEngine
-from server import protocol, streaming
+from server import events, middleware, protocol
 from server.arrivals import FewAtATime
 from server.protocol import MAX_HEAD_BYTES
 from tests.server.conftest import TEXT, RunningServer, Serve, chat_body, endless, ids, says, wait_until
@@ -212,20 +212,27 @@ def test_events_are_the_same_with_and_without_direct_writes(
     """Other ASGI servers have no such thing; with ours a step's events go past the layers between."""
     engine = FakeEngine(says("Hello, wörld! " * 5, size=1), step_s=0.005, vocab_size=TEXT.vocab_size)
     server = serve(engine)
-    write, written = protocol._write, []
+    write, written = protocol.Direct.write, []
 
-    def counted(cycle: Any, part: bytes, last: bool) -> bool:
+    def counted(direct: protocol.Direct, part: bytes, last: bool) -> bool:
         written.append(last)
-        return write(cycle, part, last)
+        return write(direct, part, last)
 
-    monkeypatch.setattr(protocol, "_write", counted)
+    monkeypatch.setattr(protocol.Direct, "write", counted)
     options = {"stream_options": {"include_usage": True}, **body}
+    headers = server.chat(stream=True).headers
+    written.clear()
     direct = told(server.events(**options))
     assert len(written) > 3
     assert [last for last in written if last] == written[-1:], "and the end of the response with the last"
     written.clear()
-    monkeypatch.setattr(streaming, "DIRECT_WRITE", "absent")
+    for module in (events, middleware):
+        monkeypatch.setattr(module, "DIRECT", "absent")
     assert told(server.events(**options)) == direct
+    others = server.chat(stream=True).headers
+    for changing in ("date", "x-request-id"):
+        del headers[changing], others[changing]
+    assert dict(others) == dict(headers)
     assert written == []
 
 
@@ -233,11 +240,11 @@ def test_what_follows_an_end_that_is_written_early(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No ping, while the response's task has still to clear up; then the connection's next request."""
-    monkeypatch.setattr(streaming.EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.01)
+    monkeypatch.setattr(events, "PING_S", 0.01)
     add, held = FewAtATime.add, threading.Event()
 
     def late(self: FewAtATime, call: Callable[[], None]) -> None:
-        if getattr(call, "__name__", "") == "end":
+        if getattr(call, "__name__", "") == "_wake":
             held.set()
         asyncio.get_running_loop().call_later(0.2, add, self, call)
 
@@ -259,54 +266,111 @@ def test_what_follows_an_end_that_is_written_early(
     for answer in (first, second):
         assert answer.startswith(b"HTTP/1.1 200")
         assert answer.count(b"data: [DONE]") == answer.count(b"\r\n0\r\n\r\n") == 1
+    assert b": ping\n\n" in first
     assert b"ping" not in first.partition(b"[DONE]")[2]
     assert second.endswith(b"0\r\n\r\n")
     assert "request_failed" not in caplog.text
 
 
-def test_the_responses_end_does_not_overtake_a_ping_that_waits_for_the_client() -> None:
-    """The client has just begun to read again, and the ping's task has not been woken yet."""
+class OneStream:
+    """The generation and the events of a stream that a test tells what to do."""
 
-    class Last:
-        ended = slow = False
+    def __init__(self) -> None:
+        self.waiting = b""
+        self.ended = self.slow = False
 
-        def take(self) -> bytes:
-            return b"data: [DONE]\n\n" if self.ended else b""
+    def take(self) -> bytes:
+        data, self.waiting = self.waiting, b""
+        return data
 
-        def listen(self, listener: Callable[[], None]) -> None:
-            self.tell = listener
+    async def take_slow(self) -> bytes:
+        self.slow = False
+        return b"slow"
 
-    written: list[bytes] = []
-    bodies: list[bytes | None] = []
+    def listen(self, listener: Callable[[], None]) -> None:
+        self.tell = listener
 
-    def write(part: bytes, _last: bool) -> bool:
-        written.append(part)
-        return True
+
+class Line:
+    """A `Direct` to a client that reads or not."""
+
+    def __init__(self) -> None:
+        self.free, self.gone = True, False
+        self.written: list[bytes] = []
+        self.lost: Callable[[], None] | None = None
+
+    def on_lost(self, call: Callable[[], None] | None) -> None:
+        self.lost = call
+
+    def write(self, part: bytes, _last: bool) -> bool:
+        if self.free:
+            self.written.append(part)
+        return self.free
+
+
+async def answering(stream: OneStream, line: Line) -> tuple[asyncio.Task[None], list[Any]]:
+    """The task of a response that waits for events, and the messages it has sent."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body"))
+
+    begun = events._Begun(cast("Any", stream), stream, cast("Any", line), FewAtATime())
+    task = asyncio.create_task(begun(send))
+    await asyncio.sleep(0)
+    return task, sent
+
+
+def test_what_cannot_be_written_at_once_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "PING_S", 0.01)
 
     async def main() -> None:
-        last, flowing, pinged = Last(), asyncio.Event(), asyncio.Event()
-        flowing.set()
-
-        async def send(message: Any) -> None:
-            if b"ping" in message.get("body", b""):
-                flowing.clear()
-                pinged.set()
-            await flowing.wait()
-            bodies.append(message.get("body"))
-
-        response = streaming._Begun(cast("Any", last), last, write, FewAtATime())
-        response.ping_interval = 0.01
-        answering = asyncio.create_task(
-            response({"type": "http", "method": "POST"}, asyncio.Event().wait, send)
-        )
-        await asyncio.wait_for(pinged.wait(), 5)
-        last.ended = True
-        last.tell()
-        flowing.set()
-        await asyncio.wait_for(answering, 5)
+        stream, line = OneStream(), Line()
+        stream.waiting = b"first"
+        task, sent = await answering(stream, line)
+        stream.waiting = b"second"
+        stream.tell()
+        await asyncio.sleep(0.03)
+        pings = line.written[2:]
+        assert pings
+        assert set(pings) == {b": ping\n\n"}
+        line.free = False
+        await asyncio.sleep(0.03)  # who has still to read gets no pings
+        line.written.clear()
+        stream.waiting = b"third"
+        stream.tell()
+        await asyncio.sleep(0)
+        line.free = True
+        await asyncio.sleep(0)
+        stream.waiting, stream.slow = b"fourth", True
+        stream.tell()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stream.waiting, stream.ended = b"last", True
+        stream.tell()
+        await asyncio.wait_for(task, 5)
+        assert sent == [None, b"third", b"slow", b""]
+        assert [part for part in line.written if b"ping" not in part] == [b"fourth", b"last"]
+        assert line.lost is None
 
     asyncio.run(main())
-    assert (written, bodies) == ([], [None, b"data: [DONE]\n\n", b": ping\n\n", b""])
+
+
+def test_a_stream_whose_client_leaves_ends() -> None:
+    async def main() -> None:
+        stream, line = OneStream(), Line()
+        task, sent = await answering(stream, line)
+        line.gone = True
+        assert line.lost is not None
+        line.lost()
+        line.lost()
+        await asyncio.wait_for(task, 5)
+        assert sent == [None], "nobody is told of the end"
+        task, sent = await answering(stream, line)  # it had left before
+        await asyncio.wait_for(task, 5)
+        assert sent == []
+
+    asyncio.run(main())
 
 
 def told(events: list[Any]) -> Any:

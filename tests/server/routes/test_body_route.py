@@ -34,7 +34,7 @@ def test_a_body_that_is_right_never_meets_fastapi(
     async def refuse(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise AssertionError("the long way")
 
-    monkeypatch.setattr(route_of(path), "_by_fastapi", refuse)
+    monkeypatch.setattr(route_of(path), "app", refuse)
     response = hello.http.post(path, content=body, headers={"Content-Type": content_type})
     assert response.status_code == 200, response.text
     assert "Hello, world!" in response.text
@@ -79,7 +79,7 @@ def test_both_ways_answer_alike(
 
     short = answer()
     route = route_of("/v1/chat/completions")
-    monkeypatch.setattr(route, "_body", lambda _scope, _messages: None)
+    monkeypatch.setattr(route, "body", lambda _scope, _messages: None)
     assert short == answer()
 
 
