@@ -162,8 +162,17 @@ class TextProcessor:
             if template_kwargs:
                 _check_variables(template, template_kwargs)
             # Rendered and encoded apart: the template writes BOS and the like itself.
-            if not (continue_final_message or template_kwargs) and self._is_usual(messages):
-                return self._rendered(template, messages, add_generation_prompt)
+            usual = not (continue_final_message or template_kwargs) and _are_usual(messages)
+            if usual and (compiled := self._compiled) is not None:
+                # What transformers does for all others takes as long again.
+                usual_text = compiled(template).render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+                return str(usual_text)
             text = self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=template,
@@ -304,32 +313,15 @@ class TextProcessor:
             raise ModelError(f"the chat template is not valid Jinja, line {error.lineno}: {error}") from error
 
     @cached_property
-    def _renders_as_usual(self) -> bool:
-        """Whether the tokenizer's class has no way of its own to write a conversation."""
+    def _compiled(self) -> Callable[[str], Any] | None:
+        """What compiles a template and keeps it, a private function of transformers'; None without one, or
+        where the tokenizer's class has a way of its own to write a conversation."""
         from transformers import PreTrainedTokenizerBase
+        from transformers.utils import chat_template_utils
 
-        return type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-
-    def _is_usual(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether transformers would give the template these messages as they are."""
-        plain = all(
-            len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str
-            for message in messages
-        )
-        return plain and bool(messages) and self._renders_as_usual
-
-    def _rendered(self, template: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """What `apply_chat_template` gives for usual messages, in half the time."""
-        from transformers.utils.chat_template_utils import _compile_jinja_template  # keeps what it compiled
-
-        text = _compile_jinja_template(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        return str(text)
+        if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        return getattr(chat_template_utils, "_compile_jinja_template", None)
 
     def _bytes_of(self, token_id: int) -> bytes:
         """A token's bytes as a part of some text: what a second one of it adds to the first.
@@ -345,9 +337,13 @@ class TextProcessor:
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
 
 
-def _is_plain(message: Mapping[str, Any]) -> bool:
-    """Whether transformers would give the template this message as it is."""
-    return len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str
+def _are_usual(messages: list[dict[str, Any]]) -> bool:
+    """Whether transformers would give the template these messages as they are."""
+    plain = all(
+        len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str
+        for message in messages
+    )
+    return plain and bool(messages)
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:

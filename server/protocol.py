@@ -125,6 +125,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
             self._take(data)
 
+    def shutdown(self) -> None:
+        self._let_in()  # who has asked is answered
+        super().shutdown()
+
     def _take(self, data: bytes) -> None:
         if self._late is None and self._idle:
             self._late = self.loop.call_later(self._read_timeout, self._on_late)

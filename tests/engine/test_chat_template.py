@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from engine.model.embedded import ensure_converted
 from engine.model.weights import load_tokenizer
@@ -40,3 +41,21 @@ def test_a_tokenizer_with_a_way_of_its_own_is_asked() -> None:
     backend = load_tokenizer(ensure_converted()).backend_tokenizer
     text = TextProcessor(Own(tokenizer_object=backend), "theirs")
     assert text.render_chat([{"role": "user", "content": "hi"}]) == "own"
+
+
+def test_a_transformers_that_compiles_otherwise_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the short way takes is private."""
+    text = TextProcessor(load_tokenizer(ensure_converted()))
+    messages = [{"role": "user", "content": "hi"}]
+    short = text.render_chat(messages)
+    monkeypatch.delattr(chat_template_utils, "_compile_jinja_template")
+    asked: list[Any] = []
+
+    def note(*_: Any, **options: Any) -> str:
+        asked.append(options)
+        return short
+
+    for kind in (PreTrainedTokenizerBase, type(text.tokenizer)):  # not a way of its own
+        monkeypatch.setattr(kind, "apply_chat_template", note)
+    assert TextProcessor(text.tokenizer).render_chat(messages) == short
+    assert len(asked) == 1

@@ -418,3 +418,20 @@ def test_connections_end_with_the_server(serve: Serve, options: dict[str, int]) 
         server.server.should_exit = True
         assert rest(raw) == b""
         assert time.monotonic() - started < 2
+
+
+def test_a_request_that_waits_for_its_turn_is_answered_when_the_server_ends(serve: Serve) -> None:
+    server = serve(says("hi"))
+    intake = server.context.arrivals.intake
+
+    async def is_full() -> None:
+        intake._begun = 1000  # and nobody says that they are done
+
+    server.in_loop(is_full())
+    with connection(server) as raw:
+        raw.sendall(post(json.dumps(chat_body()).encode()))
+        wait_until(lambda: intake.busy)
+        server.server.should_exit = True
+        answer = rest(raw)
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert b"connection: close" in answer.lower()
