@@ -81,6 +81,9 @@ class Step:
         backend.plan(self.batch, self.pool)
         if DEVICE.type == "cuda":  # in a pass, products part attention from whoever writes the plan
             torch.cuda.synchronize()
+        plan = getattr(backend, "_plan", None)
+        for parts in () if plan is None else (plan.mixed, plan.weight):
+            parts.fill_(float("nan"))  # who reads more than was written shows it
         if self.rotary is not None:
             assert isinstance(backend, RotatingAttention)
             return backend.attend(layer, self.q, self.k, self.v, self.rotary)
