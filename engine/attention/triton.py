@@ -98,6 +98,9 @@ class TritonAttention:
     graph; `AttentionInput.max_length` is then the bound for all replays. Rows of `AttentionInput.rows` that
     stand for invalid nodes may point anywhere that nobody reads, such as block 0.
 
+    What `plan` is given, and what it writes, `attend` reads before the kernel in front of it has ended: there
+    lies a layer's product between, or another kernel that parts them (`engine.triton_dependent`).
+
     Args:
         group: query heads per K/V head.
         scale: factor on q k^T; None is head_dim ** -0.5.

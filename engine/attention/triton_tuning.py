@@ -189,6 +189,7 @@ class _Step:
         """Compile what these steps run, several at a time; the interpreter has nothing to compile."""
         if self._device.type == "cuda":
             driver.active.get_current_device()  # makes the driver, before threads do
+            torch.cuda.synchronize(self._device)  # what these steps read early has then been written
             side_by_side(ways, lambda: torch.cuda.device(self._device))
 
     def _rotary(self, positions: int) -> Rotary:

@@ -265,7 +265,7 @@ def _rotate_kernel(
     table = tl.load(position_ptr + token) * (2 * HALF) + HALF + channel
     cos = tl.load(cos_ptr + table, mask=rotated, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + table, mask=rotated, other=0.0).to(tl.float32)
-    if EARLY:  # positions are what the step was prepared with
+    if EARLY:  # positions are what the step was prepared with, and the tables are the model's
         waits()
         launches_next()
     at = token * token_stride + head * HEAD_DIM + channel
@@ -293,7 +293,7 @@ def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
 
     Args:
         qk: [T, heads, head_dim]; the last two dimensions are contiguous.
-        positions: [T] int64.
+        positions: [T] int64; not of the kernel in front (`triton_dependent`), and nor are the tables.
         rotary: its tables are contiguous. With a norm, all channels must be rotated.
 
     Raises:

@@ -240,6 +240,7 @@ def test_keys_are_split_until_each_multiprocessor_has_its_programs() -> None:
 @pytest.mark.parametrize(("shape", "processors"), [
     (Shape((300,), 33, tree=True, kv_heads=1, group=3), 8),
     (Shape((300, 20, 140), 5, tree=True, computed=(5, 1, 3), group=2, head_dim=96), 8),
+    (Shape((300, 20, 140), 5, tree=True, computed=(5, 1, 3), kv_heads=1, group=3), 6),
 ])  # fmt: skip
 def test_the_second_kernel_joins_several_rows_where_there_are_many(shape: Shape, processors: int) -> None:
     """Not a multiple of them, some of which have nothing to join."""
