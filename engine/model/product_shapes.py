@@ -29,7 +29,7 @@ _MOST_SPLITS = 8
 _LEAST_HEIGHT = 40
 """Outputs of a program of a weight that streams: each reads the input, which of fewer would be most of it."""
 
-_SHARED_HEIGHT = 60
+_LEAST_SHARED = 60
 """The same where programs share the channels of a tile of outputs, which costs them a sum."""
 
 MOST_TILES = 4096
@@ -182,7 +182,7 @@ def _cuts(width: int, two: int, processors: int) -> list[tuple[int, int, int]]:
     if found:
         return found
     least = next(
-        (splits for splits in range(2, _MOST_SPLITS) if _even(width, processors // splits) >= _SHARED_HEIGHT),
+        (splits for splits in range(2, _MOST_SPLITS) if _even(width, processors // splits) >= _LEAST_SHARED),
         _MOST_SPLITS,
     )
     cuts = ((least, 1), (least + 1, 1), (2 * least, 1), (least + 1, 2))
