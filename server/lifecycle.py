@@ -43,7 +43,7 @@ log = structlog.stdlib.get_logger("server")
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal says stop; returns the process's exit status.
+    """Serve until a signal says stop or the engine dies; returns the process's exit status.
 
     The port is claimed before the model is loaded, so that a wrong one is told at once; it takes
     connections only when the engine is ready.
@@ -70,7 +70,7 @@ def run(settings: Settings) -> int:
         except (MedusaError, OSError) as error:
             return _fail(str(error))
         server.run(sockets=[listener])
-    return 0
+    return int(server.engine_died)
 
 
 def _load(settings: Settings) -> EngineFront:
@@ -135,9 +135,15 @@ class Server(uvicorn.Server):
     When the requests that run have ended, or the drain's deadline has passed and they were aborted and told
     so, connections get `HANDSHAKE_S` more to take their last bytes. A second signal ends all of that.
 
+    An engine that dies ends the server the same way, with status 1: nothing here can bring it back, and
+    Docker and systemd start anew what ends, not what answers 503.
+
     Args:
         app: of `create_app`.
         settings: of the server.
+
+    Attributes:
+        engine_died: whether that is why it ended.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -148,6 +154,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
+        self.engine_died = False
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         # What is loaded by now stays. Python's collector would go through all of it now and then, half a
@@ -166,6 +173,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets:
             _announce(self._settings, self._context.engine, sockets[0])
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; returns whether to end."""
+        if not (self._context.draining or self._context.engine.healthy):
+            log.error("engine_died", advice="the server ends with status 1, to be started again")
+            self.engine_died = True
+            self._start_drain()
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the hook's signature
         """Called by the signal, between two instructions of the event loop's thread."""

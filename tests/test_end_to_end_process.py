@@ -77,7 +77,7 @@ def test_chat_hanging_up_metrics_and_drain(model: Path) -> None:
         assert '"logger": "engine.loader"' in server.log_tail(1000)  # the child's lines are as the server's
 
 
-def test_an_engine_that_is_killed_ends_what_runs_and_the_server_says_so(model: Path) -> None:
+def test_an_engine_that_is_killed_ends_what_runs_and_its_server(model: Path) -> None:
     with Server([str(model), "--served-model-name", "tiny", *OPTIONS], threads=1) as server:
         (child,) = children(server.pid)
         assert page(server)["medusa_engine_process_resident_memory_bytes"] > 1e6
@@ -88,15 +88,8 @@ def test_an_engine_that_is_killed_ends_what_runs_and_the_server_says_so(model: P
             os.kill(child, signal.SIGKILL)
             last = [event for event in events if event][-1]
         assert "the engine's process was killed by SIGKILL" in last
-        for path in ("/health", "/ready"):
-            assert httpx.get(server.url + path).status_code == 503
-        assert httpx.post(f"{server.url}/v1/completions", json=asked | {"stream": False}).status_code == 503
-        found = page(server)
-        assert found["medusa_healthy"] == 0
-        assert found["process_resident_memory_bytes"] > 1e6
-        assert "medusa_engine_process_resident_memory_bytes" not in found
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(SOON_S) == 0
+        assert server.wait(SOON_S) == 1
+        assert "engine_died" in server.log_tail(5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ from tests.server.conftest import MODEL, TEXT, Defaults, Serve, chat_body, says,
 
 ROOT = Path(__file__).parents[2]
 PROCESS = """
-import gc, sys
+import gc, signal, sys
 from engine.fake import FakeEngine
 from server.app import create_app
 from server.lifecycle import Server, bind
@@ -45,8 +46,11 @@ engine = FakeEngine(
     vocab_size=TEXT.vocab_size,
 )
 app = create_app(engine, TEXT, settings, Defaults())
-Server(app, settings).run(sockets=[bind("127.0.0.1", 0)])
+signal.signal(signal.SIGUSR1, lambda *_: engine.die())
+server = Server(app, settings)
+server.run(sockets=[bind("127.0.0.1", 0)])
 print("collected", len(gc.get_objects()), "of", gc.get_freeze_count(), file=sys.stderr)
+sys.exit(int(server.engine_died))
 """
 
 
@@ -113,6 +117,23 @@ def test_what_was_loaded_is_not_gone_through_while_serving() -> None:
         running.wait(10)
     _, seen, _, frozen = next(line.split() for line in lines if line.startswith("collected"))
     assert int(seen) < 0.2 * int(frozen)
+
+
+def test_an_engine_that_dies_ends_the_server_with_its_streams_told() -> None:
+    with (
+        process(30.0, "json", 3000) as (running, url, lines),
+        httpx.stream("POST", url + "/v1/chat/completions", json=chat_body(stream=True)) as response,
+    ):
+        events = response.iter_lines()
+        next(events)
+        running.send_signal(signal.SIGUSR1)
+        assert "died" in [line for line in events if line][-1]
+        assert running.wait(10) == 1
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [(line["level"], line["event"]) for line in logged[-2:]] == [
+        ("error", "engine_died"),
+        ("info", "shutting_down"),
+    ]
 
 
 @pytest.mark.parametrize(("drain_s", "steps"), [(30.0, 120), (2.0, 3000)])
