@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
 
@@ -87,9 +87,9 @@ class RecordedGraph:
     def replay(self) -> None:
         made: dict[int, Tensor] = {}
         for call in self._calls:
-            args, kwargs = tree_unflatten([_value(argument, made) for argument in call.arguments], call.spec)
-            results, _ = tree_flatten(call.operator(*args, **kwargs))
-            for key, result in zip(call.results, results, strict=True):
+            args = [_value(argument, made) for argument in call.args]
+            kwargs = {name: _value(argument, made) for name, argument in call.kwargs.items()}
+            for key, result in zip(call.results, _flat(call.operator(*args, **kwargs)), strict=True):
                 if key is not None:
                     made[key] = result
 
@@ -104,20 +104,30 @@ class _Made:
 @dataclass(frozen=True, slots=True)
 class _Call:
     operator: Callable[..., Any]
-    arguments: list[Any]
-    spec: TreeSpec
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     results: list[int | None]
 
 
 def _value(argument: Any, made: dict[int, Tensor]) -> Any:
+    """An operator's argument; lists of them are all there is beside tensors and plain values."""
     if isinstance(argument, _Made):
         return made[argument.key]
+    if isinstance(argument, list):
+        return [_value(each, made) for each in argument]
     if isinstance(argument, weakref.ref):
         found = argument()
         if found is None:
             raise RuntimeError("a tensor that the graph uses is gone")
         return found
     return argument
+
+
+def _flat(out: Any) -> list[Any]:
+    """An operator's results: nothing, one, several, lists among them."""
+    if isinstance(out, tuple | list):
+        return [each for result in out for each in _flat(result)]
+    return [] if out is None else [out]
 
 
 _HOST_ACCESS = {
@@ -167,24 +177,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        arguments, spec = tree_flatten((args, kwargs or {}))
+        arguments = tree_leaves((args, kwargs or {}))
         masked = name.startswith("index") and any(
             isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-            for value in tree_flatten(args[1])[0]
+            for value in tree_leaves(args[1])
         )
         if name in _HOST_READS or masked:
             raise RuntimeError(f"{func} in a captured step")
-        noted = [self._note(value) for value in arguments]
+        noted_args, noted_kwargs = tree_map(self._note, (args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         given = {id(value) for value in arguments if isinstance(value, Tensor)}
         results: list[int | None] = []
-        for result in tree_flatten(out)[0]:
+        for result in _flat(out):
             if not isinstance(result, Tensor) or (id(result) in given and id(result) not in self._made):
                 results.append(None)  # written in place
                 continue
             results.append(self._made.setdefault(id(result), len(self._made)))
             self._alive.append(result)
-        self.calls.append(_Call(func, noted, spec, results))
+        self.calls.append(_Call(func, noted_args, noted_kwargs, results))
         return out
 
     def _note(self, value: Any) -> Any:

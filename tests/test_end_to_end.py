@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -111,8 +112,10 @@ def test_greedy_text_is_transformers_greedy_text(
     kind: str, concurrency: int, reference: Reference, request: pytest.FixtureRequest
 ) -> None:
     server: Server = request.getfixturevalue(kind)
+    if concurrency == 1:  # which takes longest: the first, and two of which much is accepted
+        reference = replace(reference, answers=[reference.answers[i] for i in (0, 2, 3)])
     verdicts = asyncio.run(ask_all(server.url, reference, MAX_TOKENS, concurrency, seed=1))
-    assert [verdict.kind for verdict in verdicts] == ["exact"] * len(PROMPTS), verdicts
+    assert [verdict.kind for verdict in verdicts] == ["exact"] * len(reference.answers), verdicts
     if kind == "tree":
         assert acceptance_length(server) > 1.5, "long acceptances are to happen"
     if kind == "shipped":
@@ -139,7 +142,8 @@ def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(
             await asyncio.gather(*others)
             return mine.text
 
-    texts = [asyncio.run(seeded(server, n)) for server in (plain, tree, shipped) for n in (0, 7)]
+    asked = ((plain, 0), (plain, 4), (tree, 0), (tree, 5), (shipped, 4))
+    texts = [asyncio.run(seeded(server, neighbours)) for server, neighbours in asked]
     assert len(set(texts)) == 1
     assert len(texts[0]) > 40
 
@@ -189,6 +193,6 @@ def test_extreme_values_harm_nobody(tree: Server) -> None:
 
 
 def test_hanging_up_loses_nothing(tree: Server, tmp_path: Path) -> None:
-    args = parse_disconnect(["--requests", "24", "--concurrency", "8", "--max-tokens", "12"])
+    args = parse_disconnect(["--requests", "16", "--concurrency", "8", "--max-tokens", "12"])
     result = asyncio.run(drive(args, tree.url))
     assert result["passed"], result

@@ -84,11 +84,6 @@ def held_to_what_comes_back(folder: Path, code: int, results: dict[str, Any], de
     assert {row.key for row in rows} < keys
 
 
-def test_from_prompts_to_heads_that_serve(tmp_path: Path) -> None:
-    code, results = make(tmp_path, "cpu", "--minutes", "3")
-    held_to_what_comes_back(tmp_path, code, results, "cpu")
-
-
 def test_a_stage_that_fails_costs_no_figures_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +104,8 @@ def test_a_stage_that_fails_costs_no_figures_of_the_others(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_same_on_a_gpu(tmp_path: Path) -> None:
+def test_from_prompts_to_heads_that_serve(tmp_path: Path) -> None:
+    """Without a GPU tests/test_fake_cuda.py runs it. Its device is asked for by name."""
     # Each stage ends when it has done all there is; most of the time goes to compiling.
     code, results = make(tmp_path, "cuda", "--minutes", "4", "--workers", "2", asked=70)
     results["parts"]["distil"]["exit_codes"] = sorted(set(results["parts"]["distil"]["exit_codes"]))

@@ -12,10 +12,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from engine import warmup
+from tests.interpreter import quicken
 from tests.support import save_model, save_random_heads, tiny_llama
 
 # The models here are so small that a second thread costs more than it does, far more on a busy machine.
 torch.set_num_threads(1)
+quicken()
+# A hundred engines are measured here, and what steps of toys take matters in no test.
+warmup._WARM_S = 0.05
 
 compiles = pytest.mark.skipif(torch.cuda.is_available(), reason="only compiles, which needs no GPU")
 """On a test of which a GPU learns nothing, and which would take its time."""

@@ -56,7 +56,7 @@ def drawn(step: Step) -> Targets:
 
 # The vocabulary in one block or in two, and few tokens in question put together or not.
 @pytest.mark.parametrize(("block", "candidates"), [(8, 7), (4, 7), (4, 3), (4, 0)])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=steps(medusas=(MedusaParams(), *TYPICAL)))
 def test_it_reaches_and_draws_what_the_tensor_code_does(
     block: int, candidates: int, step: Step, monkeypatch: pytest.MonkeyPatch
@@ -86,9 +86,16 @@ def test_it_reaches_and_draws_what_the_tensor_code_does(
             assert torch.allclose(wanted.log_p, found.log_p, atol=1e-4)
 
 
-@pytest.mark.parametrize(("vocab", "candidates"), [(5008, 2048), (5008, 64), (5003, 2048)])
 @pytest.mark.parametrize(
-    ("steepness", "dtype"), [(1.0, torch.float32), (6.0, torch.float32), (3.0, torch.bfloat16)], ids=str
+    ("vocab", "candidates", "steepness", "dtype"),
+    [
+        (5008, 2048, 1.0, torch.float32),
+        (5003, 2048, 6.0, torch.float32),
+        (5008, 64, 6.0, torch.float32),
+        (5003, 64, 1.0, torch.float32),
+        (5003, 2048, 3.0, torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_roots_over_many_tokens(
     vocab: int, candidates: int, steepness: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
