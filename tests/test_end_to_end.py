@@ -25,6 +25,9 @@ from benchmarks.reference import Reference, load_reference
 
 MODEL = "smollm2-135m"
 MAX_TOKENS = 20
+SIZES = ["--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-tokens", "9000"]
+"""Without the last a pool of gigabytes is made, and cleared, for each server."""
+
 PROMPTS = [
     "What is the capital of France?",
     "Write a Python function that adds 12 and   34.",
@@ -48,7 +51,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Server]:
-    with Server([MODEL, "--dtype", "float32", "--tree", "off", "--max-num-seqs", "8"]) as server:
+    with Server([MODEL, "--dtype", "float32", "--tree", "off", *SIZES]) as server:
         yield server
 
 
@@ -58,7 +61,7 @@ def tree(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
     config = json.loads((model_folder(MODEL) / "config.json").read_text())
     tensors, _ = handmade_heads(reference, config["vocab_size"], num_heads=2)
     heads = save_heads(tensors, tmp_path_factory.mktemp("heads"))
-    args = [MODEL, "--dtype", "float32", "--tree", "33", "--heads", str(heads), "--max-num-seqs", "8"]
+    args = [MODEL, "--dtype", "float32", "--tree", "33", "--heads", str(heads), *SIZES]
     with Server(args) as server:
         yield server
 
@@ -66,7 +69,7 @@ def tree(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def shipped() -> Iterator[Server]:
     """The heads that come with the model, as nobody asked for others, and the lookup branch."""
-    with Server([MODEL, "--dtype", "float32", "--tree", "24", "--max-num-seqs", "8"]) as server:
+    with Server([MODEL, "--dtype", "float32", "--tree", "24", *SIZES]) as server:
         yield server
 
 

@@ -16,6 +16,7 @@ from engine.model.weights import load_tokenizer
 from engine.text import TextProcessor
 
 MODEL = "smollm2-135m"
+SIZES = ["--max-num-seqs", "4", "--max-model-len", "1024", "--kv-cache-tokens", "4500"]
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 ESSAY = "The harbour was quiet that morning, and the old boats lay on the sand as if they had been forgotten."
 COPY = [{"role": "user", "content": f"Repeat this text exactly, without any change:\n\n{ESSAY}"}]
@@ -28,7 +29,7 @@ def text() -> TextProcessor:
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Server]:
-    args = [MODEL, "--dtype", "float32", "--tree", "off", "--lookup", "off", "--max-num-seqs", "4"]
+    args = [MODEL, "--dtype", "float32", "--tree", "off", "--lookup", "off", *SIZES]
     with Server(args) as server:
         yield server
 
@@ -36,7 +37,7 @@ def plain() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def lookup() -> Iterator[Server]:
     # A tree of a set size: to measure steps for `auto` takes a server longer than all that is asked here.
-    with Server([MODEL, "--dtype", "float32", "--tree", "16", "--max-num-seqs", "4"]) as server:
+    with Server([MODEL, "--dtype", "float32", "--tree", "16", *SIZES]) as server:
         yield server
 
 
