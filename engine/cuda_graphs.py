@@ -124,10 +124,8 @@ def _value(argument: Any, made: dict[int, Tensor]) -> Any:
 
 
 def _flat(out: Any) -> list[Any]:
-    """An operator's results: nothing, one, several, lists among them."""
-    if isinstance(out, tuple | list):
-        return [each for result in out for each in _flat(result)]
-    return [] if out is None else [out]
+    """An operator's results: one, or several, lists among them."""
+    return [each for result in out for each in _flat(result)] if isinstance(out, tuple | list) else [out]
 
 
 _HOST_ACCESS = {
