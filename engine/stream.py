@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from engine.types import FinishReason, Request, TokenDelta
 
 __all__ = ["DeltaStream", "joined"]
+
+log = logging.getLogger(__name__)
 
 _MERGEABLE = (None, FinishReason.STOP, FinishReason.LENGTH)
 
@@ -57,8 +60,11 @@ class DeltaStream:
         return len(waiting) == 1
 
     def tell(self) -> None:
-        """Let the reader know that deltas wait."""
-        self._listener()
+        """Let the reader know that deltas wait. One that fails does so alone: others are still to be told."""
+        try:
+            self._listener()
+        except Exception:
+            log.exception("the reader of request %s failed", self.request.request_id)
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """See `TokenStream.listen`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from asyncio import TimerHandle
+from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -72,9 +73,10 @@ class GuardedProtocol(HttpToolsProtocol):
     """One connection.
 
     From the first byte of a request its line and headers have `read_timeout` seconds (the body's share is
-    kept by `RequestMiddleware`), else 408; more than `MAX_HEAD_BYTES` of them are a 431. A connection on
-    which nothing is asked is closed after `KEEP_ALIVE_S`. A client that leaves 64 KiB unread for
-    `write_timeout` seconds is cut off, which ends its request.
+    kept by `RequestMiddleware`), else 408; more than `MAX_HEAD_BYTES` of them, or of what follows a chunked
+    body, are a 431. A connection on which nothing is asked is closed after `KEEP_ALIVE_S`. A client that
+    leaves 64 KiB unread for `write_timeout` seconds is cut off. With a connection end all its requests:
+    uvicorn tells only the last of those that were sent in a row.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._late: TimerHandle | None = None
         self._stalled: TimerHandle | None = None
         self._head_bytes = 0
-        self._direct: Direct | None = None
+        self._unanswered: deque[Direct] = deque()  # of which the first is being answered
         self._intake = config.intake
         self._held: list[bytes] = []  # what has come while its request waits for its turn
 
@@ -103,8 +105,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._flowing()
         self._held.clear()
         super().connection_lost(exc)
-        if self._direct is not None:
-            self._direct.lose()
+        for direct in self._unanswered:
+            direct.lose()
+        self._unanswered.clear()
 
     def data_received(self, data: bytes) -> None:
         if self._held:
@@ -132,23 +135,34 @@ class GuardedProtocol(HttpToolsProtocol):
     def _take(self, data: bytes) -> None:
         if self._late is None and self._idle:
             self._late = self.loop.call_later(self._read_timeout, self._on_late)
-            self._head_bytes = 0
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._late is not None and self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
 
     def on_headers_complete(self) -> None:
         self._in_time()
+        self._head_bytes = 0
+        before = self.cycle
         super().on_headers_complete()
-        if (cycle := self.cycle) is not None:
+        if (cycle := self.cycle) is not before:
             # Its task begins later. ASGI's type of an extension is a dict, whatever it may hold.
-            self._direct = Direct(cycle)
-            self.scope["extensions"] = {DIRECT: self._direct}  # type: ignore[dict-item]
+            direct = Direct(cycle)
+            self.scope["extensions"] = {DIRECT: direct}  # type: ignore[dict-item]
+            self._unanswered.append(direct)
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_time()  # of a body that nobody wanted
+        self._head_bytes = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._unanswered.popleft()
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -190,6 +204,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_time()
         if self.transport.is_closing():
             return
+        if self._unanswered and self._unanswered[0].begun:
+            self.transport.close()  # in the midst of an answer nothing else can be said
+            return
         phrase = HTTPStatus(status).phrase
         log.info("refused", client=self.client, status=status)
         body = json.dumps(error_body(status, message, code=phrase.lower().replace(" ", "_"))).encode()
@@ -218,12 +235,19 @@ class Direct:
         """Whether the client has left."""
         return self._cycle.disconnected
 
+    @property
+    def begun(self) -> bool:
+        """Whether the client has been sent a part of the response."""
+        return self._cycle.response_started
+
     def on_lost(self, call: Callable[[], None] | None) -> None:
         """Have `call` called when the client leaves."""
         self._lost = call
 
     def lose(self) -> None:
-        """The connection is lost."""
+        """The connection is lost before the client has the whole response."""
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
         if self._lost is not None:
             self._lost()
 

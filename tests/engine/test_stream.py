@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 
+import pytest
+
 from engine.stream import DeltaStream
 from engine.types import FinishReason, Request, SamplingParams, StepTrace, TokenDelta, TokenLogprobs
 
@@ -71,6 +73,14 @@ def test_a_listener_is_told_once_for_what_waits() -> None:
         taken.append(one.token_ids)
     assert taken == [[0, 2, 4], [1, 3, 5]]
     assert stream.put(delta(6))
+
+
+def test_a_reader_that_fails_keeps_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    stream, _ = make()
+    stream.listen(lambda: [][0])
+    stream.put(delta(1))
+    stream.tell()
+    assert "the reader of request r failed" in caplog.text
 
 
 def test_choices_are_kept_apart_and_what_waits_is_bounded() -> None:

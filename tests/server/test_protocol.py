@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import pytest
@@ -131,6 +131,44 @@ def test_headers_have_a_bound(serve: Serve) -> None:
         except OSError:
             pass  # it has been told already
         assert refusal(rest(raw)) == (431, "request_header_fields_too_large")
+
+
+def test_what_follows_a_chunked_body_has_the_same_bound(serve: Serve) -> None:
+    with connection(serve(says("hi"))) as raw:
+        raw.sendall(post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        raw.sendall(b"2\r\n{}\r\n0\r\nX-Long: ")
+        with suppress(OSError):
+            for _ in range(MAX_HEAD_BYTES // 1000 + 400):
+                raw.sendall(b"y" * 1000)
+        assert refusal(rest(raw)) == (431, "request_header_fields_too_large")
+
+
+@pytest.mark.parametrize("behind", [b"no request\r\n\r\n", b"GET /health HTTP/1.1\r\nX: " + b"y" * 800_000])
+def test_what_cannot_be_taken_behind_a_request_cuts_its_answer(serve: Serve, behind: bytes) -> None:
+    """A second status line would stand in the midst of the first one's stream."""
+    server = serve(FakeEngine(endless, step_s=0.01, max_model_len=100_000, vocab_size=TEXT.vocab_size))
+    with connection(server) as raw:
+        raw.sendall(post(json.dumps(chat_body(stream=True)).encode()))
+        answer = raw.recv(65536)
+        with suppress(OSError):
+            raw.sendall(behind)
+        answer += rest(raw)
+    assert answer.count(b"HTTP/1.1") == 1
+    wait_until(lambda: server.engine.stats.running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_all_it_has_asked_for_in_a_row(
+    serve: Serve, log_lines: Any, stream: bool
+) -> None:
+    server = serve(FakeEngine(endless, step_s=0.01, max_model_len=100_000, vocab_size=TEXT.vocab_size))
+    with connection(server) as raw:
+        raw.sendall(2 * post(json.dumps(chat_body(stream=stream)).encode()))
+        wait_until(lambda: server.engine.stats.running == 1)
+    wait_until(lambda: server.engine.stats.running == 0)
+    assert len(server.engine.submitted) == 1
+    wait_until(lambda: any(line["event"] == "request" for line in log_lines()))
+    assert not any(line["level"] == "error" for line in log_lines())
 
 
 def test_what_is_no_http_is_told_so(serve: Serve) -> None:
