@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -136,11 +137,36 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._late is None and self._idle:
             self._late = self.loop.call_later(self._read_timeout, self._on_late)
         self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
 
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
+        except HttpParserError:
+            self._refuse(400, "Invalid HTTP request received.")
+
+    def _stay(self, rest: bytes) -> None:
+        """Take a request that offers another protocol as one that does not, which every server may.
+
+        Java's client offers HTTP/2 with its first request, also where that has a body, which the parser
+        takes for the other protocol's. So it is given the request again, without the offer.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            return self._refuse(400, "This server is no proxy.")
+        head = [b"%b %b HTTP/%b" % (method, self.url, version)]
+        head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        return self._parse(b"\r\n".join([*head, b"", rest]))
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # see `_stay`
         self._in_time()
         self._head_bytes = 0
         before = self.cycle
@@ -156,6 +182,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_time()  # of a body that nobody wanted
         self._head_bytes = 0
         super().on_message_complete()
@@ -172,9 +200,6 @@ class GuardedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._flowing()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
 
     @property
     def _idle(self) -> bool:

@@ -171,6 +171,28 @@ def test_a_client_that_leaves_ends_all_it_has_asked_for_in_a_row(
     assert not any(line["level"] == "error" for line in log_lines())
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_offer_of_another_protocol_is_passed_over(serve: Serve, at_once: bool, chunked: bool) -> None:
+    """Java's client offers HTTP/2 with its first request."""
+    server = serve(says("hi"))
+    plain = post(json.dumps(chat_body()).encode())
+    head, _, body = plain.partition(b"\r\n\r\n")
+    if chunked:
+        head = head.rpartition(b"\r\n")[0] + b"\r\nTransfer-Encoding: chunked"
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head += b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAE\r\n\r\n"
+    with connection(server) as raw:
+        raw.sendall(head + body if at_once else head)
+        if not at_once:
+            time.sleep(0.05)
+            raw.sendall(body)
+        assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+        raw.sendall(plain)
+        assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+    assert len(server.engine.submitted) == 2
+
+
 def test_what_is_no_http_is_told_so(serve: Serve) -> None:
     with connection(serve(says("hi"))) as raw:
         raw.sendall(b"hello\r\n\r\n")
