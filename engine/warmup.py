@@ -31,6 +31,10 @@ _CONTEXT = 96
 _MOST_ROWS = 128
 """Steps of more rows are not measured but extrapolated: they take long and are rarely worth it."""
 
+_LONGEST_S = 60.0
+"""Seconds after which an eager runner measures no larger batch: their times follow from those of smaller
+ones, and are corrected while serving. On a busy machine all of them may take minutes."""
+
 _ROUNDS = 3
 
 _IN_A_ROW = 3
@@ -70,7 +74,10 @@ def measure(
         For each batch size and number of nodes the fastest of a few rounds.
     """
     started = time.monotonic()
-    log.info("measuring decode steps for --tree auto; on a CPU this takes tens of seconds")
+    log.info(
+        "measuring decode steps for --tree auto: on a CPU half a minute, or two where it is busy; "
+        "--tree 8 does without"
+    )
     context = max(1, min(_CONTEXT, max_model_len // 2))
     buckets = runner.buckets if isinstance(runner, CapturedRunner) else None
     most_rows = min(_MOST_ROWS, max_step_tokens)
@@ -93,6 +100,8 @@ def measure(
             )
         for sequence in reversed(sequences):  # so that the free list ends as it began
             blocks.release(sequence.blocks)
+        if buckets is None and batch > 1 and time.monotonic() - started > _LONGEST_S:
+            break
     log.info("measured decode steps of up to %d sequences in %.1f s", max(points), time.monotonic() - started)
     return StepTimes(points, drafts, padding, uneven, context, buckets)
 

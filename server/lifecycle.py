@@ -14,6 +14,7 @@ import sys
 import time
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 import structlog
 import uvicorn
@@ -63,7 +64,8 @@ def run(settings: Settings) -> int:
         except MedusaError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
-            return _fail("interrupted while loading")
+            _fail("interrupted while loading")
+            _leave()
         try:
             app = create_app(engine, engine.text, settings, engine.generation_defaults)
             server = Server(app, settings)
@@ -164,9 +166,7 @@ class Server(uvicorn.Server):
         sys.setswitchinterval(SWITCH_S)
         super().run(sockets)
         if self.force_exit:
-            # The interpreter's own end would wait for threads, and not survive one that is inside a kernel.
-            logging.shutdown()
-            os._exit(1)
+            _leave()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -224,6 +224,14 @@ class Server(uvicorn.Server):
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 1
+
+
+def _leave() -> NoReturn:
+    """End with status 1 while the engine's thread works on: the interpreter's own end would wait for
+    threads, and not survive one that is inside a kernel."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _announce(settings: Settings, engine: EngineClient, listener: socket.socket) -> None:

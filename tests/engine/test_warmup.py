@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from engine import warmup
+from engine.cache.blocks import BlockManager
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load
+from engine.types import Sequence
 from tests.engine.conftest import TinyModel
-from tests.support import greedy, greedy_reference, run_all
+from tests.support import greedy, greedy_reference, make_engine, run_all
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,21 @@ def test_nothing_is_left_behind(narrow: TinyModel, settings: dict) -> None:
     assert engine.stats.num_steps == engine.stats.generation_tokens == 0
     outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 5) for i in range(3)])
     assert all(outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 5) for i in range(3))
+
+
+def test_a_busy_machine_is_not_measured_for_ever(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What larger batches take then follows from the smaller ones."""
+    made: list[Sequence] = []
+
+    def counted(blocks: BlockManager, count: int, context: int) -> list[Sequence] | None:
+        found = sequences(blocks, count, context)
+        made.extend(found or ())
+        return found
+
+    sequences = warmup._sequences
+    monkeypatch.setattr(warmup, "_LONGEST_S", 0.0)
+    monkeypatch.setattr(warmup, "_sequences", counted)
+    engine = make_engine(narrow.folder, heads=str(narrow.heads), max_num_seqs=8)
+    assert len(made) == 1 + 2
+    outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 5) for i in range(8)])
+    assert all(outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 5) for i in range(8))
