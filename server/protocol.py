@@ -140,7 +140,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._parse(data)
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
+            self._refuse_head()
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -167,6 +167,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # see `_stay`
+        if len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers]) > MAX_HEAD_BYTES:
+            self._refuse_head()  # which one read has brought whole, maybe with its body
+            raise ValueError  # so that nothing more is parsed
         self._in_time()
         self._head_bytes = 0
         before = self.cycle
@@ -223,6 +226,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stalled = None
         log.warning("client_too_slow", client=self.client, unread_for_s=self._write_timeout)
         self.transport.abort()
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer what never became a request, and close."""
