@@ -162,11 +162,8 @@ def _in_json_words(message: str) -> str:
     return message
 
 
-def _not_json(request: Request, cause: BaseException) -> tuple[int, str, str]:
-    """Status, message and code for a body that could not be read."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        return 415, f"Content-Encoding must be identity, got '{encoding}'.", "unsupported_media_type"
+def _not_json(cause: BaseException) -> str:
+    """What to say of a body that could not be read."""
     match cause:
         case UnicodeDecodeError():
             reason = "not UTF-8"
@@ -174,15 +171,15 @@ def _not_json(request: Request, cause: BaseException) -> tuple[int, str, str]:
             reason = "nested too deeply"
         case _:
             reason = "a number is too long"
-    return 400, f"The request body is not valid JSON: {reason}.", "invalid_json"
+    return f"The request body is not valid JSON: {reason}."
 
 
 async def on_http_error(request: Request, error: Exception) -> ErrorResponse:
     """The answer for an error of Starlette's, FastAPI's, or about how a body came."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and error.__cause__ is not None:  # FastAPI's, who has tried to parse it
-        status, message, code = _not_json(request, error.__cause__)
-        return ErrorResponse(error_body(status, message, code=code), status, error.headers)
+        message = _not_json(error.__cause__)
+        return ErrorResponse(error_body(400, message, code="invalid_json"), 400, error.headers)
     match error.status_code:
         case 404:
             message, code = f"Unknown path: {request.method} {request.url.path}", "unknown_url"

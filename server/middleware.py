@@ -80,6 +80,7 @@ class RequestMiddleware:
     def _bounded(self, scope: Scope, receive: Receive, record: RequestRecord) -> Receive:
         """`receive` with bounds on the body's size and time. What is left of a refused body is not read."""
         length = Headers(scope=scope).get("content-length", "")
+        encoding = Headers(scope=scope).get("content-encoding", "identity")
         announced = length.isdecimal() and int(length) > self._max_body_bytes
         direct = scope.get("extensions", {}).get(DIRECT)
         complete = False
@@ -90,6 +91,8 @@ class RequestMiddleware:
             nonlocal complete
             if complete:  # what follows the body is the client's going away
                 return await receive()
+            if encoding.strip().lower() != "identity":
+                raise HTTPException(415, f"Content-Encoding must be identity, got '{encoding}'.", close)
             message: Message = {}
             if not announced and direct is not None and (body := direct.body()) is not None:
                 message = {"type": "http.request", "body": body}  # it is there, as most are by their turn

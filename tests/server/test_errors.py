@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from typing import Any
 
 import openai
@@ -100,10 +101,12 @@ def test_invalid_json(hello: RunningServer, body: bytes, code: str, says: str) -
     assert says in error["message"]
 
 
-def test_a_compressed_body_is_refused_by_its_encoding(hello: RunningServer) -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("body", [gzip.compress(b"{}"), b"x", json.dumps(chat_body()).encode()])
+def test_a_compressed_body_is_refused_by_its_encoding(hello: RunningServer, path: str, body: bytes) -> None:
     response = hello.http.post(
-        "/v1/chat/completions",
-        content=gzip.compress(b"{}"),
+        path,
+        content=body,
         headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
     )
     error = error_of(response, 415)
