@@ -121,9 +121,8 @@ class EngineFront(ABC):
             try:
                 await asyncio.wait_for(self._idle.wait(), timeout=drain_s)
             except TimeoutError:
-                log.warning(
-                    "drain deadline of %.0f s passed, aborting %d requests", drain_s, len(self._streams)
-                )
+                why = f"drain deadline of {drain_s:g} s passed" if drain_s > 0 else "not draining"
+                log.warning("%s, aborting %d requests", why, len(self._streams))
                 await self._abort_all()
         self._end()
         deadline = time.monotonic() + _STOP_S

@@ -212,7 +212,9 @@ class Server(uvicorn.Server):
 
     async def _drained(self) -> None:
         stats, limit = self._context.engine.stats, self._settings.drain_timeout
-        log.info("shutting_down", running=stats.running, waiting=stats.waiting, drain_timeout_s=limit)
+        # A dead engine's statistics are those of its last step; what ran then has been ended.
+        load = {"running": stats.running, "waiting": stats.waiting} if self._context.engine.healthy else {}
+        log.info("shutting_down", **load, drain_timeout_s=limit)
         deadline = time.monotonic() + limit
         await self._context.engine.stop(limit)
         # What the engine has finished may still be on its way to a client that reads slowly.

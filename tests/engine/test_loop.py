@@ -296,12 +296,22 @@ def test_who_is_told_to_end_in_the_last_step_ends(tiny: TinyModel, monkeypatch: 
     assert [delta.finish_reason for delta in given] == [FinishReason.LENGTH]
 
 
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_a_drain_past_its_deadline_aborts(tiny: TinyModel, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "drain_s", "why"),
+    [
+        ("thread", 0.01, "drain deadline of 0.01 s passed"),
+        ("process", 0.01, "drain deadline of 0.01 s passed"),
+        ("thread", 0.0, "not draining"),
+    ],
+)
+def test_a_drain_past_its_deadline_aborts(
+    tiny: TinyModel, kind: str, drain_s: float, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def body(engine: EngineFront) -> None:
         running = asyncio.ensure_future(collect(engine, endless("r")))
         await until(lambda: engine.stats.running == 1)
-        await engine.stop(drain_s=0.01)
+        await engine.stop(drain_s)
+        assert f"{why}, aborting 1 requests" in caplog.text
         assert engine._ended()
         assert engine.stats.kv_blocks_free + engine.stats.kv_blocks_cached == engine.stats.kv_blocks_total
         with pytest.raises(EngineStoppedError):

@@ -134,6 +134,7 @@ def test_an_engine_that_dies_ends_the_server_with_its_streams_told() -> None:
         ("error", "engine_died"),
         ("info", "shutting_down"),
     ]
+    assert "running" not in logged[-1]  # what ran has been ended
 
 
 @pytest.mark.parametrize(("drain_s", "steps"), [(30.0, 120), (2.0, 3000)])
