@@ -124,21 +124,28 @@ class GrammarState:
         children: list[list[int]] = [[] for _ in tokens]
         for node in range(1, len(tokens)):
             children[parents[node]].append(node)
-        self._visit(0, tokens, children, out)
+        self._visit(self._matcher, 0, tokens, children, out)
 
     def _visit(
-        self, node: int, tokens: Sequence[int], children: list[list[int]], out: NDArray[np.int32]
+        self,
+        matcher: LLMatcher,
+        node: int,
+        tokens: Sequence[int],
+        children: list[list[int]],
+        out: NDArray[np.int32],
     ) -> None:
         row = out[node]
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         for child in children[node]:
             token = tokens[child]
             allowed = token // 32 < self.words and (int(row[token // 32]) >> (token % 32)) & 1
-            if not allowed or token in self._eos or not self._matcher.consume_token(token):
+            if not allowed or token in self._eos:
                 continue
-            if not self._matcher.is_stopped():
-                self._visit(child, tokens, children, out)
-            self._matcher.rollback(1)
+            # Not forth and back: where other tokens follow after a rollback, llguidance 1.9 may give the mask
+            # that it found behind the ones taken back.
+            behind = matcher.deep_copy()
+            if behind.consume_token(token) and not behind.is_stopped():
+                self._visit(behind, child, tokens, children, out)
 
 
 class GrammarCompiler:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llguidance import LLMatcher
 
 from engine.errors import RequestError
 from engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, GrammarSpec, GrammarState
@@ -199,12 +198,21 @@ def test_a_tokenizer_that_cannot_be_read_is_told() -> None:
         GrammarCompiler(object(), [0]).compile(GrammarSpec("regex", "a"))  # type: ignore[arg-type]
 
 
-def test_the_library_takes_back_what_it_took() -> None:
-    """What the walk rests on: after a rollback a matcher stands where it stood, also behind its end."""
-    matcher = LLMatcher(COMPILER._tokenizer(None), LLMatcher.grammar_from_regex("ab"))
-    assert matcher.consume_token(ID["a"])
-    assert matcher.consume_token(ID["b"])
-    assert matcher.is_stopped()
-    assert matcher.rollback(1)
-    assert not matcher.is_stopped()
-    assert matcher.consume_token(ID["b"])
+def test_a_tree_that_was_looked_at_changes_nothing_of_what_may_follow() -> None:
+    """Behind `]` stood what may follow a comma, where both had been nodes, each before a line break."""
+    tokenizer = letter_tokenizer('{}[]":,Ċab0123456789')  # Ċ: a line break's byte
+    ids = tokenizer.get_vocab()
+    integers = {"type": "array", "items": {"type": "integer"}, "maxItems": 3}
+    schema = {"type": "object", "properties": {"b": integers}, "required": ["b"]}
+    compiler = GrammarCompiler(tokenizer, [tokenizer.eos_token_id])
+    state = compiler.compile(GrammarSpec("json_schema", json.dumps(schema))).start()
+    line_break, *rest = (ids[char] for char in "Ċ],")
+    for char in '{"b":[4':
+        assert state.advance(ids[char]), char
+    allowed(state, [0, *rest, line_break], [-1, 0, 0, 2])
+    assert state.advance(rest[0])
+    assert state.advance(line_break)
+    [found] = allowed(state, [0], [-1])
+    assert found is not None
+    assert ids["}"] in found
+    assert ids["3"] not in found
