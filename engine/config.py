@@ -100,7 +100,10 @@ class EngineConfig(BaseModel):
         description="Reuse the K/V of equal prompt prefixes across requests (within equal `cache_salt`).",
     )
     kv_cache_tokens: int | None = Field(
-        None, ge=64, description="K/V pool size in tokens; sized from memory if unset."
+        None,
+        ge=64,
+        description="K/V pool size in tokens. Unset: on a GPU what gpu_memory_utilization leaves; on the CPU "
+        "half of the free memory, at most 2 GiB, but room for one sequence of max_model_len.",
     )
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="K/V pool size in bytes, instead of kv_cache_tokens."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.embedded import EMBEDDED_MODEL, cache_root, shipped_heads
-from engine.model.info import available_bytes
+from engine.model.info import available_bytes, blocks_of_sequence, cpu_pool_blocks, kv_bytes_per_token
 from engine.model.quantize_cuda import check_quantized
 from engine.model.weights import (
     Checkpoint,
@@ -45,10 +46,6 @@ from engine.types import EngineInfo
 __all__ = ["Loaded", "load"]
 
 log = logging.getLogger(__name__)
-
-_CPU_POOL_BYTES = 2 << 30
-"""K/V pool on the CPU where no size is given; pages nobody writes cost nothing."""
-
 
 _LOOKUP_SHARE = 3
 """Beside heads, the lookup branch gets one node in so many of a tree of fixed size."""
@@ -429,10 +426,8 @@ def _num_blocks(
     Args:
         transient: bytes that steps take on CUDA beside weights and K/V.
     """
-    block_bytes = (
-        2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * config.block_size
-    )
-    one_sequence = -(-(max_model_len + MAX_TREE_NODES) // config.block_size)
+    block_bytes = kv_bytes_per_token(model, dtype) * config.block_size
+    one_sequence = blocks_of_sequence(max_model_len, config.block_size)
     tables = table_bytes(config.max_num_seqs, model.vocab_size)  # allocated when a request asks for them
     if config.kv_cache_tokens is not None and config.kv_cache_bytes is not None:
         raise ConfigError("give either kv_cache_tokens or kv_cache_bytes")
@@ -445,15 +440,12 @@ def _num_blocks(
         room = int(total * config.gpu_memory_utilization) - (total - free) - transient - tables
         num_blocks = room // block_bytes
     else:
-        most = config.max_num_seqs * one_sequence
         available = max(0, available_bytes() - tables)
-        wanted = min(_CPU_POOL_BYTES, available // 2)
-        num_blocks = min(most, max(wanted // block_bytes, one_sequence))
-        size_mib, available_mib = num_blocks * block_bytes >> 20, available >> 20
-        if size_mib > available_mib:
+        num_blocks = cpu_pool_blocks(available, block_bytes, one_sequence, config.max_num_seqs)
+        if (size := num_blocks * block_bytes) > available:
             raise ConfigError(
-                f"a K/V pool for max_model_len {max_model_len} takes {size_mib} MiB and {available_mib} MiB "
-                "are available; lower max_model_len"
+                f"a K/V pool for max_model_len {max_model_len} takes {math.ceil(size / 2**20)} MiB and "
+                f"{available >> 20} MiB are available; lower max_model_len"
             )
     if num_blocks < one_sequence:
         have, need = max(0, num_blocks) * config.block_size, one_sequence * config.block_size

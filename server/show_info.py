@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
-from engine.model.info import ModelInfo, describe
+from engine.model.info import CPU_POOL_BYTES, ModelInfo, describe
 from engine.model.weights import resolve_model
 
 __all__ = ["as_json", "show_info", "table"]
@@ -57,6 +57,11 @@ def table(info: ModelInfo) -> str:
         f"stored as       {stored}; config says {info.dtype}",
         f"device          {info.device}, {_size(info.device_bytes)} to use",
     ]
+    if info.device == "cpu":
+        lines.append(
+            f"K/V pool        half of the rest, at most {_size(CPU_POOL_BYTES)}, but one sequence always; "
+            "--kv-cache-tokens asks for more"
+        )
     for memory in info.memory:
         lines += [
             "",

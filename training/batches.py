@@ -33,7 +33,7 @@ class Source(Protocol):
 
 
 def _with_a_next(
-    cache: HiddenCache | ResidentCache, chosen: NDArray[np.bool_], batch_tokens: int
+    cache: HiddenCache | ResidentCache, chosen: NDArray[np.bool_], batch_tokens: int, out_of_time: int
 ) -> NDArray[np.int64]:
     """Positions in the chosen rows to learn from, rising.
 
@@ -44,9 +44,15 @@ def _with_a_next(
     # The last token of an answer has no next one: not even the first head has a target.
     found = place[chosen[cache.row_of] & (cache.ends - place > 1)]
     if len(found) < batch_tokens:
+        if out_of_time:
+            raise ConfigError(
+                "the time was too short: half of it goes to hidden states, of held-out rows first, and "
+                f"{out_of_time} rows are left out; that leaves {len(found)} training positions and a batch "
+                f"takes {batch_tokens}; raise --minutes, or lower --batch-tokens"
+            )
         raise ConfigError(
             f"the data holds {len(found)} training positions and a batch takes {batch_tokens}; "
-            "distill more, or lower batch_tokens"
+            "distill more, or lower --batch-tokens"
         )
     return found
 
@@ -62,6 +68,7 @@ class _DrawnBatches(ABC, Generic[_Cache, _Order]):
         micro_tokens: positions that are computed together.
         seed: of the order.
         teacher: with the model's own best tokens.
+        out_of_time: rows that the cache lacks because the time for hidden states was over.
 
     Raises:
         ConfigError: fewer positions than one batch.
@@ -77,11 +84,12 @@ class _DrawnBatches(ABC, Generic[_Cache, _Order]):
         micro_tokens: int,
         seed: int,
         teacher: bool,
+        out_of_time: int = 0,
     ) -> None:
         self._cache: _Cache = cache
         self._num_heads, self._seed, self._teacher = num_heads, seed, teacher
         self._batch, self._micro = batch_tokens, micro_tokens
-        self._positions = _with_a_next(cache, chosen, batch_tokens)
+        self._positions = _with_a_next(cache, chosen, batch_tokens, out_of_time)
         self.steps_per_epoch = len(self._positions) // batch_tokens
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
@@ -153,7 +161,7 @@ class OnlineBatches:
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"the data holds {total} tokens and a batch takes {self._accumulate * micro_tokens}; "
-                "distill more, or lower batch_tokens"
+                "distill more, or lower --batch-tokens"
             )
 
     def step(self, epoch: int, index: int) -> Iterator[Batch]:

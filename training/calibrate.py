@@ -85,7 +85,7 @@ def calibrate(ranks: Ranks, size: int = MAX_TREE_NODES) -> Calibration:
         ConfigError: no positions.
     """
     if len(ranks) == 0:
-        raise ConfigError("there are no held-out answers to calibrate on; distill more, or raise held_out")
+        raise ConfigError("there are no held-out answers to calibrate on; distill more, or raise --held-out")
     everywhere = _grow(ranks, np.ones(len(ranks)), size)
     weights = visits(ranks, everywhere.tree).astype(np.float64)
     if not weights.any():  # answers of a single token

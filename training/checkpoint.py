@@ -12,7 +12,7 @@ import torch
 
 from engine.errors import ConfigError
 
-__all__ = ["RunLog", "RunState", "load_checkpoint", "save_checkpoint"]
+__all__ = ["RunLog", "RunState", "load_checkpoint", "recorded_settings", "save_checkpoint"]
 
 _FILE = "checkpoint.pt"
 
@@ -62,17 +62,35 @@ def load_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[RunState, dic
     file = folder / _FILE
     if not file.is_file():
         return None
-    try:
-        loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        state = RunState(**loaded.pop("state"))
-    except Exception as error:  # torch.load raises a dozen types; all mean that nobody can go on from it
-        raise ConfigError(f"cannot read {file} ({error}); remove it to start anew") from error
+    state, loaded = _read(file, "remove it to start anew")
     different = [name for name, value in config.items() if state.config.get(name) != value]
     if different:
         values = ", ".join(
             f"{name} {state.config.get(name)!r} then, {config[name]!r} now" for name in different
         )
         raise ConfigError(f"{file} is of a run with other settings: {values}")
+    return state, loaded
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the run that left its checkpoint in `folder`; empty where there is none.
+
+    Raises:
+        ConfigError: the checkpoint is unreadable.
+    """
+    file = folder / _FILE
+    if not file.is_file():
+        return {}
+    # Mapped: the tensors beside the settings may be gigabytes.
+    return _read(file, "remove it, or say --held-out", mmap=True)[0].config
+
+
+def _read(file: Path, remedy: str, *, mmap: bool = False) -> tuple[RunState, dict[str, Any]]:
+    try:
+        loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        state = RunState(**loaded.pop("state"))
+    except Exception as error:  # torch.load raises a dozen types; all mean that nobody can go on from it
+        raise ConfigError(f"cannot read {file} ({error}); {remedy}") from error
     return state, loaded
 
 

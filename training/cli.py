@@ -230,8 +230,15 @@ def calibrate(
         Path | None, typer.Option(help="Hidden states, as `train` left them; `cache` in the output if unset.")
     ] = None,
     held_out: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of conversations to measure on; as in training.")
-    ] = TrainConfig.model_fields["held_out"].default,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of conversations to measure on; if unset that of training, from the checkpoint "
+            f"beside the heads, and {TrainConfig.model_fields['held_out'].default} without one.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[int, typer.Option(min=2, max=64, help="Most nodes of the tree, root counted.")] = 64,
     device: Device = None,
     dtype: Dtype = None,
@@ -242,13 +249,18 @@ def calibrate(
     (every prefix is a tree), medusa_calibration.json (what `--tree auto` starts from) and medusa_tree.svg.
     The last line is JSON, with acceptance lengths replayed without a server.
     """
+    from training.checkpoint import recorded_settings
     from training.measure import measure
 
     with failing():
         beside = Path(heads).expanduser()
-        folder = output or (beside if beside.is_dir() else beside.parent)
+        home = beside if beside.is_dir() else beside.parent
+        folder = output or home
         if output is None and not beside.exists():
             raise ConfigError("--output is needed where the heads are no local file or folder")
+        if held_out is None:
+            recorded = recorded_settings(home) if beside.exists() else {}
+            held_out = float(recorded.get("held_out", TrainConfig.model_fields["held_out"].default))
         result = measure(
             heads,
             tuple(data),

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError
+from training.config import TrainConfig
 
 __all__ = [
     "HELD_OUT",
@@ -49,8 +50,8 @@ Tokens = npt.NDArray[np.int64]
 
 SHARD_SUFFIX = ".tokens.xz"
 
-HELD_OUT = 0.02
-"""Share of the conversations that is never trained on."""
+HELD_OUT = float(TrainConfig.model_fields["held_out"].default)
+"""Share of the conversations that is never trained on, where no other is asked for."""
 
 _FORMAT = "medusa-serve tokens 1"
 

@@ -91,6 +91,7 @@ def measure(
     draw_tree(whole.tree, whole.accepted, curves, picture)
     return {
         "heads": heads,
+        "held_out": share,
         "held_out_answers": len(rows),
         "held_out_tokens": len(ranks),
         **{f"top{count}": [round(value, 4) for value in ranks.top(count)] for count in (1, 3, 5, 10)},

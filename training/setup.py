@@ -77,7 +77,7 @@ def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     if not train or not held:
         raise ConfigError(
             f"{', '.join(map(str, config.data))} gives {len(train)} rows to train on and {len(held)} held "
-            "out; distill more, or raise held_out"
+            "out; distill more, or raise --held-out"
         )
     return train, held
 
@@ -210,6 +210,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
             "micro_tokens": config.micro_tokens,
             "seed": config.seed,
             "teacher": config.kl > 0,
+            "out_of_time": left,
         }
         if isinstance(cache, ResidentCache):
             source = ResidentBatches(cache, of_train, **settings)

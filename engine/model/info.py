@@ -14,14 +14,20 @@ from engine.model.gguf import GGUF_INDEX
 from engine.model.prequantized import stated_quantization
 
 __all__ = [
+    "CPU_POOL_BYTES",
     "Memory",
     "ModelInfo",
     "available_bytes",
+    "blocks_of_sequence",
     "count_parameters",
+    "cpu_pool_blocks",
     "describe",
     "device_memory",
     "kv_bytes_per_token",
 ]
+
+CPU_POOL_BYTES = 2 << 30
+"""Most of a K/V pool on the CPU where no size is given; pages nobody writes cost nothing."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SHORTEST = 2048  # the first context length asked about
@@ -35,7 +41,8 @@ class Memory:
         dtype: of weights, activations and K/V.
         weight_bytes: of all parameters.
         kv_bytes_per_token: keys and values of one token in all layers. A layer with a window keeps all.
-        fits: for context lengths, how many sequences of that length fit beside the weights at once.
+        fits: for context lengths, how many sequences of that length fit beside the weights at once. On the
+            CPU: how many the pool holds that a server of this `max_model_len` makes, all else at its default.
     """
 
     dtype: str
@@ -125,6 +132,23 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+def blocks_of_sequence(max_model_len: int, block_size: int) -> int:
+    """K/V blocks of a sequence of full length with the largest tree."""
+    return -(-(max_model_len + MAX_TREE_NODES) // block_size)
+
+
+def cpu_pool_blocks(available: int, block_bytes: int, one_sequence: int, max_num_seqs: int) -> int:
+    """K/V blocks of a pool on the CPU where no size is given: no more than all sequences can fill, no less
+    than one sequence needs, which may be more than is available; between them `CPU_POOL_BYTES` or half of it.
+
+    Args:
+        available: bytes, the weights and tables taken off.
+        one_sequence: blocks of the longest sequence.
+    """
+    wanted = min(CPU_POOL_BYTES, available // 2)
+    return min(max_num_seqs * one_sequence, max(wanted // block_bytes, one_sequence))
+
+
 def device_memory(device: torch.device) -> tuple[str, int]:
     """The device's name and the bytes a server may use there, weights included."""
     if device.type == "cuda":
@@ -153,7 +177,7 @@ def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room:
     step_tokens = int(EngineConfig.model_fields["max_step_tokens"].default)
     transient = step_tokens * config.vocab_size * (dtype.itemsize + 4 * torch.float32.itemsize)
     tables = table_bytes(int(EngineConfig.model_fields["max_num_seqs"].default), config.vocab_size)
-    left = max(0, room - weights - transient - tables)
+    available = max(0, room - weights - tables)
     lengths = [config.max_position]
     while lengths[0] // 2 >= _SHORTEST:
         lengths.insert(0, lengths[0] // 2)
@@ -161,5 +185,18 @@ def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room:
         dtype=str(dtype).removeprefix("torch."),
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
-        fits={length: left // ((length + MAX_TREE_NODES) * per_token) for length in lengths},
+        fits={
+            length: _fits_cpu(length, available, per_token)
+            if device.type == "cpu"
+            else max(0, available - transient) // ((length + MAX_TREE_NODES) * per_token)
+            for length in lengths
+        },
     )
+
+
+def _fits_cpu(max_model_len: int, available: int, per_token: int) -> int:
+    defaults = EngineConfig.model_fields
+    block_size, max_num_seqs = int(defaults["block_size"].default), int(defaults["max_num_seqs"].default)
+    one_sequence, block_bytes = blocks_of_sequence(max_model_len, block_size), block_size * per_token
+    blocks = cpu_pool_blocks(available, block_bytes, one_sequence, max_num_seqs)
+    return 0 if blocks * block_bytes > available else blocks // one_sequence

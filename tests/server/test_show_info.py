@@ -17,6 +17,7 @@ def test_info_is_for_people_and_as_json(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     for part in ("MistralForCausalLM, 2 layers of 32", "32 positions in 2 layers", "K/V 512 bytes a token"):
         assert part in shown.output
+    assert "at most 2.00 GiB, but one sequence always; --kv-cache-tokens asks for more" in shown.output
     found = json.loads(CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu", "--json"]).output)
     assert found["memory"][0]["kv_bytes_per_token"] == 512
     assert list(found["memory"][0]["fits"]) == ["512"]

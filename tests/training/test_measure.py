@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.llm import LLM
 from engine.types import Request, SamplingParams
 from tests.support import save_model, save_random_heads, tiny_llama
-from tests.training.support import random_rows, write_rows
+from tests.training.support import random_rows, train_config, write_rows
+from training.cli import app
 from training.data import Row
 from training.measure import measure
+from training.train import HEADS_FILE, train
 
 
 @pytest.mark.parametrize("own_lm_head", [True, False])
@@ -60,6 +66,37 @@ def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: b
     assert replayed[16] == pytest.approx(tokens / steps, abs=0.001)
     assert replayed[1] == 1.0
     assert (tmp_path / "out" / "medusa_tree.svg").is_file()
+
+
+def test_calibrate_measures_on_what_training_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless another share is asked for: the heads know the rest. Nothing recorded: the default."""
+    shares: list[float] = []
+
+    def measured(*_: Any, share: float, **__: Any) -> dict[str, Any]:
+        shares.append(share)
+        return {}
+
+    def calibrate(*options: str) -> Result:
+        return CliRunner().invoke(app, ["calibrate", "--data", str(data), *options])
+
+    monkeypatch.setattr("training.measure.measure", measured)
+    folder = save_model(tiny_llama(), tmp_path / "model")
+    data = write_rows(tmp_path / "data", random_rows(40, 61), 61)
+    run = tmp_path / "run"
+    train(train_config(folder, data, run, epochs=1, held_out=0.02))
+    (tmp_path / "moved").mkdir()
+    alone = Path(shutil.copy(run / HEADS_FILE, tmp_path / "moved"))
+    elsewhere = ("--output", str(tmp_path / "tree"))
+    for heads in (run, run / HEADS_FILE, alone):
+        assert calibrate("--heads", str(heads), *elsewhere).exit_code == 0
+    assert calibrate("--heads", str(run), "--held-out", "0.01").exit_code == 0
+    assert calibrate("--heads", "some/hub-id", *elsewhere).exit_code == 0
+    assert shares == [0.02, 0.02, 0.05, 0.01, 0.05]
+    (run / "checkpoint.pt").write_bytes(b"cut")
+    assert "say --held-out" in " ".join(calibrate("--heads", str(run)).output.split())
+    assert len(shares) == 5
 
 
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:

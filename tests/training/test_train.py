@@ -241,6 +241,22 @@ def test_a_quantised_backbone_asks_for_cuda(model: Path, data: Path, tmp_path: P
         train(train_config(model, data, tmp_path, backbone_bits=4))
 
 
+@pytest.mark.parametrize("cache", ["on", "memory"])
+def test_too_little_time_for_hidden_states_is_said(
+    model: Path, data: Path, cache: str, tmp_path: Path
+) -> None:
+    """Not that the data is short: it is when nothing was left out for the time."""
+    config = train_config(model, data, tmp_path / cache, minutes=1e-6, cache=cache)
+    with pytest.raises(
+        ConfigError, match=r"time was too short.* 60 rows.* 0 training .*raise --minutes"
+    ) as told:
+        train(config)
+    assert "distill" not in str(told.value)
+    enough = config.model_copy(update={"minutes": None, "batch_tokens": 10**6})
+    with pytest.raises(ConfigError, match=r"distill more, or lower --batch-tokens"):
+        train(enough)
+
+
 def test_data_that_cannot_be_split_is_refused(model: Path, tmp_path: Path) -> None:
     rows = [row for row in random_rows(8, VOCAB) if row.conversation % 10_000 == 9_000]
     data = write_rows(tmp_path, rows, VOCAB)

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from engine.adjust import table_bytes
-from engine.errors import ModelError
+from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.errors import ConfigError, ModelError
+from engine.loader import load
 from engine.model import info as module
+from engine.model.config import ModelConfig
 from engine.model.info import describe
+from engine.model.weights import resolve_model
 from tests.support import make_engine, save_model, tiny_model
 
 CPU = torch.device("cpu")
@@ -54,8 +58,52 @@ def test_memory_is_what_the_engine_allocates(tmp_path: Path, monkeypatch: pytest
 
     set_aside = 512 * 61 * 20 + table_bytes(32, 61)
     room = full.weight_bytes + set_aside + 3 * (2048 + 64) * full.kv_bytes_per_token
-    monkeypatch.setattr(module, "available_bytes", lambda: room)
-    assert describe(tmp_path, CPU).memory[0].fits == {2048: 3, 4096: 1, 8192: 0}
+    monkeypatch.setattr(module, "device_memory", lambda device: ("a GPU", room))
+    assert describe(tmp_path, torch.device("cuda")).memory[0].fits == {2048: 3, 4096: 1, 8192: 0}
+
+
+@pytest.mark.parametrize("available", [1 << 20, 3 << 20, 8 << 20, 32 << 20, 512 << 20])
+def test_on_the_cpu_as_many_fit_as_a_servers_pool_holds(
+    available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too little for all, or for the longest, half of it, the cap, and all that 32 sequences fill."""
+    save_model(tiny_model("llama", max_position_embeddings=8192), tmp_path)
+    monkeypatch.setattr(module, "CPU_POOL_BYTES", 64 << 20)
+    room = available + table_bytes(32, 61)  # beside the weights
+    weights = describe(tmp_path, CPU).memory[0].weight_bytes
+    monkeypatch.setattr(module, "available_bytes", lambda: weights + room)
+    monkeypatch.setattr("engine.loader.available_bytes", lambda: room)
+    fits = describe(tmp_path, CPU).memory[0].fits
+    assert list(fits) == [2048, 4096, 8192]
+    for length, count in fits.items():
+        config = EngineConfig(model=str(tmp_path), device="cpu", max_model_len=length)
+        if count:
+            tokens = load(config, progress=False).info.kv_cache_tokens
+            assert tokens // (length + MAX_TREE_NODES) == count
+        else:
+            with pytest.raises(ConfigError, match="lower max_model_len"):
+                load(config, progress=False)
+
+
+def test_the_cap_of_a_pool_on_the_cpu_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    cap = f"at most {module.CPU_POOL_BYTES >> 30} GiB"
+    operations = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert cap in operations.partition("Tokens needed")[2].partition("Example")[0]
+    assert cap in (EngineConfig.model_fields["kv_cache_tokens"].description or "")
+    monkeypatch.setattr(module, "available_bytes", lambda: 1 << 40)
+    config = ModelConfig.from_folder(resolve_model("smollm2-135m"))
+    block_bytes = 16 * module.kv_bytes_per_token(config, torch.float32)
+    tokens = 16 * module.cpu_pool_blocks(1 << 40, block_bytes, module.blocks_of_sequence(8192, 16), 32)
+    assert f"({tokens:,} tokens of SmolLM2-135M in float32)" in operations
+    fits = describe(resolve_model("smollm2-135m"), CPU).memory[0].fits
+    assert fits == {length: tokens // (length + MAX_TREE_NODES) for length in (2048, 4096, 8192)}
+
+
+def test_the_sizing_table_and_info_differ_by_the_packed_copy() -> None:
+    whole = describe(resolve_model("smollm2-135m"), CPU)
+    table, here = (4 * whole.parameters / 2**20, whole.memory[0].weight_bytes / 2**20)
+    operations = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert f"is {table:.0f} MiB, as in the table, and {here:.0f} MiB there, as `info` says" in operations
 
 
 def test_no_config_is_an_error(tmp_path: Path) -> None:
