@@ -50,8 +50,8 @@ class EngineConfig(BaseModel):
     )
     tree: int | Literal["auto", "off"] = Field(
         "auto",
-        description="Tree nodes verified per step, root included (2 to 64); 'auto' fits them to the load, "
-        "'off' is plain decoding.",
+        description="Tree nodes verified per step, root included (1 to 64); 'auto' fits them to the load, "
+        "'off' is plain decoding, and so is 1.",
     )
     tree_file: str | None = Field(
         None, description="JSON list of tree paths, in which every prefix is a tree; a built-in one if unset."
@@ -120,13 +120,13 @@ class EngineConfig(BaseModel):
     @field_validator("tree", "lookup", mode="before")
     @classmethod
     def _number_or_word(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, str) and value.strip().isdigit():
+        if isinstance(value, str) and value.strip().isdecimal():
             value = int(value)
         if isinstance(value, bool):  # YAML 1.1 reads a bare `on` or `off` as a truth value
             value = "on" if value else "off"
-        most = MAX_TREE_NODES if info.field_name == "tree" else MAX_TREE_NODES - 1
-        if isinstance(value, int) and not 1 <= value <= most:
-            raise ValueError(f"must be a word or a number of nodes from 1 to {most}")
+        word, most = ("auto", MAX_TREE_NODES) if info.field_name == "tree" else ("on", MAX_TREE_NODES - 1)
+        if value not in (word, "off") and not (type(value) is int and 1 <= value <= most):
+            raise ValueError(f"must be '{word}', 'off' or a number of nodes from 1 to {most}")
         return value
 
     def prefill_tokens(self, device_type: str) -> int:

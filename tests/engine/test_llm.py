@@ -211,7 +211,7 @@ def test_a_name_and_settings_make_an_llm(folder: Path) -> None:
     assert len(small.generate("t5")[0].token_ids) == 63  # to the context's end
     with pytest.raises(ConfigError, match=r"max_len: Extra inputs"):
         LLM("x", max_len=3)
-    with pytest.raises(ConfigError, match=r"tree: .*must be a word or a number"):
+    with pytest.raises(ConfigError, match=r"tree: .*must be 'auto', 'off' or a number"):
         LLM("x", tree=99)
     with pytest.raises(ConfigError, match="block_size: put these into the EngineConfig"):
         LLM(EngineConfig(model="x"), block_size=4)

@@ -60,7 +60,7 @@ def test_options_environment_and_file(started: list[Settings], tmp_path: Path) -
     assert (settings.tree, settings.heads, settings.max_waiting) == ("off", "none", 7)
 
 
-@pytest.mark.parametrize(("given", "tree"), [("off", "off"), ("33", 33)])
+@pytest.mark.parametrize(("given", "tree"), [("off", "off"), ("33", 33), ("1", 1)])
 def test_tree(started: list[Settings], given: str, tree: object) -> None:
     assert invoke("serve", "--tree", given)[0] == 0
     assert started[0].tree == tree
@@ -71,7 +71,9 @@ def test_tree(started: list[Settings], given: str, tree: object) -> None:
     [
         (["--port", "many"], "error: --port: must be a valid integer"),
         (["--port", "70000"], "error: --port: must be less than or equal to 65535"),
-        (["--tree", "65"], "error: --tree: "),
+        (["--tree", "65"], "error: --tree: must be 'auto', 'off' or a number of nodes from 1 to 64"),
+        (["--tree", "maybe"], "error: --tree: must be 'auto', 'off' or a number of nodes from 1 to 64\n"),
+        (["--lookup", "0"], "error: --lookup: must be 'on', 'off' or a number of nodes from 1 to 63\n"),
         (["--dtype", "float8"], "error: --dtype: must be 'auto', 'float32', 'bfloat16' or 'float16'"),
         (["--config", "/none.yaml"], "error: cannot read /none.yaml: No such file or directory"),
         (["--prot", "1"], "No such option: --prot"),
