@@ -125,7 +125,10 @@ class Tree:
         )
         if not well_formed:
             raise TreeError(f"{file} must hold a JSON list of paths, each a list of integers")
-        return cls.from_paths(data)
+        try:
+            return cls.from_paths(data)
+        except TreeError as error:
+            raise TreeError(f"{file}: {error}") from None
 
     def prefix(self, size: int) -> Tree:
         """The tree of the first `size` nodes, root counted.

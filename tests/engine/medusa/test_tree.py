@@ -82,11 +82,11 @@ def test_malformed_trees_are_refused(paths: list[list[int]], reason: str) -> Non
         Tree.from_paths(paths)
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", '[["a"]]', "[[true]]", "[[0.5]]"])
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", '[["a"]]', "[[true]]", "[[0.5]]", "[[0, 0]]"])
 def test_a_bad_tree_file_is_refused(tmp_path, content) -> None:
     file = tmp_path / "tree.json"
     file.write_text(content)
-    with pytest.raises(TreeError):
+    with pytest.raises(TreeError, match=r"tree\.json"):
         Tree.load(file)
 
 
