@@ -174,6 +174,8 @@ def run(
 ) -> int:
     """Talk until the input ends or /exit; returns the process's exit status.
 
+    It is 1 where there was no server, and where the input is no terminal and a request failed.
+
     Args:
         url: of the server, with or without /v1.
         model: the name to ask for; the server's first one if not given.
@@ -195,7 +197,8 @@ def run(
             return 1
         options |= {name: value for name, value in (sampling or {}).items() if value is not None}
         talk = Conversation(http, options, system)
-        if sys.stdin.isatty():
+        watched, failed = sys.stdin.isatty(), False
+        if watched:
             _line_editing()
             print(f"{options['model']} at {base}. /help says what can be typed.", file=notes)
         while (message := _message(read, notes)) is not None:
@@ -204,21 +207,22 @@ def run(
                 continue
             if message == "/exit":
                 break
-            _turn(talk, message, out, notes)
-    return 0
+            failed |= not _turn(talk, message, out, notes)
+    return int(failed and not watched)
 
 
-def _turn(talk: Conversation, message: str, out: TextIO, notes: TextIO) -> None:
+def _turn(talk: Conversation, message: str, out: TextIO, notes: TextIO) -> bool:
+    """Do what a message says; returns whether the server did."""
     if message == "/reset":
         talk.reset()
         print("The conversation starts anew.", file=notes)
-        return
+        return True
     if message == "/help":
         print(HELP, file=notes)
-        return
+        return True
     if re.fullmatch(r"/\w+", message):
         print(f"{message} is no command; /help lists them.", file=notes)
-        return
+        return True
     answer = talk.ask(message)
     try:
         for piece in answer:
@@ -228,9 +232,10 @@ def _turn(talk: Conversation, message: str, out: TextIO, notes: TextIO) -> None:
         answer.close()
     except ChatError as error:
         print(f"error: {error}", file=notes)
-        return
+        return False
     print(file=out, flush=True)
     print(talk.summary, file=notes, flush=True)
+    return True
 
 
 def _message(read: Callable[[str], str], notes: TextIO) -> str | None:

@@ -99,9 +99,14 @@ def test_commands(hello: RunningServer) -> None:
     assert out == "Hello, world!\n"  # only the last one is a message
 
 
-def test_refusals_are_told_and_forgotten(hello: RunningServer) -> None:
-    status, out, notes = talk(hello.url, ["Hi."], sampling={"temperature": 9.0})
-    assert (status, out) == (0, "")
+@pytest.mark.parametrize("watched", [True, False])
+def test_refusals_are_told_and_forgotten(
+    hello: RunningServer, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    """And the exit status has them where nobody watched."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: watched)
+    status, out, notes = talk(hello.url, ["Hi.", "/help"], sampling={"temperature": 9.0})
+    assert (status, out) == (int(not watched), "")
     assert "error: " in notes
     assert "temperature" in notes
     with httpx.Client(base_url=hello.url) as http:
