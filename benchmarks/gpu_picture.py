@@ -1,6 +1,7 @@
 """Speed-up against batch size as a picture, from a results file of `benchmarks.gpu`.
 
-python -m benchmarks.gpu_picture benchmarks/results/gpu-nvidia-h100-80gb-hbm3.json docs/speed-up.svg
+python -m benchmarks.gpu_picture benchmarks/results/gpu-nvidia-h100-80gb-hbm3.json \
+    docs/images/speed-up-h100.svg
 """
 
 from __future__ import annotations

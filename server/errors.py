@@ -58,7 +58,7 @@ class ModelNotFoundError(RequestError):
 
 
 class UnsupportedFieldError(RequestError):
-    """A field that is unknown, or whose value would have no effect (HTTP 400)."""
+    """A field that is unknown, or known and not supported (HTTP 400)."""
 
 
 class RequestTimeoutError(MedusaError):

@@ -1,7 +1,10 @@
 """The README's maps of the code agree with the code, and its test commands with CI."""
 
+import json
 import re
 from pathlib import Path
+
+from server.responses import ChatCompletion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,3 +58,11 @@ def test_ci_runs_the_commands_that_the_readme_names_for_it() -> None:
     assert sorted(re.findall(r"`(make [a-z-]+)`", tests)) == sorted(commands)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert {command.removeprefix("make ") for command in commands} <= set(targets)
+
+
+def test_the_sample_answer_has_what_answers_have() -> None:
+    sample = README[README.index('{"id":"chatcmpl-') :].partition("```")[0].replace("\n", " ")
+    answer = json.loads(sample)
+    assert ChatCompletion.model_validate(answer).model_dump(exclude_unset=True) == answer
+    fields = ChatCompletion.model_fields.items()
+    assert list(answer) == [name for name, field in fields if field.is_required()]

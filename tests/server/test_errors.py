@@ -143,6 +143,22 @@ def test_messages_speak_of_json(hello: RunningServer, fields: dict[str, Any], me
     assert error_of(hello.chat(**fields), 400)["message"] == message
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("store", True, "invalid_value"),
+        ("stream_options", {"include_usage": True}, "invalid_value"),
+        ("chat_template_kwargs", {"unread": 1}, "invalid_value"),
+        ("tools", [{}], "unsupported_parameter"),
+        ("unknown", 1, "unsupported_parameter"),
+    ],
+)
+def test_what_would_be_ignored_has_the_documented_code(
+    hello: RunningServer, field: str, value: object, code: str
+) -> None:
+    assert error_of(hello.chat(**{field: value}), 400)["code"] == code
+
+
 @pytest.mark.parametrize("body", ["[]", "5", '"x"', "null"])
 def test_json_that_is_no_object(hello: RunningServer, body: str) -> None:
     response = hello.http.post(
