@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from engine.config import EngineConfig
 from engine.errors import ConfigError, MedusaError
 from server import __version__
-from server.settings import Settings, load_settings, option_name
+from server.settings import Settings, load_settings, option_name, unknown_variables
 from training.cli import app as training_commands
 
 __all__ = ["app", "main"]
@@ -91,6 +91,8 @@ def show_config(config: Path | None, json_output: bool, **options: str | None) -
         settings = resolved({name: value for name, value in options.items() if value is not None}, config)
     except ConfigError as error:
         _fail(error, 2)
+    for name, meant in unknown_variables().items():
+        typer.echo(f"warning: nothing reads {name}" + (f"; {meant} is meant?" if meant else ""), err=True)
     typer.echo(json.dumps(settings, ensure_ascii=False, indent=2) if json_output else table(settings))
 
 

@@ -28,7 +28,7 @@ from server.auth import ApiKeys
 from server.context import ServerContext
 from server.logs import configure_logging
 from server.protocol import ServerConfig
-from server.settings import Settings
+from server.settings import Settings, unknown_variables
 
 __all__ = ["Server", "bind", "in_process", "run"]
 
@@ -50,6 +50,8 @@ def run(settings: Settings) -> int:
     connections only when the engine is ready.
     """
     configure_logging(settings.log_level, settings.log_format)
+    for name, meant in unknown_variables().items():
+        log.warning("unknown_variable", variable=name, **({"did_you_mean": meant} if meant else {}))
     try:
         check(settings)
     except ConfigError as error:

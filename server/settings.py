@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,9 +19,26 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "Settings", "load_settings", "option_name", "read_yaml", "source_of"]
+__all__ = [
+    "ENV_PREFIX",
+    "OTHER_VARIABLES",
+    "Settings",
+    "load_settings",
+    "option_name",
+    "read_yaml",
+    "source_of",
+    "unknown_variables",
+]
 
 ENV_PREFIX = "MEDUSA_"
+
+OTHER_VARIABLES = frozenset(
+    f"{ENV_PREFIX}{name}" for name in ("API_KEY", "API_KEYS", "CACHE", "CONFIG", "FAULTS", "URL")
+)
+"""What is read elsewhere and is no setting."""
+
+_OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)[_=]|_PORT_\d+_(TCP|UDP|SCTP)[_=]|=(tcp|udp|sctp)://")
+"""In the variables, `NAME=value`, that pods get for a service whose name begins with "medusa"."""
 
 _ORIGIN = re.compile(r"https?://[^/\s,]+")
 
@@ -187,6 +205,19 @@ def source_of(field: str, cli: Mapping[str, Any]) -> str | None:
         return "MODEL" if field == "model" else option_name(field)
     variable = ENV_PREFIX + field.upper()
     return variable if any(name.upper() == variable and value for name, value in os.environ.items()) else None
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """The variables named MEDUSA_… that nothing reads, each with the one that may be meant."""
+    known = OTHER_VARIABLES | {ENV_PREFIX + field.upper() for field in Settings.model_fields}
+    return {
+        name: next(iter(get_close_matches(name.upper(), sorted(known), 1, 0.8)), None)
+        for name, value in sorted(environment.items())
+        if name.upper().startswith(ENV_PREFIX)
+        and name.upper() not in known
+        and value
+        and not _OF_KUBERNETES.search(f"{name}={value}")
+    }
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

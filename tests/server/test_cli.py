@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -109,7 +110,11 @@ def test_port_in_use_is_told_before_anything_is_loaded() -> None:
 
 def test_model_that_does_not_load_is_one_line_without_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.cli", "serve", str(tmp_path), "--port", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    env = {**os.environ, "MEDUSA_PROT": "8001"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=60
+    )
     assert result.returncode == 1
+    assert "did_you_mean=MEDUSA_PORT" in result.stderr.splitlines()[0]
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")

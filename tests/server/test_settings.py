@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.settings import Settings, load_settings, option_name
+from server.settings import OTHER_VARIABLES, Settings, load_settings, option_name, unknown_variables
+
+ROOT = Path(__file__).parents[2]
 
 
 def write(path: Path, text: str) -> Path:
@@ -91,7 +94,32 @@ def test_every_setting_is_described() -> None:
     assert option_name("max_num_seqs") == "--max-num-seqs"
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=str)
+def test_unknown_variables_are_told_with_what_may_be_meant() -> None:
+    given = {"MEDUSA_PROT": "8001", "MEDUSA_TREE": "8", "MEDUSA_CACHE": "/c", "MEDUSA_Q": "1", "MEDUSA_A": ""}
+    of_kubernetes = {  # for a service "medusa-serve"
+        "MEDUSA_SERVE_SERVICE_HOST": "10.0.0.1",
+        "MEDUSA_SERVE_SERVICE_PORT": "8000",
+        "MEDUSA_SERVE_SERVICE_PORT_HTTP": "8000",
+        "MEDUSA_SERVE_PORT": "tcp://10.0.0.1:8000",
+        "MEDUSA_SERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "MEDUSA_SERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    assert unknown_variables(given | of_kubernetes) == {"MEDUSA_PROT": "MEDUSA_PORT", "MEDUSA_Q": None}
+
+
+def test_every_variable_that_is_read_is_known() -> None:
+    files = [file for folder in ("engine", "server", "training") for file in (ROOT / folder).rglob("*.py")]
+    files += [ROOT / "Dockerfile", *(file for file in (ROOT / "docker").rglob("*") if file.is_file())]
+    read = {
+        name
+        for file in files
+        for name in re.findall(r"\bMEDUSA_[A-Z_]*[A-Z]\b", file.read_text(encoding="utf-8", errors="replace"))
+    }
+    assert read >= OTHER_VARIABLES
+    assert not unknown_variables(dict.fromkeys(read, "1"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=str)
 def test_shipped_configs_are_valid(file: Path) -> None:
     settings = load_settings(config=file)
     assert settings.model == yaml.safe_load(file.read_text())["model"]

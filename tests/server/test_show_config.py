@@ -34,6 +34,12 @@ def test_the_table_has_a_line_a_setting_what_was_set_first() -> None:
     assert (code, out.splitlines()) == (0, lines)
 
 
+def test_a_variable_that_nothing_reads_is_told() -> None:
+    code, out, err = invoke("config", "--json", MEDUSA_PROT="8001")
+    assert (code, err) == (0, "warning: nothing reads MEDUSA_PROT; MEDUSA_PORT is meant?\n")
+    assert json.loads(out)["port"]["value"] == 8000
+
+
 def test_a_bad_setting_is_told_as_when_serving() -> None:
     code, out, err = invoke("config", "--tree", "99")
     assert (code, out) == (2, "")
