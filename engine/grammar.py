@@ -142,8 +142,9 @@ class GrammarState:
             if not allowed or token in self._eos:
                 continue
             # Not forth and back: where other tokens follow after a rollback, llguidance 1.9 may give the mask
-            # that it found behind the ones taken back.
-            behind = matcher.deep_copy()
+            # that it found behind the ones taken back. Behind the last child nobody comes back to a copy.
+            last = child == children[node][-1] and matcher is not self._matcher
+            behind = matcher if last else matcher.deep_copy()
             if behind.consume_token(token) and not behind.is_stopped():
                 self._visit(behind, child, tokens, children, out)
 
