@@ -106,13 +106,25 @@ def test_an_engine_that_cannot_start_there_is_told_in_one_line(model: Path) -> N
     assert done.stderr == "error: device 'cuda' was asked for and torch sees no GPU here\n"
 
 
+# Where tests run in the background, SIGINT is ignored, and processes inherit it.
+SERVED = """
+import signal, sys
+from server.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
+
 def test_ctrl_c_while_it_loads_ends_it_in_one_line(model: Path) -> None:
     """The engine's thread is inside torch, in threads that the interpreter's own end would not survive."""
-    command = [sys.executable, "-m", "server.cli", "serve", str(model), "--device", "cpu", "--port", "0"]
+    command = [sys.executable, "-c", SERVED, "serve", str(model), "--device", "cpu", "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        assert any("measuring decode steps" in line for line in running.stderr)
-        running.send_signal(signal.SIGINT)
+        try:
+            assert any("measuring decode steps" in line for line in running.stderr)
+            running.send_signal(signal.SIGINT)
+            assert running.wait(SOON_S) == 1
+        finally:
+            running.kill()
         assert running.stderr.read() == "error: interrupted while loading\n"
-        assert running.wait(SOON_S) == 1
