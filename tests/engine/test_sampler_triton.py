@@ -56,7 +56,7 @@ def drawn(step: Step) -> Targets:
 
 # The vocabulary in one block or in two, and few tokens in question put together or not.
 @pytest.mark.parametrize(("block", "candidates"), [(8, 7), (4, 7), (4, 3), (4, 0)])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=steps(medusas=(MedusaParams(), *TYPICAL)))
 def test_it_reaches_and_draws_what_the_tensor_code_does(
     block: int, candidates: int, step: Step, monkeypatch: pytest.MonkeyPatch

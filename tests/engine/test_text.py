@@ -129,7 +129,7 @@ FEW = pieces(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(cuts(IDS), IDS, st.booleans())
 def test_pushes_joined_are_the_decoded_output(pushes: list[list[int]], prompt: list[int], skip: bool) -> None:
     expected = smol().tokenizer.decode(flat(pushes), skip_special_tokens=skip)
@@ -154,7 +154,7 @@ def stops_of(draw: st.DrawFn, whole: str) -> list[str]:
     return draw(st.lists(kinds.filter(lambda s: s and "\ufffd" not in s), min_size=1, max_size=4))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(cuts(FEW), st.data())
 def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], data: st.DataObject) -> None:
     ids = flat(pushes)
@@ -172,7 +172,7 @@ def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], da
         assert stream(processor, smol().encode("ab\naba"), pushes, stop=tuple(stops)) == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_a_sentencepiece_output_keeps_the_space_the_prompt_earns_it(data: st.DataObject) -> None:
     character = st.sampled_from("日é😀").map(lambda c: [FIRST_BYTE + byte for byte in c.encode()])
@@ -380,7 +380,7 @@ def test_messages_the_template_refuses(
     assert caught.value.param == "messages"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(cuts(FEW), st.data())
 def test_released_tokens_are_those_whose_text_is_out(pushes: list[list[int]], data: st.DataObject) -> None:
     ids = flat(pushes)
