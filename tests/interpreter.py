@@ -22,6 +22,8 @@ def quicken() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "interpreter_builder")):
+        return
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     patch, seen = interpreter._patch_lang, set[Any]()
