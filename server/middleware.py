@@ -79,8 +79,8 @@ class RequestMiddleware:
 
     def _bounded(self, scope: Scope, receive: Receive, record: RequestRecord) -> Receive:
         """`receive` with bounds on the body's size and time. What is left of a refused body is not read."""
-        length = Headers(scope=scope).get("content-length", "")
-        encoding = Headers(scope=scope).get("content-encoding", "identity")
+        headers = Headers(scope=scope)
+        length, encoding = headers.get("content-length", ""), headers.get("content-encoding", "identity")
         announced = length.isdecimal() and int(length) > self._max_body_bytes
         direct = scope.get("extensions", {}).get(DIRECT)
         complete = False
