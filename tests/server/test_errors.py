@@ -102,7 +102,11 @@ def test_invalid_json(hello: RunningServer, body: bytes, code: str, says: str) -
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
-@pytest.mark.parametrize("body", [gzip.compress(b"{}"), b"x", json.dumps(chat_body()).encode()])
+@pytest.mark.parametrize(
+    "body",
+    [gzip.compress(b"{}"), b"x", json.dumps(chat_body()).encode()],
+    ids=["compressed", "no-gzip", "plain"],
+)
 def test_a_compressed_body_is_refused_by_its_encoding(hello: RunningServer, path: str, body: bytes) -> None:
     response = hello.http.post(
         path,
