@@ -173,8 +173,8 @@ class GrammarCompiler:
             param: the request's field, for errors.
 
         Raises:
-            RequestError: the text is not what `spec.kind` says, is too large, or asks for what llguidance
-                does not know; or the model's tokenizer is none that it can read.
+            RequestError: the text is not what `spec.kind` says, is too large, asks for what llguidance
+                does not know, or lets no answer begin; or the model's tokenizer is none that it can read.
         """
         if len(spec.text.encode(errors="surrogatepass")) > (most := MAX_GRAMMAR_BYTES[spec.kind]):
             raise RequestError(f"a {_NAMES[spec.kind]} may have {most} bytes of text", param=param)
@@ -186,6 +186,11 @@ class GrammarCompiler:
         if matcher.is_error():
             reason = matcher.get_error().split("\n\n")[0].strip()
             raise RequestError(f"not a valid {_NAMES[spec.kind]}: {reason}", param=param)
+        start = matcher.deep_copy()
+        start.compute_bitmask()
+        if start.is_error():  # such as of a schema that refers to itself alone
+            text = f"no answer of this model's tokens can follow this {_NAMES[spec.kind]}"
+            raise RequestError(text, param=param)
         return Grammar(spec, matcher, tokenizer.vocab_size, self._eos)
 
     def _matcher(self, tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:

@@ -190,6 +190,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_regex": "a(?=b)"}, "guided_regex", "^guided_regex: not a valid reg.*look-around"),
     ({"guided_regex": "\ud800"}, "guided_regex", "^guided_regex: not a valid regular expression"),
     ({"guided_json": NESTED}, "guided_json", "^guided_json: .*(recursion limit|nested too deeply)"),
+    ({"guided_json": {"$ref": "#"}}, "guided_json", "^guided_json: no answer"),
     ({"guided_json": {"const": float("nan")}}, "guided_json", "^guided_json: not a valid JSON schema"),
 ]
 
