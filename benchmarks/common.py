@@ -26,7 +26,7 @@ import httpx
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.bench import cores, hardware
+from server.bench import hardware
 from server.settings import load_settings
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "Server",
     "bootstrap_interval",
     "chat",
-    "cores",
     "cpu_seconds",
     "data_of",
     "engine_config",

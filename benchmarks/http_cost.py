@@ -26,7 +26,6 @@ from benchmarks.common import (
     Server,
     bootstrap_interval,
     children,
-    cores,
     cpu_seconds,
     engine_config,
     exact_prompt,
@@ -38,6 +37,7 @@ from benchmarks.common import (
 )
 from benchmarks.side_by_side import IDLE_SHARE, ours
 from benchmarks.simulated_device import OPTIONS, SimulatedDevice, install
+from engine.limits import cpus
 from engine.llm import LLM
 from engine.types import Request, SamplingParams
 
@@ -153,7 +153,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 def main() -> int:
     args, options = parse()
-    command, threads, simulated = ["server.cli"], cores(), None
+    command, threads, simulated = ["server.cli"], cpus(), None
     if args.step_ms is not None:
         simulated = {"step_ms": args.step_ms, "token_us": args.token_us, "accepted": args.accepted}
         install(SimulatedDevice(args.step_ms / 1e3, args.token_us / 1e6, args.accepted))

@@ -35,7 +35,6 @@ import httpx
 from benchmarks.common import (
     ROOT,
     Server,
-    cores,
     exact_prompt,
     first_model,
     free_port,
@@ -51,6 +50,7 @@ from benchmarks.common import (
 )
 from benchmarks.http_load import timed_chat
 from benchmarks.side_by_side import TransformersWorker
+from engine.limits import cpus
 
 READY_S = 300.0
 
@@ -307,7 +307,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--gguf", type=Path, help="model file for llama.cpp and openvino")
     parser.add_argument("--openvino-model", type=Path, help="exported folder, instead of --gguf")
     parser.add_argument("--openvino-python", default=sys.executable, help="a Python with openvino-genai")
-    parser.add_argument("--threads", type=int, default=cores(), help="of each side")
+    parser.add_argument("--threads", type=int, default=cpus(), help="of each side")
     parser.add_argument("--streams", type=numbers, default=[1, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=60, help="by our template; a peer's may differ")

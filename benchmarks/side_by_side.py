@@ -28,7 +28,6 @@ from benchmarks.common import (
     ROOT,
     Server,
     chat,
-    cores,
     cpu_seconds,
     exact_prompt,
     first_model,
@@ -43,6 +42,7 @@ from benchmarks.common import (
     ratio_interval,
     thread_environment,
 )
+from engine.limits import cpus
 
 IDLE_SHARE = 0.05
 """A side that uses more than this share of one core while the other is measured is reported."""
@@ -226,7 +226,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantization", default="none", choices=("none", "int8"), help="of ours")
-    parser.add_argument("--threads", type=int, default=cores(), help="of each side")
+    parser.add_argument("--threads", type=int, default=cpus(), help="of each side")
     parser.add_argument("--streams", type=numbers, default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=60)

@@ -22,6 +22,7 @@ from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.errors import ConfigError
+from engine.limits import available_bytes
 from engine.medusa.calibrated import CalibratedTree, find_calibrated
 from engine.medusa.head_files import JOINT_PREFIX, HeadTensors, joint_heads, read_heads
 from engine.medusa.heads import HeadDrafter, MedusaHeads
@@ -29,7 +30,7 @@ from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.embedded import EMBEDDED_MODEL, cache_root, shipped_heads
-from engine.model.info import available_bytes, blocks_of_sequence, cpu_pool_blocks, kv_bytes_per_token
+from engine.model.info import blocks_of_sequence, cpu_pool_blocks, kv_bytes_per_token
 from engine.model.quantize_cuda import check_quantized
 from engine.model.weights import (
     Checkpoint,
@@ -117,11 +118,11 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES)
     if checkpoint is None:
         log.warning("the weights are random (load_format dummy): answers mean nothing")
-        with _room_for_weights(device):
+        with _room_for_weights(decoder, device):
             decoder.randomize(device)
             decoder.to(device)
     else:
-        with _room_for_weights(device):
+        with _room_for_weights(decoder, device):
             decoder.to(device)
         load_weights(
             checkpoint,
@@ -211,7 +212,13 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
 
 
 @contextmanager
-def _room_for_weights(device: torch.device) -> Iterator[None]:
+def _room_for_weights(decoder: Decoder, device: torch.device) -> Iterator[None]:
+    size = sum(weight.nbytes for weight in decoder.parameters())
+    if device.type == "cpu" and size > (available := available_bytes()):  # else it is killed without a word
+        raise ConfigError(
+            f"the weights take {math.ceil(size / 2**20)} MiB and {available >> 20} MiB are available; take a "
+            "smaller model, or a dtype of 16 bits"
+        )
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -20,6 +20,8 @@ import triton.testing
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from engine.limits import cpus
+
 __all__ = ["REFUSALS", "Kept", "milliseconds_in_graph", "side_by_side"]
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def side_by_side(
         with here(), suppress(*REFUSALS):
             way()
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cpus()) as pool:
         list(pool.map(once, ways))
 
 

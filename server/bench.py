@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from engine.limits import cpus
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.llm import LLM
 
-__all__ = ["Workload", "cores", "hardware", "measure", "read_prompts", "run", "settings_given"]
+__all__ = ["Workload", "hardware", "measure", "read_prompts", "run", "settings_given"]
 
 _WARM_TOKENS = 8
 """Output of the round before the first one: caches, allocator, lazy imports."""
@@ -250,12 +251,6 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def cores() -> int:
-    """CPU cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def hardware() -> dict[str, Any]:
     """Machine and library versions, for the JSON line of every measurement."""
     import torch
@@ -270,7 +265,7 @@ def hardware() -> dict[str, Any]:
         pass  # not Linux: the architecture's name is what there is
     return {
         "cpu": cpu,
-        "cores": cores(),
+        "cores": cpus(),
         "memory_gib": memory_gib,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, MedusaError
+from engine.limits import limit_threads
 from server import __version__
 from server.settings import Settings, load_settings, option_name, unknown_variables
 from training.cli import app as training_commands
@@ -248,6 +249,7 @@ app.add_typer(training_commands)  # its modules import torch when a command runs
 
 def main() -> None:
     """Entry point of the console script."""
+    limit_threads()
     app()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine import limits
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint
@@ -110,11 +111,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 1 << 62
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+    return limits.available_bytes()
 
 
 def free_disk(folder: Path) -> int:

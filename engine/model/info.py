@@ -9,6 +9,7 @@ import torch
 
 from engine.adjust import table_bytes
 from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.limits import available_bytes
 from engine.model.config import ModelConfig
 from engine.model.gguf import GGUF_INDEX
 from engine.model.prequantized import stated_quantization
@@ -17,7 +18,6 @@ __all__ = [
     "CPU_POOL_BYTES",
     "Memory",
     "ModelInfo",
-    "available_bytes",
     "blocks_of_sequence",
     "count_parameters",
     "cpu_pool_blocks",
@@ -156,15 +156,6 @@ def device_memory(device: torch.device) -> tuple[str, int]:
         total = torch.cuda.get_device_properties(device).total_memory
         return f"{device} ({torch.cuda.get_device_name(device)})", int(total * share)
     return "cpu", available_bytes()
-
-
-def available_bytes() -> int:
-    """Host memory that can be had without swapping, page cache included; no bound where nothing tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 1 << 62
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
 
 
 def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room: int) -> Memory:
