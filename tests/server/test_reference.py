@@ -36,7 +36,7 @@ def test_the_metrics_that_the_text_and_its_queries_name_exist() -> None:
 def test_the_options_that_the_text_names_exist() -> None:
     """Those of other programs are named, too."""
     others = {"--build-arg", "--read-only", "--tmpfs", "--wait", "--no-deps", "--stop-timeout", "--pictures"}
-    others |= {"--subprocesses"}
+    others |= {"--subprocesses", "--cpus", "--memory"}
     options = {option_name(name) for name in Settings.model_fields} | {"--config"} | others
     assert set(re.findall(r"--[a-z][a-z-]+[a-z]", PAGE)) <= options
 
