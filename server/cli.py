@@ -69,6 +69,7 @@ def bench(config: Path | None, concurrency: str, **options: Any) -> None:
 
     own = {name: options.pop(name) for name in ("prompt_tokens", "new_tokens", "rounds", "prompts", "seed")}
     settings = _settings(config, options)
+    _warn_of_variables()
     try:
         if not all(part.strip().isdigit() for part in concurrency.split(",")):
             raise ConfigError(f"--concurrency must be numbers like 1,8,16, got {concurrency!r}")
@@ -92,8 +93,7 @@ def show_config(config: Path | None, json_output: bool, **options: str | None) -
         settings = resolved({name: value for name, value in options.items() if value is not None}, config)
     except ConfigError as error:
         _fail(error, 2)
-    for name, meant in unknown_variables().items():
-        typer.echo(f"warning: nothing reads {name}" + (f"; {meant} is meant?" if meant else ""), err=True)
+    _warn_of_variables()
     typer.echo(json.dumps(settings, ensure_ascii=False, indent=2) if json_output else table(settings))
 
 
@@ -153,6 +153,11 @@ def _settings(config: Path | None, options: dict[str, str | None]) -> Settings:
         return load_settings({name: value for name, value in options.items() if value is not None}, config)
     except ConfigError as error:
         _fail(error, 2)
+
+
+def _warn_of_variables() -> None:
+    for name, meant in unknown_variables().items():
+        typer.echo(f"warning: nothing reads {name}" + (f"; {meant} is meant?" if meant else ""), err=True)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -258,9 +258,18 @@ def calibrate(
         folder = output or home
         if output is None and not beside.exists():
             raise ConfigError("--output is needed where the heads are no local file or folder")
-        if held_out is None:
+        recorded = {}
+        with nullcontext() if held_out is None else suppress(ConfigError):  # told what to do without it
             recorded = recorded_settings(home) if beside.exists() else {}
-            held_out = float(recorded.get("held_out", TrainConfig.model_fields["held_out"].default))
+        trained = float(recorded.get("held_out", TrainConfig.model_fields["held_out"].default))
+        if held_out is None:
+            held_out = trained
+        elif recorded and held_out > trained:
+            typer.echo(
+                f"warning: these heads were trained with --held-out {trained:g}, so of {held_out:g} they "
+                "know a part, which makes the tree look better than it is",
+                err=True,
+            )
         result = measure(
             heads,
             tuple(data),

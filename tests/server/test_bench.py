@@ -80,6 +80,11 @@ def test_a_bad_option_is_one_line(arguments: list[str], message: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_variable_that_nothing_reads_is_told() -> None:
+    result = CliRunner().invoke(app, ["bench", "--rounds", "0"], env={"MEDUSA_TREES": "8"})
+    assert result.stderr.startswith("warning: nothing reads MEDUSA_TREES; MEDUSA_TREE is meant?\nerror: ")
+
+
 def test_a_prompt_that_does_not_fit_is_told(folder: Path) -> None:
     arguments = ["bench", str(folder), "--device", "cpu", "--tree", "off", "--max-model-len", "16"]
     result = CliRunner().invoke(app, [*arguments, "--prompt-tokens", "30"])

@@ -91,12 +91,17 @@ def test_calibrate_measures_on_what_training_held_out(
     elsewhere = ("--output", str(tmp_path / "tree"))
     for heads in (run, run / HEADS_FILE, alone):
         assert calibrate("--heads", str(heads), *elsewhere).exit_code == 0
-    assert calibrate("--heads", str(run), "--held-out", "0.01").exit_code == 0
+    unseen = calibrate("--heads", str(run), "--held-out", "0.01")
+    assert (unseen.exit_code, unseen.stderr) == (0, "")
     assert calibrate("--heads", "some/hub-id", *elsewhere).exit_code == 0
     assert shares == [0.02, 0.02, 0.05, 0.01, 0.05]
+    known = "trained with --held-out 0.02, so of 0.03 they know a part"
+    assert known in " ".join(calibrate("--heads", str(run), "--held-out", "0.03").output.split())
+    assert shares.pop() == 0.03
     (run / "checkpoint.pt").write_bytes(b"cut")
     assert "say --held-out" in " ".join(calibrate("--heads", str(run)).output.split())
-    assert len(shares) == 5
+    assert calibrate("--heads", str(run), "--held-out", "0.03").exit_code == 0
+    assert len(shares) == 6
 
 
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
