@@ -1,4 +1,4 @@
-"""From the host to a device."""
+"""Which device a setting names, and from the host to it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["sent", "sent_together", "slot_rows"]
+from engine.errors import ConfigError
 
+__all__ = ["device_named", "sent", "sent_together", "slot_rows"]
 
 _ALIGNED = 16
 """Bytes, or elements, which are no fewer: where kernels may load many at once."""
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a setting: 'cpu', 'cuda', 'cuda:N', or 'auto', which is CUDA where there is one.
+
+    Raises:
+        ConfigError: torch knows no such device, nothing here runs on its kind, or it is not in this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not one torch knows; use 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            seen = f"no such GPU here, only {count}" if count else "no GPU here"
+            raise ConfigError(f"device {name!r} was asked for and torch sees {seen}")
+    return device
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:

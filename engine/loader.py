@@ -21,6 +21,7 @@ from engine.attention.sdpa import SdpaAttention
 from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.devices import device_named
 from engine.errors import ConfigError
 from engine.limits import available_bytes
 from engine.medusa.calibrated import CalibratedTree, find_calibrated
@@ -228,16 +229,7 @@ def _room_for_weights(decoder: Decoder, device: torch.device) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not one torch knows") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for and torch sees no GPU here")
+    device = device_named(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on this thread's device, wherever the tensors are
     return device

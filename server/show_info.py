@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from engine.errors import ConfigError
+from engine.devices import device_named
 from engine.model.info import CPU_POOL_BYTES, ModelInfo, describe
 from engine.model.weights import resolve_model
 
@@ -21,15 +19,7 @@ def show_info(model: str, revision: str | None, device: str) -> ModelInfo:
         ConfigError: the device is not here.
         ModelError: the model is not there, or not covered.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        where = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not one torch knows") from error
-    if where.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} was asked for and torch sees no such GPU here")
+    where = device_named(device)
     return describe(resolve_model(model, revision, config_only=True), where)
 
 

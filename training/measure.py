@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.config import MAX_TREE_NODES
+from engine.devices import device_named
 from engine.errors import ConfigError
 from engine.medusa.calibrated import CALIBRATION_FILE, TREE_FILE
 from engine.medusa.head_files import read_heads
@@ -21,7 +22,7 @@ from training.data import Row, held_out, load_shards
 from training.evaluate import Ranks, rank_targets, replay
 from training.hidden import TOP_K, cache_hidden
 from training.plots import draw_tree
-from training.setup import model_identity, training_device, training_dtype
+from training.setup import model_identity, training_dtype
 from training.vocabulary import Vocabulary
 
 __all__ = ["measure"]
@@ -112,7 +113,7 @@ def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device:
     """Ranks of the rows' tokens under the heads as the engine serves them."""
     folder = resolve_model(model)
     base, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
-    on = training_device(device)
+    on = device_named(device)
     kind = training_dtype(dtype, base, on)
     tensors = read_heads(source, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.devices import device_named
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
@@ -32,7 +33,6 @@ __all__ = [
     "model_identity",
     "prepare",
     "read_rows",
-    "training_device",
     "training_dtype",
 ]
 
@@ -103,7 +103,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
         until = (time.monotonic() if started is None else started) + 60.0 * config.minutes / 2
     folder = resolve_model(config.model)
     model, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
-    device = training_device(config.device)
+    device = device_named(config.device)
     dtype = training_dtype(config.dtype, model, device)
     counted = np.concatenate([row.answer for row in train])
     # Prompts break ties among what thin data has not answered yet: answers are about what was asked.
@@ -269,19 +269,6 @@ def model_identity(checkpoint: Checkpoint) -> str:
     last = checkpoint.get(sorted(name for name in checkpoint.names if "norm" in name)[-1])
     text.update(last.float().numpy().tobytes())
     return f"{checkpoint.folder.name} {text.hexdigest()[:16]}"
-
-
-def training_device(name: str) -> torch.device:
-    """The device of this name; 'auto' is CUDA where there is one. Raises ConfigError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is not one torch knows") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for and torch sees no GPU here")
-    return device
 
 
 def training_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What goes to a device together arrives as it was."""
+"""Which device a setting names; what goes to one together arrives as it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from engine import devices
-from engine.devices import sent_together, slot_rows
+from engine.devices import device_named, sent_together, slot_rows
+from engine.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -19,6 +20,32 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.setattr(devices, "sent", lambda values, device: values)
         return torch.device("cuda")
     return CPU
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_auto_is_a_gpu_where_there_is_one(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert device_named("auto") == torch.device("cuda" if gpus else "cpu")
+    assert device_named("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "reason"),
+    [
+        ("tpu9", 2, "not one torch knows; use 'cpu' or 'cuda'"),
+        ("mps", 2, "not supported; use 'cpu' or 'cuda'"),
+        ("cuda", 0, "sees no GPU here"),
+        ("cuda:1", 0, "sees no GPU here"),
+        ("cuda:2", 2, "sees no such GPU here, only 2"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused_by_its_name(
+    name: str, gpus: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ConfigError, match=f"device '{name}' .*{reason}"):
+        device_named(name)
 
 
 def test_each_arrives_in_its_dtype_and_shape(device: torch.device) -> None:

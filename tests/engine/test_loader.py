@@ -50,7 +50,7 @@ def test_the_pool_leaves_room_for_the_tables_of_adjustments(
 
 def test_a_numbered_gpu_becomes_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert _device("cuda:1") == torch.device("cuda:1")
     assert _device("cuda") == torch.device("cuda")
