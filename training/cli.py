@@ -45,11 +45,16 @@ def engine_config(**given: Any) -> EngineConfig:
     try:
         return EngineConfig(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        parts = (
-            f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors(include_url=False, include_input=False)
-        )
-        raise ConfigError("; ".join(parts)) from None
+        raise _bad_options(error) from None
+
+
+def _bad_options(error: ValidationError) -> ConfigError:
+    """One line that says of each bad option what is wrong."""
+    parts = (
+        f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors(include_url=False, include_input=False)
+    )
+    return ConfigError("; ".join(dict.fromkeys(parts)))
 
 
 @contextmanager
@@ -176,11 +181,7 @@ def train(**given: Any) -> None:
         try:
             config = TrainConfig(**{name: value for name, value in given.items() if value not in (None, [])})
         except ValidationError as error:
-            parts = (
-                f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg'].removeprefix('Value error, ')}"
-                for item in error.errors(include_url=False, include_input=False)
-            )
-            raise ConfigError("; ".join(dict.fromkeys(parts))) from None
+            raise _bad_options(error) from None
         typer.echo(json.dumps(run(config), ensure_ascii=False))
 
 
@@ -241,7 +242,14 @@ def calibrate(
     ] = None,
     size: Annotated[int, typer.Option(min=2, max=64, help="Most nodes of the tree, root counted.")] = 64,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help=f"{TrainConfig.model_fields['dtype'].description} [default: auto]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Grow the tree that fits these heads, from answers they were not trained on.
 

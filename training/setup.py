@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -272,7 +272,13 @@ def model_identity(checkpoint: Checkpoint) -> str:
 
 
 def training_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """Of backbone and activations: 'auto' is float32 on the CPU and 16 bits on CUDA."""
+    """Of backbone and activations; for 'auto' see `TrainConfig.dtype`.
+
+    Raises:
+        ConfigError: no such setting.
+    """
+    if name not in (known := get_args(TrainConfig.model_fields["dtype"].annotation)):
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, got {name!r}")
     if name != "auto":
         found: torch.dtype = getattr(torch, name)
         return found

@@ -112,3 +112,21 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
         measure("heads", (data,), tmp_path, size=64, **settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="size must be from 2 to 64"):
         measure("heads", (data,), tmp_path, size=65, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--device", "mps"), "device 'mps' is not supported; use 'cpu' or 'cuda'"),
+        (("--device", "cpu", "--dtype", "int8"), "dtype must be one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_a_device_or_dtype_that_cannot_be_is_said_in_one_line(
+    tmp_path: Path, options: tuple[str, ...], reason: str
+) -> None:
+    folder = save_model(tiny_llama(), tmp_path / "model")
+    data = write_rows(tmp_path / "data", random_rows(40, 61), 61)
+    asked = ["calibrate", str(folder), "--heads", str(tmp_path), "--data", str(data), "--held-out", "1"]
+    result = CliRunner().invoke(app, [*asked, *options])
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith(f"error: {reason}")
