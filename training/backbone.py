@@ -22,6 +22,7 @@ __all__ = [
     "EngineBackbone",
     "QuantizedBackbone",
     "make_backbone",
+    "pack_size",
     "packs",
     "read_lm_head",
 ]
@@ -38,6 +39,11 @@ class Backbone(Protocol):
     def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[T, hidden] after the final norm: the sequences' rows one after another, T their lengths' sum."""
         ...
+
+
+def pack_size(device: torch.device) -> int:
+    """Tokens of a pass that only computes hidden states: as many as keep the device busy."""
+    return 512 if device.type == "cpu" else 8192
 
 
 def packs(lengths: Sequence[int], most: int) -> Iterator[range]:

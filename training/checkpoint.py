@@ -68,7 +68,9 @@ def load_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[RunState, dic
         values = ", ".join(
             f"{name} {state.config.get(name)!r} then, {config[name]!r} now" for name in different
         )
-        raise ConfigError(f"{file} is of a run with other settings: {values}")
+        raise ConfigError(
+            f"{file} is of a run with other settings: {values}; give the same, or name another --output"
+        )
     return state, loaded
 
 

@@ -103,6 +103,8 @@ class _Talk:
     """A conversation under way.
 
     Args:
+        asked: what the user says in it.
+        sample: which of several runs through it, from 0.
         messages: what has been said, in OpenAI's form.
         turn: user turns answered so far.
         prompt: token ids of the request under way.

@@ -1,8 +1,7 @@
 """Medusa heads as they are trained: the same function that `engine.medusa.heads` serves.
 
-A new kind of head needs a module with `forward` and `tensors`, a name in `make_heads`, and a reader in the
-engine. Heads that see the drafted tokens before theirs (sequentially dependent ones) get those tokens'
-embeddings as the second argument of `forward`, which the plain kind does without.
+A new kind of head needs a module with `forward` and `tensors`, a place in `Trainer` that makes it, and a
+reader in the engine (`engine.medusa.head_files`).
 """
 
 from __future__ import annotations

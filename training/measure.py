@@ -16,7 +16,7 @@ from engine.medusa.heads import MedusaHeads
 from engine.medusa.tree import Tree
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
-from training.backbone import Backbone, make_backbone, read_lm_head
+from training.backbone import Backbone, make_backbone, pack_size, read_lm_head
 from training.calibrate import calibrate, marginal_tree
 from training.data import Row, held_out, load_shards
 from training.evaluate import Ranks, rank_targets, replay
@@ -117,7 +117,7 @@ def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device:
     kind = training_dtype(dtype, base, on)
     tensors = read_heads(source, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
 
-    pack = 512 if on.type == "cpu" else 8192
+    pack = pack_size(on)
 
     def make() -> tuple[Backbone, Tensor]:
         longest = max(len(row.prompt) + len(row.answer) for row in rows)

@@ -18,7 +18,7 @@ from engine.devices import device_named
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
-from training.backbone import Backbone, make_backbone, read_lm_head
+from training.backbone import Backbone, make_backbone, pack_size, read_lm_head
 from training.batches import CachedBatches, OnlineBatches, ResidentBatches, Source
 from training.config import TrainConfig
 from training.data import Row, held_out, load_shards
@@ -124,7 +124,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
     missing = rows if resident else missing_rows(cache_dir, rows, **identity)
     longest = max(len(row.prompt) + len(row.answer) for row in (*train, *held))
     online_pack = max(config.micro_tokens, longest)
-    pack = (512 if device.type == "cpu" else 8192) if cached else online_pack
+    pack = pack_size(device) if cached else online_pack
     memory = plan(
         checkpoint,
         model,
