@@ -1,8 +1,8 @@
 """Grammars that an answer has to follow: which tokens may come next, at every node of a tree.
 
 llguidance does the parsing: it needs no preparation per grammar and finds a mask over a vocabulary in tens of
-microseconds, which a tree needs at each of its nodes, and it takes tokens back. Its matchers know nothing of
-trees; walking one is what is here.
+microseconds, which a tree needs at each of its nodes. Its matchers know nothing of trees: a walk over one, on
+copies of a matcher, is what is here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,24 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Grammar", "GrammarCompiler", "GrammarSpec", "GrammarState"]
+__all__ = [
+    "COMPILER_THREADS",
+    "MAX_KEPT",
+    "MAX_KEPT_TEXT",
+    "Grammar",
+    "GrammarCompiler",
+    "GrammarSpec",
+    "GrammarState",
+]
+
+MAX_KEPT = 256
+"""Compiled grammars that are kept for requests that ask for the same."""
+
+MAX_KEPT_TEXT = 1 << 20
+"""Characters of all grammars that are kept; compiled, a large one takes some fifty times its text."""
+
+COMPILER_THREADS = 2
+"""So that one grammar that takes long does not hold up all others, and no flood of them takes every core."""
 
 MAX_GRAMMAR_BYTES = {"json_schema": 1 << 18, "choice": 1 << 18, "regex": 1 << 16, "grammar": 1 << 16}
 """Of the text of each kind: more is a mistake or an attack. Nothing else bounds what llguidance takes for it:

@@ -9,21 +9,24 @@ from dataclasses import replace
 from functools import partial
 
 from engine.errors import told
-from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
+from engine.grammar import (
+    COMPILER_THREADS,
+    MAX_KEPT,
+    MAX_KEPT_TEXT,
+    Grammar,
+    GrammarCompiler,
+    GrammarSpec,
+)
 from engine.types import FinishReason, Request, TokenDelta
 from engine.worker import EngineWorker
 
 __all__ = ["GrammarQueue"]
 
-_MAX_KEPT = 256
-_MAX_KEPT_TEXT = 1 << 20
-"""Characters of all grammars that are kept. Both as in the server, where each has been compiled before."""
-
-_THREADS = 2
-
 
 class GrammarQueue:
     """Adds requests to an engine, those with a grammar when that is compiled. One thread may use it.
+
+    Each grammar has been compiled in the server's process before, and is kept here by the same bounds.
 
     Args:
         compiler: the model's.
@@ -32,7 +35,7 @@ class GrammarQueue:
 
     def __init__(self, compiler: GrammarCompiler, worker: EngineWorker) -> None:
         self._compiler, self._worker = compiler, worker
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._threads = ThreadPoolExecutor(COMPILER_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
         self._waiting: dict[GrammarSpec, list[Request]] = {}
@@ -84,8 +87,8 @@ class GrammarQueue:
 
     def _keep(self, spec: GrammarSpec, grammar: Grammar) -> None:
         self._kept[spec] = grammar
-        while len(self._kept) > _MAX_KEPT or (
-            len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept) > _MAX_KEPT_TEXT
+        while len(self._kept) > MAX_KEPT or (
+            len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept) > MAX_KEPT_TEXT
         ):
             self._kept.popitem(last=False)
 

@@ -11,16 +11,16 @@ from functools import partial
 import structlog
 
 from engine.errors import RequestError
-from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
+from engine.grammar import (
+    COMPILER_THREADS,
+    MAX_KEPT,
+    MAX_KEPT_TEXT,
+    Grammar,
+    GrammarCompiler,
+    GrammarSpec,
+)
 
 __all__ = ["Grammars"]
-
-MAX_KEPT = 256
-MAX_KEPT_TEXT = 1 << 20
-"""Characters of all grammars that are kept; compiled, a large one takes some fifty times its text."""
-
-THREADS = 2
-"""So that one grammar that takes long does not hold up all others, and no flood of them takes every core."""
 
 IDLE_POLL_S = 1.0
 
@@ -36,7 +36,7 @@ class Grammars:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
+        self._threads = ThreadPoolExecutor(COMPILER_THREADS, thread_name_prefix="grammar")
         self._kept: OrderedDict[GrammarSpec, asyncio.Future[Grammar]] = OrderedDict()
         self._kept_text = 0
 

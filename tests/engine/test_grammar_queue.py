@@ -96,7 +96,7 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_requests(served: Served) -> 
 
 
 def test_of_short_grammars_few_are_kept(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_queue, "_MAX_KEPT", 2)
+    monkeypatch.setattr(grammar_queue, "MAX_KEPT", 2)
     served.compiler.may.set()
     for pattern in ("a", "b", "c"):
         served.add(pattern, pattern)
