@@ -97,7 +97,10 @@ class EngineFront(ABC):
         if request.sampling.n > self._capacity:
             raise RequestError(f"n must be at most {self._capacity} on this server", param="n")
         if self._live + request.sampling.n > self._capacity:
-            raise QueueFullError(f"the server already holds {self._live} requests; try again shortly")
+            raise QueueFullError(
+                f"the server holds {self._live} choices of at most {self._capacity}, and this request has "
+                f"{request.sampling.n}; try again shortly"
+            )
         stream = DeltaStream(request, lambda request_id: self.abort([request_id]))
         self._streams[request.request_id] = stream
         self._live += request.sampling.n

@@ -219,7 +219,7 @@ class Scheduler:
             return plan
         self._choose(ready)
         for sequence in ready:
-            if not self._reserve(sequence, 1 + sequence.head_nodes + sequence.lookup_nodes):
+            if not self._reserve(sequence, sequence.num_nodes):
                 return None
         plan.decode = ready
         self._passed = self._passes = 0
@@ -276,8 +276,7 @@ class Scheduler:
         return [
             sequence
             for sequence in self.running
-            if sequence.state is SequenceState.DECODE
-            and sequence.max_total - len(sequence.token_ids) > sequence.in_flight
+            if sequence.state is SequenceState.DECODE and sequence.remaining > sequence.in_flight
         ]
 
     def _prompts_first(self, plan: Plan, ready: list[Sequence]) -> bool:
@@ -315,7 +314,7 @@ class Scheduler:
             self._check_trees(ready)
 
     def _check_trees(self, sequences: list[Sequence]) -> None:
-        nodes = [1 + sequence.head_nodes + sequence.lookup_nodes for sequence in sequences]
+        nodes = [sequence.num_nodes for sequence in sequences]
         rows, largest = sum(nodes), max(nodes)
         if rows > self._max_step_tokens or largest > self._max_tree_nodes:
             raise RuntimeError(

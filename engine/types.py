@@ -354,6 +354,17 @@ class Sequence:
     and emitted, its K/V not yet in the cache, so `num_cached == len(token_ids) - 1` between steps.
 
     Args:
+        request: whose choice it is.
+        index: the choice, from 0.
+        seed: of its draws: the request's, or one made at admission.
+        token_ids: see above.
+        num_prompt: how many of them are the prompt's.
+        max_total: most tokens, prompt and output together.
+        arrival: its number among all sequences, rising.
+        state: where it stands.
+        num_cached: tokens whose K/V are in the cache.
+        slot: its row of the device's tensors; -1 where it has none.
+        blocks: of K/V that it owns, in the order of its tokens.
         num_reused: of its first prefill, tokens whose K/V another sequence had left.
         head_nodes: nodes of the heads' branch in the step being planned.
         lookup_nodes: nodes of the lookup branch in the step being planned.

@@ -28,9 +28,11 @@ class ApiKeys:
 
     Args:
         keys: at least one.
+        source: where they are from, for errors.
 
     Raises:
-        ConfigError: one is empty, or no printable ASCII without spaces, which no header could carry.
+        ConfigError: there is none, or one is empty or not printable ASCII without spaces, which no header
+            could carry.
     """
 
     def __init__(self, keys: Iterable[str], source: str) -> None:

@@ -124,7 +124,7 @@ class _TreeAttention:
 
 
 class CpuAttention:
-    """Grouped-query attention on torch's flash kernel for the CPU.
+    """Grouped-query attention on the CPU, by the ways that the module's docstring tells.
 
     Args:
         group: query heads per K/V head.

@@ -25,7 +25,7 @@ class BlockManager:
             raise ValueError(f"a pool needs at least 2 blocks (one is padding), got {num_blocks}")
         self.block_size = block_size
         self.total = num_blocks - 1
-        self._free = list(range(num_blocks - 1, 0, -1))
+        self._free = list(range(num_blocks - 1, self.NULL_BLOCK, -1))
         self._references = [0] * num_blocks
         self._published = [False] * num_blocks
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first

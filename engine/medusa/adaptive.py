@@ -122,7 +122,7 @@ class TreeCaps:
         """Set each sequence's nodes for this step to these, or to fewer."""
         for sequence, heads, lookup in zip(sequences, head_nodes, lookup_nodes, strict=True):
             # The last token is the draw at the path's end.
-            useful = sequence.max_total - len(sequence.token_ids) - sequence.in_flight - 1
+            useful = sequence.remaining - sequence.in_flight - 1
             cap = sequence.request.medusa.max_tree_size
             if useful < len(self._first_deeper):
                 heads = min(heads, self._first_deeper[useful])
@@ -284,7 +284,7 @@ class AdaptiveTree:
         states = self._lookup.states([sequence.lookup for sequence in sequences])
         slots = self._seated(sequences)
         own = self._heads.own(slots) if self._heads is not None else np.ones(len(sequences))
-        remaining = np.array([s.max_total - len(s.token_ids) for s in sequences], dtype=np.float64)
+        remaining = np.array([s.remaining for s in sequences], dtype=np.float64)
         left = _FORESEEN * -np.expm1(remaining / -_FORESEEN)
         costs = self._times.costs(len(sequences), context, self._max_step_tokens)
         taken = self._search(costs, _Batch(context, states, own, left, others_wait))

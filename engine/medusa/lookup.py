@@ -45,12 +45,12 @@ class Proposal:
 
 
 class Lookup:
-    """The token history of every slot, [slots, max_model_len + 64] int32, and the search in it.
+    """The token history of every slot, [slots, max_tokens] int32, and the search in it.
 
     Args:
         size: D, most tokens of a chain.
         max_num_seqs: slots.
-        max_tokens: longest history.
+        max_tokens: longest history: of the longest sequence with its tree behind it.
         device: where the history lives.
     """
 

@@ -14,7 +14,7 @@ import torch
 from engine.errors import ModelError, UnsupportedModelError
 from engine.model.prequantized import check_quantization
 
-__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
+__all__ = ["ModelConfig", "RopeConfig"]
 
 log = logging.getLogger(__name__)
 
@@ -250,8 +250,6 @@ _FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "GraniteForCausalLM": _granite,
 }
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
-
-SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 
 _WITH_VISION = {"Gemma3ForConditionalGeneration"}
 """Of these the text part is served; its config is within the model's."""
