@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from engine.model.config import ModelConfig
+from engine.model.hf_imports import import_validators
 from engine.model.info import count_parameters, kv_bytes_per_token
 
 __all__ = ["USUAL_MODELS", "model_config", "table"]
@@ -55,6 +56,7 @@ USUAL_MODELS: dict[str, dict[str, Any]] = {
 
 def model_config(name: str) -> ModelConfig:
     """One of `USUAL_MODELS` as the engine sees it."""
+    import_validators()
     from transformers import AutoConfig
 
     figures = dict(USUAL_MODELS[name])

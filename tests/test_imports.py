@@ -10,7 +10,7 @@ import pytest
 from tests.support import save_model, tiny_llama
 
 ROOT = Path(__file__).parent.parent
-SLOW = {"numba", "scipy", "torch", "torchao", "transformers", "triton"}
+SLOW = {"numba", "scipy", "sympy", "torch", "torchao", "transformers", "triton"}
 
 
 def test_imports_run_one_way() -> None:
@@ -46,8 +46,8 @@ def test_a_command_waits_for_nothing_that_it_does_not_use(code: str, allowed: se
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_a_server_on_the_cpu_does_without_torchao(tmp_path: Path, quantization: str) -> None:
-    """Where it is installed, it warns when it is imported."""
+def test_a_server_on_the_cpu_does_without_torchao_and_sympy(tmp_path: Path, quantization: str) -> None:
+    """Where the one is installed, it warns when it is imported; the other comes with seconds of imports."""
     folder = save_model(tiny_llama(), tmp_path)
     code = """
         from engine.engine import Engine
@@ -59,4 +59,4 @@ def test_a_server_on_the_cpu_does_without_torchao(tmp_path: Path, quantization: 
         while engine.has_work:
             engine.step()
     """
-    assert "torchao" not in imported(textwrap.dedent(code), str(folder), quantization)
+    assert not {"torchao", "sympy"} & imported(textwrap.dedent(code), str(folder), quantization)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import ModelError, UnsupportedModelError
+from engine.model.hf_imports import import_validators
 from engine.model.prequantized import check_quantization
 
 __all__ = ["ModelConfig", "RopeConfig"]
@@ -109,6 +110,7 @@ class ModelConfig:
             UnsupportedModelError: the architecture, activation, or RoPE type is not covered.
             ModelError: there is no readable config.
         """
+        import_validators()
         from transformers import AutoConfig
 
         # Before transformers looks: for what it does not know either, it asks for trust_remote_code.
