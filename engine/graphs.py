@@ -251,7 +251,7 @@ class CapturedRunner(Runner):
         except Exception as error:
             raise CaptureError(
                 f"cannot capture {what}: {error}; --enforce-eager runs without captured steps, and if memory "
-                f"was short, lower gpu_memory_utilization, {lower}"
+                f"was short, lower gpu_memory_utilization (or kv_cache_tokens), {lower}"
             ) from error
         return graph
 

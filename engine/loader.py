@@ -111,9 +111,10 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             drafted,
             model_config.vocab_size,
         )
-        heads = MedusaHeads.from_tensors(
-            tensors, hidden_size=model_config.hidden_size, dtype=dtype, device=device
-        )
+        with _room(device):
+            heads = MedusaHeads.from_tensors(
+                tensors, hidden_size=model_config.hidden_size, dtype=dtype, device=device
+            )
     tree = _tree(config, heads, heads_source) if heads is not None and heads_source is not None else None
 
     decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES)
@@ -135,28 +136,29 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             ),
             progress=progress,
         )
-    drafter = None
-    if heads is not None and tree is not None:
-        heads.prepare(decoder.lm_head.weight, quantize=config.quantization)
-        drafter = HeadDrafter(
-            heads,
-            decoder.lm_head,  # a divisor of logits changes no order
-            tree.tree,
-            vocab_size=model_config.vocab_size,
-            device=device,
-            accepted=tree.accepted,
-        )
-    if config.quantization != "none":
-        decoder.quantize(config.quantization)
-    decoder.pack()
     tree_size = _tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)
-    attention = _attention(config, model_config, dtype, device, windows, tree_size)
     kernels = _why_not_triton(device) is None
-    if kernels:
-        decoder.fuse_triton(cache_root(), attention)
-        if drafter is not None:
-            drafter.fuse_triton()
+    drafter = None
+    with _room(device):
+        if heads is not None and tree is not None:
+            heads.prepare(decoder.lm_head.weight, quantize=config.quantization)
+            drafter = HeadDrafter(
+                heads,
+                decoder.lm_head,  # a divisor of logits changes no order
+                tree.tree,
+                vocab_size=model_config.vocab_size,
+                device=device,
+                accepted=tree.accepted,
+            )
+        if config.quantization != "none":
+            decoder.quantize(config.quantization)
+        decoder.pack()
+        attention = _attention(config, model_config, dtype, device, windows, tree_size)
+        if kernels:
+            decoder.fuse_triton(cache_root(), attention)
+            if drafter is not None:
+                drafter.fuse_triton()
 
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
@@ -220,11 +222,18 @@ def _room_for_weights(decoder: Decoder, device: torch.device) -> Iterator[None]:
             f"the weights take {math.ceil(size / 2**20)} MiB and {available >> 20} MiB are available; take a "
             "smaller model, or a dtype of 16 bits"
         )
+    with _room(device):
+        yield
+
+
+@contextmanager
+def _room(device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the weights do not fit the memory of {device}; take a smaller model, or a dtype of 16 bits"
+            f"the weights do not fit the memory of {device}, or fill it; take a smaller model, or a dtype of "
+            "16 bits"
         ) from error
 
 

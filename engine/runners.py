@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from engine.cuda_graphs import Graph, cuda_graphs
+from engine.errors import ConfigError
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
@@ -22,6 +25,10 @@ def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buck
 
     Args:
         graph, buckets: see `Engine`.
+
+    Raises:
+        ConfigError: there is no memory left for it.
+        CaptureError: a step cannot be captured.
     """
     info = loaded.info
     made: Callable[..., Runner] = Runner
@@ -41,16 +48,22 @@ def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buck
             buckets=buckets,
             max_prefill_tokens=loaded.max_prefill_tokens,
         )
-    runner = made(
-        loaded.decoder,
-        loaded.attention,
-        loaded.pool,
-        loaded.heads,
-        lookup_size=info.lookup,
-        eos_token_ids=frozenset(loaded.generation_defaults.eos_token_ids),
-        max_num_seqs=info.max_num_seqs,
-        max_model_len=info.max_model_len,
-    )
+    try:
+        runner = made(
+            loaded.decoder,
+            loaded.attention,
+            loaded.pool,
+            loaded.heads,
+            lookup_size=info.lookup,
+            eos_token_ids=frozenset(loaded.generation_defaults.eos_token_ids),
+            max_num_seqs=info.max_num_seqs,
+            max_model_len=info.max_model_len,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the K/V pool leaves no memory for what steps need; lower kv_cache_tokens (or kv_cache_bytes, or "
+            "gpu_memory_utilization), max_num_seqs or max_step_tokens"
+        ) from error
     if graph is None and isinstance(runner, CapturedRunner):
         runner.capture()
         if loaded.kernels:

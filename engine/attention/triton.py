@@ -105,7 +105,7 @@ class TritonAttention:
         group: query heads per K/V head.
         scale: factor on q k^T; None is head_dim ** -0.5.
         windows: each layer's window in positions, None for a layer without; None where no layer has one.
-        tiles: the tile for each kind of query rows; for others the first of `candidates` is taken.
+        tiles: the tile for each kind of query rows; without any the first of `candidates` is taken.
         processors: multiprocessors to fill; None asks the device.
     """
 
@@ -297,8 +297,14 @@ class TritonAttention:
         return max(self._tile(kind, pool).least_keys for kind in Kind.of_prompts())
 
     def _tile(self, kind: Kind, pool: KVPool) -> Tile:
-        untuned = candidates(kind, block_channels(pool.data.shape[-1]), pool.dtype.itemsize)[0]
-        return self._tiles.get(kind, untuned)
+        if kind in self._tiles:
+            return self._tiles[kind]
+        # Trees are measured up to the largest there may be, and a short chunk may have more rows. What ran
+        # for fewer runs for these; a guess might ask for more shared memory than there is.
+        measured = [other for other in self._tiles if other.chunk == kind.chunk]
+        if measured:
+            return self._tiles[max(measured)]
+        return candidates(kind, block_channels(pool.data.shape[-1]), pool.dtype.itemsize)[0]
 
     def _cut(self, sequences: int, num_rows: int, cached: int, pool: KVPool, *, tree: bool) -> _Cut:
         query_rows = num_rows * self._group

@@ -111,7 +111,8 @@ def _shapes(kind: Kind, channels: int, itemsize: int) -> list[Tile]:
     if kind.rows == MOST_ROWS:
         tiles = [Tile(128, wide, 8, 3), Tile(128, narrow, 8, 3), *tiles[:2]]
     if kind.chunk:
-        return tiles
+        # Of so many channels none of these fits the 99 KiB of shared memory that GPUs of workstations have.
+        return tiles if channels <= 128 else [*tiles, Tile(64, narrow, warps, 4)]
     # A tree's work is short: more programs that load the same keys may end sooner than parts that are joined.
     return [*tiles, Tile(32, wide, warps, 3), Tile(LEAST_ROWS, wide, warps, 3)]
 

@@ -15,7 +15,7 @@ from engine.batch import Batch, Verified
 from engine.config import EngineConfig
 from engine.cuda_graphs import RecordedGraph
 from engine.engine import Engine
-from engine.errors import CaptureError
+from engine.errors import CaptureError, ConfigError
 from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
@@ -182,6 +182,18 @@ def test_a_capture_that_fails_says_what_to_do(tiny: TinyModel) -> None:
     engine = Engine(loaded, graph=Broken)
     with pytest.raises(CaptureError, match=r"32 sequences with 1 nodes: out of memory.*--enforce-eager"):
         runner_of(engine).capture()
+
+
+def test_a_pool_that_leaves_no_memory_for_steps_is_said(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CapturedRunner, "__init__", full)
+    loaded = load(EngineConfig(model=str(tiny.folder), tree="off", device="cpu"), progress=False)
+    with pytest.raises(ConfigError, match=r"K/V pool leaves no memory .* lower kv_cache_tokens"):
+        Engine(loaded, graph=RecordedGraph)
 
 
 def test_all_graphs_are_captured_at_once(narrow: TinyModel) -> None:

@@ -205,6 +205,36 @@ def test_larger_trees_add_only_their_own_kinds(tmp_path: Path, measured: list[Ti
     assert len(tiles) == 4
 
 
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_every_kind_has_a_tile_for_little_shared_memory(channels: int) -> None:
+    """99 KiB of compute capability 8.6, 8.9 and 12.0: queries, weights, and keys and values of all stages but
+    one, as Triton lays them out there."""
+
+    def shared(tile: Tile) -> int:
+        stages = 2 * (tile.stages - 1) * tile.keys * channels
+        return 2 * (stages + tile.rows * (channels + tile.keys))
+
+    for kind in (*TREES, CHUNK):
+        assert min(map(shared, candidates(kind, channels, 2))) <= 99 << 10
+
+
+def test_a_short_chunk_of_more_rows_than_any_tree_takes_a_tile_that_runs(
+    tmp_path: Path, measured: list[Tile]
+) -> None:
+    """What was never measured might not fit the device."""
+    tiles = tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
+    assert set(tiles) == {Kind(8, False), CHUNK}
+    pool = KVPool(
+        num_layers=1, num_blocks=3, block_size=16, kv_heads=1, head_dim=64, dtype=torch.float16, device=DEVICE
+    )
+    attention = TritonAttention(SHAPE.group, tiles=tiles)
+    measured.clear()
+    for rows in (1, 8, 16, 17):
+        made = torch.zeros(1, rows, dtype=torch.int64, device=DEVICE)
+        attention.plan(AttentionInput(made[:, :1], made[:, 0], made, max_length=rows), pool)
+    assert measured == [tiles[Kind(8, False)]] * 3 + [tiles[CHUNK]]
+
+
 def test_a_tile_too_large_for_the_device_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
