@@ -24,13 +24,12 @@ from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.devices import device_named
 from engine.errors import ConfigError
 from engine.limits import available_bytes
-from engine.medusa.calibrated import CalibratedTree, find_calibrated
-from engine.medusa.head_files import JOINT_PREFIX, HeadTensors, joint_heads, read_heads
+from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
+from engine.medusa.head_files import JOINT_PREFIX, joint_heads, read_heads
 from engine.medusa.heads import HeadDrafter, MedusaHeads
-from engine.medusa.tree import Tree, default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.embedded import EMBEDDED_MODEL, cache_root, shipped_heads
+from engine.model.embedded import cache_root
 from engine.model.info import blocks_of_sequence, cpu_pool_blocks, kv_bytes_per_token
 from engine.model.quantize_cuda import check_quantized
 from engine.model.weights import (
@@ -48,9 +47,6 @@ from engine.types import EngineInfo
 __all__ = ["Loaded", "load"]
 
 log = logging.getLogger(__name__)
-
-_LOOKUP_SHARE = 3
-"""Beside heads, the lookup branch gets one node in so many of a tree of fixed size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,47 +92,17 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
 
     chat_template = _chat_template(config)
     checkpoint = None if config.load_format == "dummy" else Checkpoint(folder)
-    heads_source = _heads_source(config, folder, checkpoint)
-    _check_tree(config, with_heads=heads_source is not None)
-    heads = None
-    if heads_source is not None and config.tree in ("off", 1):
+    source = heads_source(config, folder, checkpoint)
+    check_tree(config, with_heads=source is not None)
+    heads, tree = None, None
+    if source is not None and config.tree in ("off", 1):
         log.info("the tree is off, so the heads are not loaded")
-    elif heads_source is not None:
-        tensors = _head_tensors(heads_source, checkpoint, model_config)
-        drafted = model_config.vocab_size if tensors.token_map is None else len(tensors.token_map)
-        log.info(
-            "%d heads from %s draft from %d of %d tokens",
-            tensors.num_heads,
-            heads_source or folder,
-            drafted,
-            model_config.vocab_size,
-        )
-        with _room(device):
-            heads = MedusaHeads.from_tensors(
-                tensors, hidden_size=model_config.hidden_size, dtype=dtype, device=device
-            )
-    tree = _tree(config, heads, heads_source) if heads is not None and heads_source is not None else None
+    elif source is not None:
+        heads = _heads(source, folder, checkpoint, model_config, dtype, device)
+        tree = heads_tree(config, heads.num_heads, source)
 
-    decoder = Decoder(model_config, dtype, max_model_len + MAX_TREE_NODES)
-    if checkpoint is None:
-        log.warning("the weights are random (load_format dummy): answers mean nothing")
-        with _room_for_weights(decoder, device):
-            decoder.randomize(device)
-            decoder.to(device)
-    else:
-        with _room_for_weights(decoder, device):
-            decoder.to(device)
-        load_weights(
-            checkpoint,
-            dict(decoder.named_parameters()),
-            decoder.weight_map(),
-            ignored=lambda name: (
-                name.startswith(JOINT_PREFIX)
-                or (model_config.tie_word_embeddings and name == "lm_head.weight")
-            ),
-            progress=progress,
-        )
-    tree_size = _tree_size(config, tree.tree if tree is not None else None)
+    decoder = _decoder(checkpoint, model_config, dtype, max_model_len, device, progress=progress)
+    most_nodes = tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)
     kernels = _why_not_triton(device) is None
     drafter = None
@@ -154,7 +120,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         if config.quantization != "none":
             decoder.quantize(config.quantization)
         decoder.pack()
-        attention = _attention(config, model_config, dtype, device, windows, tree_size)
+        attention = _attention(config, model_config, dtype, device, windows, most_nodes)
         if kernels:
             decoder.fuse_triton(cache_root(), attention)
             if drafter is not None:
@@ -162,25 +128,9 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
 
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
-        transient = transient_bytes(config, decoder, attention, drafter, tree_size, device, kernels)
+        transient = transient_bytes(config, decoder, attention, drafter, most_nodes, device, kernels)
     num_blocks = _num_blocks(config, model_config, dtype, device, max_model_len, transient)
-    try:
-        pool = KVPool(
-            num_layers=model_config.num_layers,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-    except torch.AcceleratorError:
-        raise
-    except RuntimeError as error:  # no memory; on a CPU torch has no error of its own for it
-        raise ConfigError(
-            f"a K/V pool of {(num_blocks - 1) * config.block_size} tokens does not fit the memory here; "
-            "lower kv_cache_tokens (or kv_cache_bytes, or gpu_memory_utilization)"
-        ) from error
+    pool = _pool(num_blocks, config.block_size, model_config, dtype, device)
     blocks = BlockManager(num_blocks, config.block_size)
     info = EngineInfo(
         model=config.model,
@@ -188,7 +138,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         num_heads=heads.num_heads if heads is not None else 0,
-        tree_size=tree_size,
+        tree_size=most_nodes,
         max_model_len=max_model_len,
         kv_cache_tokens=blocks.total * config.block_size,
         vocab_size=model_config.vocab_size,
@@ -272,100 +222,83 @@ def _chat_template(config: EngineConfig) -> str | None:
         raise ConfigError(f"cannot read the chat template {config.chat_template}: {reason}") from error
 
 
-def _heads_source(config: EngineConfig, folder: Path, checkpoint: Checkpoint | None) -> str | None:
-    """Where the heads are: a path or hub id, "" for those inside a Medusa-2 model, None for no heads.
-
-    The embedded model has heads of its own, which are taken where no others are named.
-    """
-    if (
-        config.heads is None
-        and config.model == EMBEDDED_MODEL
-        and checkpoint is not None
-        and not Path(config.model).is_dir()
-    ):
-        shipped = shipped_heads()
-        return None if shipped is None else str(shipped)
-    joint = checkpoint is not None and any(name.startswith(JOINT_PREFIX) for name in checkpoint.names)
-    if config.heads == "none" or (config.heads is None and not joint):
-        return None
-    if joint and (
-        config.heads in (None, config.model) or Path(config.heads).expanduser().resolve() == folder.resolve()
-    ):
-        return ""
-    return config.heads
-
-
-def _head_tensors(source: str, checkpoint: Checkpoint | None, model: ModelConfig) -> HeadTensors:
+def _heads(
+    source: str,
+    folder: Path,
+    checkpoint: Checkpoint | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MedusaHeads:
+    """The heads at a `heads_source`, to be prepared before their first use."""
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size}
     if source or checkpoint is None:
-        return read_heads(source, **sizes)
-    tensors = {name: partial(checkpoint.get, name) for name in checkpoint.names}
-    return joint_heads(tensors, str(checkpoint.folder), **sizes)
+        tensors = read_heads(source, **sizes)
+    else:
+        inside = {name: partial(checkpoint.get, name) for name in checkpoint.names}
+        tensors = joint_heads(inside, str(checkpoint.folder), **sizes)
+    log.info(
+        "%d heads from %s draft from %d of %d tokens",
+        tensors.num_heads,
+        source or folder,
+        model.vocab_size if tensors.token_map is None else len(tensors.token_map),
+        model.vocab_size,
+    )
+    with _room(device):
+        return MedusaHeads.from_tensors(tensors, hidden_size=model.hidden_size, dtype=dtype, device=device)
 
 
-def _check_tree(config: EngineConfig, *, with_heads: bool) -> None:
-    off = config.tree in ("off", 1)
-    if off and config.tree_file:
-        raise ConfigError(
-            "tree_file has no effect while the tree is off; leave it out, or set heads and tree"
+def _decoder(
+    checkpoint: Checkpoint | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    max_model_len: int,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> Decoder:
+    """The model with its weights, random ones without a checkpoint; not quantised nor packed yet."""
+    decoder = Decoder(model, dtype, max_model_len + MAX_TREE_NODES)
+    if checkpoint is None:
+        log.warning("the weights are random (load_format dummy): answers mean nothing")
+        with _room_for_weights(decoder, device):
+            decoder.randomize(device)
+            decoder.to(device)
+        return decoder
+    with _room_for_weights(decoder, device):
+        decoder.to(device)
+    load_weights(
+        checkpoint,
+        dict(decoder.named_parameters()),
+        decoder.weight_map(),
+        ignored=lambda name: (
+            name.startswith(JOINT_PREFIX) or (model.tie_word_embeddings and name == "lm_head.weight")
+        ),
+        progress=progress,
+    )
+    return decoder
+
+
+def _pool(
+    num_blocks: int, block_size: int, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> KVPool:
+    try:
+        return KVPool(
+            num_layers=model.num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=dtype,
+            device=device,
         )
-    if off and isinstance(config.lookup, int):
-        raise ConfigError("lookup has no effect while the tree is off; leave it out, or set tree to auto")
-    if config.tree_file and not with_heads:
-        raise ConfigError("tree_file needs Medusa heads; pass --heads PATH")
-    if isinstance(config.tree, int) and not off and with_heads and isinstance(config.lookup, int):
-        room = (config.tree - 1) // _LOOKUP_SHARE
-        if config.lookup > room:
-            raise ConfigError(
-                f"lookup {config.lookup} does not fit: of tree {config.tree} with heads the lookup branch "
-                f"gets {room} nodes, a third; pass --lookup on, or --tree {_LOOKUP_SHARE * config.lookup + 1}"
-            )
-    if isinstance(config.tree, int) and not off and not with_heads:
-        if not config.lookup_nodes:
-            raise ConfigError(
-                f"tree {config.tree} needs Medusa heads or the lookup branch; pass --heads PATH, "
-                "--lookup on, or --tree off"
-            )
-        if config.tree - 1 > config.lookup_nodes:
-            raise ConfigError(
-                f"tree {config.tree} without heads is a lookup chain of {config.tree - 1} nodes, and lookup "
-                f"allows {config.lookup_nodes}; pass --lookup {config.tree - 1}, or --tree auto"
-            )
-
-
-def _tree(config: EngineConfig, heads: MedusaHeads, source: str) -> CalibratedTree:
-    """The heads' tree: the one asked for, else the one that lies beside the heads, else the built-in one."""
-    calibrated = find_calibrated(source) if source else None
-    tree = calibrated or CalibratedTree(default_tree(heads.num_heads))
-    if config.tree_file:
-        asked = Tree.load(Path(config.tree_file))
-        tree = tree if calibrated is not None and asked == tree.tree else CalibratedTree(asked)
-    if config.tree == "auto":
-        return tree
-    assert isinstance(config.tree, int)
-    nodes = _head_nodes(config, config.tree)
-    if nodes > tree.tree.size:
-        most = max(size for size in range(1, config.tree) if _head_nodes(config, size) <= tree.tree.size)
-        offering = f"{config.tree_file} holds" if config.tree_file else f"{heads.num_heads} heads offer"
+    except torch.AcceleratorError:
+        raise
+    except RuntimeError as error:  # no memory; on a CPU torch has no error of its own for it
         raise ConfigError(
-            f"tree {config.tree} takes {nodes} nodes from the heads, and {offering} {tree.tree.size}; "
-            f"pass --tree {most} or less"
-        )
-    return tree.prefix(nodes)
-
-
-def _head_nodes(config: EngineConfig, size: int) -> int:
-    """Nodes of the heads' branch in a tree of fixed size, both with the root."""
-    return size - min(config.lookup_nodes, (size - 1) // _LOOKUP_SHARE)
-
-
-def _tree_size(config: EngineConfig, heads: Tree | None) -> int:
-    """Most nodes per sequence and step, root counted."""
-    if config.tree == "off":
-        return 1
-    if isinstance(config.tree, int):
-        return config.tree
-    return min(MAX_TREE_NODES, (heads.size if heads is not None else 1) + config.lookup_nodes)
+            f"a K/V pool of {(num_blocks - 1) * block_size} tokens does not fit the memory here; "
+            "lower kv_cache_tokens (or kv_cache_bytes, or gpu_memory_utilization)"
+        ) from error
 
 
 def _attention(
