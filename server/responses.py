@@ -214,7 +214,7 @@ class DetokenizeResponse(BaseModel):
 
 class ErrorObject(BaseModel):
     message: str
-    type: Literal["invalid_request_error", "authentication_error", "server_error"]
+    type: Literal["invalid_request_error", "server_error"]
     param: str | None
     code: str | None
 

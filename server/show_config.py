@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretBytes, SecretStr
-
 from server.settings import Settings, load_settings, read_yaml, source_of
 
 __all__ = ["resolved", "table"]
@@ -40,9 +38,5 @@ def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """As JSON has it; a secret stays one."""
-    if isinstance(value, SecretStr | SecretBytes):
-        return str(value) if value.get_secret_value() else ""
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_shown(each) for each in value]
+    """As JSON has it. No setting is a secret: API keys are in a file, or in variables of their own."""
     return value if isinstance(value, str | int | float | bool | None) else str(value)

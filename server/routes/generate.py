@@ -44,6 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         ("4XX", "The request cannot be taken as it is."),
         (500, "A step failed under the request."),
         (503, "The queue is full or the server is shutting down; `Retry-After` says when to come back."),
+        (504, "The answer took longer than the server lets one take."),
     )
 }
 """Answers of every endpoint with a body, for its OpenAPI description."""

@@ -24,6 +24,7 @@ from openai.types.chat import (
 
 from engine.fake import FakeEngine
 from server.app import create_app
+from server.routes.generate import ERRORS
 from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, GenerationBody, StreamOptions
 from server.schemas.chat import ChatMessage, ChatRequest
 from server.schemas.completions import CompletionRequest
@@ -117,6 +118,14 @@ def test_every_error_code_is_documented() -> None:
     used |= set(re.findall(r'message, code = .*, "(\w+)"$', source, re.M))
     used.add("missing_required_parameter")
     assert used <= documented
+
+
+def test_the_api_describes_the_statuses_of_the_page() -> None:
+    """4XX stands for those that are about how a request comes."""
+    told = set(re.findall(r"^\| (\d+) \|", SECTIONS["Errors"], re.M))
+    described = {str(status) for status in ERRORS} - {"4XX"}
+    assert described <= told
+    assert all(status.startswith("4") for status in told - described)
 
 
 OPENAI: list[tuple[type[Body], Any]] = [
