@@ -274,9 +274,7 @@ class LLM:
     @property
     def default_sampling(self) -> SamplingParams:
         """What the model's publisher recommends, as the server takes it; runs to the context's end."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        values = {name: getattr(self.generation_defaults, name) for name in names}
-        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+        return self.generation_defaults.sampling()
 
     def _tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:
         """Token ids of each prompt."""

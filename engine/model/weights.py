@@ -71,6 +71,16 @@ class GenerationDefaults:
     repetition_penalty: float | None
     eos_token_ids: tuple[int, ...]
 
+    def sampling(self) -> SamplingParams:
+        """How a request is drawn that says nothing; it runs to the context's end.
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        values = {name: getattr(self, name) for name in names}
+        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+
 
 def resolve_model(name: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """A folder with config, tokenizer and weights, or the way to them.
@@ -194,10 +204,8 @@ def load_generation_defaults(folder: Path, source: str = "auto") -> GenerationDe
         repetition_penalty=number("repetition_penalty"),
         eos_token_ids=_eos_token_ids(folder, generation),
     )
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    values = {name: getattr(defaults, name) for name in names}
     try:
-        SamplingParams(**{name: value for name, value in values.items() if value is not None})
+        defaults.sampling()
     except RequestError as error:
         raise ModelError(f"{path}: {error}") from error
     return defaults
