@@ -21,6 +21,8 @@ from engine.cuda_graphs import RecordedGraph
 from engine.engine import Engine
 from engine.loader import load
 from engine.medusa.buckets import Buckets
+from engine.medusa.head_files import read_heads
+from engine.medusa.heads import MedusaHeads
 from engine.types import Request, SamplingParams, TokenDelta
 
 
@@ -65,6 +67,15 @@ def save_model(model: PreTrainedModel, folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+def load_heads(
+    source: Path, *, hidden_size: int, vocab_size: int, device: torch.device | None = None
+) -> MedusaHeads:
+    """Heads in float32 from a file or a folder, as the engine loads them."""
+    tensors = read_heads(str(source), hidden_size=hidden_size, vocab_size=vocab_size)
+    device = device or torch.device("cpu")
+    return MedusaHeads.from_tensors(tensors, hidden_size=hidden_size, dtype=torch.float32, device=device)
 
 
 def save_random_heads(

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import TreeError
-from engine.medusa.head_files import HeadTensors, read_heads
+from engine.medusa.head_files import HeadTensors
 from engine.medusa.tree import Tree
 from engine.model.layers import Linear
 
-__all__ = ["HeadDrafter", "MedusaHeads", "load_heads"]
+__all__ = ["HeadDrafter", "MedusaHeads"]
 
 
 class MedusaHeads(nn.Module):
@@ -191,22 +191,6 @@ def _best_guesses(logits: Tensor, width: int, choices: Tensor, token_map: Tensor
     table: Tensor = guesses.transpose(0, 1).reshape(logits.shape[1], -1)
     tokens: Tensor = table.index_select(1, choices)
     return tokens
-
-
-def load_heads(
-    source: str, *, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
-) -> MedusaHeads:
-    """Heads from a file, a folder or the hub, in any of the formats `engine.medusa.head_files` knows.
-
-    Returns:
-        Heads on `device`; their number is that of the tensors, never the config's (the official config
-        says 2 where the file holds 5).
-
-    Raises:
-        HeadsError: not found, unreadable, or not matching the base model; the text names the tensor.
-    """
-    tensors = read_heads(source, hidden_size=hidden_size, vocab_size=vocab_size)
-    return MedusaHeads.from_tensors(tensors, hidden_size=hidden_size, dtype=dtype, device=device)
 
 
 def _linear(weight: Tensor) -> Linear:

@@ -9,7 +9,7 @@ from benchmarks.common import Completion
 from benchmarks.equality import VARIANTS, Verdict, judge, parse, passed
 from benchmarks.make_heads import handmade_heads, random_heads, save_heads
 from benchmarks.reference import Answer, Reference, first_difference
-from engine.medusa.heads import load_heads
+from tests.support import load_heads
 
 ANSWER = Answer(
     prompt="Hi",
@@ -71,9 +71,7 @@ def test_variants_cover_the_promise() -> None:
 @pytest.mark.parametrize("vocab", [None, 50])
 def test_random_heads_load(tmp_path: Any, vocab: int | None) -> None:
     save_heads(random_heads(16, num_heads=3, num_layers=2, vocab_size=vocab), tmp_path)
-    heads = load_heads(
-        str(tmp_path), hidden_size=16, vocab_size=50, dtype=torch.float32, device=torch.device("cpu")
-    )
+    heads = load_heads(tmp_path, hidden_size=16, vocab_size=50)
     assert heads.num_heads == 3
 
 
@@ -87,9 +85,7 @@ def test_handmade_heads_are_often_right_through_the_engine(tmp_path: Any) -> Non
     assert min(accuracies) > 0.9
 
     save_heads(tensors, tmp_path)
-    heads = load_heads(
-        str(tmp_path), hidden_size=hidden, vocab_size=vocab, dtype=torch.float32, device=torch.device("cpu")
-    )
+    heads = load_heads(tmp_path, hidden_size=hidden, vocab_size=vocab)
     # Head i at the state that chose token k guesses token k + i + 1.
     for head in range(2):
         logits = heads(states[:, : length - 1 - head].reshape(-1, hidden), F.silu, 2)[head]

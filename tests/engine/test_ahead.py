@@ -260,7 +260,10 @@ def test_the_scheduler_does_not_plan_ahead_where_somebody_may_have_to_give_way()
         prefill(scheduler, chunk)
     [decoded] = scheduler.plan().decode
     decoded.in_flight = 4
-    assert scheduler.plan_ahead() is None or len(seq.blocks) * BLOCK >= seq.num_cached + 8
+    ahead = scheduler.plan_ahead()
+    assert ahead is not None
+    assert ahead.decode == [seq]
+    assert len(seq.blocks) == 4  # all there are: 7 + 4 + 4 rows
     other = sequence(2, prompt=3, output=9)
     scheduler.add(other)
     decoded.num_cached, decoded.in_flight = 9, 4

@@ -257,13 +257,17 @@ def test_from_python(narrow: TinyModel, tmp_path_factory: pytest.TempPathFactory
 def test_engine_keeps_going_when_a_grammar_request_is_aborted(narrow: TinyModel) -> None:
     engine: Engine = make_engine(narrow.folder, tree=9, heads=str(narrow.heads))
     params = SamplingParams(temperature=0.0, max_tokens=30, n=2)
+    wanted = run_all(make_engine(narrow.folder, tree="off"), [ask("r", 1, params, PATTERNS[2])])["r", 1]
     engine.add(ask("r", 1, params, PATTERNS[2]))
-    for _ in range(3):
-        engine.step()
-    engine.abort("r", 0)
+    deltas = [delta for _ in range(3) for delta in engine.step()]
+    deltas += engine.abort("r", 0)
     while engine.has_work:
-        engine.step()
+        deltas += engine.step()
     engine.check()
+    aborted, other = ([delta for delta in deltas if delta.index == index] for index in range(2))
+    assert aborted[-1].finish_reason is FinishReason.ABORT
+    assert [token for delta in other for token in delta.token_ids] == wanted
+    assert other[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
 def test_what_a_grammar_forces_is_drafted_and_taken(narrow: TinyModel) -> None:

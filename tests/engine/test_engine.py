@@ -337,7 +337,7 @@ def test_a_trace_shows_the_step(narrow: TinyModel) -> None:
     text: list[int] = []
     while engine.has_work:
         for delta in engine.step():
-            assert delta.trace is None or delta.request_id == "r"
+            assert (delta.trace is not None) == (delta.request_id == "r" and delta.num_steps == 1)
             if trace := delta.trace:
                 assert 1 <= len(trace.tokens) == len(trace.parents) == len(trace.sources) <= 8
                 assert trace.tokens[0] == text[-1]

@@ -105,7 +105,7 @@ def test_why_triton_cannot_run_is_said(
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if compiler else None)
     monkeypatch.delenv("CC", raising=False)
     why = _why_not_triton(torch.device("cuda"))
-    assert why == reason or (reason is not None and why is not None and reason in why)
+    assert (why is None) if reason is None else (reason in str(why))
 
 
 def test_a_pass_over_prompts_is_larger_on_a_gpu() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import HeadsError
-from engine.medusa.heads import load_heads
+from tests.support import load_heads
 from training.heads import PlainHeads, num_parameters
 from training.train import save_heads
 
@@ -31,9 +31,7 @@ def test_a_head_starts_as_the_base_models_own_lm_head() -> None:
 def test_what_is_saved_is_served_as_it_was_trained(tmp_path: Path) -> None:
     heads, file = trained(), tmp_path / "medusa_lm_head.safetensors"
     save_heads(file, heads, None)
-    served = load_heads(
-        str(file), hidden_size=HIDDEN, vocab_size=VOCAB, dtype=torch.float32, device=torch.device("cpu")
-    )
+    served = load_heads(file, hidden_size=HIDDEN, vocab_size=VOCAB)
     hidden, lm_head = torch.randn(7, HIDDEN), torch.randn(VOCAB, HIDDEN)
     logits = served(hidden, lambda x: F.linear(x, lm_head), 3)
     torch.testing.assert_close(logits, heads(hidden) @ lm_head.T)

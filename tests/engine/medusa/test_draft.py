@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from engine.medusa.draft import Drafter
-from engine.medusa.heads import HeadDrafter, load_heads
+from engine.medusa.heads import HeadDrafter
 from engine.medusa.tree import TreeShape, default_tree
-from tests.support import save_random_heads
+from tests.support import load_heads, save_random_heads
 
 CPU = torch.device("cpu")
 HIDDEN, VOCAB, CHAIN = 16, 40, 6
@@ -19,7 +19,7 @@ HIDDEN, VOCAB, CHAIN = 16, 40, 6
 @pytest.fixture(scope="module")
 def drafter(tmp_path_factory: pytest.TempPathFactory) -> Drafter:
     file = save_random_heads(tmp_path_factory.mktemp("heads") / "h.safetensors", hidden=HIDDEN, vocab=VOCAB)
-    heads = load_heads(str(file), hidden_size=HIDDEN, vocab_size=VOCAB, dtype=torch.float32, device=CPU)
+    heads = load_heads(file, hidden_size=HIDDEN, vocab_size=VOCAB)
     shared = torch.randn(VOCAB, HIDDEN)
     return Drafter(
         HeadDrafter(heads, lambda h: F.linear(h, shared), default_tree(4), vocab_size=VOCAB, device=CPU), CPU

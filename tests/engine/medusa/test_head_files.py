@@ -13,10 +13,10 @@ from torch import Tensor
 
 from engine.errors import HeadsError, TreeError
 from engine.medusa.head_files import read_heads
-from engine.medusa.heads import HeadDrafter, MedusaHeads, load_heads
+from engine.medusa.heads import HeadDrafter, MedusaHeads
 from engine.medusa.tree import Tree, default_tree
 from tests.engine.conftest import TinyModel
-from tests.support import greedy, greedy_reference, make_engine, run_all, save_model, tiny_llama
+from tests.support import greedy, greedy_reference, load_heads, make_engine, run_all, save_model, tiny_llama
 
 CPU = torch.device("cpu")
 HIDDEN, VOCAB, HEADS, DRAFT_VOCAB = 16, 40, 3, 12
@@ -85,7 +85,7 @@ class Plain:
 
 
 def load(source: Path) -> MedusaHeads:
-    return load_heads(str(source), hidden_size=HIDDEN, vocab_size=VOCAB, dtype=torch.float32, device=CPU)
+    return load_heads(source, hidden_size=HIDDEN, vocab_size=VOCAB)
 
 
 def assert_drafts(heads: MedusaHeads, plain: Plain) -> None:

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ConfigError, HeadsError, TreeError
-from engine.medusa.heads import HeadDrafter, load_heads
+from engine.medusa.heads import HeadDrafter
 from engine.medusa.tree import Tree, default_tree
 from tests.engine.conftest import TinyModel
-from tests.support import make_engine, save_random_heads
+from tests.support import load_heads, make_engine, save_random_heads
 
 CPU = torch.device("cpu")
 HIDDEN, VOCAB = 16, 40
 
 
 def load(file: Path):
-    return load_heads(str(file), hidden_size=HIDDEN, vocab_size=VOCAB, dtype=torch.float32, device=CPU)
+    return load_heads(file, hidden_size=HIDDEN, vocab_size=VOCAB)
 
 
 def reference_logits(

@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 from engine.medusa import heads_triton
-from engine.medusa.heads import HeadDrafter, _best_guesses, load_heads
+from engine.medusa.heads import HeadDrafter, _best_guesses
 from engine.medusa.heads_triton import add_silu, best_guesses
 from engine.medusa.tree import default_tree
-from tests.support import save_random_heads
+from tests.support import load_heads, save_random_heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,7 +80,7 @@ def test_the_residual_is_torchs(dtype: torch.dtype) -> None:
 
 def test_whole_heads_guess_the_same(tmp_path: Path) -> None:
     file = save_random_heads(tmp_path / "h.safetensors", hidden=16, vocab=300, heads=3, layers=2)
-    heads = load_heads(str(file), hidden_size=16, vocab_size=300, dtype=torch.float32, device=DEVICE)
+    heads = load_heads(file, hidden_size=16, vocab_size=300, device=DEVICE)
     drafter = HeadDrafter(heads, lambda x: x, default_tree(3), vocab_size=300, device=DEVICE)
     hidden = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     wanted = drafter.guess(hidden, 40)
