@@ -59,17 +59,17 @@ def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buck
             max_num_seqs=info.max_num_seqs,
             max_model_len=info.max_model_len,
         )
+        if graph is None and isinstance(runner, CapturedRunner):
+            runner.capture()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "the K/V pool leaves no memory for what steps need; lower kv_cache_tokens (or kv_cache_bytes, or "
             "gpu_memory_utilization), max_num_seqs or max_step_tokens"
         ) from error
-    if graph is None and isinstance(runner, CapturedRunner):
-        runner.capture()
-        if loaded.kernels:
-            from engine.warmup_triton import warm_prompts
+    if graph is None and isinstance(runner, CapturedRunner) and loaded.kernels:
+        from engine.warmup_triton import warm_prompts
 
-            warm_prompts(runner, loaded)
+        warm_prompts(runner, loaded)
     return runner
 
 

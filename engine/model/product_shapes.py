@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import triton
 
-__all__ = ["MOST_ROWS", "MOST_TILES", "Around", "Shape", "shapes"]
+__all__ = ["MOST_ROWS", "MOST_TILES", "SHARED", "Around", "Shape", "shapes"]
 
 MOST_ROWS = 64
 """More of them are torch's."""
@@ -20,8 +20,11 @@ _AHEAD = 12 << 20
 _LONGEST = 2048
 """Channels that a program of several rows holds at once; of more, weights stream through shared memory."""
 
-_SHARED = 216 << 10
-"""Bytes of shared memory that programs of one multiprocessor may take together."""
+SHARED = 228 << 10
+"""Bytes of shared memory of a Hopper's multiprocessor."""
+
+_SPARED = 12 << 10
+"""Of those, what programs may not take for their tiles."""
 
 _MOST_SPLITS = 8
 """Programs that share the channels of a tile of outputs."""
@@ -94,7 +97,9 @@ class Shape(NamedTuple):
         return 4 if self.channels == 64 else 8
 
 
-def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> list[Shape]:
+def shapes(
+    rows: int, size: int, width: int, gated: bool, processors: int, shared: int = SHARED
+) -> list[Shape]:
     """Those worth measuring, the best guess first; none where torch's product is as good.
 
     Args:
@@ -102,6 +107,7 @@ def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> li
         width: outputs of each.
         gated: the product has two weights of these outputs.
         processors: multiprocessors of the device.
+        shared: bytes of shared memory of each.
     """
     if size % 16:
         return []  # rows of the weight would not begin where 16 bytes can be loaded at once
@@ -123,7 +129,7 @@ def shapes(rows: int, size: int, width: int, gated: bool, processors: int) -> li
     if rows > MOST_ROWS:
         return []
     if size > _LONGEST:
-        return _streamed(rows, width, gated, processors)
+        return _streamed(rows, width, gated, processors, shared - _SPARED)
     # Few warps, each with a long share: joining what they have summed up takes as long as summing it up.
     tokens = (8,) if rows <= 8 else (16,) if rows <= 16 else (16, 32)
     found = []
@@ -149,7 +155,7 @@ _TILES = {
 output's weights in long runs, which memory gives sooner, many of few channels more of them at a time."""
 
 
-def _streamed(rows: int, width: int, gated: bool, processors: int) -> list[Shape]:
+def _streamed(rows: int, width: int, gated: bool, processors: int, room: int) -> list[Shape]:
     two = 2 if gated else 1
     held = max(16, triton.next_power_of_2(rows))
     found: list[Shape] = []
@@ -161,7 +167,7 @@ def _streamed(rows: int, width: int, gated: bool, processors: int) -> list[Shape
             tile = (two * outputs + held) * channels * 2
             # Programs of a second wave may run beside those of the first, or behind them.
             for together in range(1, waves + 1):
-                stages = min(_SHARED // together // tile, 8)
+                stages = min(room // together // tile, 8)
                 if stages >= together + 1:
                     found.append(Shape(held, outputs, channels, warps, 0, splits, stages, outputs - height))
     return list(dict.fromkeys(found))

@@ -18,7 +18,7 @@ from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.model import fused_triton, product_shapes, triton_kernels, triton_products, triton_streamed
 from engine.model.fused_triton import FusedLayers, Ways
-from engine.model.product_shapes import MOST_ROWS, Shape, shapes
+from engine.model.product_shapes import MOST_ROWS, SHARED, Shape, shapes
 from engine.triton_dependent import launched_early
 from engine.triton_measuring import REFUSALS, Kept, milliseconds_in_graph, side_by_side
 
@@ -83,7 +83,7 @@ def tune_products(
         "layers": len(layers.layers),
         "dtype": str(linear.weight.dtype),
         "rows": list(ROWS),
-        "attention": isinstance(attention, RotatingAttention),
+        "attention": isinstance(attention, RotatingAttention) and [first.num_kv_heads, first.head_dim],
     }
     kept = Kept(folder, "products", key, device, _MODULES)
     known = kept.read()
@@ -109,11 +109,13 @@ def tune_products(
 def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]], float]) -> Ways:
     first = layers.layers[0]
     device = first.qkv_proj.weight.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    properties = torch.cuda.get_device_properties(device)
+    processors = properties.multi_processor_count
+    shared = getattr(properties, "shared_memory_per_multiprocessor", SHARED)  # not in every torch
     choices: dict[str, list[Shape]] = {}
     for name, linear in zip(Ways._fields[:4], first.linears, strict=True):
         width = len(linear.weight) // (2 if name == "gate_up" else 1)
-        choices[name] = shapes(rows, linear.in_features, width, name == "gate_up", processors)
+        choices[name] = shapes(rows, linear.in_features, width, name == "gate_up", processors, shared)
     tokens = torch.arange(rows, device=device) % 7
     mixed = torch.randn(rows, first.o_proj.in_features, device=device).to(first.o_proj.weight.dtype)
     attention = NoAttention(mixed)

@@ -164,11 +164,29 @@ def test_odd_sizes_and_many_rows_are_torchs() -> None:
     assert shapes(1, 4096, 64, False, 132)
 
 
+SEVEN_B = [(4096, 12288, False), (4096, 4096, False), (4096, 11008, True), (11008, 4096, False)]
+
+
 @pytest.mark.parametrize("rows", [2, 16, 64])
 @pytest.mark.parametrize(
-    ("size", "width", "gated"),
-    [(4096, 12288, False), (4096, 4096, False), (4096, 11008, True), (11008, 4096, False)],
+    ("processors", "kib"),
+    [(132, 228), (108, 164), (72, 100), (128, 100)],
+    ids=["H100", "A100", "A10", "4090"],
 )
+@pytest.mark.parametrize(("size", "width", "gated"), SEVEN_B)
+def test_tiles_that_stream_fit_a_multiprocessors_memory(
+    rows: int, size: int, width: int, gated: bool, processors: int, kib: int
+) -> None:
+    found = shapes(rows, size, width, gated, processors, kib << 10)
+    assert found
+    for shape in found:
+        stage = ((2 if gated else 1) * shape.outputs + shape.rows) * shape.channels * 2
+        assert shape.stages >= 2
+        assert shape.stages * stage <= (kib - 1) << 10  # of a program
+
+
+@pytest.mark.parametrize("rows", [2, 16, 64])
+@pytest.mark.parametrize(("size", "width", "gated"), SEVEN_B)
 def test_a_weight_that_streams_fills_all_multiprocessors(
     rows: int, size: int, width: int, gated: bool
 ) -> None:
@@ -310,7 +328,9 @@ def test_so_many_lines_are_asked_for() -> None:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
-        properties = SimpleNamespace(name="a GPU", multi_processor_count=4)
+        properties = SimpleNamespace(
+            name="a GPU", multi_processor_count=4, shared_memory_per_multiprocessor=100 << 10
+        )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
@@ -358,6 +378,8 @@ def test_torchs_products_stay_where_no_other_is_faster(
     stand_in(monkeypatch)
     monkeypatch.setattr(products_tuning, "side_by_side", lambda ways, here: None)
     _, layers = fused(tmp_path / "model", torch.bfloat16)
+    rooms: list[int] = []
+    monkeypatch.setattr(products_tuning, "shapes", lambda *given: rooms.append(given[-1]) or shapes(*given))
 
     def clock(run: Any) -> float:
         ours = sum(shape is not None for shape in run.args[1][:4])
@@ -367,6 +389,7 @@ def test_torchs_products_stay_where_no_other_is_faster(
 
     tune_products(layers, tmp_path / "kept", clock=clock)
     assert set(layers.ways.values()) == {Ways()}
+    assert DEVICE.type == "cuda" or set(rooms) == {100 << 10}  # of the device, not of a Hopper
 
 
 def test_shapes_that_do_not_run_cost_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
