@@ -62,7 +62,9 @@ class EngineConfig(BaseModel):
         "nodes (1 to 63).",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights and activations: 'auto' is float32 on CPU, the checkpoint's own on CUDA."
+        "auto",
+        description="Weights and activations: 'auto' is float32 on CPU; on CUDA the checkpoint's own, or "
+        "float16 for bfloat16 below compute capability 8.0.",
     )
     quantization: Literal["none", "int8", "fp8"] = Field(
         "none",

@@ -195,8 +195,19 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if name == "auto" and device.type == "cpu":
+        return torch.float32
     if name == "auto":
-        return model.dtype if device.type == "cuda" else torch.float32
+        major, minor = torch.cuda.get_device_capability(device)
+        if model.dtype is not torch.bfloat16 or major >= 8:
+            return model.dtype
+        log.warning(
+            "a GPU of compute capability %d.%d computes bfloat16 by way of float32 only, so dtype is float16; "
+            "if the model needs a wider range, set dtype to bfloat16 or float32",
+            major,
+            minor,
+        )
+        return torch.float16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.loader import _device, _why_not_triton, load
+from engine.loader import _device, _dtype, _why_not_triton, load
+from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
 
@@ -56,6 +58,31 @@ def test_a_numbered_gpu_becomes_the_threads_own(monkeypatch: pytest.MonkeyPatch)
     assert _device("cuda") == torch.device("cuda")
     assert _device("cpu:0") == torch.device("cpu:0")
     assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("stored", "capability", "taken"),
+    [
+        (torch.bfloat16, (7, 5), torch.float16),
+        (torch.bfloat16, (8, 0), torch.bfloat16),
+        (torch.float16, (7, 0), torch.float16),
+        (torch.float32, (7, 5), torch.float32),
+    ],
+)
+def test_a_gpu_without_bfloat16_takes_float16(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stored: torch.dtype,
+    capability: tuple[int, int],
+    taken: torch.dtype,
+) -> None:
+    model = replace(ModelConfig.from_folder(save_model(tiny_model("llama"), tmp_path)), dtype=stored)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _dtype("auto", model, torch.device("cuda")) == taken
+    assert ("dtype is float16" in caplog.text) == (stored != taken)
+    assert _dtype("bfloat16", model, torch.device("cuda")) == torch.bfloat16  # asked for
+    assert _dtype("auto", model, torch.device("cpu")) == torch.float32
 
 
 def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None:
