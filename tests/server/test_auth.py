@@ -87,6 +87,7 @@ def test_a_bad_key_file_is_told_before_anything_is_loaded(
         file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message) as caught:
         ApiKeys.load(file, {})
+    assert str(file) in str(caught.value)
     assert "schl" not in str(caught.value)
     assert "words" not in str(caught.value)
 

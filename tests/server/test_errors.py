@@ -201,6 +201,13 @@ def test_body_over_the_limit(serve: Serve) -> None:
     assert server.chat().status_code == 200
     error = error_of(server.chat(user="u" * 3000), 413)
     assert "2000" in error["message"]
+    body = json.dumps(chat_body())
+    headers = {"Content-Type": "application/json"}
+    for size, status in ((2000, 200), (2001, 413)):
+        padded = (body + " " * (size - len(body))).encode()
+        for content in (padded, iter([padded[:1000], padded[1000:]])):  # announced, and in chunks
+            answer = server.http.post("/v1/chat/completions", content=content, headers=headers)
+            assert answer.status_code == status, (size, type(content))
 
 
 def test_unforeseen_error_tells_nothing_of_itself(serve: Serve, log_lines: Any) -> None:

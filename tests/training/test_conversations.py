@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from engine.errors import ConfigError
 from engine.model.weights import load_tokenizer
@@ -82,6 +83,11 @@ def test_the_users_turn_begins_where_the_template_says(chat_model: Path) -> None
     assert user_turn_start(text, []) == [1]
     talk = [{"role": "user", "content": "t7"}, {"role": "assistant", "content": "t8 t9"}]
     assert user_turn_start(text, talk) == [1, 7, 2, 3, 8, 9, 2, 1]
+    text.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "t5 $A", special_tokens=[("t5", 5)]
+    )
+    assert text.encode("t7") == [5, 7]
+    assert user_turn_start(text, []) == [1], "a BOS is the template's to write"
     text.tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {% endfor %}"
     with pytest.raises(ConfigError, match="does not write the user's turn as it is"):
         user_turn_start(text, [])

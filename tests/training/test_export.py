@@ -115,6 +115,13 @@ def test_vllm_finds_every_parameter_and_no_other(model: Path, tmp_path: Path, ki
     assert sum("num" in key and "layers" in key for key in config) == 1
 
 
+def test_one_lm_head_is_written_out_for_each_head(model: Path, tmp_path: Path) -> None:
+    export(str(ours(tmp_path / "source", None)), tmp_path / "vllm", model=str(model), format="vllm")
+    export(str(tmp_path / "vllm"), tmp_path / "official", model=str(model), format="official")
+    (shared,), each = read(tmp_path / "vllm").lm_heads, read(tmp_path / "official").lm_heads
+    assert [torch.equal(weight, shared) for weight in each] == [True] * 3
+
+
 def test_what_cannot_be_exported_is_refused(model: Path, tmp_path: Path) -> None:
     source = ours(tmp_path / "source", TOKEN_MAP)
     with pytest.raises(ConfigError, match="must be one of official, vllm, medusa-serve"):
