@@ -25,7 +25,8 @@ class Asked:
         traces: a `StepTrace` of each step.
         logprobs: log-probabilities of what is emitted.
         grammars: text that follows a grammar.
-        more_than_best: tokens that are drawn, from logits that are adjusted, or near a prediction.
+        more_than_best: more than the argmax of the raw logits: a draw, adjusted logits, or a prediction to draft
+            from.
         predicted: for each row with a prediction, how many tokens that has.
     """
 
@@ -69,7 +70,7 @@ class Batch:
         shapes: of their trees.
         slots, lengths: [B] int64; empty where the step is captured, as graphs have their own.
         max_length: host upper bound of `lengths`.
-        adjusted: whether some of them use adjustments; None: as far as the host knows of any slot.
+        adjusted: whether some of them use adjustments; None: whether any slot in use does decides.
         started: `time.perf_counter()` when it was put together.
         begun: an event of that time on CUDA.
         asked: what the requests ask for.

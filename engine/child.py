@@ -26,6 +26,7 @@ from engine.stream import joined
 from engine.text import TextProcessor
 from engine.types import TokenDelta
 from engine.wire import (
+    READ_BYTES,
     Abort,
     Add,
     Done,
@@ -48,8 +49,6 @@ from engine.worker import EngineWorker, stack_of
 __all__ = ["Outlet", "main"]
 
 log = logging.getLogger(__name__)
-
-_READ_BYTES = 1 << 18
 
 _FLUSH_S = 10.0
 """How long a parent whose event loop lags gets to read the last of it."""
@@ -241,7 +240,7 @@ class _Child:
         buffer = bytearray()
         try:
             # All that has come, at once: each wait gives Python's lock away, and the engine keeps it a while.
-            while data := self._connection.recv(_READ_BYTES):
+            while data := self._connection.recv(READ_BYTES):
                 buffer += data
                 for message in taken(buffer):
                     self._obey(message)

@@ -22,7 +22,8 @@ class Masks(NamedTuple):
     """What may follow where.
 
     Args:
-        rows: of sequences, [R] int64, on the CPU as all of it; nodes: of their trees, [R] int64.
+        rows: [R] int64, the sequences' places in the batch; on the CPU, as all of it.
+        nodes: [R] int64, of their trees.
         bits: [R, bytes] uint8: bit t % 8 of byte t // 8 says whether token t may follow.
     """
 

@@ -474,7 +474,7 @@ class CapturedRunner(Runner):
         self._lengths[self._spare :].zero_()
 
     def _most_prompt_tokens(self) -> int:
-        """Up to how many tokens of prompts the host keeps the device waiting, were the pass not captured."""
+        """Passes of so many tokens and fewer are worth capturing: the host takes most of their time."""
         if self._device.type != "cuda":
             return max(self.prompts.tokens, default=0)
         found = 0
@@ -486,7 +486,7 @@ class CapturedRunner(Runner):
         return found
 
     def _share_of_launching(self, bucket: PromptBucket) -> float:
-        """Of the time of a pass."""
+        """The share of an eager pass's time, 0 to 1, in which the host launches its kernels."""
         self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs([], self._spare)))
         self._pass(bucket)  # compiles its kernels
         shares = []

@@ -23,6 +23,7 @@ from engine.front import EngineFront
 from engine.stats import EngineStats
 from engine.types import EngineInfo, Request, TokenDelta
 from engine.wire import (
+    READ_BYTES,
     Abort,
     Add,
     Done,
@@ -44,8 +45,6 @@ from engine.wire import (
 __all__ = ["EngineProcess", "cuda_is_used"]
 
 log = logging.getLogger(__name__)
-
-_READ_BYTES = 1 << 18
 
 _STACK_S = 1.0
 """How long the engine's process gets to say where it is."""
@@ -256,7 +255,7 @@ class _Inlet(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the hook's signature
         try:
             with self._left, contextlib.suppress(OSError):
-                while data := self._left.recv(_READ_BYTES):
+                while data := self._left.recv(READ_BYTES):
                     self.data_received(data)
         finally:
             self._lost()

@@ -92,7 +92,7 @@ class SamplingSlots:
             slots: [B] int64, all different but for those that nobody reads.
             tokens: [B, K] int64; past a row's count anything may stand.
             counts: [B] int64, 0 to K: the first counts[b] tokens of row b were emitted.
-            adjusted: whether some of the slots use adjustments; None: as far as the host knows of any slot.
+            adjusted: whether some of the slots use adjustments; None: whether any slot in use does decides.
         """
         self.position[slots] += counts
         for adjustment in self._adjustments:

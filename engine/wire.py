@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from engine.text import TextProcessor
 
 __all__ = [
+    "READ_BYTES",
     "Abort",
     "Add",
     "Done",
@@ -43,6 +44,9 @@ __all__ = [
     "rows_of",
     "taken",
 ]
+
+READ_BYTES = 1 << 18
+"""Most that is read from the sockets at a time."""
 
 _LENGTH = struct.Struct("!Q")
 

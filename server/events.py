@@ -52,8 +52,8 @@ class EventStream(Response):
 
     Args:
         generation: what the events tell of.
-        events: makes what writes them, when the response begins.
-        arrivals: of the server; the response begins when the burst that its request is of is over.
+        events: called when the response begins; what it returns writes the events.
+        arrivals: of the server; the response begins when the burst of requests that its own is part of ends.
     """
 
     def __init__(self, generation: Pieces, events: Callable[[], Events], arrivals: Arrivals) -> None:

@@ -37,8 +37,8 @@ HANDSHAKE_S = 5
 
 SWITCH_S = 0.0005
 """How long a thread keeps Python's lock while another wants it; Python's own is 5 ms. The engine's thread
-gives the lock away in most of torch's calls, so when the event loop has much to do, as in a burst, it waited
-so long several times before each launch, and the device had nothing to do."""
+gives the lock away in most of torch's calls. When the event loop has much to do, as in a burst, that thread
+would wait 5 ms several times before each launch, and the device would have nothing to do."""
 
 log = structlog.stdlib.get_logger("server")
 

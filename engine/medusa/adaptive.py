@@ -180,7 +180,7 @@ class _Explored:
         due: steps that may be taken now, at most one.
         seconds: that they may cost.
         most_s: bound on these, what `_SAVED` steps take.
-        turn: whose it is.
+        turn: counts the tries, so that each candidate comes in its turn.
     """
 
     steps: int = 0
