@@ -25,8 +25,8 @@ class Asked:
         traces: a `StepTrace` of each step.
         logprobs: log-probabilities of what is emitted.
         grammars: text that follows a grammar.
-        more_than_best: more than the argmax of the raw logits: a draw, adjusted logits, or a prediction to draft
-            from.
+        more_than_best: more than the argmax of the raw logits: a draw, adjusted logits, or a prediction that
+            the lookup searches.
         predicted: for each row with a prediction, how many tokens that has.
     """
 

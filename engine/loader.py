@@ -202,7 +202,7 @@ def _dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
         if model.dtype is not torch.bfloat16 or major >= 8:
             return model.dtype
         log.warning(
-            "a GPU of compute capability %d.%d computes bfloat16 by way of float32 only, so dtype is float16; "
+            "a GPU of compute capability %d.%d computes bfloat16 only by way of float32: dtype is float16; "
             "if the model needs a wider range, set dtype to bfloat16 or float32",
             major,
             minor,
