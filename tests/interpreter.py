@@ -10,7 +10,7 @@ __all__ = ["quicken"]
 
 
 def quicken() -> None:
-    """Have device functions called sooner, and sums of integers not checked for overflow.
+    """Have device functions called and blocks made sooner, and sums of integers not checked for overflow.
 
     At each call of a device function the interpreter looks through all of Triton's language for what to
     replace. The launch has done so already; what a function sees beside it is replaced at its first call and
@@ -38,3 +38,45 @@ def quicken() -> None:
             raise interpreter.InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+    _remember_shapes(interpreter)
+
+
+def _remember_shapes(interpreter: Any) -> None:
+    """Work out once what all blocks of a type and shape have in common, and the numpy type of each type.
+
+    Every operator makes a block or two, of which a kernel has few kinds; this was a third of its time.
+    """
+    from triton.language import core
+
+    if not hasattr(interpreter, "_get_np_dtype"):
+        return
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    np_type = interpreter._get_np_dtype
+    types: dict[Any, dict[str, Any]] = {}
+    tensors: dict[Any, dict[str, Any]] = {}
+    np_types: dict[Any, Any] = {}
+
+    def type_init(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
+        key = element_ty.name, sizes
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key], element_ty=element_ty)
+
+    def tensor_init(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in tensors:
+            make_tensor(self, handle, type)
+            own = ("handle", "type", "dtype")
+            tensors[key] = {name: value for name, value in self.__dict__.items() if name not in own}
+        self.__dict__.update(tensors[key], handle=handle, type=type, dtype=type.scalar)
+
+    def np_dtype(of: Any) -> Any:
+        key = isinstance(of, core.block_type), of.scalar.name
+        if key not in np_types:
+            np_types[key] = np_type(of)
+        return np_types[key]
+
+    core.block_type.__init__, core.tensor.__init__ = type_init, tensor_init
+    interpreter._get_np_dtype = np_dtype
