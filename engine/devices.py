@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 
-__all__ = ["device_named", "sent", "sent_together", "slot_rows"]
+__all__ = ["device_named", "not_emulated", "sent", "sent_together", "slot_rows"]
+
+log = logging.getLogger(__name__)
 
 _ALIGNED = 16
 """Bytes, or elements, which are no fewer: where kernels may load many at once."""
@@ -38,6 +41,22 @@ def device_named(name: str) -> torch.device:
             seen = f"no such GPU here, only {count}" if count else "no GPU here"
             raise ConfigError(f"device {name!r} was asked for and torch sees {seen}")
     return device
+
+
+def not_emulated(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float16 for bfloat16 on a GPU that computes it by way of float32, which is logged."""
+    if dtype is not torch.bfloat16 or device.type == "cpu":
+        return dtype
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return dtype
+    log.warning(
+        "a GPU of compute capability %d.%d computes bfloat16 by way of float32 only, so dtype is float16; "
+        "if the model needs a wider range, set dtype to bfloat16 or float32",
+        major,
+        minor,
+    )
+    return torch.float16
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from engine.attention.sdpa import SdpaAttention
 from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
-from engine.devices import device_named
+from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError
 from engine.limits import available_bytes
 from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
@@ -198,16 +198,7 @@ def _dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
     if name == "auto" and device.type == "cpu":
         return torch.float32
     if name == "auto":
-        major, minor = torch.cuda.get_device_capability(device)
-        if model.dtype is not torch.bfloat16 or major >= 8:
-            return model.dtype
-        log.warning(
-            "a GPU of compute capability %d.%d computes bfloat16 only by way of float32: dtype is float16; "
-            "if the model needs a wider range, set dtype to bfloat16 or float32",
-            major,
-            minor,
-        )
-        return torch.float16
+        return not_emulated(model.dtype, device)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -65,7 +65,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Backbone and activations: 'auto' is float32 on CPU; on CUDA the checkpoint's own, and "
-        "bfloat16 for one in float32.",
+        "bfloat16 for one in float32; float16 for bfloat16 below compute capability 8.0.",
     )
     backbone_bits: Literal[16, 8, 4] = Field(
         16, description="8 or 4: linear layers of the backbone by bitsandbytes, for a small GPU."

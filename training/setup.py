@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.devices import device_named
+from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
@@ -284,4 +284,4 @@ def training_dtype(name: str, model: ModelConfig, device: torch.device) -> torch
         return found
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if model.dtype is torch.float32 else model.dtype
+    return not_emulated(torch.bfloat16 if model.dtype is torch.float32 else model.dtype, device)

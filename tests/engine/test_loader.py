@@ -17,6 +17,7 @@ from engine.loader import _device, _dtype, _why_not_triton, load
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
+from training.setup import training_dtype
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -83,6 +84,9 @@ def test_a_gpu_without_bfloat16_takes_float16(
     assert ("dtype is float16" in caplog.text) == (stored != taken)
     assert _dtype("bfloat16", model, torch.device("cuda")) == torch.bfloat16  # asked for
     assert _dtype("auto", model, torch.device("cpu")) == torch.float32
+    trained = torch.bfloat16 if stored is torch.float32 else stored
+    expected = torch.float16 if trained is torch.bfloat16 and capability < (8, 0) else trained
+    assert training_dtype("auto", model, torch.device("cuda")) == expected
 
 
 def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None:

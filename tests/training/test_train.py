@@ -145,6 +145,15 @@ def test_a_run_whose_states_stay_in_memory_learns_the_same(
     assert not (config.output / "cache").exists()
 
 
+def test_heads_learn_as_well_in_sixteen_bits(
+    model: Path, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """float16 is what a GPU takes that only emulates bfloat16: no gradient leaves its range."""
+    for dtype in ("float16", "bfloat16"):
+        result = train(train_config(model, data, tmp_path / dtype, kl=0.0, epochs=8, dtype=dtype))
+        assert result["top1"] == pytest.approx(trained[1]["top1"], abs=0.03)
+
+
 def test_rows_that_do_not_fit_the_memory_are_left_out(
     model: Path,
     data: Path,
