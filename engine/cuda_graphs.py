@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["CudaGraph", "Graph", "RecordedGraph", "cuda_graphs"]
 
@@ -87,8 +86,8 @@ class RecordedGraph:
     def replay(self) -> None:
         made: dict[int, Tensor] = {}
         for call in self._calls:
-            args = [_value(argument, made) for argument in call.args]
-            kwargs = {name: _value(argument, made) for name, argument in call.kwargs.items()}
+            args = [_value(value, made) if type(value) in _NOTED else value for value in call.args]
+            kwargs = {name: _value(value, made) for name, value in call.kwargs.items()}
             for key, result in zip(call.results, _flat(call.operator(*args, **kwargs)), strict=True):
                 if key is not None:
                     made[key] = result
@@ -109,6 +108,10 @@ class _Call:
     results: list[int | None]
 
 
+_NOTED = {_Made, list, weakref.ref}
+"""Types of noted arguments; all others are as they were. To look is sooner than to call."""
+
+
 def _value(argument: Any, made: dict[int, Tensor]) -> Any:
     """An operator's argument; lists of them are all there is beside tensors and plain values."""
     if isinstance(argument, _Made):
@@ -124,7 +127,7 @@ def _value(argument: Any, made: dict[int, Tensor]) -> Any:
 
 
 def _flat(out: Any) -> list[Any]:
-    """An operator's results: one, or several, lists among them."""
+    """An operator's results or arguments: one, or several, lists among them."""
     return [each for result in out for each in _flat(result)] if isinstance(out, tuple | list) else [out]
 
 
@@ -175,16 +178,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        arguments = tree_leaves((args, kwargs or {}))
         masked = name.startswith("index") and any(
-            isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-            for value in tree_leaves(args[1])
+            isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) for value in _flat(args[1])
         )
         if name in _HOST_READS or masked:
             raise RuntimeError(f"{func} in a captured step")
-        noted_args, noted_kwargs = tree_map(self._note, (args, kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        given = {id(value) for value in arguments if isinstance(value, Tensor)}
+        kwargs = kwargs or {}
+        noted_args = tuple([self._note(value) for value in args])
+        noted_kwargs = {key: self._note(value) for key, value in kwargs.items()}
+        given = {id(value) for value in _flat((args, [*kwargs.values()])) if isinstance(value, Tensor)}
+        out = func(*args, **kwargs)
         results: list[int | None] = []
         for result in _flat(out):
             if not isinstance(result, Tensor) or (id(result) in given and id(result) not in self._made):
@@ -196,6 +199,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._note(each) for each in value]
         if not isinstance(value, Tensor):
             return value
         return _Made(self._made[id(value)]) if id(value) in self._made else weakref.ref(value)
