@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TypeAlias, cast, overload
 
+import torch
 from pydantic import ValidationError
 
 from engine.config import EngineConfig
@@ -178,7 +179,7 @@ class LLM:
         self.text: TextProcessor = loaded.text
         self.generation_defaults: GenerationDefaults = loaded.generation_defaults
         self._grammars = GrammarCompiler(self.text.tokenizer, self.generation_defaults.eos_token_ids)
-        self._engine = Engine(loaded)
+        self._engine, self._device = Engine(loaded), loaded.pool.data.device
         self._numbers = count()
 
     @property
@@ -364,7 +365,7 @@ class LLM:
             for request in requests:
                 self._engine.add(request)
             while self._working():
-                yield self._engine.step()
+                yield self._step()
         finally:
             if self._working():
                 for request in requests:
@@ -398,7 +399,7 @@ class LLM:
                     live[request.request_id] = request.sampling.n
                 if not self._working():
                     return
-                deltas = self._engine.step()
+                deltas = self._step()
                 for delta in deltas:
                     if delta.finish_reason is not None:
                         live[delta.request_id] -= 1
@@ -412,6 +413,11 @@ class LLM:
     def check(self) -> None:
         """Raise RuntimeError if K/V blocks are lost, or owned while nothing runs."""
         self._engine.check()
+
+    def _step(self) -> list[TokenDelta]:
+        if self._device.index is not None:  # the caller's thread may be another than the one that loaded
+            torch.cuda.set_device(self._device)
+        return self._engine.step()
 
     def _working(self) -> bool:  # a call, since mypy takes a property for unchanged between two looks
         return self._engine.has_work

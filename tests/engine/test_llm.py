@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import engine
 from engine.config import EngineConfig
@@ -151,6 +153,19 @@ def test_medusa_params_reach_the_requests(folder: Path) -> None:
     assert plain.token_ids == drafted.token_ids
     assert plain.acceptance_length == 1.0
     assert all(delta.trace is None for delta in plain.deltas)
+
+
+def test_its_gpu_becomes_that_of_whichever_thread_calls(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the calling thread's device, which is the first one unless it is told."""
+    chosen: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    monkeypatch.setattr(llm, "_device", torch.device("cuda:1"))
+    caller = threading.Thread(target=llm.generate, args=([greedy("a", [1, 2], 3)],), name="caller")
+    caller.start()
+    caller.join()
+    assert set(chosen) == {("caller", torch.device("cuda:1"))}
 
 
 def test_a_stop_token_is_no_text(llm: LLM) -> None:
