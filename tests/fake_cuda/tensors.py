@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 __all__ = ["DEVICE", "Dispatch", "Functions", "Generators", "OnCuda", "Recorder", "plain"]
 
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        tensors = [value for value in _leaves(args, kwargs) if isinstance(value, Tensor)]
         here = any(isinstance(value, OnCuda) for value in tensors)
         there = any(not isinstance(value, OnCuda) and value.dim() for value in tensors)
         if here and (there or func.overloadpacket.__name__ in _READS):
@@ -130,10 +130,10 @@ class Recorder(TorchDispatchMode):
 
     def replay(self) -> None:
         for func, args, kwargs, out in self._calls:
-            given = {name: tree_map(_memory, value) for name, value in kwargs.items() if name != "pin_memory"}
+            given = {name: _mapped(_memory, value) for name, value in kwargs.items() if name != "pin_memory"}
             with _as_they_are():
-                found = _computed(func, tree_map(_memory, args), given)
-            for kept, new in zip(tree_flatten(out)[0], tree_flatten(found)[0], strict=True):
+                found = _computed(func, _mapped(_memory, args), given)
+            for kept, new in zip(_flat(out), _flat(found), strict=True):
                 if isinstance(kept, Tensor) and _memory(kept).data_ptr() != new.data_ptr():
                     _memory(kept).copy_(new)
 
@@ -168,6 +168,21 @@ def _memory(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
     return value.memory if isinstance(value, OnCuda) else value
+
+
+def _flat(value: Any) -> list[Any]:
+    return [each for part in value for each in _flat(part)] if isinstance(value, list | tuple) else [value]
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    return _flat((args, [*kwargs.values()]))
+
+
+def _mapped(work: Callable[[Any], Any], value: Any) -> Any:
+    """As torch's `tree_map`, which takes longer than the operators that are called here."""
+    if type(value) in (list, tuple):
+        return type(value)([_mapped(work, each) for each in value])
+    return tree_map(work, value) if isinstance(value, list | tuple | dict) else work(value)
 
 
 @contextmanager
@@ -218,7 +233,7 @@ def _function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if on is not None:
             kwargs["device"] = "cpu"
             _local.on = on
-        elif any(isinstance(value, OnCuda) for value in tree_flatten((args, kwargs))[0]):
+        elif any(isinstance(value, OnCuda) for value in _leaves(args, kwargs)):
             _local.on = True
         of_cuda = any(generator is one for one in Generators.made)
         if generator is not None and of_cuda != bool(getattr(_local, "on", None)):
@@ -250,16 +265,16 @@ def _moved(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    tensors = [value for value in _leaves(args, kwargs) if isinstance(value, Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
     there = [tensor for tensor in tensors if not isinstance(tensor, OnCuda)]
     _hold_to_one_device(func, args, here, there)
-    given = {key: tree_map(_memory, value) for key, value in kwargs.items() if key != "pin_memory"}
+    given = {key: _mapped(_memory, value) for key, value in kwargs.items() if key != "pin_memory"}
     on = getattr(_local, "on", None)
     target = bool(here) if here or there or on is None else on
     if here and name == "aten::_int_mm" and args[0].shape[0] <= 16:
         raise RuntimeError("self.size(0) needs to be greater than 16")
-    memory = tree_map(_memory, args)
+    memory = _mapped(_memory, args)
     out = _computed(func, memory, given) if here else func(*memory, **given)
     if name == "aten::copy_":
         return args[0]
@@ -272,7 +287,7 @@ def _operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return known[id(value)]
         return OnCuda(value) if target else value
 
-    return tree_map(wrapped, out)
+    return _mapped(wrapped, out)
 
 
 def _hold_to_one_device(func: Any, args: tuple[Any, ...], here: list[Any], there: list[Tensor]) -> None:
