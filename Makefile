@@ -21,8 +21,9 @@ serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
 	@exec $(BIN)/medusa-serve serve $(ARGS)
 
 # A process a core with one thread each: two torch processes of two threads would fight for the cores.
+# What Python has compiled is kept, whatever the environment says: each of a hundred processes would do it anew.
 test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-system: PROGRAMS += debootstrap # for the image's steps
 test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour
