@@ -20,7 +20,7 @@ from tests.support import save_model, save_random_heads, tiny_llama
 torch.set_num_threads(1)
 quicken()
 # A hundred engines are measured here, and what steps of toys take matters in no test.
-warmup._WARM_S = 0.05
+warmup._WARM_S, warmup._ROUNDS, warmup._IN_A_ROW = 0.02, 1, 1
 
 compiles = pytest.mark.skipif(torch.cuda.is_available(), reason="only compiles, which needs no GPU")
 """On a test of which a GPU learns nothing, and which would take its time."""

@@ -25,7 +25,9 @@ from tests.support import greedy, greedy_reference, make_engine, run_all
     ],
     ids=str,
 )
-def test_nothing_is_left_behind(narrow: TinyModel, settings: dict) -> None:
+def test_nothing_is_left_behind(narrow: TinyModel, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "_ROUNDS", 3)
+    monkeypatch.setattr(warmup, "_IN_A_ROW", 3)
     loaded = load(
         EngineConfig(
             model=str(narrow.folder),
