@@ -147,7 +147,7 @@ def test_how_much_is_asked_for_is_measured_where_kernels_begin_early(
     assert asked == [0, 8 << 20, 16 << 20, 32 << 20] * len(ROWS)
     assert found == {rows: (16 if rows < 64 else 8) << 20 for rows in ROWS}
     (file,) = (tmp_path / "kept").iterdir()
-    assert json.loads(file.read_text())["attention"] is True
+    assert json.loads(file.read_text())["attention"] == [2, 16]  # K/V heads and their channels
     kept, layers.ways = layers.ways, {}
     tune_products(layers, tmp_path / "kept", attention, clock=lambda run: pytest.fail("measured again"))
     assert layers.ways == kept
