@@ -177,7 +177,7 @@ def run(
     It is 1 where there was no server, and where the input is no terminal and a request failed.
 
     Args:
-        url: of the server, with or without /v1.
+        url: of the server, with or without http:// and /v1.
         model: the name to ask for; the server's first one if not given.
         system: a system message.
         api_key: sent as a bearer token.
@@ -189,6 +189,7 @@ def run(
     out, notes = out or sys.stdout, notes or sys.stderr
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     base = url.rstrip("/").removesuffix("/v1")
+    base = base if "://" in base else f"http://{base}"
     with httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=5)) as http:
         try:
             options = {"model": model or _first_model(http)}

@@ -65,7 +65,10 @@ def measure(
         raise ConfigError(f"size must be from 2 to {MAX_TREE_NODES}, got {size}")
     rows = [row for row in load_shards(data) if held_out(row.conversation, share) and len(row.prompt)]
     if not rows:
-        raise ConfigError(f"{', '.join(map(str, data))} holds no held-out rows; distill more")
+        raise ConfigError(
+            f"{', '.join(map(str, data))} holds no held-out rows; distill more, or raise "
+            "--held-out to what the heads were trained with"
+        )
     ranks = _ranks(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
     whole = calibrate(ranks, size)
     output.mkdir(parents=True, exist_ok=True)

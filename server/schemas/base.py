@@ -7,6 +7,7 @@ name unless it has its default value (`UNSUPPORTED`), or unknown and refused.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -355,8 +356,9 @@ def without_unsupported(
         if name not in unsupported:
             raise UnsupportedFieldError(f"Unrecognized request argument: {param}", param=param)
         if value is not None and not any(_same(value, default) for default in unsupported[name]):
+            pass_by = " or ".join(["null", *(json.dumps(default) for default in unsupported[name])])
             raise UnsupportedFieldError(
-                f"{param} is not supported: leave it out, or null, or its default", param=param
+                f"{param} is not supported: leave it out, or send {pass_by}", param=param
             )
     return known
 

@@ -130,10 +130,11 @@ def test_an_error_in_the_stream_is_told(serve: Serve) -> None:
 
 
 def test_no_server_is_one_line() -> None:
-    status, out, notes = talk("http://127.0.0.1:9", ["Hi."])
-    assert (status, out) == (1, "")
-    assert notes.startswith("error: no server at http://127.0.0.1:9")
-    assert len(notes.splitlines()) == 1
+    for url in ("http://127.0.0.1:9", "127.0.0.1:9/v1"):
+        status, out, notes = talk(url, ["Hi."])
+        assert (status, out) == (1, "")
+        assert notes.startswith("error: no server at http://127.0.0.1:9")
+        assert len(notes.splitlines()) == 1
 
 
 def test_a_key_is_sent(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,26 @@ def test_what_would_be_ignored_has_the_documented_code(
     assert error_of(hello.chat(**{field: value}), 400)["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("fields", "instead"),
+    [
+        ({"tools": [{}]}, "tools is not supported: leave it out, or send null or []"),
+        (
+            {"tool_choice": "required"},
+            'tool_choice is not supported: leave it out, or send null or "none" or "auto"',
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "name": "b"}]},
+            "messages[0].name is not supported: leave it out, or send null",
+        ),
+    ],
+)
+def test_what_passes_in_an_unsupported_fields_place_is_said(
+    hello: RunningServer, fields: dict[str, Any], instead: str
+) -> None:
+    assert error_of(hello.chat(**fields), 400)["message"] == instead
+
+
 @pytest.mark.parametrize("body", ["[]", "5", '"x"', "null"])
 def test_json_that_is_no_object(hello: RunningServer, body: str) -> None:
     response = hello.http.post(
