@@ -16,6 +16,7 @@ from engine.errors import ConfigError, ModelError
 from engine.loader import _device, _dtype, _why_not_triton, load
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
+from engine.model.info import count_parameters
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
 from training.setup import training_dtype
 
@@ -99,6 +100,17 @@ def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None
     assert isinstance(attention(attention="sdpa"), SdpaAttention)
     with pytest.raises(ConfigError, match=r"attention triton needs an NVIDIA GPU.*cpu"):
         attention(attention="triton")
+
+
+def test_weights_that_the_memory_does_not_hold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they are loaded: in a container the process would be killed meanwhile."""
+    folder = save_model(tiny_model("llama"), tmp_path)
+    size = 4 * count_parameters(ModelConfig.from_folder(folder))
+    monkeypatch.setattr("engine.loader.available_bytes", lambda: size - 1)
+    with pytest.raises(ConfigError, match=r"the weights take 1 MiB and 0 MiB are available"):
+        load(EngineConfig(model=str(folder), device="cpu", kv_cache_tokens=1024), progress=False)
 
 
 def test_memory_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
