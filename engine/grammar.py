@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPILER_THREADS",
-    "MAX_KEPT",
-    "MAX_KEPT_TEXT",
     "Grammar",
     "GrammarCompiler",
     "GrammarSpec",
     "GrammarState",
+    "KeptGrammars",
 ]
+
+_Made = TypeVar("_Made")
 
 MAX_KEPT = 256
 """Compiled grammars that are kept for requests that ask for the same."""
@@ -164,6 +166,39 @@ class GrammarState:
             behind = matcher if last else matcher.deep_copy()
             if behind.consume_token(token) and not behind.is_stopped():
                 self._visit(behind, child, tokens, children, out)
+
+
+class KeptGrammars(Generic[_Made]):
+    """What was made of grammars, for who asks for the same; the least recently used are forgotten.
+
+    Not safe for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[GrammarSpec, _Made] = OrderedDict()
+        self._characters = 0
+
+    def get(self, spec: GrammarSpec) -> _Made | None:
+        """What was made of it, now the most recently used."""
+        if spec in self._made:
+            self._made.move_to_end(spec)
+        return self._made.get(spec)
+
+    def put(self, spec: GrammarSpec, made: _Made) -> None:
+        """Keep what was made of a grammar that is not kept, and forget what is then too much."""
+        self._made[spec] = made
+        self._characters += len(spec.text)
+        while len(self._made) > 1 and (len(self._made) > MAX_KEPT or self._characters > MAX_KEPT_TEXT):
+            self._forget(next(iter(self._made)))
+
+    def drop(self, spec: GrammarSpec, made: _Made) -> None:
+        """Forget this, unless it has been forgotten."""
+        if self._made.get(spec) is made:
+            self._forget(spec)
+
+    def _forget(self, spec: GrammarSpec) -> None:
+        del self._made[spec]
+        self._characters -= len(spec.text)
 
 
 class GrammarCompiler:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 from engine.errors import told
-from engine.grammar import (
-    COMPILER_THREADS,
-    MAX_KEPT,
-    MAX_KEPT_TEXT,
-    Grammar,
-    GrammarCompiler,
-    GrammarSpec,
-)
+from engine.grammar import COMPILER_THREADS, Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
 from engine.types import FinishReason, Request, TokenDelta
 from engine.worker import EngineWorker
 
@@ -37,7 +29,7 @@ class GrammarQueue:
         self._compiler, self._worker = compiler, worker
         self._threads = ThreadPoolExecutor(COMPILER_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
-        self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._kept: KeptGrammars[Grammar] = KeptGrammars()
         self._waiting: dict[GrammarSpec, list[Request]] = {}
         """For grammars that are being compiled, each once for all who have asked by then."""
         self._behind: dict[str, list[int | None]] = {}
@@ -50,7 +42,6 @@ class GrammarQueue:
             return
         with self._lock:
             if (grammar := self._kept.get(spec)) is not None:
-                self._kept.move_to_end(spec)
                 self._worker.add(replace(request, grammar=grammar))
                 return
             self._behind[request.request_id] = []
@@ -76,7 +67,7 @@ class GrammarQueue:
             failed = told(error)
         with self._lock:
             if grammar is not None:
-                self._keep(spec, grammar)
+                self._kept.put(spec, grammar)
             for request in self._waiting.pop(spec):
                 if grammar is None:
                     self._worker.put(partial(_errors, request, failed))
@@ -84,13 +75,6 @@ class GrammarQueue:
                     self._worker.add(replace(request, grammar=grammar))
                 for index in self._behind.pop(request.request_id):
                     self._worker.abort(request.request_id, index)
-
-    def _keep(self, spec: GrammarSpec, grammar: Grammar) -> None:
-        self._kept[spec] = grammar
-        while len(self._kept) > MAX_KEPT or (
-            len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept) > MAX_KEPT_TEXT
-        ):
-            self._kept.popitem(last=False)
 
 
 def _errors(request: Request, error: str) -> list[TokenDelta]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,14 +10,7 @@ from functools import partial
 import structlog
 
 from engine.errors import RequestError
-from engine.grammar import (
-    COMPILER_THREADS,
-    MAX_KEPT,
-    MAX_KEPT_TEXT,
-    Grammar,
-    GrammarCompiler,
-    GrammarSpec,
-)
+from engine.grammar import COMPILER_THREADS, Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
 
 __all__ = ["Grammars"]
 
@@ -37,8 +29,7 @@ class Grammars:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._threads = ThreadPoolExecutor(COMPILER_THREADS, thread_name_prefix="grammar")
-        self._kept: OrderedDict[GrammarSpec, asyncio.Future[Grammar]] = OrderedDict()
-        self._kept_text = 0
+        self._kept: KeptGrammars[asyncio.Future[Grammar]] = KeptGrammars()
 
     async def compiled(self, spec: GrammarSpec) -> Grammar:
         """The grammar; requests at once for the same one wait for one compilation.
@@ -50,8 +41,8 @@ class Grammars:
         if job is None:
             loop = asyncio.get_running_loop()
             job = loop.run_in_executor(self._threads, self._compiler.compile, spec)
-            self._keep(spec, job)
-        self._kept.move_to_end(spec)
+            self._kept.put(spec, job)
+            job.add_done_callback(partial(self._drop_failed, spec))
         return await asyncio.shield(job)  # one that waits may be cancelled; the others go on
 
     async def prepare(self, idle: Callable[[], bool], spec: GrammarSpec) -> None:
@@ -77,17 +68,6 @@ class Grammars:
         """Compile nothing more. What is under way is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _keep(self, spec: GrammarSpec, job: asyncio.Future[Grammar]) -> None:
-        self._kept[spec] = job
-        self._kept_text += len(spec.text)
-        while len(self._kept) > 1 and (len(self._kept) > MAX_KEPT or self._kept_text > MAX_KEPT_TEXT):
-            self._forget(next(iter(self._kept)))
-        job.add_done_callback(partial(self._drop_failed, spec))
-
     def _drop_failed(self, spec: GrammarSpec, job: asyncio.Future[Grammar]) -> None:
-        if (job.cancelled() or job.exception() is not None) and self._kept.get(spec) is job:
-            self._forget(spec)
-
-    def _forget(self, spec: GrammarSpec) -> None:
-        del self._kept[spec]
-        self._kept_text -= len(spec.text)
+        if job.cancelled() or job.exception() is not None:
+            self._kept.drop(spec, job)

@@ -66,8 +66,7 @@ def measure(
     rows = [row for row in load_shards(data) if held_out(row.conversation, share) and len(row.prompt)]
     if not rows:
         raise ConfigError(
-            f"{', '.join(map(str, data))} holds no held-out rows; distill more, or raise "
-            "--held-out to what the heads were trained with"
+            f"{', '.join(map(str, data))} holds no held-out rows; distill more, or raise --held-out"
         )
     ranks = _ranks(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
     whole = calibrate(ranks, size)

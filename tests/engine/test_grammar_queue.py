@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import grammar_queue
+from engine import grammar
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.grammar_queue import GrammarQueue
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
@@ -96,9 +96,9 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_requests(served: Served) -> 
 
 
 def test_of_short_grammars_few_are_kept(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_queue, "MAX_KEPT", 2)
+    monkeypatch.setattr(grammar, "MAX_KEPT", 2)
     served.compiler.may.set()
     for pattern in ("a", "b", "c"):
         served.add(pattern, pattern)
         served.end()
-    assert [spec.text for spec in served.queue._kept] == ["b", "c"]
+    assert [spec.text for spec in served.queue._kept._made] == ["b", "c"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engine import grammar
 from engine.errors import RequestError
 from engine.fake import FakeEngine
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
@@ -113,7 +114,7 @@ def compiled_by(kept: Grammars, compiler: Counting, *specs: GrammarSpec) -> list
 def test_the_least_recently_used_is_forgotten(
     monkeypatch: pytest.MonkeyPatch, bound: str, value: int
 ) -> None:
-    monkeypatch.setattr(grammars, bound, value)
+    monkeypatch.setattr(grammar, bound, value)
     compiler = Counting()
     kept = Grammars(compiler)
     a, b, c = regex("aaa"), regex("bbb"), regex("ccc")
@@ -124,7 +125,7 @@ def test_the_least_recently_used_is_forgotten(
 
 
 def test_one_that_is_larger_than_all_that_is_kept_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammars, "MAX_KEPT_TEXT", 5)
+    monkeypatch.setattr(grammar, "MAX_KEPT_TEXT", 5)
     compiler = Counting()
     kept = Grammars(compiler)
     large = regex("a" * 9)
@@ -143,7 +144,7 @@ def test_what_failed_is_not_kept() -> None:
         with pytest.raises(RequestError):
             compiled_by(kept, compiler, regex("(a"))
     assert compiler.compiled == [regex("(a")] * 2
-    assert kept._kept_text == 0
+    assert kept._kept._characters == 0
     kept.close()
 
 
