@@ -112,8 +112,9 @@ class PromptBuckets:
         return cls(tuple(sorted(chunks)), (*tokens, max_tokens), longest)
 
     def up_to(self, tokens: int) -> Self:
-        """Those of at most so many tokens."""
-        return type(self)(self.chunks, tuple(t for t in self.tokens if t <= tokens), self.longest)
+        """Those of at most so many tokens; none of any size where none are so small."""
+        kept = tuple(t for t in self.tokens if t <= tokens)
+        return type(self)(self.chunks if kept else (), kept, self.longest)
 
     def all(self) -> list[PromptBucket]:
         """Every bucket that `find` may give, the largest first: smaller graphs fit into their memory."""

@@ -63,7 +63,7 @@ def test_default_buckets_are_captured_and_timed(narrow: TinyModel, caplog: pytes
     assert isinstance(engine._runner, CapturedRunner)
     assert engine._ahead
     sizes = list(engine._runner.buckets)
-    assert len(engine._runner._second) == 2 * len(sizes)
+    assert len(engine._runner._second) == 2 * (len(sizes) + len(engine._runner.prompts.chunks))
     assert len(engine._runner._first) == sum(1 if nodes == 1 else 2 for _, nodes in sizes)
     assert "captured" in caplog.text
     engine.check()
@@ -90,13 +90,17 @@ def test_prompts_find_their_kernels_compiled(narrow: TinyModel, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("_mode", ["captured"], indirect=True)
-def test_prompts_in_graphs_give_what_each_gives_without(narrow: TinyModel) -> None:
+def test_prompts_in_graphs_give_what_each_gives_without(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of whatever length, alone and with others, behind a prefix or not, greedy and sampled."""
+    # Measured, it is the device that takes longer where other tests use it.
+    monkeypatch.setattr(CapturedRunner, "_share_of_launching", lambda *_: 1.0)
     settings: dict[str, Any] = {"heads": str(narrow.heads), "tree": 8, "max_num_seqs": 16}
     engine = support.make_engine(narrow.folder, **settings)
     runner = engine._runner
     assert isinstance(runner, CapturedRunner)
-    assert runner.prompts.tokens[-1] >= 512, "for a model so small it is always the host that takes longer"
+    assert runner.prompts.tokens[-1] >= 512
     samplings = [
         SamplingParams(temperature=0.0, max_tokens=4),
         SamplingParams(temperature=0.8, seed=3, max_tokens=4, presence_penalty=0.5, logprobs=1),

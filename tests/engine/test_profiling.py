@@ -95,10 +95,13 @@ def test_steps_are_profiled_with_the_logits_that_they_keep(
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_pool_sized_by_it_leaves_what_steps_take(tmp_path: Path) -> None:
-    made = loaded(tmp_path, gpu_memory_utilization=0.5, max_model_len=512)
     free, total = torch.cuda.mem_get_info()
-    assert free > 0.4 * total
-    assert made.pool.data.nbytes > 0.2 * total
+    # Other tests may be using the device, now and while this one starts.
+    to_be_had = 0.5 * total - (total - free)
+    if to_be_had < 0.1 * total:
+        pytest.skip(f"other processes hold {total - free} of the device's {total} bytes")
+    made = loaded(tmp_path, gpu_memory_utilization=0.5, max_model_len=512)
+    assert 0.5 * to_be_had < made.pool.data.nbytes < 0.5 * total
     worst = worst_case(made, SdpaAttention(2), max_num_seqs=32, max_step_tokens=512, max_prefill_tokens=2048)
     # At least the logits of a full step.
     assert 512 * 61 * 4 < worst.measure() < 0.1 * total

@@ -24,6 +24,7 @@ def test_default_sizes() -> None:
     assert made.chunks == (1, 8, 48)
     assert made.tokens == (16, 32, 64, 128, 192, 256, 384, 512, 600)
     assert made.up_to(130).tokens == (16, 32, 64, 128)
+    assert (made.up_to(15).chunks, made.up_to(15).tokens) == ((), ())
     few = PromptBuckets.default((1, 2, 3), max_tokens=10, longest=7)
     assert (few.chunks, few.tokens) == ((1, 3), (10,))
     none = PromptBuckets.default((), max_tokens=600, longest=1000)
