@@ -18,7 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -54,11 +55,14 @@ class SimulatedDevice:
         step_s: seconds of a decode step, and the least of a pass over prompts.
         token_s: seconds of each token of a pass over prompts.
         accepted: nodes accepted in each step, the root not counted; the tree must have them.
+        chains: every so many-th sequence has a lookup chain behind a step, others behind the next; 0: none
+            ever has. Of each chain the first token comes true.
     """
 
     step_s: float
     token_s: float = 0.0
     accepted: int = 0
+    chains: int = 0
     _free: float = 0.0
 
     def launch(self, seconds: float) -> float:
@@ -117,14 +121,27 @@ class SimulatedEngine(Engine):
         assert isinstance(runner, CapturedRunner)
         token = min(_TOKEN, loaded.info.vocab_size - 1)
 
-        def late(rows: int, depth: int, seconds: float, emitted: int) -> Results:
+        second_half = runner.targets_accept_compact
+
+        turns = count()
+
+        @cache
+        def packed(depth: int, emitted: int, turn: int) -> Tensor:
+            """The results of every sequence; nobody writes to them."""
             width = 5 + depth + (2 + loaded.info.lookup if loaded.info.lookup else 0)
-            packed = torch.zeros(rows, width, dtype=torch.int64)
-            packed[:, 0] = 1  # finite
-            packed[:, 1:3] = emitted - 1
-            packed[:, 3] = (1 << emitted) - 1
-            packed[:, 4 : 4 + emitted] = token
-            return _Late(packed, depth, device, seconds)
+            found = torch.zeros(loaded.info.max_num_seqs, width, dtype=torch.int64)
+            found[:, 0] = 1  # finite
+            found[:, 1:3] = emitted - 1
+            found[:, 3] = (1 << emitted) - 1
+            found[:, 4 : 4 + emitted] = token
+            if device.chains and loaded.info.lookup:
+                chain = [2, loaded.info.lookup, token, *[token - 1] * (loaded.info.lookup - 1)]
+                found[turn :: device.chains, 5 + depth :] = torch.tensor(chain)
+            return found
+
+        def late(rows: int, depth: int, seconds: float, emitted: int) -> Results:
+            turn = next(turns) % max(1, device.chains)
+            return _Late(packed(depth, emitted, turn)[:rows], depth, device, seconds)
 
         def prompts(chunks: list[Chunk]) -> PromptResults:
             runner._admit([chunk.sequence for chunk in chunks if chunk.first])
@@ -136,6 +153,7 @@ class SimulatedEngine(Engine):
             return PromptResults(late(len(chunks), 0, seconds, 1), draws, loaded.info.lookup > 0)
 
         def step(batch: Batch, verified: Verified) -> Results:
+            second_half(batch, verified)  # what it costs the host
             depth = verified.bucket.depth  # type: ignore[attr-defined]
             return late(len(batch.sequences), depth, device.step_s, device.accepted + 1)
 

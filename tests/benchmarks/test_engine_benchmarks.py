@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks import acceptance, adaptive, http_cost, peers, soak, tree_http
+from benchmarks import acceptance, adaptive, host_cost, http_cost, peers, soak, tree_http
 from benchmarks.common import Item, engine_config, read_items, word_prompt
 from benchmarks.simulated_device import SimulatedDevice, SimulatedEngine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.llm import LLM
 from engine.loader import load
+from engine.step_results import Results
 from engine.types import Request, SamplingParams
 from tests.support import save_model, save_random_heads, tiny_llama
 
 DATA = Path(__file__).parents[2] / "benchmarks" / "data"
+rows_of_a_step = Results.rows
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +285,41 @@ def test_a_simulated_device_takes_its_time_and_computes_nothing(folder: Path) ->
     engine.check()
     with pytest.raises(ValueError, match="cannot be accepted of a tree of 3"):
         SimulatedEngine(loaded, device=SimulatedDevice(0.0, accepted=3))
+
+
+def test_a_simulated_device_proposes_chains_in_turn(folder: Path) -> None:
+    settings = {"tree": 4, "lookup": 3, "kv_cache_tokens": 1024, "max_num_seqs": 4, "block_size": 4}
+    loaded = load(EngineConfig(model=str(folder), device="cpu", **settings), progress=False)
+    engine = SimulatedEngine(loaded, device=SimulatedDevice(0.0, accepted=1, chains=2))
+    for number in range(3):
+        engine.add(Request(str(number), (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=20)))
+    found = []
+    while len(found) < 9:
+        engine.step()
+        found.append([len(sequence.lookup.chain) for sequence in engine._scheduler.running])
+    assert [3, 0, 3] in found
+    assert [0, 3, 0] in found
+    assert engine._lookup._hits[2] > 4 * 0.2  # a chain's first token comes true
+
+
+@pytest.mark.parametrize("trees", ["auto,off", "3"])
+def test_what_the_host_takes_for_a_step(folder: Path, trees: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", str(folder), "--streams", "1,3", "--trees", trees, "--rounds", "1", "--steps", "6"]
+    output = folder / "host.json"
+    assert host_cost.main([*argv, "--output", str(output), "--", "--block-size", "4"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    names = [(row["streams"], row["tree"]) for row in result["rows"]]
+    assert names == [(n, tree) for n in (1, 3) for tree in trees.split(",")]
+    for row in result["rows"]:
+        assert row["us"] > 0
+        assert row["cpu_us"] > 0
+        assert set(row["parts_us"]) >= {"plan", "batch", "rows", "emit"}
+        assert (row["nodes"] == 1) == (row["tree"] == "off")
+    # What was watched is as before.
+    assert Results.rows is rows_of_a_step
+    with pytest.raises(SystemExit):
+        host_cost.parse(["--steps", "0"])
 
 
 def test_peers_that_are_not_there_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
