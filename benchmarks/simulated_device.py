@@ -36,7 +36,7 @@ from engine.graphs import CapturedRunner
 from engine.loader import Loaded
 from engine.process import EngineProcess
 from engine.scheduler import Chunk
-from engine.step_results import PromptResults, Results, StepRow
+from engine.step_results import PromptResults, Results
 
 __all__ = ["OPTIONS", "SimulatedDevice", "SimulatedEngine", "install"]
 
@@ -87,9 +87,8 @@ class _Late(Results):
     def seconds(self) -> float:
         return self._takes
 
-    def rows(self) -> list[StepRow]:
+    def wait(self) -> None:
         _wait(self._end)
-        return super().rows()
 
 
 class _NoGraph:
@@ -157,6 +156,7 @@ class SimulatedEngine(Engine):
             depth = verified.bucket.depth  # type: ignore[attr-defined]
             return late(len(batch.sequences), depth, device.step_s, device.accepted + 1)
 
+        self._host.overlaps = True
         runner.launches = lambda _: True  # type: ignore[method-assign]
         runner.launch = prompts  # type: ignore[method-assign]
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]

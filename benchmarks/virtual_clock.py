@@ -2,13 +2,16 @@
 
     python -m benchmarks.virtual_clock --output benchmarks/results/virtual-clock-h100.json
     python -m benchmarks.virtual_clock --batches 16 --rounds 12 --seed 3
+    python -m benchmarks.virtual_clock --host 2.5
 
 What a policy of the tree is worth on a GPU, without one and without noise. The model answers each prompt
 once, on this machine, and it is noted at every token what the heads and the lookup would draft there and what
 of it comes true: at temperature 0 the text is the same whatever the trees, so any policy can be replayed from
 that. The engine then schedules, chooses and learns as it does with captured steps launched ahead; what it
 launches computes nothing, gives what was noted, and puts the clock forward by what the table says. The
-measurement at the start sees the same table. What the host takes is not on the clock.
+measurement at the start sees the same table. What the host takes is not on the clock; with `--host F` it is,
+beside what the device does: the CPU time of the engine's thread, F times, as on a host so much slower than
+this one. Launching costs nothing then, where CUDA takes some tens of microseconds.
 
 Two loads: batches that run empty (all prompts at once; until the last answer ends, and until each does on the
 average), and streams, each of which asks again when it is answered (tokens per second of decoding).
@@ -21,8 +24,10 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,7 @@ import torch
 from benchmarks.common import ROOT, engine_config, hardware, numbers, print_result, ratio_interval, read_items
 from engine.batch import Batch, Verified
 from engine.engine import Engine
+from engine.flight import HostTime
 from engine.graphs import CapturedRunner
 from engine.loader import Loaded, load
 from engine.medusa.draft import Drafter
@@ -171,18 +177,46 @@ def _chains(loaded: Loaded, prompt: tuple[int, ...], answer: list[int]) -> list[
 # -- the device ------------------------------------------------------------------------------------
 
 
-class _Known(Results):
-    """Results that were known when the step was launched."""
+class HostClock:
+    """Seconds of the host: what it takes itself, and where it waits.
 
-    def __init__(self, rows: list[StepRow], seconds: float) -> None:
+    Args:
+        factor: of this thread's CPU time; 0: it takes nothing.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self._waited = factor, 0.0
+
+    def now(self) -> float:
+        return self._waited + self.factor * time.thread_time()
+
+    def wait(self, end: float) -> None:
+        self._waited += max(0.0, end - self.now())
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done meanwhile is not the host's work."""
+        began = time.thread_time()
+        yield
+        self._waited -= self.factor * (time.thread_time() - began)
+
+
+class _Known(Results):
+    """Results that were known when the step was launched, to be had when the clock says `end`."""
+
+    def __init__(self, rows: list[StepRow], seconds: float, clock: HostClock, end: float) -> None:
         super().__init__(torch.zeros(0, 0), 0, started=0.0, begun=None)
-        self._rows, self._took = rows, seconds
+        self._rows, self._took, self._clock, self._end = rows, seconds, clock, end
 
     @property
     def seconds(self) -> float:
         return self._took
 
+    def wait(self) -> None:
+        self._clock.wait(self._end)
+
     def rows(self) -> list[StepRow]:
+        self.wait()
         return self._rows
 
 
@@ -201,19 +235,34 @@ class VirtualEngine(Engine):
         loaded: on the CPU; of the model only the sizes and the heads' tree matter.
         records: of the prompts it will be asked.
         times: the device's.
+        host: see `HostClock`.
     """
 
-    def __init__(self, loaded: Loaded, records: dict[tuple[int, ...], Record], times: Times) -> None:
-        self.records, self.times = records, times
-        self.clock_s = self.prefill_s = 0.0
+    def __init__(
+        self, loaded: Loaded, records: dict[tuple[int, ...], Record], times: Times, *, host: float = 0.0
+    ) -> None:
+        self.records, self.times, self.clock = records, times, HostClock(host)
+        self.prefill_s = 0.0
+        self._busy_until = 0.0
         self.nodes: list[int] = []
         """Of the largest tree of each step."""
         self._depths = [0, *(len(path) for path in loaded.heads.tree.paths)] if loaded.heads else [0]
         self._at: dict[int, int] = {}
         super().__init__(loaded, ahead=True, graph=_NoGraph)
+        self._host = HostTime(overlaps=host > 0.0, clock=self.clock.now)
         self._replace_device()
         # Measured again, by the device's times.
         self._chooser = self._scheduler._chooser = make_chooser(loaded, self._runner, self._lookup)
+
+    @property
+    def clock_s(self) -> float:
+        """Seconds on the clock: now, and where the host takes nothing, when the device will be done."""
+        return self.clock.now() if self.clock.factor else self._busy_until
+
+    def _launched(self, rows: list[StepRow], seconds: float) -> _Known:
+        """What takes the device so long."""
+        self._busy_until = max(self._busy_until, self.clock.now()) + seconds
+        return _Known(rows, seconds, self.clock, self._busy_until if self.clock.factor else 0.0)
 
     def _replace_device(self) -> None:
         runner, drafted = self._runner, False
@@ -228,17 +277,16 @@ class VirtualEngine(Engine):
         def results(batch: Batch, verified: Verified) -> Results:
             bucket = verified.bucket  # type: ignore[attr-defined]
             took = self.times.step_s(bucket.batch, bucket.nodes, heads=drafted, context=batch.max_length)
-            self.clock_s += took
             self.nodes.append(max(shape.num_nodes for shape in batch.different))
-            return _Known(
-                [self._row(*each) for each in zip(batch.sequences, batch.shapes, strict=True)], took
-            )
+            with self.clock.stopped():
+                rows = [self._row(*each) for each in zip(batch.sequences, batch.shapes, strict=True)]
+            return self._launched(rows, took)
 
         def prompts(chunks: list[Chunk]) -> PromptResults:
             runner._admit([chunk.sequence for chunk in chunks if chunk.first])
             took = self.times.prompts_s(sum(chunk.size for chunk in chunks))
-            self.clock_s, self.prefill_s = self.clock_s + took, self.prefill_s + took
-            known = _Known([self._first_row(chunk.sequence) for chunk in chunks], took)
+            self.prefill_s += took
+            known = self._launched([self._first_row(chunk.sequence) for chunk in chunks], took)
             return PromptResults(known, [chunk.draws for chunk in chunks], self.info.lookup > 0)
 
         runner.replay = replayed  # type: ignore[method-assign]
@@ -357,6 +405,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts of each round")
+    parser.add_argument(
+        "--host", type=float, default=0.0, metavar="F", help="count what the host takes, F times"
+    )
     parser.add_argument("--output", type=Path, help="where the result goes, too")
     args = parser.parse_args(argv)
     most = max(args.batches)
@@ -369,12 +420,17 @@ def main(argv: list[str] | None = None) -> int:
     model = loaded("auto")
     texts = [item.prompt for path in args.prompts for item in read_items(path)]
     prompts = [tuple(model.text.encode_chat([{"role": "user", "content": text}])) for text in texts]
-    records, times = record(model, prompts, args.new_tokens + _BEYOND), Times(_H100_MS)
+    records, times = (
+        record(model, prompts, args.new_tokens + _BEYOND),
+        Times(_H100_MS),
+    )
     del model
-    engines = {tree: VirtualEngine(loaded(tree), records, times) for tree in ("auto", "off")}
+    engines = {tree: VirtualEngine(loaded(tree), records, times, host=args.host) for tree in ("auto", "off")}
     result = {
         "benchmark": "virtual_clock",
-        "simulated": "step times are a table, much as an H100's; what the host takes is not counted",
+        "simulated": "step times are a table, much as an H100's; what the host takes is "
+        + ("this thread's CPU time, so many times" if args.host else "not counted"),
+        "host": args.host,
         "model": args.model,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,

@@ -72,7 +72,7 @@ class Batch:
         max_length: host upper bound of `lengths`.
         adjusted: whether some of them use adjustments; None: whether any slot in use does decides.
         started: `time.perf_counter()` when it was put together.
-        begun: an event of that time on CUDA.
+        begun: on CUDA, an event of the step's beginning, see `begin`.
         asked: what the requests ask for.
         different: the shapes, each once.
         size: the bucket of its captured step; None where there is none.
@@ -89,6 +89,12 @@ class Batch:
     asked: Asked = NOTHING
     different: frozenset[TreeShape] = frozenset()
     size: tuple[int, int] | None = None
+
+    def begin(self) -> None:
+        """Here the device's part begins. What the host did for it before is not the step's time: a device
+        that had nothing else to do would count it."""
+        if self.begun is not None:
+            self.begun.record()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from engine.batch import Batch, Verified
 from engine.constrain import follows, refusal
 from engine.cuda_graphs import Graph
 from engine.errors import told
-from engine.flight import Flight, Pace, PromptFlight
+from engine.flight import Flight, HostTime, Pace, PromptFlight
 from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected
 from engine.medusa.buckets import Buckets
@@ -88,6 +88,8 @@ class Engine:
         self._flight: Flight | None = None
         self._prompts: list[PromptFlight] = []
         self._pace = Pace()
+        # Elsewhere what is launched has ended when the host goes on.
+        self._host = HostTime(self._ahead and loaded.pool.device.type == "cuda")
         self._arrivals = 0
         self._uncounted: set[str] = set()  # requests of which no choice has been prefilled
 
@@ -147,7 +149,7 @@ class Engine:
         if not self._ahead or not self._scheduler.has_work:
             deltas += self._land()
         self.stats.num_steps += 1
-        self._count()
+        self._scheduler.count(self.stats)
         return deltas
 
     def add(self, request: Request) -> None:
@@ -170,7 +172,7 @@ class Engine:
                 grammar=request.grammar.start() if request.grammar is not None else None,
             )
             self._scheduler.add(sequence)
-        self._count()
+        self._scheduler.count(self.stats)
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenDelta]:
         """Drop a request, or one choice of it; returns the last delta of each sequence dropped."""
@@ -182,7 +184,7 @@ class Engine:
         deltas = [self._end(sequence, FinishReason.ABORT, []) for sequence in dropped]
         if not self._scheduler.has_work:
             self._land()  # nobody is left in it
-        self._count()
+        self._scheduler.count(self.stats)
         return deltas
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
@@ -200,13 +202,14 @@ class Engine:
         deltas = self._land(leaving=len(self._prompts))
         if not self._scheduler.has_work:
             deltas += self._land()
-        self._count()
+        self._scheduler.count(self.stats)
         return deltas
 
     def _launch_prompts(self, chunks: list[Chunk], deltas: list[TokenDelta]) -> int:
         """Launch passes over these; how many are under way."""
         before = len(self._prompts)
         for each in self._runner.together(chunks):
+            self._host.forget()
             with self._failing([chunk.sequence for chunk in each], deltas):
                 faults.visit("prefill")
                 deltas += self._prefill(each)
@@ -291,6 +294,8 @@ class Engine:
         most = self._runner.most_tokens(batch)
         for sequence, tokens in zip(batch.sequences, most, strict=True):
             sequence.in_flight += tokens
+        if self._flight is None:  # the device waited for this one
+            self._host.forget()
         expected = self._chooser.expected if isinstance(self._chooser, AdaptiveTree) else Expected()
         return Flight(batch, verified, results, most, expected, grammars_s)
 
@@ -314,12 +319,14 @@ class Engine:
         for sequence, tokens in zip(flight.batch.sequences, flight.most, strict=True):
             sequence.in_flight -= tokens
         with self._failing(live, deltas):
+            host_s = self._host.wait(flight.results)
             rows = flight.results.rows()
-            self._learn(flight, rows)
+            self._learn(flight, rows, host_s)
             self._emit(flight, rows, deltas)
         self.stats.emitted(sum([len(delta.token_ids) for delta in deltas]))
 
     def _land_prompts(self, flight: PromptFlight, deltas: list[TokenDelta]) -> None:
+        self._host.forget()
         live = [c.sequence for c in flight.chunks if c.sequence.state is not SequenceState.FINISHED]
         for chunk in flight.chunks:
             chunk.sequence.in_flight -= 1
@@ -330,8 +337,8 @@ class Engine:
             self._pace.prefilled(flight.tokens, seconds)
             deltas += self._prefilled(flight.chunks, results)
 
-    def _learn(self, flight: Flight, rows: list[StepRow]) -> None:
-        """Let the choice of the tree see what this step took and gave."""
+    def _learn(self, flight: Flight, rows: list[StepRow], host_s: float) -> None:
+        """Let the choice of the tree see what this step took and gave, and the host meanwhile."""
         batch, seconds = flight.batch, flight.results.seconds
         self.stats.step_seconds["decode"].observe(seconds)
         self._pace.stepped(seconds)
@@ -346,6 +353,7 @@ class Engine:
                 seconds,
                 context=batch.max_length,
                 expected=flight.expected,
+                host_s=host_s,
             )
             self.stats.explored_steps = self._chooser.explored_steps
             tokens = len(rows) + sum([row.length for row in rows])
@@ -490,11 +498,3 @@ class Engine:
         besides = phase in ("schedule", "emit") and not self._ahead
         if besides and isinstance(self._chooser, AdaptiveTree):
             self._chooser.observe_outside(seconds, last=phase == "emit")
-
-    def _count(self) -> None:
-        stats, scheduler, blocks = self.stats, self._scheduler, self._blocks
-        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.preemptions = scheduler.preemptions
-        stats.prefix_query_tokens = scheduler.prefix_query_tokens
-        stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
-        stats.kv_blocks_free, stats.kv_blocks_cached = blocks.free, blocks.cached

@@ -4,6 +4,8 @@ it takes."""
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.batch import Batch, Verified
@@ -13,7 +15,7 @@ from engine.scheduler import Chunk
 from engine.step_results import PromptResults, Results, StepRow
 from engine.types import StepTrace, TokenLogprobs
 
-__all__ = ["Flight", "Pace", "PromptFlight"]
+__all__ = ["Flight", "HostTime", "Pace", "PromptFlight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,33 @@ class Pace:
     def least_s(self, tokens: int) -> float:
         """Seconds of a pass over so many tokens; 0 before anything is known."""
         return max([s for s in (self._step_s, tokens * self._token_s) if s < math.inf], default=0.0)
+
+
+@dataclass(slots=True)
+class HostTime:
+    """What the host takes from one decode step's end to when it would wait for the next, which the device
+    computes meanwhile.
+
+    Args:
+        overlaps: the device does.
+        clock: tells the seconds.
+    """
+
+    overlaps: bool
+    clock: Callable[[], float] = time.perf_counter
+    _since: float = 0.0
+
+    def wait(self, results: Results) -> float:
+        """Wait for a step. Returns the host's seconds before that, since the step in front of it had ended; 0
+        if there was none, or something else came between."""
+        found = self.clock() - self._since if self._since else 0.0
+        results.wait()
+        self._since = self.clock() if self.overlaps else 0.0
+        return found
+
+    def forget(self) -> None:
+        """What comes before the next wait is more than a step's work, or the device does not overlap it."""
+        self._since = 0.0
 
 
 def _path(parents: list[int], row: StepRow) -> list[int]:

@@ -184,11 +184,11 @@ class CapturedRunner(Runner):
         bucket = self._bucket(*size)
         graph = self._first_half(bucket, heads)
         self._fill(bucket, heads, [sequence.slot for sequence in batch.sequences], batch.shapes)
+        batch.begin()
         graph.replay()
         if bucket not in self._halfway:
             found = self._verified(bucket)
-            kept = _Captured(found.draft, found.hidden, found.logits, found.rows, bucket)
-            self._halfway[bucket] = kept
+            self._halfway[bucket] = _Captured(found.draft, found.hidden, found.logits, found.rows, bucket)
         return self._halfway[bucket]
 
     @torch.inference_mode()

@@ -34,10 +34,7 @@ class Runner(PromptRunner):
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The decode batch of `sequences`, their block tables brought up to date."""
-        started, begun = time.perf_counter(), None
-        if self._device.type == "cuda":
-            begun = device_event()
-            begun.record()
+        started = time.perf_counter()
         self._sync_tables(sequences)
         shapes = [SHAPES[sequence.head_nodes, sequence.lookup_nodes] for sequence in sequences]
         different, slots, size = frozenset(shapes), self._nobody, None
@@ -53,7 +50,7 @@ class Runner(PromptRunner):
             lengths=self._lengths[slots] if size is None else slots,
             max_length=max([sequence.num_cached + sequence.in_flight for sequence in sequences]),
             started=started,
-            begun=begun,
+            begun=device_event() if self._device.type == "cuda" else None,
             asked=self._asked,
             different=different,
             size=size,
@@ -83,6 +80,7 @@ class Runner(PromptRunner):
     @torch.inference_mode()
     def draft_forward(self, batch: Batch) -> Verified:
         """The step's first half. What the host has to say of its logits fits between the two."""
+        batch.begin()
         return self.forward(batch, self.draft(batch))
 
     @torch.inference_mode()

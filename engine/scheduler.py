@@ -9,6 +9,7 @@ from typing import Protocol
 
 from engine.cache.blocks import BlockManager
 from engine.cache.prefix import PrefixCache, PrivateRoot
+from engine.stats import EngineStats
 from engine.types import Request, Sequence, SequenceState
 
 __all__ = ["Chunk", "Plan", "Scheduler", "TreeChooser"]
@@ -270,6 +271,13 @@ class Scheduler:
             raise RuntimeError(
                 f"{self._blocks.used} K/V blocks are owned, {len(owners)} by running sequences"
             )
+
+    def count(self, stats: EngineStats) -> None:
+        """Note what runs, waits and is held now."""
+        stats.running, stats.waiting = len(self.running), len(self.waiting)
+        stats.preemptions = self.preemptions
+        stats.prefix_query_tokens, stats.prefix_hit_tokens = self.prefix_query_tokens, self.prefix_hit_tokens
+        stats.kv_blocks_free, stats.kv_blocks_cached = self._blocks.free, self._blocks.cached
 
     def _ready(self) -> list[Sequence]:
         """The sequences to decode, in order of admission."""

@@ -87,10 +87,14 @@ class Results:
         self._ended.synchronize()
         return float(self._begun.elapsed_time(self._ended)) / 1000
 
-    def rows(self) -> list[StepRow]:
-        """One for each sequence. Waits for the step's end."""
+    def wait(self) -> None:
+        """Until the device has made them."""
         if self._ended is not None:
             self._ended.synchronize()
+
+    def rows(self) -> list[StepRow]:
+        """One for each sequence. Waits for the step's end."""
+        self.wait()
         values, first = self._packed.numpy(), 5 + self._depth
         sound, lengths, lasts, nodes = values[:, :4].T.tolist()
         # A row is wide, and most of it is seldom there: only what some row uses becomes Python's numbers.

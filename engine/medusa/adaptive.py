@@ -11,6 +11,7 @@ would be best if it took as little as it plausibly may (optimism in the face of 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
 from engine.medusa.choice_captured import choose_captured
-from engine.medusa.choice_kernels import Costs, choose, predict, promise
+from engine.medusa.choice_kernels import Costs, choose, first_of, foreseen, predict, promise
 from engine.medusa.records import HeadRecord, LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape
@@ -59,7 +60,7 @@ two, and what fills a captured step of so many nodes."""
 _MARGIN = 1.02
 """Speculation has to promise this much more than plain decoding: the best of many estimates is too good."""
 
-_UNKNOWN_BEYOND = np.array([8.0, 8.0])
+_UNKNOWN_BEYOND = 8.0, 8.0
 """Of chains beside heads where nothing was seen: tokens that came true, and tokens expected."""
 
 _FORGET = 0.0001
@@ -255,6 +256,7 @@ class AdaptiveTree:
         self._heads = HeadRecord(heads, accepted) if heads is not None and heads.size > 1 else None
         self._caps = TreeCaps([len(path) for path in heads.paths] if heads is not None else [])
         self._sizes = self._heads.sizes if self._heads is not None else np.zeros(1, dtype=np.int64)
+        self._size_list: list[int] = self._sizes.tolist()
         times.check_sizes(len(self._sizes))
         self._current = 0
         self._for_nodes, self._for_times = _Explored(), _Explored()
@@ -262,7 +264,7 @@ class AdaptiveTree:
         self._again = 0, 0
         # Lookup nodes accepted deeper than the heads', and how many that should have been: where the heads
         # are right the chain often is too, which multiplying their chances overlooks.
-        self._beyond = _UNKNOWN_BEYOND.copy()
+        self._beyond = _UNKNOWN_BEYOND
         self._batch, self._outside = 0, 0.0
         self._where: tuple[list[int], list[Sequence], Counts] = [], [], np.zeros(0, dtype=np.int64)
         self.expected = Expected()
@@ -285,16 +287,17 @@ class AdaptiveTree:
         slots = self._seated(sequences)
         own = self._heads.own(slots) if self._heads is not None else np.ones(len(sequences))
         remaining = np.array([s.remaining for s in sequences], dtype=np.float64)
-        left = _FORESEEN * -np.expm1(remaining / -_FORESEEN)
+        left = foreseen(remaining, _FORESEEN)
         costs = self._times.costs(len(sequences), context, self._max_step_tokens)
         taken = self._search(costs, _Batch(context, states, own, left, others_wait))
-        self._caps.apply(sequences, taken.heads.tolist(), taken.counts.tolist())
+        chains = taken.counts.tolist()
+        self._caps.apply(sequences, taken.heads.tolist(), chains)
         # From here on by what the caps have left of it.
         nodes, beyond = max([sequence.head_nodes for sequence in sequences]), 0.0
-        if nodes and taken.counts.any():
-            with_heads = [s.lookup_nodes if s.head_nodes else 0 for s in sequences]
-            beyond = float(taken.added[np.arange(taken.added.shape[1]) < np.array(with_heads)[:, None]].sum())
-        draft_s = float(costs.drafts[np.searchsorted(self._sizes, nodes)])
+        if nodes and any(chains):
+            with_heads = np.array([s.lookup_nodes if s.head_nodes else 0 for s in sequences])
+            beyond = first_of(taken.added, with_heads)
+        draft_s = float(costs.drafts[bisect_left(self._size_list, nodes)])
         self.expected = Expected(float(taken.seconds[0]), draft_s, beyond, slots)
 
     def _seated(self, sequences: list[Sequence]) -> Counts:
@@ -309,7 +312,7 @@ class AdaptiveTree:
     def _search(self, costs: Costs, batch: _Batch) -> _Taken:
         """What to take."""
         reach = self._heads.reach() if self._heads is not None else _NO_REACH
-        beyond = float(self._beyond[0] / self._beyond[1])
+        beyond = self._beyond[0] / self._beyond[1]
         known = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
         count, odds = len(batch.states), self._lookup.odds
 
@@ -346,6 +349,7 @@ class AdaptiveTree:
         *,
         context: int,
         expected: Expected,
+        host_s: float = 0.0,
     ) -> None:
         """Learn from a step.
 
@@ -355,27 +359,34 @@ class AdaptiveTree:
             seconds: what the step took.
             context: tokens of its longest sequence.
             expected: `self.expected` when it was chosen.
+            host_s: what the host took while the device computed it; 0 where that is not known.
         """
         batch, alike = len(shapes), Counter(shapes)  # mostly many are
-        rows = sum(count * shape.num_nodes for shape, count in alike.items())
-        largest = max(shape.num_nodes for shape in alike)
+        rows = sum([count * (1 + heads + chain) for (heads, chain), count in alike.items()])
+        largest = max([1 + heads + chain for heads, chain in alike])
         computed, cells = self._times.rows(batch, rows, largest), batch * largest - rows
         self._times.observe(batch, context, computed, seconds, expected.draft_s, cells)
+        if host_s:
+            self._times.observe_host(batch, host_s)
         self._for_nodes.earn(seconds)
         self._for_times.earn(seconds)
         if self._heads is None:
             return
         if expected.beyond == 0.0:  # nothing is learned: forget, or no chain beside heads is ever tried again
-            self._beyond += _FORGET * (_UNKNOWN_BEYOND - self._beyond)
+            came, promised = self._beyond
+            self._beyond = (
+                came + _FORGET * (_UNKNOWN_BEYOND[0] - came),
+                promised + _FORGET * (_UNKNOWN_BEYOND[1] - promised),
+            )
         else:
             self._count_beyond(shapes, accepted, expected.beyond)
         if expected.slots is None or len(expected.slots) != batch:
             return  # one was preempted behind the choice: the others have moved up
-        if not any(shape.head_nodes for shape in alike):
+        if max(alike).head_nodes == 0:
             self._heads.unseen(expected.slots)
         else:
-            nodes = [shape.head_nodes for shape in shapes] if len(alike) > 1 else shapes[0].head_nodes
-            self._heads.observe(np.full(batch, nodes), accepted, expected.slots)
+            nodes = np.array([heads for heads, _ in shapes])
+            self._heads.observe(nodes, accepted, expected.slots)
 
     def observe_outside(self, seconds: float, *, last: bool) -> None:
         """Add to what the step chosen last takes besides; with the `last` part of it, learn the sum."""
@@ -397,7 +408,8 @@ class AdaptiveTree:
                 by_heads = max(by_heads, self._heads.depths[(heads & -heads).bit_length() - 1])
                 heads &= heads - 1
             beyond += max(0, chain - by_heads)
-        self._beyond = 0.98 * self._beyond + (beyond, predicted)
+        came, promised = self._beyond
+        self._beyond = 0.98 * came + beyond, 0.98 * promised + predicted
 
     def _try_for_times(
         self, usual: _Taken, take: Callable[..., _Taken], costs: Costs, context: int
@@ -446,7 +458,8 @@ class AdaptiveTree:
         if not targets:
             return usual
         target = int(targets[budget.turn % len(targets)])
-        extra = abs(float(usual.seconds[target] - usual.seconds[choice]))
+        took = np.maximum(usual.seconds, costs.host)
+        extra = abs(float(took[target] - took[choice]))
         if not budget.affords(extra):
             return usual
         budget.spend(extra)
@@ -470,5 +483,5 @@ class AdaptiveTree:
             lookup = sum(row[:count].sum() for row, count in zip(taken.added, taken.counts, strict=True))
             tokens.append(len(taken.counts) + heads + lookup)
             body = predict(costs.rows, costs.seconds, self._rows(taken))
-            seconds.append(body + costs.drafts[sizes.max()] + costs.outside)
+            seconds.append(max(body + costs.drafts[sizes.max()] + costs.outside, costs.host))
         return max(0.0, float(seconds[0] - tokens[0] / tokens[1] * seconds[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -39,12 +40,12 @@ class Buckets:
 
     def find(self, batch: int, nodes: int) -> tuple[int, int] | None:
         """The smallest that holds so many sequences and nodes; None where there is none."""
-        found = self.batch(batch), next((n for n in self.nodes if n >= nodes), 0)
+        found = self.batch(batch), _at_least(nodes, self.nodes)
         return found if found[0] and found[1] and found[0] * found[1] <= self.max_rows else None
 
     def batch(self, batch: int) -> int:
         """The smallest B for so many sequences; 0 where there is none."""
-        return next((b for b in self.batches if b >= batch), 0)
+        return _at_least(batch, self.batches)
 
     def most_nodes(self, batch: int) -> int:
         """The largest tree that so many sequences can have; 1 where there is no bucket at all."""
@@ -53,5 +54,10 @@ class Buckets:
 
     def rows(self, batch: int, largest: int) -> float:
         """B * N of the bucket for trees of up to `largest` nodes; beyond any bound where there is none."""
-        nodes = next((n for n in self.nodes if n >= largest), 0)
-        return float(self.batch(batch) * nodes) or 1e9
+        return float(self.batch(batch) * _at_least(largest, self.nodes)) or 1e9
+
+
+def _at_least(least: int, rising: tuple[int, ...]) -> int:
+    """The first that is no less; 0 where there is none."""
+    index = bisect_left(rising, least)
+    return rising[index] if index < len(rising) else 0

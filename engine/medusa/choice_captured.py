@@ -127,9 +127,9 @@ def choose_captured(
         forced: the option to take, whatever it promises; -1 for the best.
 
     Returns:
-        The option; [2G] what each is worth a second, 0 where there is none; [2G] its seconds; and of the one
-        that was taken, [B] int64 nodes of the heads, [B] int64 of the chain, and [B, D] what those are worth
-        beside the heads, see `choice_kernels.beside`; 0 where there are none.
+        The option; [2G] what each is worth a second, 0 where there is none; [2G] its seconds on the device;
+        and of the one that was taken, [B] int64 nodes of the heads, [B] int64 of the chain, and [B, D] what
+        those are worth beside the heads, see `choice_kernels.beside`; 0 where there are none.
     """
     chains = survival(odds, states)
     B, G = len(chains), costs.grid_nodes.size
@@ -145,7 +145,8 @@ def choose_captured(
             draft_s = costs.drafts[np.searchsorted(sizes, cells, side="right") - 1]
         seconds[option] = predict(costs.rows, costs.seconds, rows) + draft_s
         tokens, _, _ = fill(cells, heads, chains, own, sizes, reach, beyond)
-        rates[option] = worth(tokens, left, others_wait) / (seconds[option] + costs.outside)
+        took = max(seconds[option] + costs.outside, costs.host)
+        rates[option] = worth(tokens, left, others_wait) / took
         if cells == 0:
             rates[option] *= margin
         if forced < 0 and rates[option] > best:

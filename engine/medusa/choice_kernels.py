@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 
 from engine.cpu_team import JIT
 
-__all__ = ["Costs", "beside", "choose", "count_accepted", "predict", "promise", "reach", "survival"]
+__all__ = [
+    "Costs",
+    "beside",
+    "choose",
+    "count_accepted",
+    "first_of",
+    "foreseen",
+    "predict",
+    "promise",
+    "reach",
+    "shares",
+    "survival",
+]
 
 # They take microseconds; to get the interpreter's lock back may take as long as another thread likes.
 _JIT: dict[str, Any] = {**JIT, "nogil": False}
@@ -35,6 +47,8 @@ class Costs(NamedTuple):
         padding: seconds of a cell of the grid that holds no node.
         uneven: seconds more where not all trees are of one size.
         outside: seconds of a step besides all that.
+        host: seconds of the host for a step, in which the device computes the one before; steps follow one
+            another no sooner. 0 where it waits for each.
         grid_batch: B of the captured steps' bucket; 0 without.
         grid_nodes: [G] N of these buckets, rising.
         most_rows: bound on the rows of a step.
@@ -46,6 +60,7 @@ class Costs(NamedTuple):
     padding: float
     uneven: float
     outside: float
+    host: float
     grid_batch: float
     grid_nodes: Array
     most_rows: float
@@ -65,6 +80,30 @@ def predict(knots: Array, values: Array, rows: float) -> float:
     while knots[i + 1] < rows:
         i += 1
     return values[i] + (rows - knots[i]) / (knots[i + 1] - knots[i]) * (values[i + 1] - values[i])
+
+
+@njit(**_JIT)
+def shares(own: Array, slots: Counts, common: float) -> Array:
+    """[B]: the share of the common chances that each slot's sequence has, see `HeadRecord.own`.
+
+    Args:
+        own: [slots, 2] tokens of each slot's drafts that came true, and that should have.
+        slots: [B] int64.
+        common: tokens that what is known of all counts as.
+    """
+    found = np.empty(len(slots))
+    for b in range(len(slots)):
+        found[b] = (own[slots[b], 0] + common) / (own[slots[b], 1] + common)
+    return found
+
+
+@njit(**_JIT)
+def foreseen(remaining: Array, most: float) -> Array:
+    """[B] tokens that are reckoned with of those that each sequence may still emit; at most `most`."""
+    found = np.empty(len(remaining))
+    for b in range(len(remaining)):
+        found[b] = -most * np.expm1(-remaining[b] / most)
+    return found
 
 
 @njit(**_JIT)
@@ -161,6 +200,21 @@ def beside(chains: Array, reach: Array) -> Array:
             least = min(least, chains[b, d] * (1.0 - reach[d] if d < reach.size else 1.0))
             added[b, d] = least
     return added
+
+
+@njit(**_JIT)
+def first_of(values: Array, counts: Counts) -> float:
+    """The sum of the first ones of each row.
+
+    Args:
+        values: [B, D].
+        counts: [B] int64, how many of each.
+    """
+    total = 0.0
+    for b in range(len(values)):
+        for d in range(min(counts[b], values.shape[1])):
+            total += values[b, d]
+    return total
 
 
 @njit(**_JIT)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.medusa.choice_kernels import count_accepted, reach, survival
+from engine.medusa.choice_kernels import count_accepted, reach, shares, survival
 from engine.medusa.lookup import FORCED, MOST_MATCHED, NUM_KINDS
 from engine.medusa.tree import Tree
 from engine.types import LookupState
@@ -70,7 +70,7 @@ class LookupRecord:
     @property
     def odds(self) -> Array:
         """[kinds, D], see `choice_kernels.survival`."""
-        found: Array = np.array(self._odds)[self._grown]
+        found: Array = np.array(self._odds).take(self._grown)
         return found
 
     def states(self, states: Sequence[LookupState]) -> Array:
@@ -174,8 +174,7 @@ class HeadRecord:
 
     def own(self, slots: Counts) -> Array:
         """[B]: the share of the common chances that the drafts of these slots' sequences have."""
-        came, expected = self._own[slots].T + self._COMMON_TOKENS
-        found: Array = came / expected
+        found: Array = shares(self._own, slots, self._COMMON_TOKENS)
         return found
 
     def unseen(self, slots: Counts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +23,8 @@ class StepTimes:
     Measured points hold for a short context and for the machine as it was then, which may have been busy.
     What serving takes corrects them (`time_corrections`), each bucket of batches by itself. What a step takes
     besides (planning it, handing out its tokens) is learned while serving: it is the same for any tree, so
-    the larger it is the larger a tree pays.
+    the larger it is the larger a tree pays. Where steps are launched ahead, that passes while the device
+    computes the step before: nodes cost nothing up to where the device takes longer than the host.
 
     Args:
         measured: for each batch bucket, (rows, seconds) points, rows rising.
@@ -65,6 +68,7 @@ class StepTimes:
             for b in self._buckets
         }
         self._outside: dict[int, float] = {}
+        self._host: dict[int, float] = {}
         # Compile it now, not under the first request.
         unused = Corrections(np.array([1.0, 2.0]), np.array([1.0, 1.0]), captured=False)
         unused.observe(1, 1.0, 1.0)
@@ -91,9 +95,10 @@ class StepTimes:
             rows=self._rows[bucket],
             seconds=self._corrections[bucket].seconds(context),
             drafts=self._draft[bucket],
-            padding=self.padding(batch, context),
+            padding=self.padding(batch, context) if self._padding else 0.0,
             uneven=self._uneven.get(bucket, 0.0),
-            outside=self.outside(batch),
+            outside=self._outside.get(bucket, 0.0),
+            host=self._host.get(bucket, 0.0),
             grid_batch=float(self._grid.batch(batch)) if self._grid is not None else 0.0,
             grid_nodes=self._grid_nodes,
             most_rows=float(most_rows),
@@ -153,12 +158,20 @@ class StepTimes:
 
     def observe_outside(self, batch: int, seconds: float) -> None:
         """Learn what a step of so many sequences took besides."""
-        known = self._outside.get(self._bucket(batch), 0.0)
-        usual = min(seconds, 2 * known + 0.001)  # a hiccup of the machine is not
-        self._outside[self._bucket(batch)] = known + self._RATE * (usual - known)
+        self._average(self._outside, batch, seconds)
+
+    def observe_host(self, batch: int, seconds: float) -> None:
+        """Learn what the host took for a step of so many sequences, see `Costs.host`."""
+        self._average(self._host, batch, seconds)
+
+    def _average(self, known: dict[int, float], batch: int, seconds: float) -> None:
+        bucket = self._bucket(batch)
+        before = known.get(bucket, 0.0)
+        usual = min(seconds, 2 * before + 0.001)  # a hiccup of the machine is not
+        known[bucket] = before + self._RATE * (usual - before)
 
     def _bucket(self, batch: int) -> int:
-        return next((b for b in self._buckets if b >= batch), self._buckets[-1])
+        return self._buckets[min(bisect_left(self._buckets, batch), len(self._buckets) - 1)]
 
 
 def _with_a_slope(bucket: int, measured: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:

@@ -42,7 +42,9 @@ def step_times(
     return StepTimes(points, drafts)
 
 
-def observe(chooser: AdaptiveTree, sequences: list[Sequence], accepted: list[int], seconds: float) -> None:
+def observe(
+    chooser: AdaptiveTree, sequences: list[Sequence], accepted: list[int], seconds: float, host_s: float = 0.0
+) -> None:
     """The step that was chosen last."""
     chooser.observe(
         [TreeShape(made.head_nodes, made.lookup_nodes) for made in sequences],
@@ -50,6 +52,7 @@ def observe(chooser: AdaptiveTree, sequences: list[Sequence], accepted: list[int
         seconds,
         context=max(made.num_cached for made in sequences),
         expected=chooser.expected,
+        host_s=host_s,
     )
 
 

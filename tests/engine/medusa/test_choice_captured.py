@@ -30,15 +30,17 @@ def adaptive(heads: Tree | None = HEADS, lookup: int = 0) -> AdaptiveTree:
     return AdaptiveTree(times, heads, LookupRecord(lookup), 512)
 
 
+@pytest.mark.parametrize("host_s", [0.0, 0.026])
 @pytest.mark.parametrize("others_wait", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_choice_is_the_best_of_all_there_are(seed: int, others_wait: bool) -> None:
-    """Every bucket, filled in every way, by hand."""
+def test_the_choice_is_the_best_of_all_there_are(seed: int, others_wait: bool, host_s: float) -> None:
+    """Every bucket, filled in every way, by hand; also where the host takes as long as some of them."""
     rng = np.random.default_rng(seed)
     B, D = 3, 4
     grid, drafts, beyond = Buckets((1, 2, 4), (1, 2, 4, 8), 16), [0.0, 0.002, 0.003], 0.7
     knots = [(4 * n, 0.02 + 0.002 * n * rng.uniform(0.5, 1.5)) for n in (1, 2, 4, 8)]
     costs = StepTimes({4: knots}, {4: drafts}, context=50, buckets=grid).costs(B, 50, 16)
+    costs = costs._replace(host=host_s)
     sizes, reach = np.array([0, 1, 3]), np.array([[0.0, 0.0], [0.6, 0.0], [0.7, 0.3]])
     states = np.array([[kind, D - kind, rng.normal()] for kind in range(B)])
     odds, own, left = rng.normal(size=(B, D)), rng.uniform(0.5, 1.5, B), rng.uniform(1.0, 256.0, B)
@@ -60,7 +62,7 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int, others_wait: bool) -
         seconds = np.interp(4 * (cells + 1), costs.rows, costs.seconds)
         seconds += drafts[max(c for c in range(3) if sizes[c] <= cells)] if heads else 0.0
         value = B / (1.0 / found).sum() if others_wait else ((left / found) ** 8).mean() ** -0.125
-        return float((1.02 if not cells else 1.0) * value / seconds)
+        return float((1.02 if not cells else 1.0) * value / max(seconds, host_s))
 
     best = [best_of(option) for option in range(8)]
     assert best[6:] == [0.0, 0.0]  # they have more rows than a step may
@@ -220,3 +222,32 @@ def test_while_others_wait_it_is(batch: int) -> None:
     patient, busy = together(hits, others_wait=False), together(hits, others_wait=True)
     assert busy[0] > 1.01 * patient[0]
     assert busy[1] < 0.99 * patient[1]
+
+
+def test_where_the_host_is_slow_nodes_are_free_up_to_its_time() -> None:
+    """The largest bucket that is done by then, and what pays by the device's time alone once it is quick."""
+    chooser, sequences = adaptive(), [sequence(slot) for slot in range(4)]
+
+    def chosen_after(steps: int, host_s: float) -> int:
+        sizes: list[int] = []
+        for _ in range(steps):
+            chooser.choose(sequences)
+            nodes = max(made.num_nodes for made in sequences)
+            took = gpu_like(4, 4 * nodes) + (0.00004 if nodes > 1 else 0.0)
+            observe(chooser, sequences, [1 if nodes == 1 else 0b11] * 4, took, host_s)
+            sizes.append(nodes)
+        return max(sizes[-20:], key=sizes[-20:].count)
+
+    quick = chosen_after(200, 0.0001)
+    slow = chosen_after(400, 0.0025)
+    assert quick < slow
+    assert gpu_like(4, 4 * slow) + 0.00004 <= 0.0026
+    assert chosen_after(400, 0.0001) == quick
+
+
+def test_a_pause_of_the_host_is_not_what_it_takes() -> None:
+    times = StepTimes({4: [(4, 0.001), (8, 0.002)]}, {4: [0.0]}, buckets=GRID)
+    for seconds in [0.0004] * 100 + [3.0]:
+        times.observe_host(4, seconds)
+    assert times.costs(4, 50, 16).host == pytest.approx(0.0004, rel=0.25)
+    assert times.costs(4, 50, 16).outside == 0.0
