@@ -85,6 +85,7 @@ class _Account:
         now["sequence_steps"] = sum(stats.acceptance_counts)
         now["explored_steps"] = stats.explored_steps
         now["expected_of_plain_s"] = stats.plain_decode_seconds
+        now["device_idle_s"] = stats.device_idle_seconds
         return now
 
     def begin(self) -> None:
@@ -167,20 +168,28 @@ def _streams(
     for streams in (1, 2) if run.tiny else (1, 4, 16, 64):
         rates: dict[str, list[float]] = {"auto": [], "off": []}
         sizes: list[int] = []
+        lengths: list[float] = []
+        accounts = {"auto": _Account(auto), "off": _Account(off)}
         for number in range(-1, rounds):
             chosen = [rng.choice(prompts) for _ in range(3 * streams)]
             for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
                 llm = auto if side == "auto" else off
+                accounts[side].begin()
                 phase = run_phase(llm, chosen, streams, new_tokens, f"streams-{streams}-{number}")
                 if number >= 0:
+                    accounts[side].end()
                     rates[side].append(phase.tokens_per_s)
-                    sizes += phase.sizes if side == "auto" else ()
+                    if side == "auto":
+                        sizes += phase.sizes
+                        lengths.append(phase.acceptance_length)
         row = {
             "streams": streams,
             "auto_tokens_per_s": round(statistics.median(rates["auto"]), 1),
             "off_tokens_per_s": round(statistics.median(rates["off"]), 1),
             **ratio_interval(rates["auto"], rates["off"]),
+            "acceptance_length": round(statistics.fmean(lengths), 3),
             "tree_sizes": shares(sizes),
+            "steps": {side: account.row() for side, account in accounts.items()},
         }
         found.append(row)
         print(row, flush=True)

@@ -340,7 +340,7 @@ class Engine:
     def _learn(self, flight: Flight, rows: list[StepRow], host_s: float) -> None:
         """Let the choice of the tree see what this step took and gave, and the host meanwhile."""
         batch, seconds = flight.batch, flight.results.seconds
-        self.stats.step_seconds["decode"].observe(seconds)
+        self.stats.decoded(seconds, host_s)
         self._pace.stepped(seconds)
         seconds -= flight.grammars_s  # no tree makes them longer or shorter
         for sequence, row in zip(batch.sequences, rows, strict=True):

@@ -74,6 +74,8 @@ class EngineStats:
         step_seconds: how long each of `PHASES` took; one value a pass for prefill, else one a step.
         plain_decode_seconds: what plain decoding would have taken for the tokens that decode steps gave, by
             the measured step times; 0 where nothing is measured (any tree but `auto`).
+        device_idle_seconds: in which the device had computed its decode step and the next one had not been
+            launched, where steps are launched ahead and follow one another.
         num_drafts: trees verified (one per sequence and step, plain decoding not counted).
         drafted_by_source: tree nodes verified, root not counted, by what had drafted them.
         accepted_at: of these, the accepted ones, by source and then by depth from 1; index 0 is unused.
@@ -100,6 +102,7 @@ class EngineStats:
         default_factory=lambda: {phase: Tally.of(_PHASE_SECONDS) for phase in PHASES}
     )
     plain_decode_seconds: float = 0.0
+    device_idle_seconds: float = 0.0
     num_drafts: int = 0
     drafted_by_source: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DRAFT_SOURCES, 0))
     accepted_at: dict[str, list[int]] = field(
@@ -145,6 +148,16 @@ class EngineStats:
         """Share of the pool that running sequences own; what is kept for reuse can be taken at any time."""
         free = self.kv_blocks_free + self.kv_blocks_cached
         return 1.0 - free / self.kv_blocks_total if self.kv_blocks_total else 0.0
+
+    def decoded(self, seconds: float, host_s: float) -> None:
+        """Count a decode step.
+
+        Args:
+            seconds: what it took.
+            host_s: see `flight.HostTime`; the next step was launched when they had passed.
+        """
+        self.step_seconds["decode"].observe(seconds)
+        self.device_idle_seconds += max(0.0, host_s - seconds)
 
     def emitted(self, tokens: int) -> None:
         """Count emitted tokens."""

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
+from itertools import pairwise
 from typing import Literal
 
 from prometheus_client import (
@@ -113,12 +114,9 @@ def _seconds(name: str, text: str, buckets: tuple[float, ...], read: Read | None
 def _kv_blocks(source: _Source) -> Iterator[tuple[tuple[str, ...], Value]]:
     stats = source.stats
     free, cached = stats.kv_blocks_free, stats.kv_blocks_cached
-    for state, count in (
-        ("free", free),
-        ("cached", cached),
-        ("used", stats.kv_blocks_total - free - cached),
-    ):
-        yield (state,), count
+    yield ("free",), free
+    yield ("cached",), cached
+    yield ("used",), stats.kv_blocks_total - free - cached
 
 
 def _accepted_per_position(source: _Source) -> Iterator[tuple[tuple[str, ...], Value]]:
@@ -133,12 +131,8 @@ def _accepted_per_position(source: _Source) -> Iterator[tuple[tuple[str, ...], V
 
 def _acceptance(source: _Source) -> Tally:
     counts = list(source.stats.acceptance_counts)  # one copy, so that buckets and sum agree
-    tally = Tally.of(_ACCEPTANCE)
-    below = 0
-    for i, bound in enumerate(_ACCEPTANCE):
-        tally.counts[i] = sum(counts[below : int(bound) + 1])
-        below = int(bound) + 1
-    tally.counts[-1] = sum(counts[below:])
+    tally, edges = Tally.of(_ACCEPTANCE), [0, *(int(bound) + 1 for bound in _ACCEPTANCE), len(counts)]
+    tally.counts = [sum(counts[first:end]) for first, end in pairwise(edges)]
     tally.total = float(sum(length * count for length, count in enumerate(counts)))
     return tally
 
@@ -289,6 +283,12 @@ METRICS: tuple[Metric, ...] = (
         "host) and emit.",
         ("phase",),
         read=lambda s: [((phase,), s.stats.step_seconds[phase]) for phase in PHASES],
+    ),
+    _counter(
+        "device_idle_seconds",
+        "seconds",
+        "In which a GPU had computed its decode step and the host had not launched the next one.",
+        lambda s: s.stats.device_idle_seconds,
     ),
     # Requests
     _seconds("time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT),

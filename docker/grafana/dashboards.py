@@ -367,6 +367,14 @@ MEDUSA = [
         width=12,
     ),
     Panel(
+        "GPU waits for the host",
+        "Share of the time in which it had computed its decode step and the next one was not there: a faster "
+        "CPU, or fewer other processes on it, would help.",
+        {"{{instance}}": f"rate(medusa_device_idle_seconds_total{CHOSEN}[{WINDOW}])"},
+        unit="percentunit",
+        width=12,
+    ),
+    Panel(
         "First drafts right",
         "Over half an hour; what the alert on falling acceptance looks at.",
         {"{{instance}}": f"medusa:first_draft_accepted:ratio30m{CHOSEN}"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,7 @@ class StepTimes:
         }
         self._outside: dict[int, float] = {}
         self._host: dict[int, float] = {}
+        self._host_steps: Counter[int] = Counter()
         # Compile it now, not under the first request.
         unused = Corrections(np.array([1.0, 2.0]), np.array([1.0, 1.0]), captured=False)
         unused.observe(1, 1.0, 1.0)
@@ -158,17 +160,19 @@ class StepTimes:
 
     def observe_outside(self, batch: int, seconds: float) -> None:
         """Learn what a step of so many sequences took besides."""
-        self._average(self._outside, batch, seconds)
+        self._average(self._outside, self._bucket(batch), seconds, self._RATE)
 
     def observe_host(self, batch: int, seconds: float) -> None:
         """Learn what the host took for a step of so many sequences, see `Costs.host`."""
-        self._average(self._host, batch, seconds)
-
-    def _average(self, known: dict[int, float], batch: int, seconds: float) -> None:
         bucket = self._bucket(batch)
+        self._host_steps[bucket] += 1  # the first ones count for more
+        self._average(self._host, bucket, seconds, max(self._RATE, 1.0 / self._host_steps[bucket]))
+
+    @staticmethod
+    def _average(known: dict[int, float], bucket: int, seconds: float, rate: float) -> None:
         before = known.get(bucket, 0.0)
         usual = min(seconds, 2 * before + 0.001)  # a hiccup of the machine is not
-        known[bucket] = before + self._RATE * (usual - before)
+        known[bucket] = before + rate * (usual - before)
 
     def _bucket(self, batch: int) -> int:
         return self._buckets[min(bisect_left(self._buckets, batch), len(self._buckets) - 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,11 +14,10 @@ from engine.flight import HostTime
 from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree
+from engine.stats import EngineStats
 from engine.step_results import Results
 from engine.types import Request, SamplingParams
 from tests.engine.conftest import TinyModel
-
-STEP_S = 0.004
 
 
 class _Clock:
@@ -62,7 +62,7 @@ def simulated(narrow: TinyModel) -> SimulatedEngine:
     settings: dict[str, Any] = {"heads": str(narrow.heads), "tree": "auto", "lookup": "off"}
     settings |= {"max_num_seqs": 2, "kv_cache_tokens": 2048, "device": "cpu", "prefix_caching": False}
     made = load(EngineConfig(model=str(narrow.folder), **settings), progress=False)
-    return SimulatedEngine(made, device=SimulatedDevice(STEP_S))
+    return SimulatedEngine(made, device=SimulatedDevice(0.001))
 
 
 def request(name: str, tokens: int) -> Request:
@@ -82,24 +82,36 @@ def test_steps_that_follow_one_another_tell_it(
         observe(*args, host_s=host_s, **options)
 
     monkeypatch.setattr(chooser, "observe", noted)
+    # Looked at when a wait begins and when it ends: from one to the next it is a second.
+    seconds = itertools.count(1.0)
+    assert simulated._host.overlaps
+    simulated._host.clock = lambda: next(seconds)
     simulated.add(request("a", 12))
     while len(seen) < 4:
         simulated.step()
-    assert [s > 0.0 for s in seen] == [False, True, True, True]
-    assert all(0.0 < s < STEP_S for s in seen[1:]), "the wait for the device is not the host's time"
-    assert 0.0 < chooser._times.costs(1, 10, 64).host < STEP_S
+    assert seen == [0.0, 1.0, 1.0, 1.0]
+    assert chooser._times.costs(1, 10, 64).host > 0.0
     simulated.add(request("b", 8))
     while simulated.has_work:
         simulated.step()
     both = seen[4:]
     assert 0.0 in both[:4]
-    assert any(s > 0.0 for s in both[4:])
+    assert 1.0 in both[4:]
     # When all is idle for a while, that is no step's either.
     seen.clear()
     simulated.add(request("c", 4))
     while simulated.has_work:
         simulated.step()
     assert seen[0] == 0.0
+    assert simulated.stats.device_idle_seconds > 0.0  # a second is longer than a step
+
+
+def test_what_the_host_takes_longer_the_device_is_idle() -> None:
+    stats = EngineStats()
+    for host_s in (0.0, 0.003, 0.007):
+        stats.decoded(0.004, host_s)
+    assert stats.device_idle_seconds == pytest.approx(0.003)
+    assert stats.step_seconds["decode"].total == pytest.approx(0.012)
 
 
 def test_a_captured_step_begins_when_its_inputs_are_there(

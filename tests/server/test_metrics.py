@@ -63,6 +63,7 @@ def test_reuse_and_what_had_drafted_are_counted(serve: Serve) -> None:
     script = [FakeStep(ids("a"), cached_tokens=7), FakeStep(ids("bcd"), accepted_prediction_tokens=2)]
     engine = FakeEngine(lambda _r, _i: script, vocab_size=TEXT.vocab_size, draft_tokens=7)
     engine.stats.explored_steps = 3
+    engine.stats.device_idle_seconds = 0.25
     server = serve(engine)
     server.chat(n=2)
     metrics = server.metrics()
@@ -73,6 +74,7 @@ def test_reuse_and_what_had_drafted_are_counted(serve: Serve) -> None:
     assert metrics["medusa_prefix_cache_queries_total"] == prompt
     assert metrics["medusa_prefix_cache_hits_total"] == 7
     assert metrics["medusa_explored_steps_total"] == 3
+    assert metrics["medusa_device_idle_seconds_total"] == 0.25
 
 
 def test_times_are_measured_in_seconds(serve: Serve) -> None:

@@ -247,6 +247,9 @@ def test_where_the_host_is_slow_nodes_are_free_up_to_its_time() -> None:
 
 def test_a_pause_of_the_host_is_not_what_it_takes() -> None:
     times = StepTimes({4: [(4, 0.001), (8, 0.002)]}, {4: [0.0]}, buckets=GRID)
+    for seconds in (0.0003, 0.0005):
+        times.observe_host(4, seconds)
+    assert times.costs(4, 50, 16).host == pytest.approx(0.0004)
     for seconds in [0.0004] * 100 + [3.0]:
         times.observe_host(4, seconds)
     assert times.costs(4, 50, 16).host == pytest.approx(0.0004, rel=0.25)
