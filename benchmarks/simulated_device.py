@@ -32,11 +32,12 @@ import engine.process
 from engine.batch import Batch, Verified
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import CapturedRunner
+from engine.graphs import Bucket, CapturedRunner
 from engine.loader import Loaded
 from engine.process import EngineProcess
+from engine.runners import make_chooser
 from engine.scheduler import Chunk
-from engine.step_results import PromptResults, Results
+from engine.step_results import PromptResults, Results, StepRow
 
 __all__ = ["OPTIONS", "SimulatedDevice", "SimulatedEngine", "install"]
 
@@ -57,18 +58,29 @@ class SimulatedDevice:
         accepted: nodes accepted in each step, the root not counted; the tree must have them.
         chains: every so many-th sequence has a lookup chain behind a step, others behind the next; 0: none
             ever has. Of each chain the first token comes true.
+        said_s: of decode steps what is told to who chooses the trees: seconds of a step, and of each of its
+            rows. None: what they take.
     """
 
     step_s: float
     token_s: float = 0.0
     accepted: int = 0
     chains: int = 0
+    said_s: tuple[float, float] | None = None
     _free: float = 0.0
 
     def launch(self, seconds: float) -> float:
         """The `time.perf_counter()` at which work launched now ends."""
         self._free = max(self._free, time.perf_counter()) + seconds
         return self._free
+
+    def told(self, rows: int) -> float:
+        """What it is said that a step of so many rows takes."""
+        return self.step_s if self.said_s is None else self.said_s[0] + self.said_s[1] * rows
+
+    def rest(self) -> None:
+        """Drop what was launched."""
+        self._free = 0.0
 
 
 def _wait(end: float) -> None:
@@ -77,11 +89,16 @@ def _wait(end: float) -> None:
 
 
 class _Late(Results):
-    """Results that are there when the device has made them."""
+    """Results that are there when the device has made them.
 
-    def __init__(self, packed: Tensor, depth: int, device: SimulatedDevice, seconds: float) -> None:
-        super().__init__(packed, depth, started=time.perf_counter(), begun=None)
-        self._end, self._takes = device.launch(seconds), seconds
+    Args:
+        made: these results.
+        end: when they are there, see `SimulatedDevice.launch`.
+        seconds: what they took, as it is told.
+    """
+
+    def __init__(self, made: Results, end: float, seconds: float) -> None:
+        self._made, self._end, self._takes = made, end, seconds
 
     @property
     def seconds(self) -> float:
@@ -89,6 +106,10 @@ class _Late(Results):
 
     def wait(self) -> None:
         _wait(self._end)
+
+    def rows(self) -> list[StepRow]:
+        self.wait()
+        return self._made.rows()
 
 
 class _NoGraph:
@@ -120,15 +141,13 @@ class SimulatedEngine(Engine):
         assert isinstance(runner, CapturedRunner)
         token = min(_TOKEN, loaded.info.vocab_size - 1)
 
-        second_half = runner.targets_accept_compact
-
-        turns = count()
+        second_half, turns = runner.targets_accept_compact, count()
 
         @cache
-        def packed(depth: int, emitted: int, turn: int) -> Tensor:
-            """The results of every sequence; nobody writes to them."""
+        def packed(rows: int, depth: int, emitted: int, turn: int) -> Tensor:
+            """What a step gives; nobody writes to it."""
             width = 5 + depth + (2 + loaded.info.lookup if loaded.info.lookup else 0)
-            found = torch.zeros(loaded.info.max_num_seqs, width, dtype=torch.int64)
+            found = torch.zeros(rows, width, dtype=torch.int64)
             found[:, 0] = 1  # finite
             found[:, 1:3] = emitted - 1
             found[:, 3] = (1 << emitted) - 1
@@ -138,9 +157,7 @@ class SimulatedEngine(Engine):
                 found[turn :: device.chains, 5 + depth :] = torch.tensor(chain)
             return found
 
-        def late(rows: int, depth: int, seconds: float, emitted: int) -> Results:
-            turn = next(turns) % max(1, device.chains)
-            return _Late(packed(depth, emitted, turn)[:rows], depth, device, seconds)
+        left = cache(runner._packed_rows)  # where a step of a bucket leaves what it gives
 
         def prompts(chunks: list[Chunk]) -> PromptResults:
             runner._admit([chunk.sequence for chunk in chunks if chunk.first])
@@ -148,19 +165,28 @@ class SimulatedEngine(Engine):
             slots = torch.tensor([chunk.sequence.slot for chunk in chunks])
             runner._lengths[slots] = torch.tensor([chunk.end for chunk in chunks])
             seconds = max(device.step_s, device.token_s * sum(chunk.size for chunk in chunks))
-            draws = [chunk.draws for chunk in chunks]
-            return PromptResults(late(len(chunks), 0, seconds, 1), draws, loaded.info.lookup > 0)
+            made = Results(packed(len(chunks), 0, 1, 0), 0, started=time.perf_counter(), begun=None)
+            late = _Late(made, device.launch(seconds), seconds)
+            return PromptResults(late, [chunk.draws for chunk in chunks], loaded.info.lookup > 0)
 
         def step(batch: Batch, verified: Verified) -> Results:
-            second_half(batch, verified)  # what it costs the host
-            depth = verified.bucket.depth  # type: ignore[attr-defined]
-            return late(len(batch.sequences), depth, device.step_s, device.accepted + 1)
+            bucket: Bucket = verified.bucket  # type: ignore[attr-defined]
+            turn = next(turns) % max(1, device.chains)
+            left(bucket).copy_(packed(bucket.batch, bucket.depth, device.accepted + 1, turn))
+            return _Late(
+                second_half(batch, verified),
+                device.launch(device.step_s),
+                device.told(bucket.batch * bucket.nodes),
+            )
 
         self._host.overlaps = True
         runner.launches = lambda _: True  # type: ignore[method-assign]
         runner.launch = prompts  # type: ignore[method-assign]
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
         runner.targets_accept_compact = step  # type: ignore[method-assign]
+        # Measured again, by the device's times.
+        self._chooser = self._scheduler._chooser = make_chooser(loaded, runner, self._lookup)
+        device.rest()
 
 
 def install(device: SimulatedDevice) -> None:

@@ -75,6 +75,8 @@ class Batch:
         begun: on CUDA, an event of the step's beginning, see `begin`.
         asked: what the requests ask for.
         different: the shapes, each once.
+        nodes: of the largest tree, root counted.
+        head_nodes: of the largest branch of the heads.
         size: the bucket of its captured step; None where there is none.
     """
 
@@ -88,6 +90,8 @@ class Batch:
     begun: torch.cuda.Event | None = None
     asked: Asked = NOTHING
     different: frozenset[TreeShape] = frozenset()
+    nodes: int = 1
+    head_nodes: int = 0
     size: tuple[int, int] | None = None
 
     def begin(self) -> None:

@@ -315,10 +315,9 @@ class Engine:
         return deltas
 
     def _land_step(self, flight: Flight, deltas: list[TokenDelta]) -> None:
-        live = [s for s in flight.batch.sequences if s.state is SequenceState.DECODE]
         for sequence, tokens in zip(flight.batch.sequences, flight.most, strict=True):
             sequence.in_flight -= tokens
-        with self._failing(live, deltas):
+        with self._failing(flight.batch.sequences, deltas):
             host_s = self._host.wait(flight.results)
             rows = flight.results.rows()
             self._learn(flight, rows, host_s)
@@ -327,10 +326,9 @@ class Engine:
 
     def _land_prompts(self, flight: PromptFlight, deltas: list[TokenDelta]) -> None:
         self._host.forget()
-        live = [c.sequence for c in flight.chunks if c.sequence.state is not SequenceState.FINISHED]
         for chunk in flight.chunks:
             chunk.sequence.in_flight -= 1
-        with self._failing(live, deltas):
+        with self._failing([chunk.sequence for chunk in flight.chunks], deltas):
             results = flight.results.read()
             seconds = flight.results.seconds
             self.stats.step_seconds["prefill"].observe(seconds)
@@ -364,36 +362,47 @@ class Engine:
         emitting, now = time.perf_counter(), time.monotonic()
         batch, stats, size, lookup = flight.batch, self.stats, self._blocks.block_size, self.info.lookup
         shown, tokens = batch.asked.traces or batch.asked.logprobs, flight.tokens()
-        stats.tree_size = max(shape.num_nodes for shape in batch.different)
-        stats.head_nodes = max(shape.head_nodes for shape in batch.different)
-        trees = stats.tree_size > 1
+        stats.tree_size, stats.head_nodes = batch.nodes, batch.head_nodes
+        trees = of_heads = 0
+        by_heads = [0] * (batch.nodes + 1)  # of each length, accepted paths that the heads had drafted
+        decode = SequenceState.DECODE  # to look it up for each takes long
         for i, (sequence, shape, row) in enumerate(zip(batch.sequences, batch.shapes, rows, strict=True)):
-            if sequence.state is not SequenceState.DECODE:  # it ended while the step ran
-                if not row.sound:
+            (sound, length, last, _, emitted, chain, kind), (heads, chained) = row, shape
+            if sequence.state is not decode:  # it ended while the step ran
+                if not sound:
                     self._zero(sequence)
                 continue
-            if not row.sound:
+            if not sound:
                 deltas.append(self._fail(sequence, NOT_FINITE))
                 continue
             logprobs, trace = flight.shown(i, row, tokens, self._runner) if shown else (None, None)
-            advance = row.length + 1
-            sequence.num_cached += advance
-            filled = sequence.num_cached % size < advance  # a block
-            delta = self._append(sequence, row.tokens, now, filled)
+            sequence.num_cached += length + 1
+            filled = sequence.num_cached % size <= length  # a block
+            delta = self._append(sequence, emitted, now, filled)
             delta.num_steps = 1
             if delta.error is None:
-                stats.acceptance_counts[len(delta.token_ids)] += 1
-                if trees:
-                    self._count_drafted(sequence, shape, row, delta)
+                count = len(delta.token_ids)
+                stats.acceptance_counts[count] += 1
+                used = length if length < count else count
+                if heads or chained:
+                    trees += 1
+                    of_heads += heads
+                    if last <= heads:
+                        by_heads[used] += 1
+                    if chained:
+                        self._count_chained(sequence, shape, used if last > heads else 0, delta)
             if shown:
                 delta.trace = trace
                 if logprobs is not None and delta.error is None:
                     delta.logprobs = logprobs[: len(delta.token_ids)]
             deltas.append(delta)
             # Mostly there is no chain, and was none.
-            proposed = row.kind or sequence.lookup.kind or sequence.grammar is not None
-            if proposed and lookup and sequence.slot >= 0:
-                self._propose(sequence, row.chain, row.kind)
+            if sequence.grammar is not None:
+                if lookup and sequence.slot >= 0:
+                    self._propose(sequence, chain, kind)
+            elif kind or sequence.lookup.kind:
+                self._lookup.propose(sequence.lookup, chain, kind)
+        stats.drafted(trees, of_heads, by_heads)
         self._took("emit", time.perf_counter() - emitting)
 
     def _propose(self, sequence: Sequence, chain: list[int], kind: int) -> None:
@@ -403,20 +412,13 @@ class Engine:
             chain, kind = forced, FORCED
         self._lookup.propose(sequence.lookup, chain, kind)
 
-    def _count_drafted(self, sequence: Sequence, shape: TreeShape, row: StepRow, delta: TokenDelta) -> None:
-        heads, lookup = shape
-        if not heads and not lookup:
-            return
-        stats = self.stats
-        stats.num_drafts += 1
-        stats.drafted_by_source["head"] += heads
-        if lookup:
-            stats.drafted_by_source[sequence.source(heads + 1, heads)] += lookup
-        if used := min(row.length, len(delta.token_ids)):
-            source = sequence.source(row.last, heads)
-            stats.accepted(source, used)
-            if source is DraftSource.PREDICTION:
-                delta.accepted_prediction_tokens = used
+    def _count_chained(self, sequence: Sequence, shape: TreeShape, used: int, delta: TokenDelta) -> None:
+        """Count the nodes of a chain, of which so many were accepted."""
+        source = sequence.source(shape.num_nodes - 1, shape.head_nodes)
+        self.stats.drafted_by_source[source] += shape.lookup_nodes
+        self.stats.accepted(source, used)
+        if source is DraftSource.PREDICTION:
+            delta.accepted_prediction_tokens = used
 
     def _append(self, sequence: Sequence, tokens: list[int], now: float, filled: bool) -> TokenDelta:
         """Append tokens up to what ends the sequence: a stop id in the run, its grammar, or its length.
@@ -426,7 +428,9 @@ class Engine:
             filled: there are K/V of the last row of a block that had none before.
         """
         request, grammar, output = sequence.request, sequence.grammar, sequence.token_ids
-        sampling, tokens = request.sampling, tokens[: sequence.max_total - len(output)]
+        sampling, remaining = request.sampling, sequence.max_total - len(output)
+        if len(tokens) > remaining:
+            tokens = tokens[:remaining]
         reason, stop_id = None, None
         # Mostly nothing of it can end anything.
         if (
@@ -477,7 +481,7 @@ class Engine:
 
     @contextmanager
     def _failing(self, sequences: list[Sequence], deltas: list[TokenDelta]) -> Iterator[None]:
-        """End these sequences with the error if the body raises."""
+        """End these sequences with the error if the body raises, but for those that have ended."""
         try:
             yield
         except torch.AcceleratorError:
@@ -485,12 +489,8 @@ class Engine:
         except Exception as error:
             log.exception("step failed for %d sequences", len(sequences))
             deltas += self._land()  # what they have emitted before
-            known = {(delta.request_id, delta.index) for delta in deltas if delta.finish_reason is not None}
-            deltas += [
-                self._fail(sequence, told(error))
-                for sequence in sequences
-                if (sequence.request.request_id, sequence.index) not in known
-            ]
+            live = [sequence for sequence in sequences if sequence.state is not SequenceState.FINISHED]
+            deltas += [self._fail(sequence, told(error)) for sequence in live]
 
     def _took(self, phase: str, seconds: float) -> None:
         self.stats.step_seconds[phase].observe(seconds)

@@ -25,6 +25,7 @@ from engine.batch import NOTHING, Asked, Batch, Verified
 from engine.config import MAX_TREE_NODES
 from engine.cuda_graphs import Graph
 from engine.errors import CaptureError
+from engine.host_buffers import Inputs, Landing
 from engine.logprobs import token_logprobs
 from engine.medusa.accept import accept
 from engine.medusa.buckets import Buckets
@@ -65,9 +66,11 @@ class _Captured(Verified):
 
     Args:
         bucket: whose first half has run.
+        landing: of what its second half gives.
     """
 
     bucket: Bucket
+    landing: Landing
 
 
 class CapturedRunner(Runner):
@@ -112,7 +115,7 @@ class CapturedRunner(Runner):
             self._lookup.allocate_predictions()
         self._first: dict[tuple[Bucket, bool], Graph] = {}
         self._second: dict[tuple[Bucket, bool], Graph] = {}
-        self._halfway: dict[Bucket, _Captured] = {}
+        self._halfway: dict[tuple[int, int], _Captured] = {}
         # What `_fill` wrote last: mostly the next step is alike.
         self._filled: tuple[Bucket, bool, list[int], list[TreeShape]] | None = None
         self._layers: dict[PromptBucket, Graph] = {}
@@ -123,7 +126,7 @@ class CapturedRunner(Runner):
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        self._inputs = buffer(torch.int64, max(buckets.batches) + 5 * rows)
+        self._inputs = Inputs(max(buckets.batches) + 5 * rows, self._device)
         self._tokens, self._node_rows = buffer(torch.int64, rows), buffer(torch.int64, rows)
         self._valid = buffer(torch.bool, rows)
         self._row_of = torch.arange(rows, device=self._device)
@@ -133,9 +136,9 @@ class CapturedRunner(Runner):
 
         # A pass over prompts has its own: the results of a step before it may still be looked at.
         batch, largest = max(buckets.batches), max((sum(b.parts) for b in self.prompts.all()), default=0)
-        self._prompt_inputs = buffer(torch.int64, largest)
+        self._prompt_inputs = Inputs(largest, self._device)
         self._prompt_hidden = buffer(self._pool.dtype, max_prefill_tokens, config.hidden_size)
-        self._end_inputs = buffer(torch.int64, 8 * batch)
+        self._end_inputs = Inputs(8 * batch, self._device)
         self._end_tokens = buffer(torch.int64, batch, 1)
         self._end_states = buffer(self._pool.dtype, batch, config.hidden_size)
         self._end_logits = buffer(self._decoder.logits_dtype, batch, config.vocab_size)
@@ -171,36 +174,38 @@ class CapturedRunner(Runner):
         heads = self._drafter.most_heads > 0 and nodes > 1
         return [False] * (nodes == 1 or self._lookup is not None) + [True] * heads
 
-    @torch.inference_mode()
+    # Not in torch.inference_mode: to enter it took a tenth of the time, and there is nothing to be noted.
+
     def draft_forward(self, batch: Batch) -> Verified:
         """See `Runner.draft_forward`."""
         if batch.size is None:
             return super().draft_forward(batch)
-        return self.replay(batch, batch.size, heads=any(shape.head_nodes for shape in batch.different))
+        return self.replay(batch, batch.size, heads=batch.head_nodes > 0)
 
-    @torch.inference_mode()
     def replay(self, batch: Batch, size: tuple[int, int], *, heads: bool) -> Verified:
         """The first half in a bucket of that size, with or without drafting by the heads."""
-        bucket = self._bucket(*size)
-        graph = self._first_half(bucket, heads)
-        self._fill(bucket, heads, [sequence.slot for sequence in batch.sequences], batch.shapes)
+        captured = self._halfway.get(size) or self._in_buffers(size)
+        graph = self._first_half(captured.bucket, heads)
+        self._fill(captured.bucket, heads, [sequence.slot for sequence in batch.sequences], batch.shapes)
         batch.begin()
         graph.replay()
-        if bucket not in self._halfway:
-            found = self._verified(bucket)
-            self._halfway[bucket] = _Captured(found.draft, found.hidden, found.logits, found.rows, bucket)
-        return self._halfway[bucket]
+        return captured
 
-    @torch.inference_mode()
     def targets_accept_compact(self, batch: Batch, verified: Verified) -> Results:
         """See `Runner.targets_accept_compact`."""
         if not isinstance(verified, _Captured):
             return super().targets_accept_compact(batch, verified)
         self._second_half(verified.bucket, batch.asked.more_than_best).replay()
-        packed = self._packed_rows(verified.bucket)[: len(batch.sequences)]
-        if self._device.type == "cpu":
-            packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
-        return Results(packed, verified.bucket.depth, started=batch.started, begun=batch.begun)
+        landing, depth, count = verified.landing, verified.bucket.depth, len(batch.sequences)
+        return Results(landing, depth, started=batch.started, begun=batch.begun, count=count)
+
+    def _in_buffers(self, size: tuple[int, int]) -> _Captured:
+        """The steps of a bucket of that size."""
+        bucket = self._bucket(*size)
+        found, landing = self._verified(bucket), Landing(self._packed_rows(bucket))
+        kept = _Captured(found.draft, found.hidden, found.logits, found.rows, bucket, landing)
+        self._halfway[size] = kept
+        return kept
 
     def _bucket(self, batch: int, nodes: int) -> Bucket:
         most = self._most(nodes, heads=True)
@@ -228,6 +233,7 @@ class CapturedRunner(Runner):
             self._second[key] = self._make(bucket, lambda: half(bucket, anything))
         return self._second[key]
 
+    @torch.inference_mode()
     def _make(self, bucket: Bucket, run: Callable[[], None]) -> Graph:
         """A graph of `run`, captured with nobody in it."""
         before = self._staged(bucket).clone()
@@ -260,21 +266,18 @@ class CapturedRunner(Runner):
         filled = bucket, heads, slots, shapes
         if filled == self._filled:
             return
-        missing = bucket.batch - len(slots)
+        missing, size = bucket.batch - len(slots), bucket.batch * (1 + 5 * bucket.nodes)
         most = self._most(bucket.nodes, heads=heads)
-        grid = self._drafter.grid([*shapes, *[TreeShape(0, 0)] * missing], most.head_nodes, bucket.nodes)
-        values = torch.tensor([*slots, *[self._spare] * missing])
-        self._stage(self._staged(bucket), torch.cat((values, torch.from_numpy(grid).flatten())))
+        values = self._inputs.writable()
+        values[: bucket.batch] = [*slots, *[self._spare] * missing]
+        grid = values[bucket.batch : size].reshape(5, bucket.batch, bucket.nodes)
+        self._drafter.grid([*shapes, *[TreeShape(0, 0)] * missing], most.head_nodes, bucket.nodes, grid)
+        self._inputs.send(size)
         self._filled = filled
 
     def _staged(self, bucket: Bucket) -> Tensor:
         """Where its graphs find what `_fill` writes."""
-        return self._end_inputs if bucket.prompts else self._inputs
-
-    def _stage(self, buffer: Tensor, values: Tensor) -> None:
-        if self._device.type == "cuda":
-            values = values.pin_memory()
-        buffer[: len(values)].copy_(values, non_blocking=True)
+        return (self._end_inputs if bucket.prompts else self._inputs).tensor
 
     def _slots_and_grid(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         staged, size = self._staged(bucket), bucket.batch * (1 + 5 * bucket.nodes)
@@ -349,7 +352,7 @@ class CapturedRunner(Runner):
         if bucket is None:
             return super()._chunks_forward(chunks)
         graph = self._layers_of(bucket)
-        self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs(chunks, self._spare)))
+        self._prompt_inputs.fill(bucket.inputs(chunks, self._spare))
         graph.replay()
         return self._prompt_hidden[: sum(chunk.size for chunk in chunks)]
 
@@ -415,12 +418,9 @@ class CapturedRunner(Runner):
         lengths = [chunk.end - 1 if chunk.draws else 0 for chunk in chunks]
         self._fill_end(bucket, slots, [end - 1 for end in ends], lengths)
         graph.replay()
-        packed = self._packed_rows(bucket)[: len(chunks)]
-        if self._device.type == "cpu":
-            packed = packed.clone()  # the next step writes to it, perhaps before this one's is read
-        return PromptResults(
-            Results(packed, 0, started=started, begun=begun), draws, self._lookup is not None
-        )
+        landing = Landing(self._packed_rows(bucket))
+        results = Results(landing, 0, started=started, begun=begun, count=len(chunks))
+        return PromptResults(results, draws, self._lookup is not None)
 
     def _fill_end(self, bucket: Bucket, slots: list[int], rows: list[int], lengths: list[int]) -> None:
         """What the graph behind a pass reads.
@@ -432,14 +432,14 @@ class CapturedRunner(Runner):
         # The grid of trees of one node: picks, parents and depths, then ancestors and which are valid.
         grid = [0] * (3 * batch) + [1] * (2 * batch)
         values = [*slots, *[self._spare] * len(missing), *grid, *rows, *missing, *lengths, *missing]
-        self._stage(self._end_inputs, torch.tensor(values))
+        self._end_inputs.fill(values)
 
     def _prompt_bucket(self, chunks: list[Chunk]) -> PromptBucket | None:
         return self.prompts.find(len(chunks), sum(chunk.size for chunk in chunks))
 
     def _layers_of(self, bucket: PromptBucket) -> Graph:
         if bucket not in self._layers:
-            self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs([], self._spare)))
+            self._prompt_inputs.fill(bucket.inputs([], self._spare))
             self._layers[bucket] = self._captured(
                 lambda: self._pass(bucket),
                 f"the pass over {bucket.tokens} tokens of {bucket.chunks} prompts",
@@ -449,7 +449,7 @@ class CapturedRunner(Runner):
 
     def _pass(self, bucket: PromptBucket) -> None:
         """What the graph of a pass over prompts holds."""
-        parts = torch.split(self._prompt_inputs[: sum(bucket.parts)], [*bucket.parts])
+        parts = torch.split(self._prompt_inputs.tensor[: sum(bucket.parts)], [*bucket.parts])
         slots, starts = (part[: bucket.sequences] for part in parts[:2])
         index, tokens = (part[: bucket.tokens] for part in parts[2:])
         # No row that is computed lies behind the longest sequence's.
@@ -463,7 +463,7 @@ class CapturedRunner(Runner):
     def _end(self, bucket: Bucket, anything: bool) -> None:
         """What the graph behind a pass over prompts holds: a step's second half, in which they are roots."""
         slots, _ = self._slots_and_grid(bucket)
-        rows, lengths = self._end_inputs[6 * bucket.batch : 8 * bucket.batch].view(2, -1)
+        rows, lengths = self._end_inputs.tensor[6 * bucket.batch : 8 * bucket.batch].view(2, -1)
         verified = self._verified(bucket)
         torch.index_select(self._prompt_hidden, 0, rows, out=verified.hidden)
         self._decoder.logits(verified.hidden, verified.logits)
@@ -487,7 +487,7 @@ class CapturedRunner(Runner):
 
     def _share_of_launching(self, bucket: PromptBucket) -> float:
         """The share of an eager pass's time, 0 to 1, in which the host launches its kernels."""
-        self._stage(self._prompt_inputs, torch.from_numpy(bucket.inputs([], self._spare)))
+        self._prompt_inputs.fill(bucket.inputs([], self._spare))
         self._pass(bucket)  # compiles its kernels
         shares = []
         for _ in range(3):

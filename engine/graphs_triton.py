@@ -63,7 +63,7 @@ class TritonRunner(CapturedRunner):
         most = self._most(bucket.nodes, heads=heads).head_nodes
         guesses = self._drafter.guess(self._hidden[slots], most) if most else None
         chain = self._lookup.tokens if self._lookup is not None else None
-        prepare(self._inputs, self._carried, guesses, chain, self._pool.block_size, nodes)
+        prepare(self._inputs.tensor, self._carried, guesses, chain, self._pool.block_size, nodes)
 
         count = bucket.batch * bucket.nodes
         attention_input = AttentionInput(

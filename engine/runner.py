@@ -38,8 +38,9 @@ class Runner(PromptRunner):
         self._sync_tables(sequences)
         shapes = [SHAPES[sequence.head_nodes, sequence.lookup_nodes] for sequence in sequences]
         different, slots, size = frozenset(shapes), self._nobody, None
+        nodes = 1 + max([heads + lookup for heads, lookup in different])
         if self.buckets is not None:
-            size = self.buckets.find(len(shapes), max(shape.num_nodes for shape in different))
+            size = self.buckets.find(len(shapes), nodes)
         if size is None:
             slots = self._ids([sequence.slot for sequence in sequences])
         self._asked = self._asked.again(sequences)
@@ -53,6 +54,8 @@ class Runner(PromptRunner):
             begun=device_event() if self._device.type == "cuda" else None,
             asked=self._asked,
             different=different,
+            nodes=nodes,
+            head_nodes=max(different).head_nodes,
             size=size,
         )
 
@@ -71,6 +74,8 @@ class Runner(PromptRunner):
     def most_tokens(self, batch: Batch) -> list[int]:
         """The most tokens that each sequence may emit in the step."""
         most = {shape: self._drafter.depth(shape) + 1 for shape in batch.different}
+        if len(most) == 1:
+            return [*most.values()] * len(batch.shapes)
         return [most[shape] for shape in batch.shapes]
 
     def parents(self, shape: TreeShape) -> list[int]:

@@ -187,11 +187,11 @@ class Scheduler:
         plan, ready = Plan(), self._ready()
         if self._prompts_first(plan, ready):
             return plan
-        self._choose(ready)
-        for sequence in ready:  # admission order: the earliest reserves first
+        nodes = self._choose(ready)
+        for sequence, own in zip(ready, nodes, strict=True):  # as admitted: the earliest reserves first
             if sequence.slot < 0:
                 continue  # given up for an earlier one a moment ago
-            if self._blocks.grow(sequence.blocks, sequence.num_cached + sequence.num_nodes):
+            if self._blocks.grow(sequence.blocks, sequence.num_cached + own):
                 continue
             sequence.head_nodes = sequence.lookup_nodes = 0
             while not self._blocks.grow(sequence.blocks, sequence.num_cached + 1):
@@ -218,10 +218,8 @@ class Scheduler:
         plan, ready = Plan(), self._ready()
         if self._prompts_first(plan, ready):
             return plan
-        self._choose(ready)
-        for sequence in ready:
-            if not self._reserve(sequence, sequence.num_nodes):
-                return None
+        if not self._reserve(ready, self._choose(ready)):
+            return None
         plan.decode = ready
         self._passed = self._passes = 0
         return plan
@@ -281,10 +279,12 @@ class Scheduler:
 
     def _ready(self) -> list[Sequence]:
         """The sequences to decode, in order of admission."""
+        decode = SequenceState.DECODE  # to look it up for each of many takes as long as all the rest
         return [
             sequence
             for sequence in self.running
-            if sequence.state is SequenceState.DECODE and sequence.remaining > sequence.in_flight
+            if sequence.state is decode
+            and sequence.max_total > len(sequence.token_ids) + sequence.in_flight  # some may remain
         ]
 
     def _prompts_first(self, plan: Plan, ready: list[Sequence]) -> bool:
@@ -300,40 +300,40 @@ class Scheduler:
             return False
         if most - self._passed < most * _LEAST_PASS:
             return False
-        if not all(self._reserve(sequence, 1) for sequence in ready):
+        if not self._reserve(ready, [1] * len(ready)):
             return False
         self.add_prompts(plan)
         return bool(plan.prefill)
 
-    def _reserve(self, sequence: Sequence, nodes: int) -> bool:
-        """Blocks for a step of so many nodes behind the one under way; False where they are too few."""
-        most = sequence.num_cached + sequence.in_flight + nodes
-        if most <= len(sequence.blocks) * self._blocks.block_size:
-            return True
-        return self._blocks.grow(sequence.blocks, most)
+    def _reserve(self, sequences: list[Sequence], nodes: list[int]) -> bool:
+        """Blocks for a step of so many nodes each behind the one under way; False where they are too few."""
+        size = self._blocks.block_size
+        for sequence, own in zip(sequences, nodes, strict=True):
+            most = sequence.num_cached + sequence.in_flight + own
+            if most > len(sequence.blocks) * size and not self._blocks.grow(sequence.blocks, most):
+                return False
+        return True
 
-    def _choose(self, ready: list[Sequence]) -> None:
-        """Choose their trees."""
-        if self._chooser is None:
+    def _choose(self, ready: list[Sequence]) -> list[int]:
+        """Choose their trees; the nodes of each."""
+        if self._chooser is None or not ready:
             for sequence in ready:
                 sequence.head_nodes = sequence.lookup_nodes = 0
-        elif ready:
-            self._chooser.choose(ready, len(self.waiting) > len(self._free_slots))
-            self._check_trees(ready)
-
-    def _check_trees(self, sequences: list[Sequence]) -> None:
-        nodes = [sequence.num_nodes for sequence in sequences]
+            return [1] * len(ready)
+        self._chooser.choose(ready, len(self.waiting) > len(self._free_slots))
+        nodes = [1 + sequence.head_nodes + sequence.lookup_nodes for sequence in ready]
         rows, largest = sum(nodes), max(nodes)
         if rows > self._max_step_tokens or largest > self._max_tree_nodes:
             raise RuntimeError(
                 f"trees of {rows} nodes in all and {largest} at most exceed the bounds of "
                 f"{self._max_step_tokens} and {self._max_tree_nodes}"
             )
+        return nodes
 
     def _plan_prefill(self, plan: Plan) -> None:
-        budget = self._max_prefill_tokens - self._passed
+        budget, prefill = self._max_prefill_tokens - self._passed, SequenceState.PREFILL
         for sequence in self.running:
-            if budget > 0 and sequence.state is SequenceState.PREFILL:
+            if sequence.state is prefill and budget > 0:
                 budget -= self._chunk(plan, sequence, budget, first=False)
         if not self.waiting or not self._free_slots:
             return

@@ -168,11 +168,20 @@ class EngineStats:
         else:
             self._recent.append([second, tokens])
 
-    def accepted(self, source: str, count: int, *, above: int = 0) -> None:
-        """Count one path's accepted nodes: those at the depths above+1 .. above+count."""
+    def drafted(self, trees: int, head_nodes: int, paths: list[int]) -> None:
+        """Count a step's trees of more than the root, what their branches of the heads hold, and the accepted
+        paths in these: `paths[n]` of n nodes."""
+        self.num_drafts += trees
+        self.drafted_by_source["head"] += head_nodes
+        for length, times in enumerate(paths):
+            if times:
+                self.accepted("head", length, times=times)
+
+    def accepted(self, source: str, count: int, *, above: int = 0, times: int = 1) -> None:
+        """Count the accepted nodes of so many equal paths, those at the depths above+1 .. above+count."""
         counts = self.accepted_at[source]
         for depth in range(above + 1, above + count + 1):
-            counts[depth] += 1
+            counts[depth] += times
 
     def tokens_per_second(self) -> float:
         """Tokens emitted per second over the last ten whole seconds."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.host_buffers import Landing
 from engine.types import TokenLogprobs
 
 __all__ = ["NOT_FINITE", "Prefilled", "PromptResults", "Results", "StepRow", "device_event"]
@@ -62,54 +67,103 @@ class Results:
 
     Args:
         packed: [B, K] int64: finite, length, last, nodes, then D + 1 tokens, then kind, count and chain where
-            there is a lookup.
+            there is a lookup. What steps leave in one place is read once, by way of a `Landing`; on the CPU
+            nobody may write to others.
         depth: D.
         begun: an event of the step's beginning on CUDA.
         started: `time.perf_counter()` of it.
+        count: rows that are read, the first; None: all.
     """
 
-    def __init__(self, packed: Tensor, depth: int, *, started: float, begun: torch.cuda.Event | None) -> None:
-        self._depth, self._begun = depth, begun
-        self._ended: torch.cuda.Event | None = None
-        if packed.device.type == "cuda":
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            packed = host.copy_(packed, non_blocking=True)
-            self._ended = device_event()
-            self._ended.record()
+    def __init__(
+        self,
+        packed: Tensor | Landing,
+        depth: int,
+        *,
+        started: float,
+        begun: torch.cuda.Event | None,
+        count: int | None = None,
+    ) -> None:
+        self._depth, self._begun, self._count = depth, begun, count
+        if isinstance(packed, Tensor) and packed.device.type == "cuda":
+            packed = Landing(packed)
         self._packed = packed
+        self._lent = packed.take() if isinstance(packed, Landing) else None
+        self._ended = self._lent.copied if self._lent is not None else None
         self._seconds = time.perf_counter() - started
 
     @property
     def seconds(self) -> float:
         """What the step took; on CUDA, on the device. Waits for its end."""
-        if self._ended is None or self._begun is None:
-            return self._seconds
-        self._ended.synchronize()
-        return float(self._begun.elapsed_time(self._ended)) / 1000
+        self.wait()
+        return self._seconds
 
     def wait(self) -> None:
         """Until the device has made them."""
-        if self._ended is not None:
-            self._ended.synchronize()
+        if self._ended is None:
+            return
+        self._ended.synchronize()
+        if self._begun is not None:  # to be told before the event is another step's
+            self._seconds = float(self._begun.elapsed_time(self._ended)) / 1000
+        self._ended = None
 
     def rows(self) -> list[StepRow]:
-        """One for each sequence. Waits for the step's end."""
+        """One for each sequence. Waits for the step's end.
+
+        Raises:
+            RuntimeError: they were read before, and the memory may be another step's.
+        """
+        if isinstance(self._packed, Tensor):
+            return self._read(self._packed.numpy()[: self._count])
+        if self._lent is None:
+            raise RuntimeError("the results of a step are read once")
         self.wait()
-        values, first = self._packed.numpy(), 5 + self._depth
+        rows = self._read(self._lent.array[: self._count])
+        self._packed.give_back(self._lent)
+        self._lent = None
+        return rows
+
+    def _read(self, values: NDArray[np.int64]) -> list[StepRow]:
+        return self._few(values) if len(values) <= _FEW else self._many(values)
+
+    def _few(self, values: NDArray[np.int64]) -> list[StepRow]:
+        first, found = 5 + self._depth, []
+        for row in values.tolist():
+            sound, length, last, nodes = row[:4]
+            kind, count = row[first : first + 2] or (0, 0)
+            chain = row[first + 2 : first + 2 + count]
+            found.append(StepRow(bool(sound), length, last, nodes, row[4 : 5 + length], chain, kind))
+        return found
+
+    def _many(self, values: NDArray[np.int64]) -> list[StepRow]:
+        first = 5 + self._depth
         sound, lengths, lasts, nodes = values[:, :4].T.tolist()
         # A row is wide, and most of it is seldom there: only what some row uses becomes Python's numbers.
-        longest = max(lengths, default=0)
+        longest = max(lengths)
         tokens = values[:, 4 : 5 + longest].tolist()
         if longest:
-            tokens = [row[: length + 1] for row, length in zip(tokens, lengths, strict=True)]
+            tokens = [
+                row if length == longest else row[: length + 1]
+                for row, length in zip(tokens, lengths, strict=True)
+            ]
         none: list[int] = []
         kinds, chains = [0] * len(lengths), [none] * len(lengths)
         if values.shape[1] > first:
             kinds, counts = values[:, first : first + 2].T.tolist()
-            if most := max(counts, default=0):
+            if most := max(counts):
                 wide = values[:, first + 2 : first + 2 + most].tolist()
-                chains = [row[:count] for row, count in zip(wide, counts, strict=True)]
-        return list(map(StepRow, map(bool, sound), lengths, lasts, nodes, tokens, chains, kinds))
+                chains = [
+                    row if count == most else row[:count] for row, count in zip(wide, counts, strict=True)
+                ]
+        # As StepRow(...) of each, which takes more than twice as long: it makes a tuple of its own.
+        columns = zip(map(bool, sound), lengths, lasts, nodes, tokens, chains, kinds, strict=True)
+        return list(map(_as_row, columns))
+
+
+_FEW = 8
+"""Rows that are read one by one: column by column takes longer for them."""
+
+_as_row: Callable[[tuple[Any, ...]], StepRow] = partial(tuple.__new__, StepRow)
 
 
 @dataclass(frozen=True, slots=True)

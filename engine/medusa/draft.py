@@ -58,7 +58,8 @@ class Drafter:
     def __init__(self, heads: HeadDrafter | None, device: torch.device) -> None:
         self._heads, self._device = heads, device
         self._topologies: dict[tuple[TreeShape, torch.device], Topology] = {}
-        self._columns = np.empty((1, 5, MAX_TREE_NODES), dtype=np.int64)
+        self._depths: dict[TreeShape, int] = {}
+        self._columns = np.empty((5, 1, MAX_TREE_NODES), dtype=np.int64)
         self._column_of: dict[int, dict[TreeShape, int]] = {}  # by the nodes of the heads on offer
 
     def draft(self, root: Tensor, hidden: Tensor, chain: Tensor | None, shapes: Sequence[TreeShape]) -> Draft:
@@ -93,8 +94,14 @@ class Drafter:
             row_of=torch.from_numpy(valid.ravel().cumsum().reshape(valid.shape) - 1).to(self._device),
         )
 
-    def grid(self, shapes: Sequence[TreeShape], most_heads: int, size: int) -> NDArray[np.int64]:
-        """The shapes as [5, B, size]: pick, parents, depths, ancestors, valid.
+    def grid(
+        self,
+        shapes: Sequence[TreeShape],
+        most_heads: int,
+        size: int,
+        out: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """The shapes as [5, B, size]: pick, parents, depths, ancestors, valid; in `out`, where that is given.
 
         `pick` says which of the tokens on offer (root, `most_heads` nodes of the heads, chain) stands at a
         node. A node that is not valid repeats the root.
@@ -102,8 +109,9 @@ class Drafter:
         known = self._column_of.setdefault(most_heads, {})
         for shape in set(shapes).difference(known):
             known[shape] = self._add_column(shape, most_heads)
-        columns = self._columns[[known[shape] for shape in shapes], :, :size]
-        return np.ascontiguousarray(columns.transpose(1, 0, 2))
+        columns = [known[shape] for shape in shapes]
+        # Whatever the mode, none is outside; this one writes to `out` at once.
+        return np.take(self._columns[:, :, :size], columns, axis=1, out=out, mode="clip")
 
     def fixed(
         self,
@@ -145,7 +153,9 @@ class Drafter:
 
     def depth(self, shape: TreeShape) -> int:
         """The depth of its deepest node."""
-        return self._topology(shape, _HOST).max_depth
+        if shape not in self._depths:
+            self._depths[shape] = self._topology(shape, _HOST).max_depth
+        return self._depths[shape]
 
     def _offered(self, root: Tensor, hidden: Tensor, chain: Tensor | None, most: TreeShape) -> Tensor:
         """[B, 1 + heads + lookup] int64: root, nodes of the heads' branch, chain."""
@@ -159,11 +169,11 @@ class Drafter:
         return torch.cat(parts, dim=1)
 
     def _add_column(self, shape: TreeShape, most_heads: int) -> int:
-        """Where in `_columns` is now [5, 64]: one sequence's share of `grid`."""
+        """Where in `_columns` [5, C, 64] is now one sequence's share of `grid`."""
         count = sum(map(len, self._column_of.values()))
-        if count == len(self._columns):
-            self._columns = np.concatenate((self._columns, np.empty_like(self._columns)))
-        found, nodes = self._columns[count], np.arange(shape.num_nodes)
+        if count == self._columns.shape[1]:
+            self._columns = np.concatenate((self._columns, np.empty_like(self._columns)), axis=1)
+        found, nodes = self._columns[:, count], np.arange(shape.num_nodes)
         found[:] = 0
         found[3] = 1  # of a node that is not valid: the root
         topology = self._topology(shape, _HOST)

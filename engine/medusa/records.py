@@ -5,8 +5,8 @@ Chains need no verification to be judged: what is emitted anyway shows whether t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from math import exp, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,15 +86,17 @@ class LookupRecord:
 
     def observe(self, state: LookupState, emitted: Iterable[int]) -> None:
         """Hold the chain against what was emitted in its place; call before the next one is set."""
-        kind, own = state.kind, state.own
+        kind, own, all_odds = state.kind, state.own, self._odds
         for proposed, token in zip(state.chain, emitted, strict=False):
             hit = 1.0 if proposed == token else 0.0
-            own += self._OWN_RATE * (hit - 1.0 / (1.0 + math.exp(-self._odds[kind] - own)))
-            own = min(max(own, -5.0), 5.0)
+            own += self._OWN_RATE * (hit - 1.0 / (1.0 + exp(-all_odds[kind] - own)))
+            # By comparisons: min and max take as long as all the rest, and this runs for most sequences.
+            own = 5.0 if own > 5.0 else -5.0 if own < -5.0 else own
             self._hits[kind] = hits = self._DECAY * self._hits[kind] + hit
             self._trials[kind] = trials = self._DECAY * self._trials[kind] + 1.0
-            share = min(max(hits / trials, 0.005), 0.995)
-            self._odds[kind] = math.log(share / (1.0 - share))
+            share = hits / trials
+            share = 0.995 if share > 0.995 else 0.005 if share < 0.005 else share
+            all_odds[kind] = log(share / (1.0 - share))
             if not hit:
                 break
             if kind not in _LONGEST:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,6 +16,7 @@ from scipy import stats
 from engine.engine import Engine
 from engine.errors import ContextLengthError, RequestError
 from engine.medusa.step_times import StepTimes
+from engine.stats import DRAFT_SOURCES
 from engine.types import DraftSource, FinishReason, Request, SamplingParams
 from tests.engine.conftest import TinyModel
 from tests.support import greedy, greedy_reference, make_engine, run_all
@@ -366,6 +369,35 @@ def test_stats_add_up(narrow: TinyModel) -> None:
     # A step emits its accepted nodes and one draw more, unless max_tokens cut the draw off at the end.
     steps = sum(s.acceptance_counts)
     assert steps - 5 <= emitted - s.accepted_tokens <= steps
+
+
+@pytest.mark.parametrize("settings", [{"tree": 8}, {"tree": 8, "lookup": "off"}, {"tree": "auto"}])
+def test_stats_are_what_traces_show(narrow: TinyModel, settings: dict) -> None:
+    engine = make_engine(narrow.folder, **with_heads(narrow, settings))
+    texts = run_all(engine, [greedy("before", [4, 2, 3], 30)])
+    before = copy.deepcopy(engine.stats)
+    for i, prediction in enumerate([(), tuple(texts["before", 0]), ()]):
+        sampling = SamplingParams(temperature=0, max_tokens=30)
+        engine.add(Request(f"{i}", (4 + i // 2, 2, 3), sampling, trace=True, prediction_token_ids=prediction))
+    drafted, accepted, trees, predicted = Counter[str](), Counter[tuple[str, int]](), 0, 0
+    while engine.has_work:
+        for delta in engine.step():
+            if delta.trace is None:
+                continue
+            trees += len(delta.trace.tokens) > 1
+            drafted.update(delta.trace.sources[1:])
+            used = delta.trace.accepted[1 : 1 + len(delta.token_ids)]
+            accepted.update((delta.trace.sources[node], depth) for depth, node in enumerate(used, start=1))
+            predicted += delta.accepted_prediction_tokens
+    after = engine.stats
+    assert trees == after.num_drafts - before.num_drafts > 0
+    for source in DRAFT_SOURCES:
+        assert drafted[source] == after.drafted_by_source[source] - before.drafted_by_source[source]
+        for depth, count in enumerate(after.accepted_at[source]):
+            assert accepted[source, depth] == count - before.accepted_at[source][depth], (source, depth)
+    assert predicted == sum(after.accepted_at["prediction"]) - sum(before.accepted_at["prediction"])
+    assert sum(after.accepted_at["head"]) > sum(before.accepted_at["head"])
+    assert (predicted > 0) == ("lookup" not in settings)
 
 
 def test_values_that_are_not_finite_end_their_own_request_only(tiny: TinyModel) -> None:

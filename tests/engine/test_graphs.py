@@ -139,9 +139,9 @@ def test_steps_that_are_alike_are_told_once(narrow: TinyModel, monkeypatch: pyte
     runner_of(engine).capture()
     grid, told = runner_of(engine)._drafter.grid, []
 
-    def noted(shapes: list[TreeShape], most_heads: int, size: int) -> Any:
+    def noted(shapes: list[TreeShape], *rest: Any) -> Any:
         told.append(len(shapes))
-        return grid(shapes, most_heads, size)
+        return grid(shapes, *rest)
 
     monkeypatch.setattr(runner_of(engine)._drafter, "grid", noted)
     requests = [greedy("short", [1, 2, 3], 6), greedy("long", [2, 2, 3], 20)]

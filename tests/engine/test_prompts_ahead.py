@@ -295,7 +295,8 @@ def test_who_ended_before_its_step_was_found_not_finite_leaves_none_behind(narro
     [made] = engine._scheduler.running
     assert engine._flight is not None
     with torch.inference_mode():
-        engine._flight.results._packed[0, 0] = 0
+        assert engine._flight.results._lent is not None
+        engine._flight.results._lent.array[0, 0] = 0
         engine._runner._pool.data[:, :, made.blocks[0]] = float("nan")
     engine.add(greedy("good", [4, 5], 9))
     engine.abort("bad")
