@@ -379,6 +379,10 @@ def test_stats_are_what_traces_show(narrow: TinyModel, settings: dict) -> None:
     for i, prediction in enumerate([(), tuple(texts["before", 0]), ()]):
         sampling = SamplingParams(temperature=0, max_tokens=30)
         engine.add(Request(f"{i}", (4 + i // 2, 2, 3), sampling, trace=True, prediction_token_ids=prediction))
+    for token in set(texts["before", 0]):  # each ends in the midst of whatever path it is on
+        sampling = SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(token,))
+        known = tuple(texts["before", 0])
+        engine.add(Request(f"until {token}", (4, 2, 3), sampling, trace=True, prediction_token_ids=known))
     drafted, accepted, trees, predicted = Counter[str](), Counter[tuple[str, int]](), 0, 0
     while engine.has_work:
         for delta in engine.step():

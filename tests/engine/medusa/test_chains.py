@@ -174,3 +174,15 @@ def test_trees_of_different_sizes_cost_what_they_cost_whatever_was_measured() ->
     for _ in range(20000):  # no such tree for long: what was measured is believed again
         times.observe(16, 100, 16, Texts.step(16), 0.0)
     assert times.costs(16, 100, 512).uneven == pytest.approx(0.0002, rel=0.1)
+
+
+@pytest.mark.parametrize("comes_true", [True, False])
+def test_nothing_is_ever_certain(comes_true: bool) -> None:
+    record, state = LookupRecord(1), LookupState([5], 1)
+    for _ in range(4000):
+        record.observe(state, [5 if comes_true else 6])
+    assert abs(record._odds[1]) == pytest.approx(np.log(0.995 / 0.005))
+    state.own = 4.9999 if comes_true else -4.9999
+    record._odds[1] = -9.0 if comes_true else 9.0  # as if all others did the opposite
+    record.observe(state, [5 if comes_true else 6])
+    assert abs(state.own) == 5.0
