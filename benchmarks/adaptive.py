@@ -2,6 +2,7 @@
 
     python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads none,random,handmade --rounds 10
     python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads handmade --sweep
+    python -m benchmarks.adaptive --prompts mt_bench.jsonl --heads NEW --against OLD -- --quantization int8
 
 All engines live in this process and take turns, so that none runs while another is measured. A load of S
 streams is S clients that ask again as soon as they are answered, until one of them has nothing more to ask:
@@ -12,7 +13,7 @@ rounds with its interval: passed where no interval lies wholly below --least. Th
 and 1 streams on `auto` and on each fixed number of nodes and asks whether the size that `auto` settled on in
 each phase is the sweep's best, or cannot be told from it: the interval of its ratio to the best reaches 1.
 Where drafts come from lookup, trees are ragged and change with every step, so `auto` passes as well by its
-own tokens/s.
+own tokens/s. The third is the first with other heads, also on `auto`, in the place of `off`.
 
 Heads: `none`, `random` (nearly always wrong: the worst case), `handmade` (fitted to transformers' answers to
 these very prompts, often right), or a file. Options of `serve` may follow (`-- --lookup off`).
@@ -131,15 +132,17 @@ class Prompts:
 # -- auto against off ------------------------------------------------------------------------------
 
 
-def against_off(args: argparse.Namespace, heads: str, auto: LLM, off: LLM) -> list[dict[str, Any]]:
-    """One row per number of streams."""
+def against_off(
+    args: argparse.Namespace, heads: str, auto: LLM, off: LLM, other: str = "off"
+) -> list[dict[str, Any]]:
+    """One row per number of streams. `other` is what the rows call the side that is compared with."""
     prompts = Prompts(args.texts, auto, args.max_prompt)
     rows: list[dict[str, Any]] = []
     for streams in args.streams:
-        done: dict[str, list[Phase]] = {"auto": [], "off": []}
+        done: dict[str, list[Phase]] = {"auto": [], other: []}
         for number in range(-args.warm_rounds, args.rounds):
             chosen = prompts.take(streams * args.turns)
-            for side in ("auto", "off") if number % 2 == 0 else ("off", "auto"):
+            for side in ("auto", other) if number % 2 == 0 else (other, "auto"):
                 # The rounds before 0 warm both up, and let the choice follow the load.
                 found = run_phase(
                     auto if side == "auto" else off, chosen, streams, args.new_tokens, f"{number}"
@@ -151,20 +154,25 @@ def against_off(args: argparse.Namespace, heads: str, auto: LLM, off: LLM) -> li
             "heads": heads,
             "streams": streams,
             "auto_tokens_per_s": round(statistics.median(rates["auto"]), 2),
-            "off_tokens_per_s": round(statistics.median(rates["off"]), 2),
-            **ratio_interval(rates["auto"], rates["off"]),
+            f"{other}_tokens_per_s": round(statistics.median(rates[other]), 2),
+            **ratio_interval(rates["auto"], rates[other]),
             "acceptance_length": round(statistics.fmean(p.acceptance_length for p in done["auto"]), 3),
             "tree_sizes": shares([size for phase in done["auto"] for size in phase.sizes]),
             "answers_differ": sum(
                 parted(x, y)
-                for a, b in zip(done["auto"], done["off"], strict=True)
+                for a, b in zip(done["auto"], done[other], strict=True)
                 for x, y in zip(a.tokens, b.tokens, strict=True)
             ),
         }
+        if other != "off":
+            lengths = [phase.acceptance_length for phase in done[other]]
+            row[f"{other}_acceptance_length"] = round(statistics.fmean(lengths), 3)
+            row[f"{other}_tree_sizes"] = shares([size for phase in done[other] for size in phase.sizes])
         rows.append(row)
         print(
-            f"{heads:9} {streams:3} streams: auto {row['auto_tokens_per_s']:8.1f} tok/s  off "
-            f"{row['off_tokens_per_s']:8.1f}  ratio {row['ratio_median']:.3f} {row['ratio_interval_95']}  "
+            f"{heads:9} {streams:3} streams: auto {row['auto_tokens_per_s']:8.1f} tok/s  "
+            f"{other} {row[f'{other}_tokens_per_s']:8.1f}  "
+            f"ratio {row['ratio_median']:.3f} {row['ratio_interval_95']}  "
             f"length {row['acceptance_length']:.2f}  nodes {row['tree_sizes']}",
             flush=True,
         )
@@ -332,6 +340,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--heads-folder", type=Path, help="kept head files; a temporary folder if not given")
     parser.add_argument("--reference-cache", type=Path, default=DEFAULT_CACHE, help="for hand-made heads")
     parser.add_argument("--reference-tokens", type=int, default=64, help="of each answer in the cache")
+    parser.add_argument("--against", metavar="FILE", help="these heads on `auto` in the place of `off`")
     parser.add_argument("--streams", type=numbers, default=[1, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-rounds", type=int, default=2, help="before them, not counted")
@@ -346,6 +355,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     args.texts = first_turns(args.prompts)
     if args.rounds < 1 or args.turns < 1:
         parser.error("--rounds and --turns must be at least 1")
+    if args.sweep and args.against:
+        parser.error("--sweep compares sizes and --against heads: one of them")
     if taken := {"--tree", "--heads"} & {option.partition("=")[0] for option in options}:
         parser.error(f"{', '.join(sorted(taken))} is what this command varies")
     return args, options
@@ -357,9 +368,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="medusa-heads-") as scratch:
         for kind, file in head_files(args, Path(scratch)).items():
             names = ["auto", *map(str, args.sizes)] if args.sweep else ["auto", "off"]
-            engines = make_engines(args, options, names, file)
+            engines = make_engines(args, options, ["auto"] if args.against else names, file)
             if args.sweep:
                 rows += sweep(args, kind, engines)
+            elif args.against:
+                engines |= {"against": make_engines(args, options, ["auto"], args.against)["auto"]}
+                share_weights(list(engines.values()))
+                rows += against_off(args, kind, engines["auto"], engines["against"], "against")
             else:
                 rows += against_off(args, kind, engines["auto"], engines["off"])
             for row in rows:
@@ -377,6 +392,7 @@ def main() -> int:
             "warm_rounds": args.warm_rounds,
             "temperature": 0,
             "least": None if args.sweep else args.least,
+            **({"against": Path(args.against).name} if args.against else {}),
             "serve": options,
             "order": "ABBA",
             "rows": rows,

@@ -25,7 +25,7 @@ from training.plots import draw_tree
 from training.setup import model_identity, training_dtype
 from training.vocabulary import Vocabulary
 
-__all__ = ["measure"]
+__all__ = ["measure", "ranks_of"]
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
@@ -68,7 +68,7 @@ def measure(
         raise ConfigError(
             f"{', '.join(map(str, data))} holds no held-out rows; distill more, or raise --held-out"
         )
-    ranks = _ranks(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
+    ranks = ranks_of(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
     whole = calibrate(ranks, size)
     output.mkdir(parents=True, exist_ok=True)
     whole.save(output)
@@ -111,7 +111,7 @@ def _cut(tree: Tree, size: int) -> Tree:
     return tree.prefix(min(size, tree.size))
 
 
-def _ranks(source: str, rows: list[Row], *, model: str, cache_dir: Path, device: str, dtype: str) -> Ranks:
+def ranks_of(source: str, rows: list[Row], *, model: str, cache_dir: Path, device: str, dtype: str) -> Ranks:
     """Ranks of the rows' tokens under the heads as the engine serves them."""
     folder = resolve_model(model)
     base, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)

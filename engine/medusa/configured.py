@@ -12,7 +12,7 @@ from engine.medusa.tree import Tree, default_tree
 from engine.model.embedded import EMBEDDED_MODEL, shipped_heads
 from engine.model.weights import Checkpoint
 
-__all__ = ["check_tree", "heads_source", "heads_tree", "tree_size"]
+__all__ = ["check_tree", "head_nodes", "heads_source", "heads_tree", "tree_size"]
 
 _LOOKUP_SHARE = 3
 """Beside heads, the lookup branch gets one node in so many of a tree of fixed size."""
@@ -95,9 +95,9 @@ def heads_tree(config: EngineConfig, num_heads: int, source: str) -> CalibratedT
     if config.tree == "auto":
         return tree
     assert isinstance(config.tree, int)
-    nodes = _head_nodes(config, config.tree)
+    nodes = head_nodes(config, config.tree)
     if nodes > tree.tree.size:
-        most = max(size for size in range(1, config.tree) if _head_nodes(config, size) <= tree.tree.size)
+        most = max(size for size in range(1, config.tree) if head_nodes(config, size) <= tree.tree.size)
         offering = f"{config.tree_file} holds" if config.tree_file else f"{num_heads} heads offer"
         raise ConfigError(
             f"tree {config.tree} takes {nodes} nodes from the heads, and {offering} {tree.tree.size}; "
@@ -106,7 +106,7 @@ def heads_tree(config: EngineConfig, num_heads: int, source: str) -> CalibratedT
     return tree.prefix(nodes)
 
 
-def _head_nodes(config: EngineConfig, size: int) -> int:
+def head_nodes(config: EngineConfig, size: int) -> int:
     """Nodes of the heads' branch in a tree of fixed size, both with the root."""
     return size - min(config.lookup_nodes, (size - 1) // _LOOKUP_SHARE)
 

@@ -209,6 +209,18 @@ def test_auto_against_off_end_to_end(folder: Path, off: LLM) -> None:
         assert row["answers_differ"] == 0
         assert row["rounds"] == 3
         assert math.isclose(sum(row["tree_sizes"].values()), 1, abs_tol=0.01) or len(row["tree_sizes"]) == 5
+    (row,) = adaptive.against_off(Namespace(**(vars(args) | {"streams": [2]})), "x", auto, off, "against")
+    assert row["against_tokens_per_s"] > 0
+    assert row["against_acceptance_length"] == 1.0
+    assert row["against_tree_sizes"] == {"1": 1.0}
+
+
+def test_adaptive_compares_sizes_or_heads(tmp_path: Path) -> None:
+    (file := tmp_path / "p.jsonl").write_text(json.dumps({"turns": ["t1"]}))
+    argv = ["--prompts", str(file), "--heads", "new", "--against", "old"]
+    assert adaptive.parse(argv)[0].against == "old"
+    with pytest.raises(SystemExit):
+        adaptive.parse([*argv, "--sweep"])
 
 
 def test_the_sweep_end_to_end(folder: Path, off: LLM, lookup: LLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from training.config import TrainConfig
 from training.data import SHARD_SUFFIX, held_out, load_shards, read_shard
 
-FOLDER = Path(__file__).parents[2] / "configs" / "smollm2-135m" / "data"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "configs" / "smollm2-135m" / "data"
+MADE = ROOT / "benchmarks" / "results" / "gpu-heads-nvidia-h100-80gb-hbm3.json"
 IM_START, EOS, VOCAB = 1, 2, 49152  # SmolLM2's
 
 
@@ -26,7 +29,7 @@ def test_rows_are_chats_and_as_many_as_the_readme_says() -> None:
     rows = load_shards([FOLDER])
     for row in rows:
         assert row.prompt[0] == IM_START
-        assert 0 < len(row.answer) <= 160
+        assert 0 < len(row.answer) <= 256
         assert min(row.prompt.min(), row.answer.min()) >= 0
         assert max(row.prompt.max(), row.answer.max()) < VOCAB
         assert EOS not in row.answer[:-1]
@@ -45,11 +48,17 @@ def test_rows_are_chats_and_as_many_as_the_readme_says() -> None:
     assert share == pytest.approx(0.05, abs=0.01)
 
 
-def test_the_readme_and_train_hold_the_same_share_out() -> None:
-    """What the model card says the shipped heads were measured on, what the data's says, and the default."""
-    share = TrainConfig.model_fields["held_out"].default
+def test_the_shipped_heads_are_measured_on_what_they_held_out() -> None:
+    """The model card, the data's README, the run that made the heads and its answers agree."""
+    parts = json.loads(MADE.read_text(encoding="utf-8"))["parts"]
+    share = parts["train"]["settings"]["held_out"]
     rows = [row for row in load_shards([FOLDER]) if held_out(row.conversation, share)]
+    tokens = sum(len(row.answer) for row in rows)
+    measured = parts["calibrate"]["new"]
+    assert (measured["held_out_answers"], measured["held_out_tokens"]) == (len(rows), tokens)
     card = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    assert f"On {len(rows)} held-out prompts ({sum(len(row.answer) for row in rows):,} tokens;" in card
+    assert f"On {len(rows)} held-out prompts ({tokens:,} tokens;" in card
+    assert f"--held-out {share}" in card
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert f"{share:.0%}".replace("%", " % of the conversations by their hash") in text
+    for each in (share, TrainConfig.model_fields["held_out"].default):
+        assert f"{each:.0%}".replace("%", " % of the conversations by their hash") in text
