@@ -48,7 +48,7 @@ def _with_a_next(
             raise ConfigError(
                 "the time was too short: half of it goes to hidden states, of held-out rows first, and "
                 f"{out_of_time} rows are left out; that leaves {len(found)} training positions and a batch "
-                f"takes {batch_tokens}; raise --minutes, or lower --batch-tokens"
+                f"takes {batch_tokens}; raise --minutes" + (", or lower --batch-tokens" if len(found) else "")
             )
         raise ConfigError(
             f"the data holds {len(found)} training positions and a batch takes {batch_tokens}; "

@@ -257,7 +257,7 @@ def test_too_little_time_for_hidden_states_is_said(
     """Not that the data is short: it is when nothing was left out for the time."""
     config = train_config(model, data, tmp_path / cache, minutes=1e-6, cache=cache)
     with pytest.raises(
-        ConfigError, match=r"time was too short.* 60 rows.* 0 training .*raise --minutes"
+        ConfigError, match=r"time was too short.* 60 rows.* 0 training .*raise --minutes$"
     ) as told:
         train(config)
     assert "distill" not in str(told.value)
