@@ -190,6 +190,7 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_r
         draft = _chains(batch.slots, nodes)
         _wait(batch.slots.device)
         start = time.perf_counter()
+        batch.begin()
         runner.targets_accept_compact(batch, runner.forward(batch, draft)).rows()
         best = min(best, time.perf_counter() - start)
     return best

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_cuda import environment
-from tests.support import save_model, tiny_llama
+from tests.support import save_model, save_random_heads, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,3 +125,35 @@ asyncio.run(main())
 def test_a_server_leaves_the_device_to_its_engines_process(tmp_path: Path) -> None:
     folder = save_model(tiny_llama(), tmp_path / "tiny")
     assert run("-c", SERVED, str(folder)).split() == ["cuda", "5"]
+
+
+DECODED = """
+import sys
+
+from engine.llm import LLM
+from engine.types import SamplingParams
+
+settings = {"dtype": "float32", "max_num_seqs": 2, "kv_cache_tokens": 1024, "max_model_len": 128}
+texts, prompts = [], [[1, 2, 3, 1, 2], [5, 4]]
+for device, eager in (("cpu", True), ("cuda", True), ("cuda", False)):
+    llm = LLM(sys.argv[1], device=device, heads=sys.argv[2], enforce_eager=eager, progress=False, **settings)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24))
+    texts.append([output.token_ids for output in outputs])
+    stats = llm.stats
+    print(eager, stats.step_seconds["decode"].total > 0, max(llm.promised(1, 8).values()) > 0)
+assert texts[0] == texts[1] == texts[2], texts
+"""
+
+
+def test_steps_are_measured_and_chosen_captured_or_not(tmp_path: Path) -> None:
+    """Their times are events' there, and each has to have been recorded."""
+    model = tiny_llama(vocab_size=64)
+    folder = save_model(model, tmp_path / "tiny")
+    heads = save_random_heads(
+        tmp_path / "heads.safetensors", hidden=model.config.hidden_size, vocab=64, own_lm_head=False
+    )
+    assert run("-c", DECODED, str(folder), str(heads)).split() == ["True", "True", "True"] * 2 + [
+        "False",
+        "True",
+        "True",
+    ]
