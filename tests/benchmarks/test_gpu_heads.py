@@ -143,17 +143,20 @@ def called(root: Path) -> list[tuple[str, list[str]]]:
 
 
 def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its two calls put the model together and start what our own parsers take."""
+    """Its three calls put the model together and start what our own parsers take."""
     (tmp_path / ".gpu" / "whl").mkdir(parents=True)
     (tmp_path / ".gpu" / "whl" / "some.whl").touch()
-    for number, half in enumerate((b"first half, ", b"second half")):
-        (tmp_path / ".gpu" / f"half0{number}").write_bytes(half)
+    for number in range(3):
+        (tmp_path / ".gpu" / f"part{number}").write_bytes(b"part %d, " % number)
     (tmp_path / ".gpu" / "prompts.jsonl.xz").touch()
-    assert "another machine" in shell(tmp_path, "heads").stdout
+    assert "part 0 is not there" in shell(tmp_path, "heads").stdout
     assert not (tmp_path / "calls").exists()
 
     assert shell(tmp_path, "heads0").returncode == 0
-    (tmp_path / ".gpu" / "half00").unlink()
+    (tmp_path / ".gpu" / "part0").unlink()
+    assert "part 1 is not there" in shell(tmp_path, "heads").stdout
+    assert shell(tmp_path, "keep").returncode == 0
+    (tmp_path / ".gpu" / "part1").unlink()
     assert shell(tmp_path, "heads", "--minutes", "7").returncode == 0
     (tmp_path / ".gpu" / "prompts.jsonl.xz").rename(tmp_path / "prompts")
     assert shell(tmp_path, "second", "--parts", "http").returncode == 0
@@ -164,7 +167,7 @@ def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.Monke
     assert tests[:2] == ["-m", "pytest"]
     assert (ROOT / tests[-1]).samefile(__file__)
     assert gpu.parse([*steps[2:], "--device", "cpu", "--tiny"]).cases == [(256, 256)]
-    assert Path(model[-1]).read_bytes() == b"first half, second half"
+    assert Path(model[-1]).read_bytes() == b"part 0, part 1, part 2, "
     assert more[0][1] == model
     assert gpu.parse([*more[1][1][2:], "--device", "cpu", "--tiny"]).parts == ["http"]
     (tmp_path / "prompts").rename(tmp_path / ".gpu" / "prompts.jsonl.xz")
@@ -172,6 +175,18 @@ def test_the_script_for_a_bare_machine(tmp_path: Path, monkeypatch: pytest.Monke
     args = gpu_heads.parse([*heads[2:], "--device", "cpu"])
     assert (args.minutes, args.output) == (7.0, tmp_path / "out")
     assert args.prompts.is_file()
+
+
+def test_each_call_has_room_for_what_it_carries() -> None:
+    """The tree travels with each, so what is committed must leave room for the parts of the model's wheel."""
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    first, second = (int(size) for size in re.findall(r"^PART\d=(\d+)$", script, re.MULTILINE))
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    tree = sum(
+        (ROOT / name).lstat().st_size for name in names.decode().split("\0") if (ROOT / name).is_file()
+    )
+    wheels, model, prompts, most = 14_000_000, 92_871_040, 1_200_000, 64 << 20
+    assert max(wheels + first, second, model - first - second + prompts) + tree < most
 
 
 THERE = {
@@ -194,7 +209,7 @@ def test_the_bare_machine_gets_what_it_lacks_of_our_dependencies() -> None:
 def test_what_was_compiled_and_measured_there_is_there_the_next_time(tmp_path: Path) -> None:
     (tmp_path / ".gpu" / "whl").mkdir(parents=True)
     (tmp_path / ".gpu" / "whl" / "some.whl").touch()
-    (tmp_path / ".gpu" / "half00").touch()
+    (tmp_path / ".gpu" / "part0").touch()
     (tmp_path / "out").mkdir()
     kept = [".triton/cache/AB12/k.cubin", ".cache/medusa-serve/products-1.json"]
     kept += [".cache/medusa-serve/attention-2.json"]
