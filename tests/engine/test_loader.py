@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def test_a_gpu_without_bfloat16_takes_float16(
 ) -> None:
     model = replace(ModelConfig.from_folder(save_model(tiny_model("llama"), tmp_path)), dtype=stored)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    caplog.set_level(logging.WARNING)  # the server's tests leave another
     assert _dtype("auto", model, torch.device("cuda")) == taken
     assert ("dtype is float16" in caplog.text) == (stored != taken)
     assert _dtype("bfloat16", model, torch.device("cuda")) == torch.bfloat16  # asked for

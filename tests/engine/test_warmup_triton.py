@@ -445,6 +445,7 @@ def test_a_pass_that_fails_is_told_and_the_server_starts(
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(Runner, "prefill", broken)
+    caplog.set_level(logging.WARNING)  # the server's tests leave another
     warm_prompts(runner, loaded)
     assert "the first prompts may wait" in caplog.text
     loaded.blocks.check()
