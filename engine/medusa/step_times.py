@@ -128,10 +128,6 @@ class StepTimes:
         """Whether one large tree costs something for every sequence of its batch."""
         return self._grid is not None or self.padding(batch, context) > 0.0
 
-    def outside(self, batch: int) -> float:
-        """Seconds of a step besides what is timed: drafting, forward pass, and all to the accepted tokens."""
-        return self._outside.get(self._bucket(batch), 0.0)
-
     def observe(
         self, batch: int, context: int, rows: float, seconds: float, other_s: float, cells: int = 0
     ) -> None:

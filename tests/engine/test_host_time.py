@@ -104,6 +104,14 @@ def test_steps_that_follow_one_another_tell_it(
         simulated.step()
     assert seen[0] == 0.0
     assert simulated.stats.device_idle_seconds > 0.0  # a second is longer than a step
+    # Steps whose log-probabilities are wanted are read before the next is launched: the device waits for it.
+    seen.clear()
+    shown = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    simulated.add(Request("d", (1, 2, 3), shown))
+    while simulated.has_work:
+        simulated.step()
+    assert len(seen) > 3
+    assert not any(seen)
 
 
 def test_what_the_host_takes_longer_the_device_is_idle() -> None:
