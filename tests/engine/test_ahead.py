@@ -148,6 +148,27 @@ def test_a_launch_that_fails_tells_first_what_was_emitted_before(narrow: TinyMod
     engine.check()
 
 
+def test_who_ended_in_the_step_before_a_launch_that_fails_does_not_fail_too(narrow: TinyModel) -> None:
+    """It was in what was to be launched: nobody knew yet."""
+    reference = greedy_reference(narrow.reference, [1, 2, 3], 30)
+    stop = reference[6]
+    steps = reference.index(stop)  # the first token is the prefill's
+    engine, deltas = make_engine(narrow.folder, tree="off"), []
+    engine.add(greedy("stop", [1, 2, 3], 30, stop_token_ids=(stop,)))
+    engine.add(greedy("on", [4, 5], 60))
+    with faults.injected(f"decode=raise@{steps + 1}"):
+        while engine.has_work:
+            deltas += engine.step()
+    assert steps > 1
+    assert [(d.request_id, d.finish_reason, d.error) for d in deltas if d.finish_reason is not None] == [
+        ("stop", FinishReason.STOP, None),
+        ("on", FinishReason.ERROR, "internal error: RuntimeError"),
+    ]
+    found = [token for delta in deltas if delta.request_id == "stop" for token in delta.token_ids]
+    assert found == reference[: steps + 1]
+    engine.check()
+
+
 def test_nobody_under_way_is_preempted(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(
         narrow.folder, tree=8, heads=str(narrow.heads), max_model_len=64, kv_cache_tokens=128
