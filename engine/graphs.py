@@ -119,6 +119,7 @@ class CapturedRunner(Runner):
         # What `_fill` wrote last: mostly the next step is alike.
         self._filled: tuple[Bucket, bool, list[int], list[TreeShape]] | None = None
         self._layers: dict[PromptBucket, Graph] = {}
+        self._landings: dict[Bucket, Landing] = {}  # of passes over prompts
 
         rows, config, width = buckets.max_rows, self._decoder.config, 4 + MAX_TREE_NODES
         width += 2 + self._lookup.size if self._lookup is not None else 0
@@ -209,9 +210,8 @@ class CapturedRunner(Runner):
 
     def _bucket(self, batch: int, nodes: int) -> Bucket:
         most = self._most(nodes, heads=True)
-        return Bucket(
-            batch, nodes, max(self._drafter.depth(TreeShape(most.head_nodes, 0)), most.lookup_nodes)
-        )
+        depth = max(self._drafter.depth(TreeShape(most.head_nodes, 0)), most.lookup_nodes)
+        return Bucket(batch, nodes, depth)
 
     def _most(self, nodes: int, *, heads: bool) -> TreeShape:
         """What is on offer for a tree of so many nodes: nodes of the heads, and of the lookup chain."""
@@ -413,13 +413,13 @@ class CapturedRunner(Runner):
         bucket = Bucket(batch, 1, 0, prompts=True)
         draws = [chunk.draws for chunk in chunks]
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        graph = self._second_half(bucket, Asked.by(drawing).more_than_best)
         slots = [chunk.sequence.slot if chunk.draws else self._spare for chunk in chunks]
         lengths = [chunk.end - 1 if chunk.draws else 0 for chunk in chunks]
         self._fill_end(bucket, slots, [end - 1 for end in ends], lengths)
-        graph.replay()
-        landing = Landing(self._packed_rows(bucket))
-        results = Results(landing, 0, started=started, begun=begun, count=len(chunks))
+        self._second_half(bucket, Asked.by(drawing).more_than_best).replay()
+        if bucket not in self._landings:
+            self._landings[bucket] = Landing(self._packed_rows(bucket))
+        results = Results(self._landings[bucket], 0, started=started, begun=begun, count=len(chunks))
         return PromptResults(results, draws, self._lookup is not None)
 
     def _fill_end(self, bucket: Bucket, slots: list[int], rows: list[int], lengths: list[int]) -> None:

@@ -78,6 +78,8 @@ class Inputs:
 class Landing:
     """Where what a step gives is copied to: a piece of memory for each step whose results are not read.
 
+    Results that are never read, after an error, take their piece with them.
+
     Args:
         packed: where a step leaves its results, and the next one its own.
     """

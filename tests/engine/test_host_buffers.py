@@ -77,6 +77,10 @@ def test_each_result_under_way_has_memory_of_its_own() -> None:
     with pytest.raises(RuntimeError, match="read once"):
         first.rows()
     assert len(landing._free) == 2
+    results()  # that are never read, as those of a pass that failed behind its graph
+    packed[:, 4] += 10
+    assert [row.tokens for row in results().rows()] == [[35], [36]]
+    assert len(landing._free) == 1, "the memory of those is gone with them"
 
 
 def test_what_a_step_took_is_told_when_its_event_is_another_steps(monkeypatch: pytest.MonkeyPatch) -> None:

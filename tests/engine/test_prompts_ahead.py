@@ -12,6 +12,7 @@ from engine.attention.sdpa import SdpaAttention
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.scheduler import Chunk
+from engine.step_results import PromptResults
 from engine.types import FinishReason, Request, SamplingParams, SequenceState, TokenDelta
 from tests import support
 from tests.engine.conftest import TinyModel
@@ -138,6 +139,33 @@ def test_chunks_follow_one_another_unread(narrow: TinyModel) -> None:
     passes = [[(c.start, c.end) for c in engine._prompts[0].chunks] for _ in range(3) if engine.step() == []]
     assert passes == [[(0, 64)], [(64, 128)], [(128, 150)]]
     assert rest(engine, []) == {"long": greedy_reference(narrow.reference, prompt, 5)}
+
+
+def test_passes_in_turn_share_memory_of_the_hosts_and_passes_under_way_do_not(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, found = make_engine(narrow.folder, tree="off"), []
+    under_way: list[list[Any]] = []
+    ended = CapturedRunner._ended
+
+    def noted(self: CapturedRunner, chunks: list[Chunk], *rest: Any) -> PromptResults:
+        made = ended(self, chunks, *rest)
+        under_way.append([each.results.results._lent for each in engine._prompts] + [made.results._lent])
+        return made
+
+    monkeypatch.setattr(CapturedRunner, "_ended", noted)
+    prompts = {name: [i, 2, 3] for i, name in enumerate("abcd")}
+    for name in "abc":  # each pass is launched while the one before is under way
+        engine.add(greedy(name, prompts[name], 9))
+        found += engine.step()
+    texts = rest(engine, found)
+    engine.add(greedy("d", prompts["d"], 9))
+    texts |= rest(engine, [])
+    assert texts == {name: greedy_reference(narrow.reference, prompts[name], 9) for name in "abcd"}
+    [[a], [still_a, b], [still_b, c], [d]] = under_way
+    assert still_a is a is not b is still_b
+    assert c is a, "which had been read"
+    assert d in (a, b)
 
 
 def test_what_is_drawn_behind_chunks_is_the_first_draw(narrow: TinyModel) -> None:
