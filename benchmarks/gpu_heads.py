@@ -202,7 +202,7 @@ class Stages:
             patience=10**9,
             **self.sizes["train"],
         )
-        found = train(config)
+        found = self._without_folders(train(config))
         lines = (self.heads / "train.jsonl").read_text(encoding="utf-8").splitlines()
         self.pack_heads()
         settings = config.model_dump(mode="json", exclude={"data", "output", "model"})
@@ -216,7 +216,7 @@ class Stages:
         if baseline := self.args.baseline or _shipped(self.args.model):
             sides["baseline"] = (str(baseline), self.work / "baseline")
         for name, (heads, folder) in sides.items():
-            found[name] = measure(
+            measured = measure(
                 heads,
                 self.data,
                 folder,
@@ -226,6 +226,7 @@ class Stages:
                 size=64,
                 device=self.args.device,
             )
+            found[name] = self._without_folders(measured)
             run.record("calibrate", found)
             print(name, dict(zip(found[name]["nodes"], found[name]["replayed"], strict=True)), flush=True)
         self.pack_heads()
@@ -250,6 +251,15 @@ class Stages:
                 raise RuntimeError(f"{shards[taken]} alone is larger than {_FILE_BYTES} bytes")
             number += 1
         return {"held_out_rows": len(rows), "shards": len(shards), "shards_in_the_files": taken}
+
+    def _without_folders(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Files in the working folder or in ours as seen from there: the rest is of this machine alone."""
+        return {
+            name: value.removeprefix(f"{self.work}/").removeprefix(f"{ROOT}/")
+            if isinstance(value, str)
+            else value
+            for name, value in found.items()
+        }
 
     def pack_heads(self) -> None:
         """What belongs beside the heads in one file: few files come back."""

@@ -64,6 +64,9 @@ def held_to_what_comes_back(folder: Path, code: int, results: dict[str, Any], de
     new, baseline = parts["calibrate"]["new"], parts["calibrate"]["baseline"]
     assert new["held_out_tokens"] == baseline["held_out_tokens"] > 0
     assert new["replayed"][-1] > 1.0
+    assert "medusa-serve-heads-" not in json.dumps(results), "that folder is gone"
+    assert parts["train"]["heads"] == new["heads"] == "heads/medusa_lm_head.safetensors"
+    assert baseline["tree"] == "baseline/medusa_tree.json"
     heads = unpacked(folder, "heads.tar")
     assert {file.name for file in heads.iterdir()} >= {
         "medusa_lm_head.safetensors",
