@@ -23,10 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     Item,
+    add_model,
+    add_prompts,
     bootstrap_interval,
     engine_config,
     hardware,
+    new_parser,
     parse_with_engine_options,
+    positive,
     print_result,
     ratio_interval,
     read_items,
@@ -230,15 +234,12 @@ def measure_against(args: argparse.Namespace, new: LLM, old: LLM) -> dict[str, A
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
-    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser = new_parser(__doc__)
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--streams", type=int, default=1, help="prompts answered together")
-    parser.add_argument("--rounds", type=int, default=1, help="how often every prompt is asked")
+    parser.add_argument("--streams", type=positive, default=1, help="prompts answered together")
+    parser.add_argument("--rounds", type=positive, default=1, help="how often every prompt is asked")
     parser.add_argument("--prediction", action="store_true", help="send each item's `prediction`")
     parser.add_argument("--no-off", action="store_true", help="acceptance only: leave the tree-off side out")
     parser.add_argument(
@@ -249,8 +250,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         "--against", help="other heads to compare with, with the tree beside them, instead of the tree off"
     )
     args, options = parse_with_engine_options(parser, argv)
-    if args.rounds < 1 or args.streams < 1:
-        parser.error("--rounds and --streams must be at least 1")
     if args.typical and args.against:
         parser.error("--typical compares rules and --against heads: one of them")
     if args.typical and args.temperature <= 0.0:

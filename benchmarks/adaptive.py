@@ -35,12 +35,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.acceptance import TREE_OFF
 from benchmarks.common import (
+    add_model,
     engine_config,
     first_turns,
     hardware,
     model_folder,
+    new_parser,
     numbers,
     parse_with_engine_options,
+    positive,
     print_result,
     ratio_interval,
 )
@@ -329,10 +332,8 @@ def _options(values: dict[str, Any]) -> list[str]:
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
     parser.add_argument("--max-prompt", type=int, default=256, help="longer prompts, in tokens, are left out")
     parser.add_argument("--heads", default="none", help="kinds, by comma: none, random, handmade or a file")
@@ -342,10 +343,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--reference-tokens", type=int, default=64, help="of each answer in the cache")
     parser.add_argument("--against", metavar="FILE", help="these heads on `auto` in the place of `off`")
     parser.add_argument("--streams", type=numbers, default=[1, 4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=positive, default=10)
     parser.add_argument("--warm-rounds", type=int, default=2, help="before them, not counted")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=3, help="prompts for each stream in a round")
+    parser.add_argument("--turns", type=positive, default=3, help="prompts for each stream in a round")
     parser.add_argument("--least", type=float, default=0.98, help="no interval may lie wholly below this")
     parser.add_argument("--sweep", action="store_true", help="auto against fixed sizes under a shifting load")
     parser.add_argument("--sizes", type=numbers, default=list(SIZES), help="fixed sizes of the sweep")
@@ -353,8 +354,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     args, options = parse_with_engine_options(parser, argv)
     args.heads = args.heads.split(",")
     args.texts = first_turns(args.prompts)
-    if args.rounds < 1 or args.turns < 1:
-        parser.error("--rounds and --turns must be at least 1")
     if args.sweep and args.against:
         parser.error("--sweep compares sizes and --against heads: one of them")
     if taken := {"--tree", "--heads"} & {option.partition("=")[0] for option in options}:

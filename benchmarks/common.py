@@ -34,6 +34,8 @@ __all__ = [
     "Encoder",
     "Item",
     "Server",
+    "add_model",
+    "add_prompts",
     "bootstrap_interval",
     "chat",
     "cpu_seconds",
@@ -48,9 +50,11 @@ __all__ = [
     "metrics",
     "model_folder",
     "new_client",
+    "new_parser",
     "numbers",
     "open_connections",
     "parse_with_engine_options",
+    "positive",
     "print_result",
     "prompt_ids",
     "ratio_interval",
@@ -74,6 +78,32 @@ def model_folder(model: str) -> Path:
 
 
 # -- options ---------------------------------------------------------------------------------------
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command's; `description` is its module's docstring, shown as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model`, the engine's own by default."""
+    default = EngineConfig.model_fields["model"].default
+    parser.add_argument("--model", default=default, help="embedded name, folder or hub id")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """`--prompts` and `--limit`, as `read_items` takes them."""
+    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+
+
+def positive(text: str) -> int:
+    """At least 1, for argparse's `type`."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def numbers(text: str) -> list[int]:
@@ -461,6 +491,8 @@ def ratio_interval(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """The one JSON line a measurement ends in."""
+def print_result(result: dict[str, Any], output: Path | None = None) -> None:
+    """The one JSON line a measurement ends in, and in a file if one is given, where it is easier to read."""
     print(json.dumps(result, ensure_ascii=False), flush=True)
+    if output is not None:
+        output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -23,12 +23,14 @@ import aiohttp
 
 from benchmarks.common import (
     Server,
+    add_model,
     chat,
     first_model,
     hardware,
     kv_blocks,
     metrics,
     new_client,
+    new_parser,
     print_result,
 )
 
@@ -157,11 +159,9 @@ async def drive(args: argparse.Namespace, url: str) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--url", help="a running, idle server; else one is started with the options below")
-    parser.add_argument("--model", default="smollm2-135m")
+    add_model(parser)
     parser.add_argument("--heads", default="none")
     parser.add_argument("--tree", default="off")
     parser.add_argument("--dtype", default="float32")

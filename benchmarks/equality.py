@@ -34,6 +34,8 @@ import httpx
 from benchmarks.common import (
     Completion,
     Server,
+    add_model,
+    add_prompts,
     chat,
     first_model,
     first_turns,
@@ -41,6 +43,7 @@ from benchmarks.common import (
     metrics,
     model_folder,
     new_client,
+    new_parser,
     parse_with_engine_options,
     print_result,
 )
@@ -249,12 +252,9 @@ def make_head_files(
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     names = [variant.name for variant in VARIANTS]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
-    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser = new_parser(__doc__)
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--reference-cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--heads-folder", type=Path, help="kept head files; a temporary folder if not given")

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, print_result
+from benchmarks.common import ROOT, new_parser, numbers, print_result
 from benchmarks.gpu_device import between_products, ceilings, tests
 from benchmarks.gpu_quantized import quantized_steps
 from benchmarks.gpu_run import Run, combine, device_name, output_file
@@ -56,20 +56,13 @@ def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def numbers(text: str) -> list[int]:
-    """`1,64` as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
 def cases(text: str) -> list[tuple[int, int]]:
     """`1x512,16x512` as (batch, context)."""
     return [(int(batch), int(context)) for batch, context in (part.split("x") for part in text.split(","))]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--skip", type=names, default=[], help="parts to leave out")

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import ROOT, print_result
+from benchmarks.common import ROOT, add_model, new_parser, print_result
 from benchmarks.gpu_run import Run, device_name
 from engine.model.config import ModelConfig
 from engine.model.embedded import EMBEDDED_MODEL, shipped_heads
@@ -323,14 +323,12 @@ def _processes(commands: list[list[str]], work: Path) -> Iterator[list[subproces
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL as for `distill`, or that as .xz")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8.3, help="for everything")
     parser.add_argument("--distil-share", type=float, default=0.5, help="of the time after the warm-up")
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or folder")
+    add_model(parser)
     parser.add_argument("--baseline", default=None, help="heads to compare with; the shipped ones if unset")
     parser.add_argument("--layers", type=int, default=3, help="residual layers per head")
     parser.add_argument("--workers", type=int, default=4, help="processes that answer")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -29,7 +28,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import engine_config, hardware, numbers, parse_with_engine_options, print_result
+from benchmarks.common import (
+    add_model,
+    engine_config,
+    hardware,
+    new_parser,
+    numbers,
+    parse_with_engine_options,
+    positive,
+    print_result,
+)
 from benchmarks.simulated_device import OPTIONS, SimulatedDevice, SimulatedEngine
 from engine.loader import load
 from engine.step_results import Results
@@ -167,10 +175,8 @@ def measure(engines: dict[str, SimulatedEngine], args: argparse.Namespace) -> li
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--streams", type=numbers, default=[1, 4, 16, 64])
     parser.add_argument("--trees", type=lambda text: text.split(","), default=["auto", "off"])
     parser.add_argument("--step-ms", type=float, default=0.001, help="what the simulated device takes")
@@ -178,13 +184,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument(
         "--chains", type=int, default=2, help="one of so many has a lookup chain; 0: none ever"
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=200, help="of each round")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--steps", type=positive, default=200, help="of each round")
     parser.add_argument("--output", type=Path, help="where the result goes, too")
-    args, options = parse_with_engine_options(parser, argv)
-    if min(args.rounds, args.steps) < 1:
-        parser.error("--rounds and --steps must be at least 1")
-    return args, options
+    return parse_with_engine_options(parser, argv)
 
 
 def made(args: argparse.Namespace, options: list[str]) -> dict[str, SimulatedEngine]:
@@ -221,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": measure(made(args, options), args),
         "hardware": hardware(),
     }
-    print_result(result)
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_result(result, args.output)
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.common import (
     Server,
+    add_model,
     bootstrap_interval,
     children,
     cpu_seconds,
@@ -31,8 +32,10 @@ from benchmarks.common import (
     exact_prompt,
     first_model,
     hardware,
+    new_parser,
     numbers,
     parse_with_engine_options,
+    positive,
     print_result,
 )
 from benchmarks.side_by_side import IDLE_SHARE, ours
@@ -131,12 +134,10 @@ def _thread_seconds(server: Server) -> dict[str, float]:
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--streams", type=numbers, default=[8])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=positive, default=10)
     parser.add_argument("--prompt-tokens", type=int, default=60)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--step-ms", type=float, help="simulate a device that takes so long a decode step")
@@ -146,8 +147,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--most", type=float, default=0.10, help="largest share lost that passes")
     parser.add_argument("--seed", type=int, default=0)
     args, options = parse_with_engine_options(parser, argv)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return args, ["--max-num-seqs", str(max(args.streams)), *options]
 
 

@@ -35,6 +35,7 @@ from benchmarks.common import (
     first_model,
     hardware,
     new_client,
+    new_parser,
     numbers,
     parse_with_engine_options,
     print_result,
@@ -255,9 +256,7 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--url", help="a running server; else ours is started")
     parser.add_argument("--model", help="name to ask for (the first one listed), or what our server loads")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))

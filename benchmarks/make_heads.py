@@ -10,7 +10,6 @@ for, so that they are often right and long acceptances happen; they are worth no
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.common import first_turns, model_folder, print_result
+from benchmarks.common import add_model, first_turns, model_folder, new_parser, print_result
 from benchmarks.reference import DEFAULT_CACHE, load_reference
 
 if TYPE_CHECKING:
@@ -126,11 +125,9 @@ def save_heads(tensors: dict[str, Tensor], folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("kind", choices=("random", "handmade"))
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    add_model(parser)
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE}")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=1, help="residual layers per random head")

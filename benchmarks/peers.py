@@ -35,14 +35,17 @@ import httpx
 from benchmarks.common import (
     ROOT,
     Server,
+    add_model,
     exact_prompt,
     first_model,
     free_port,
     hardware,
     model_folder,
     new_client,
+    new_parser,
     numbers,
     parse_with_engine_options,
+    positive,
     print_result,
     prompt_ids,
     ratio_interval,
@@ -297,10 +300,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
             raise argparse.ArgumentTypeError("must be NAME=URL")
         return name, url.rstrip("/").removesuffix("/v1")
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--peers", default=",".join(PEERS), help="by comma; those not installed are left out")
     parser.add_argument("--server", type=named_url, action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--dtype", default="float32", help="of transformers and vllm")
@@ -309,7 +310,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--openvino-python", default=sys.executable, help="a Python with openvino-genai")
     parser.add_argument("--threads", type=int, default=cpus(), help="of each side")
     parser.add_argument("--streams", type=numbers, default=[1, 4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=positive, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=60, help="by our template; a peer's may differ")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -317,8 +318,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     args.peers = [name for name in args.peers.split(",") if name]
     if unknown := sorted(set(args.peers) - set(PEERS)):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(PEERS)}")
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return args, options
 
 

@@ -24,7 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, bootstrap_interval, first_turns, hardware, print_result, prompt_ids
+from benchmarks.common import (
+    ROOT,
+    add_model,
+    bootstrap_interval,
+    first_turns,
+    hardware,
+    new_parser,
+    print_result,
+    prompt_ids,
+)
 from engine.attention.base import AttentionInput
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -208,10 +217,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped file of prompts")
     parser.add_argument("--limit", type=int, default=40, help="prompts taken from the file")

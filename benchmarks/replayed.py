@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 
 from benchmarks.acceptance import TREE_OFF
 from benchmarks.common import (
+    add_model,
+    add_prompts,
     engine_config,
     hardware,
+    new_parser,
     parse_with_engine_options,
     print_result,
     ratio_interval,
@@ -123,12 +126,9 @@ def compare(categories: list[str], new: list[Counts], old: list[Counts]) -> dict
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConfig, EngineConfig]:
     """Arguments, what is replayed, and what answers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
-    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser = new_parser(__doc__)
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--against", type=Path, required=True, help="other heads, with the tree beside them")
     args, options = parse_with_engine_options(parser, argv)

@@ -27,6 +27,7 @@ from typing import Any, Self
 from benchmarks.common import (
     ROOT,
     Server,
+    add_model,
     chat,
     cpu_seconds,
     exact_prompt,
@@ -34,9 +35,11 @@ from benchmarks.common import (
     hardware,
     model_folder,
     new_client,
+    new_parser,
     numbers,
     open_connections,
     parse_with_engine_options,
+    positive,
     print_result,
     prompt_ids,
     ratio_interval,
@@ -219,23 +222,19 @@ def measure(
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantization", default="none", choices=("none", "int8"), help="of ours")
     parser.add_argument("--threads", type=int, default=cpus(), help="of each side")
     parser.add_argument("--streams", type=numbers, default=[1, 8, 16])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=60)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args, options = parse_with_engine_options(parser, argv)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return args, options
 
 

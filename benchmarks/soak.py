@@ -31,12 +31,14 @@ import aiohttp
 
 from benchmarks.common import (
     Server,
+    add_model,
     children,
     data_of,
     first_model,
     hardware,
     kv_blocks,
     new_client,
+    new_parser,
     parse_with_engine_options,
     print_result,
     word_prompt,
@@ -304,10 +306,8 @@ async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--sample-s", type=float, default=1.0, help="seconds between looks at the memory")

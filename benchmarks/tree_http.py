@@ -16,20 +16,23 @@ import asyncio
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
     Completion,
     Item,
     Server,
+    add_model,
+    add_prompts,
     chat,
     engine_config,
     first_model,
     hardware,
     new_client,
+    new_parser,
     numbers,
     parse_with_engine_options,
+    positive,
     print_result,
     ratio_interval,
     read_items,
@@ -98,14 +101,11 @@ def promises(model: str, options: list[str]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder")
-    parser.add_argument("--prompts", type=Path, required=True, help="MT-bench-shaped JSONL")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser = new_parser(__doc__)
+    add_model(parser)
+    add_prompts(parser)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=1, help="how often every prompt is asked")
+    parser.add_argument("--rounds", type=positive, default=1, help="how often every prompt is asked")
     parser.add_argument("--prediction", action="store_true", help="send each item's `prediction`")
     parser.add_argument("--sizes", type=numbers, default=[], help="also these fixed sizes, without lookup")
     args, options = parse_with_engine_options(parser)

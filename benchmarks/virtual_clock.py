@@ -20,7 +20,6 @@ average), and streams, each of which asks again when it is answered (tokens per 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -34,7 +33,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, engine_config, hardware, numbers, print_result, ratio_interval, read_items
+from benchmarks.common import (
+    ROOT,
+    add_model,
+    engine_config,
+    hardware,
+    new_parser,
+    numbers,
+    positive,
+    print_result,
+    ratio_interval,
+    read_items,
+)
 from engine.batch import Batch, Verified
 from engine.engine import Engine
 from engine.flight import HostTime
@@ -396,13 +406,11 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name or a local folder, with heads")
+    parser = new_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--prompts", type=Path, nargs="+", default=_PROMPTS, help="MT-bench-shaped JSONL")
     parser.add_argument("--batches", type=numbers, default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=positive, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts of each round")
     parser.add_argument(
@@ -438,9 +446,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": compare(engines, prompts, args),
         "hardware": hardware(),
     }
-    print_result(result)
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_result(result, args.output)
     return 0
 
 

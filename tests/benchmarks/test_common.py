@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import statistics
@@ -9,13 +10,18 @@ from typing import Any
 import pytest
 
 from benchmarks.common import (
+    add_model,
     bootstrap_interval,
     cpu_seconds,
     exact_prompt,
     kv_blocks,
     metrics,
+    new_parser,
+    positive,
+    print_result,
     prompt_ids,
 )
+from engine.config import EngineConfig
 
 PAGE = """\
 # HELP medusa_kv_blocks K/V blocks by state.
@@ -42,6 +48,31 @@ def test_metrics_page() -> None:
     assert kv_blocks(page) == {"free": 90, "cached": 6, "used": 4}
     with pytest.raises(RuntimeError, match="free, cached, used"):
         kv_blocks({})
+
+
+def test_a_result_is_a_line_and_a_file_if_one_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"benchmark": "é", "rows": [1, 2]}
+    print_result(result)
+    assert not list(tmp_path.iterdir())
+    print_result(result, tmp_path / "result.json")
+    assert capsys.readouterr().out == 2 * '{"benchmark": "é", "rows": [1, 2]}\n'
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == result
+
+
+def test_options_that_commands_share(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = new_parser("One line.\n\n    python -m it\n")
+    add_model(parser)
+    parser.add_argument("--rounds", type=positive, default=3)
+    assert "\n    python -m it\n" in parser.format_help()
+    given = parser.parse_args([])
+    assert (given.model, given.rounds) == (EngineConfig().model, 3)
+    assert parser.parse_args(["--rounds", "1"]).rounds == 1
+    for wrong in ("0", "-2", "many"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--rounds", wrong])
+    assert "argument --rounds: must be at least 1" in capsys.readouterr().err
 
 
 def test_bootstrap_interval() -> None:
