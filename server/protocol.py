@@ -169,7 +169,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return  # see `_stay`
         if len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers]) > MAX_HEAD_BYTES:
             self._refuse_head()  # which one read has brought whole, maybe with its body
-            raise ValueError  # so that nothing more is parsed
+            raise ValueError  # or the application would be asked all the same, and what follows be parsed
         self._in_time()
         self._head_bytes = 0
         before = self.cycle

@@ -132,6 +132,7 @@ def test_headers_have_a_bound(serve: Serve) -> None:
     with connection(server) as raw:  # whole, in one read
         raw.sendall(b"GET /health HTTP/1.1\r\nX-Long: %b\r\n\r\n" % (b"y" * MAX_HEAD_BYTES) * 2)
         assert refusal(rest(raw)) == (431, "request_header_fields_too_large")
+    assert not any("/health" in name for name in server.metrics()), "the application was asked all the same"
 
 
 def test_what_follows_a_chunked_body_has_the_same_bound(serve: Serve) -> None:
