@@ -167,7 +167,7 @@ class WindowText:
     A window of the last tokens is decoded and what of it was sent already is left out (the idea of vLLM's
     prefix and read offsets, with characters for the second). One deviation from decoding the whole: a
     byte-fallback decoder (Llama 2) turns a whole run of byte tokens to U+FFFD when a later one is invalid;
-    characters already sent stay.
+    characters already sent stay. Tokens behind bytes that are no character may seem to begin where these do.
     """
 
     __slots__ = ("_decode_ids", "_sent", "_skipped", "_window", "open")
