@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from engine.attention import triton_join, triton_kernels, triton_rotary, triton_tiles
+from engine import triton_dependent
+from engine.attention import triton as backend, triton_join, triton_kernels, triton_rotary, triton_tiles
 from engine.attention.base import AttentionInput, Rotary
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import (
@@ -57,8 +58,16 @@ _LEAST_KEYS = (64, 256, 512)
 _CHUNK = 512
 """New rows of the prefill chunk that is measured."""
 
-_MODULES = (triton_kernels, triton_join, triton_rotary, triton_tiles, model_kernels)
-"""The kernels' source, and what a tile's fields are."""
+_MODULES = (
+    triton_kernels,
+    triton_join,
+    triton_rotary,
+    triton_tiles,
+    triton_dependent,
+    backend,
+    model_kernels,
+)
+"""The kernels' source, what a tile's fields are, and what is launched for them."""
 
 _TRIES = 8
 """How often joining in the same kernel is held against a second kernel."""

@@ -20,8 +20,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from engine import triton_measuring
-from engine.attention import triton_join, triton_tiles, triton_tuning
+from engine import triton_dependent, triton_measuring
+from engine.attention import triton as backend, triton_join, triton_tiles, triton_tuning
 from engine.attention.base import AttentionInput
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile, candidates
@@ -110,8 +110,10 @@ def test_the_fastest_is_taken_and_kept_on_disk(tmp_path: Path, measured: list[Ti
     assert json.loads(file.read_text())["device"] == torch.cuda.get_device_properties(DEVICE).name
 
 
-@pytest.mark.parametrize("changed", [triton_tiles, triton_join])
-def test_files_of_other_kernels_or_other_fields_of_a_tile_are_not_read(
+@pytest.mark.parametrize(
+    "changed", [triton_tiles, triton_join, triton_dependent, backend], ids=lambda module: module.__name__
+)
+def test_files_of_other_kernels_or_another_way_to_launch_them_are_not_read(
     changed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Tile]
 ) -> None:
     tuned_tiles(SHAPE, DEVICE, tmp_path, most_nodes=1, clock=slowest_first())
