@@ -101,109 +101,133 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
     until = math.inf
     if config.minutes is not None:
         until = (time.monotonic() if started is None else started) + 60.0 * config.minutes / 2
-    folder = resolve_model(config.model)
-    model, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
-    device = device_named(config.device)
-    dtype = training_dtype(config.dtype, model, device)
-    counted = np.concatenate([row.answer for row in train])
-    # Prompts break ties among what thin data has not answered yet: answers are about what was asked.
-    prompts = np.unique(np.concatenate([row.prompt for row in train]))
-    wanted = None if config.vocabulary == "full" else int(config.vocabulary)
-    vocabulary = Vocabulary.most_frequent(counted, prompts, wanted, model.vocab_size)
-
-    cached = _cached(config, model, train, held)
-    # Held-out rows first: a pass that is cut short can be measured on.
-    resident = config.cache == "memory"
-    rows = [*held, *train] if cached else held
-    cache_dir = config.cache_dir or config.output / "cache"
-    identity: dict[str, Any] = {
-        "model": model_identity(checkpoint),
-        "hidden_size": model.hidden_size,
-        "top_k": min(TOP_K, model.vocab_size),
-    }
-    missing = rows if resident else missing_rows(cache_dir, rows, **identity)
-    longest = max(len(row.prompt) + len(row.answer) for row in (*train, *held))
-    online_pack = max(config.micro_tokens, longest)
-    pack = pack_size(device) if cached else online_pack
-    memory = plan(
-        checkpoint,
-        model,
-        device=device,
-        dtype=dtype,
-        bits=config.backbone_bits,
-        needs_backbone=bool(missing) or not cached,
-        heads=config.heads,
-        layers=config.layers,
-        vocabulary=len(vocabulary),
-        micro_tokens=config.micro_tokens,
-        pack_tokens=max(pack, longest),
-        ema=config.ema > 0,
-        teacher_online=not cached and config.kl > 0,
-        cached_tokens=sum(len(row.answer) for row in missing),
-        resident=resident,
-        top_k=TOP_K,
-    )
-    available = available_bytes(device)
-    if resident:
-        rows = _that_fit(rows, memory, available, least=len(held) + 1)
-    tqdm.write(memory.describe(available))
-    memory.check(
-        available,
-        "Lower --micro-tokens or --vocabulary, or take --backbone-bits 4"
-        if device.type == "cuda"
-        else "Lower --micro-tokens or --vocabulary",
-    )
-    if memory.disk > (free := free_disk(cache_dir)):
-        raise ConfigError(
-            f"the hidden states take {memory.disk >> 20} MiB and {free >> 20} MiB are free at {cache_dir}; "
-            "name another place with --cache-dir, or take --cache off"
-        )
-    tqdm.write(
-        f"{len(train)} rows to train on ({len(counted)} answer tokens), {len(held)} held out; "
-        f"vocabulary {len(vocabulary)} covers {vocabulary.coverage:.2%}"
-    )
-
-    made: list[Backbone] = []
-
-    def backbone() -> Backbone:
-        if not made:
-            made.append(
-                make_backbone(
-                    config.model,
-                    device=str(device),
-                    dtype=str(dtype).removeprefix("torch."),
-                    bits=config.backbone_bits,
-                    pack_tokens=pack,
-                    longest=longest,
-                )
-            )
-        return made[0]
-
-    cache: HiddenCache | ResidentCache
-    if resident:
-        cache = keep_hidden(
-            rows,
-            top_k=identity["top_k"],
-            backbone=backbone(),
-            lm_head=read_lm_head(config.model),
-            pack_tokens=pack,
-            until=until,
-        )
-    else:
-        cache = cache_hidden(
-            cache_dir,
-            rows,
-            **identity,
-            make_backbone=lambda: (backbone(), read_lm_head(config.model)),
-            pack_tokens=pack,
-            until=until,
-        )
+    made = _Preparation(config, train, held)
+    rows = made.rows_that_fit()
+    cache = made.hidden_states(rows, until)
     of_held, of_train = cache.select(held), cache.select(train)
     if (left := len(rows) - int((of_held | of_train).sum())) > 0:
         tqdm.write(f"half of the time is over: {left} of {len(rows)} rows are left out")
-    source: Source
-    if cached:
-        made.clear()  # its memory is the heads' now
+    return Setup(
+        made.batches(cache, of_train, left),
+        cache,
+        of_held,
+        made.vocabulary,
+        read_lm_head(config.model, made.vocabulary.token_map).to(device=made.device, dtype=made.dtype),
+        made.vocabulary.rows(made.device),
+    )
+
+
+class _Preparation:
+    """What the settings of a run come to, and one after the other what it needs."""
+
+    def __init__(self, config: TrainConfig, train: list[Row], held: list[Row]) -> None:
+        self.config, self.train, self.held = config, train, held
+        folder = resolve_model(config.model)
+        self.model, self.checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
+        self.device = device_named(config.device)
+        self.dtype = training_dtype(config.dtype, self.model, self.device)
+        self.vocabulary = _vocabulary(config, train, self.model)
+        self.cached = _cached(config, self.model, train, held)
+        self.resident = config.cache == "memory"
+        self.cache_dir = config.cache_dir or config.output / "cache"
+        self.identity: dict[str, Any] = {
+            "model": model_identity(self.checkpoint),
+            "hidden_size": self.model.hidden_size,
+            "top_k": min(TOP_K, self.model.vocab_size),
+        }
+        self.longest = max(len(row.prompt) + len(row.answer) for row in (*train, *held))
+        self.online_pack = max(config.micro_tokens, self.longest)
+        self.pack = pack_size(self.device) if self.cached else self.online_pack
+        self._backbone: Backbone | None = None
+
+    def rows_that_fit(self) -> list[Row]:
+        """Rows whose hidden states are to be kept, having said what the run takes.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
+        # Held-out rows first: a pass that is cut short can be measured on.
+        rows = [*self.held, *self.train] if self.cached else self.held
+        missing = rows if self.resident else missing_rows(self.cache_dir, rows, **self.identity)
+        memory, available = self._plan(missing), available_bytes(self.device)
+        if self.resident:
+            rows = _that_fit(rows, memory, available, least=len(self.held) + 1)
+        tqdm.write(memory.describe(available))
+        memory.check(
+            available,
+            "Lower --micro-tokens or --vocabulary, or take --backbone-bits 4"
+            if self.device.type == "cuda"
+            else "Lower --micro-tokens or --vocabulary",
+        )
+        if memory.disk > (free := free_disk(self.cache_dir)):
+            raise ConfigError(
+                f"the hidden states take {memory.disk >> 20} MiB and {free >> 20} MiB are free at "
+                f"{self.cache_dir}; name another place with --cache-dir, or take --cache off"
+            )
+        tokens = sum(len(row.answer) for row in self.train)
+        tqdm.write(
+            f"{len(self.train)} rows to train on ({tokens} answer tokens), {len(self.held)} held out; "
+            f"vocabulary {len(self.vocabulary)} covers {self.vocabulary.coverage:.2%}"
+        )
+        return rows
+
+    def _plan(self, missing: list[Row]) -> MemoryPlan:
+        """Of a run that computes the hidden states of these rows."""
+        config = self.config
+        return plan(
+            self.checkpoint,
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            bits=config.backbone_bits,
+            needs_backbone=bool(missing) or not self.cached,
+            heads=config.heads,
+            layers=config.layers,
+            vocabulary=len(self.vocabulary),
+            micro_tokens=config.micro_tokens,
+            pack_tokens=max(self.pack, self.longest),
+            ema=config.ema > 0,
+            teacher_online=not self.cached and config.kl > 0,
+            cached_tokens=sum(len(row.answer) for row in missing),
+            resident=self.resident,
+            top_k=TOP_K,
+        )
+
+    def hidden_states(self, rows: list[Row], until: float) -> HiddenCache | ResidentCache:
+        """Those of the rows, as many as are computed by `until`; see `time.monotonic()`."""
+        if self.resident:
+            return keep_hidden(
+                rows,
+                top_k=self.identity["top_k"],
+                backbone=self._loaded(),
+                lm_head=read_lm_head(self.config.model),
+                pack_tokens=self.pack,
+                until=until,
+            )
+        return cache_hidden(
+            self.cache_dir,
+            rows,
+            **self.identity,
+            make_backbone=lambda: (self._loaded(), read_lm_head(self.config.model)),
+            pack_tokens=self.pack,
+            until=until,
+        )
+
+    def batches(self, cache: HiddenCache | ResidentCache, chosen: NDArray[np.bool_], left: int) -> Source:
+        """Of the chosen rows of the cache, where there is one for training; `left` ran out of time."""
+        config = self.config
+        if not self.cached:
+            whole = read_lm_head(config.model).to(self.device, self.dtype) if config.kl > 0 else None
+            return OnlineBatches(
+                self._loaded(),
+                self.train,
+                lm_head=whole,
+                num_heads=config.heads,
+                batch_tokens=config.batch_tokens,
+                micro_tokens=self.online_pack,
+                seed=config.seed,
+            )
+        self._backbone = None  # its memory is the heads' now
         settings: dict[str, Any] = {
             "num_heads": config.heads,
             "batch_tokens": config.batch_tokens,
@@ -213,28 +237,30 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
             "out_of_time": left,
         }
         if isinstance(cache, ResidentCache):
-            source = ResidentBatches(cache, of_train, **settings)
-        else:
-            source = CachedBatches(cache, of_train, **settings)
-    else:
-        whole = read_lm_head(config.model).to(device=device, dtype=dtype) if config.kl > 0 else None
-        source = OnlineBatches(
-            backbone(),
-            train,
-            lm_head=whole,
-            num_heads=config.heads,
-            batch_tokens=config.batch_tokens,
-            micro_tokens=online_pack,
-            seed=config.seed,
-        )
-    return Setup(
-        source,
-        cache,
-        of_held,
-        vocabulary,
-        read_lm_head(config.model, vocabulary.token_map).to(device=device, dtype=dtype),
-        vocabulary.rows(device),
-    )
+            return ResidentBatches(cache, chosen, **settings)
+        return CachedBatches(cache, chosen, **settings)
+
+    def _loaded(self) -> Backbone:
+        """The base model, loaded when it is first needed."""
+        if self._backbone is None:
+            self._backbone = make_backbone(
+                self.config.model,
+                device=str(self.device),
+                dtype=str(self.dtype).removeprefix("torch."),
+                bits=self.config.backbone_bits,
+                pack_tokens=self.pack,
+                longest=self.longest,
+            )
+        return self._backbone
+
+
+def _vocabulary(config: TrainConfig, train: list[Row], model: ModelConfig) -> Vocabulary:
+    """What the heads may say: the answers' most frequent tokens."""
+    counted = np.concatenate([row.answer for row in train])
+    # Prompts break ties among what thin data has not answered yet: answers are about what was asked.
+    prompts = np.unique(np.concatenate([row.prompt for row in train]))
+    wanted = None if config.vocabulary == "full" else int(config.vocabulary)
+    return Vocabulary.most_frequent(counted, prompts, wanted, model.vocab_size)
 
 
 def _cached(config: TrainConfig, model: ModelConfig, train: list[Row], held: list[Row]) -> bool:
