@@ -22,7 +22,9 @@ from functools import cache, partial
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import engine.child
@@ -98,7 +100,7 @@ class _Late(Results):
     """
 
     def __init__(self, made: Results, end: float, seconds: float) -> None:
-        self._made, self._end, self._takes = made, end, seconds
+        self._made, self._end, self._takes, self.depth = made, end, seconds, made.depth
 
     @property
     def seconds(self) -> float:
@@ -106,6 +108,10 @@ class _Late(Results):
 
     def wait(self) -> None:
         _wait(self._end)
+
+    def values(self) -> NDArray[np.int64]:
+        self.wait()
+        return self._made.values()
 
     def rows(self) -> list[StepRow]:
         self.wait()
@@ -185,7 +191,7 @@ class SimulatedEngine(Engine):
         runner.together = lambda chunks: [chunks] if chunks else []  # type: ignore[method-assign]
         runner.targets_accept_compact = step  # type: ignore[method-assign]
         # Measured again, by the device's times.
-        self._chooser = self._scheduler._chooser = make_chooser(loaded, runner, self._lookup)
+        self._chooser = self._scheduler._chooser = make_chooser(loaded, runner)
         device.rest()
 
 

@@ -2,16 +2,18 @@
 
     python -m benchmarks.virtual_clock --output benchmarks/results/virtual-clock-h100.json
     python -m benchmarks.virtual_clock --batches 16 --rounds 12 --seed 3
-    python -m benchmarks.virtual_clock --host 2.5
+    python -m benchmarks.virtual_clock --host benchmarks/results/host-cost-cpu.json --slower 3.3
 
 What a policy of the tree is worth on a GPU, without one and without noise. The model answers each prompt
 once, on this machine, and it is noted at every token what the heads and the lookup would draft there and what
 of it comes true: at temperature 0 the text is the same whatever the trees, so any policy can be replayed from
 that. The engine then schedules, chooses and learns as it does with captured steps launched ahead; what it
 launches computes nothing, gives what was noted, and puts the clock forward by what the table says. The
-measurement at the start sees the same table. What the host takes is not on the clock; with `--host F` it is,
-beside what the device does: the CPU time of the engine's thread, F times, as on a host so much slower than
-this one. Launching costs nothing then, where CUDA takes some tens of microseconds.
+measurement at the start sees the same table. What the host takes is not on the clock; with `--host` it is,
+beside what the device does: for each decode step what `benchmarks.host_cost` measured for as many sequences,
+and with `--slower F` F times that, as on a slower host. (The CPU time that it takes here changes by half from
+run to run, with what else the machine does.) Launching costs nothing, where CUDA takes some tens of
+microseconds.
 
 Two loads: batches that run empty (all prompts at once; until the last answer ends, and until each does on the
 average), and streams, each of which asks again when it is answered (tokens per second of decoding).
@@ -20,18 +22,19 @@ average), and streams, each of which asks again when it is answered (tokens per 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.common import (
     ROOT,
@@ -188,35 +191,58 @@ def _chains(loaded: Loaded, prompt: tuple[int, ...], answer: list[int]) -> list[
 
 
 class HostClock:
-    """Seconds of the host: what it takes itself, and where it waits.
+    """Seconds of the host: what it works, and where it waits."""
 
-    Args:
-        factor: of this thread's CPU time; 0: it takes nothing.
-    """
-
-    def __init__(self, factor: float) -> None:
-        self.factor, self._waited = factor, 0.0
+    def __init__(self) -> None:
+        self._now = 0.0
 
     def now(self) -> float:
-        return self._waited + self.factor * time.thread_time()
+        return self._now
+
+    def work(self, seconds: float) -> None:
+        self._now += seconds
 
     def wait(self, end: float) -> None:
-        self._waited += max(0.0, end - self.now())
+        self._now = max(self._now, end)
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What is done meanwhile is not the host's work."""
-        began = time.thread_time()
-        yield
-        self._waited -= self.factor * (time.thread_time() - began)
+
+@dataclass(frozen=True, slots=True)
+class HostCost:
+    """What the host takes for a decode step.
+
+    Args:
+        streams: numbers of sequences, rising; seconds: of a step of as many.
+    """
+
+    streams: tuple[int, ...] = (1,)
+    seconds: tuple[float, ...] = (0.0,)
+
+    @classmethod
+    def read(cls, path: Path, tree: str, slower: float) -> Self:
+        """What `benchmarks.host_cost` measured with such a tree, so many times.
+
+        Raises:
+            ValueError: it measured none.
+        """
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        found = sorted((row["streams"], slower * row["cpu_us"] / 1e6) for row in rows if row["tree"] == tree)
+        if not found:
+            raise ValueError(f"{path} has no row with tree {tree}: benchmarks.host_cost --trees auto,off")
+        return cls(*zip(*found, strict=True))
+
+    def of(self, batch: int) -> float:
+        """Seconds of a step of so many sequences."""
+        return float(np.interp(batch, self.streams, self.seconds))
 
 
 class _Known(Results):
     """Results that were known when the step was launched, to be had when the clock says `end`."""
 
-    def __init__(self, rows: list[StepRow], seconds: float, clock: HostClock, end: float) -> None:
-        super().__init__(torch.zeros(0, 0), 0, started=0.0, begun=None)
-        self._rows, self._took, self._clock, self._end = rows, seconds, clock, end
+    def __init__(
+        self, packed: torch.Tensor, depth: int, seconds: float, clock: HostClock, end: float
+    ) -> None:
+        super().__init__(packed, depth, started=0.0, begun=None)
+        self._took, self._clock, self._end = seconds, clock, end
 
     @property
     def seconds(self) -> float:
@@ -225,9 +251,21 @@ class _Known(Results):
     def wait(self) -> None:
         self._clock.wait(self._end)
 
-    def rows(self) -> list[StepRow]:
+    def values(self) -> NDArray[np.int64]:
         self.wait()
-        return self._rows
+        return super().values()
+
+
+def _packed(rows: list[StepRow], lookup: int) -> tuple[torch.Tensor, int]:
+    """The rows as a device gives them, see `Results`, with chains of up to `lookup` tokens; their depth."""
+    depth = max(row.length for row in rows)
+    found = torch.zeros(len(rows), 5 + depth + (2 + lookup if lookup else 0), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        mask = row.nodes - (1 << 64) if row.nodes >> 63 else row.nodes
+        values = [1, row.length, row.last, mask, *row.tokens, *[0] * (depth - row.length)]
+        values += [row.kind, len(row.chain), *row.chain] if lookup else []
+        found[i, : len(values)] = torch.tensor(values)
+    return found, depth
 
 
 class _NoGraph:
@@ -245,13 +283,18 @@ class VirtualEngine(Engine):
         loaded: on the CPU; of the model only the sizes and the heads' tree matter.
         records: of the prompts it will be asked.
         times: the device's.
-        host: see `HostClock`.
+        host: what the host takes; nothing by default.
     """
 
     def __init__(
-        self, loaded: Loaded, records: dict[tuple[int, ...], Record], times: Times, *, host: float = 0.0
+        self,
+        loaded: Loaded,
+        records: dict[tuple[int, ...], Record],
+        times: Times,
+        *,
+        host: HostCost | None = None,
     ) -> None:
-        self.records, self.times, self.clock = records, times, HostClock(host)
+        self.records, self.times, self.clock, self._host_cost = records, times, HostClock(), host
         self.prefill_s = 0.0
         self._busy_until = 0.0
         self.nodes: list[int] = []
@@ -259,20 +302,21 @@ class VirtualEngine(Engine):
         self._depths = [0, *(len(path) for path in loaded.heads.tree.paths)] if loaded.heads else [0]
         self._at: dict[int, int] = {}
         super().__init__(loaded, ahead=True, graph=_NoGraph)
-        self._host = HostTime(overlaps=host > 0.0, clock=self.clock.now)
+        self._host = HostTime(overlaps=host is not None, clock=self.clock.now)
         self._replace_device()
         # Measured again, by the device's times.
-        self._chooser = self._scheduler._chooser = make_chooser(loaded, self._runner, self._lookup)
+        self._chooser = self._scheduler._chooser = make_chooser(loaded, self._runner)
 
     @property
     def clock_s(self) -> float:
         """Seconds on the clock: now, and where the host takes nothing, when the device will be done."""
-        return self.clock.now() if self.clock.factor else self._busy_until
+        return self.clock.now() if self._host_cost else self._busy_until
 
     def _launched(self, rows: list[StepRow], seconds: float) -> _Known:
         """What takes the device so long."""
+        packed, depth = _packed(rows, self.info.lookup)
         self._busy_until = max(self._busy_until, self.clock.now()) + seconds
-        return _Known(rows, seconds, self.clock, self._busy_until if self.clock.factor else 0.0)
+        return _Known(packed, depth, seconds, self.clock, self._busy_until if self._host_cost else 0.0)
 
     def _replace_device(self) -> None:
         runner, drafted = self._runner, False
@@ -288,8 +332,9 @@ class VirtualEngine(Engine):
             bucket = verified.bucket  # type: ignore[attr-defined]
             took = self.times.step_s(bucket.batch, bucket.nodes, heads=drafted, context=batch.max_length)
             self.nodes.append(max(shape.num_nodes for shape in batch.different))
-            with self.clock.stopped():
-                rows = [self._row(*each) for each in zip(batch.sequences, batch.shapes, strict=True)]
+            rows = [self._row(*each) for each in zip(batch.sequences, batch.shapes, strict=True)]
+            if self._host_cost:
+                self.clock.work(self._host_cost.of(len(rows)))
             return self._launched(rows, took)
 
         def prompts(chunks: list[Chunk]) -> PromptResults:
@@ -414,8 +459,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts of each round")
     parser.add_argument(
-        "--host", type=float, default=0.0, metavar="F", help="count what the host takes, F times"
+        "--host", type=Path, metavar="FILE", help="count what the host takes: of benchmarks.host_cost"
     )
+    parser.add_argument("--slower", type=float, default=1.0, metavar="F", help="so many times")
     parser.add_argument("--output", type=Path, help="where the result goes, too")
     args = parser.parse_args(argv)
     most = max(args.batches)
@@ -433,12 +479,20 @@ def main(argv: list[str] | None = None) -> int:
         Times(_H100_MS),
     )
     del model
-    engines = {tree: VirtualEngine(loaded(tree), records, times, host=args.host) for tree in ("auto", "off")}
+    engines = {
+        tree: VirtualEngine(
+            loaded(tree),
+            records,
+            times,
+            host=HostCost.read(args.host, tree, args.slower) if args.host is not None else None,
+        )
+        for tree in ("auto", "off")
+    }
     result = {
         "benchmark": "virtual_clock",
         "simulated": "step times are a table, much as an H100's; what the host takes is "
-        + ("this thread's CPU time, so many times" if args.host else "not counted"),
-        "host": args.host,
+        + ("what benchmarks.host_cost measured, so many times" if args.host else "not counted"),
+        "host": args.slower if args.host is not None else 0.0,
         "model": args.model,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,

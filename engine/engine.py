@@ -20,7 +20,6 @@ from engine.loader import Loaded
 from engine.medusa.adaptive import AdaptiveTree, Expected
 from engine.medusa.buckets import Buckets
 from engine.medusa.lookup import FORCED
-from engine.medusa.records import LookupRecord
 from engine.medusa.tree import TreeShape
 from engine.runners import make_chooser, make_runner
 from engine.scheduler import Chunk, Plan, Scheduler
@@ -73,8 +72,7 @@ class Engine:
         self._eos = frozenset(loaded.generation_defaults.eos_token_ids)
         self._blocks = loaded.blocks
         self._runner = make_runner(loaded, graph, buckets)
-        self._lookup = LookupRecord(loaded.info.lookup)
-        self._chooser = make_chooser(loaded, self._runner, self._lookup)
+        self._chooser = make_chooser(loaded, self._runner)
         self._scheduler = Scheduler(
             loaded.blocks,
             max_num_seqs=loaded.info.max_num_seqs,
@@ -319,9 +317,8 @@ class Engine:
             sequence.in_flight -= tokens
         with self._failing(flight.batch.sequences, deltas):
             host_s = self._host.wait(flight.results)
-            rows = flight.results.rows()
-            self._learn(flight, rows, host_s)
-            self._emit(flight, rows, deltas)
+            self._learn(flight, host_s)
+            self._emit(flight, flight.results.rows(), deltas)
         self.stats.emitted(sum([len(delta.token_ids) for delta in deltas]))
 
     def _land_prompts(self, flight: PromptFlight, deltas: list[TokenDelta]) -> None:
@@ -335,27 +332,23 @@ class Engine:
             self._pace.prefilled(flight.tokens, seconds)
             deltas += self._prefilled(flight.chunks, results)
 
-    def _learn(self, flight: Flight, rows: list[StepRow], host_s: float) -> None:
-        """Let the choice of the tree see what this step took and gave, and the host meanwhile."""
+    def _learn(self, flight: Flight, host_s: float) -> None:
+        """Let the choice of the tree see what this step took and gave, and what the host took meanwhile."""
         batch, seconds = flight.batch, flight.results.seconds
         self.stats.decoded(seconds, host_s)
         self._pace.stepped(seconds)
-        seconds -= flight.grammars_s  # no tree makes them longer or shorter
-        for sequence, row in zip(batch.sequences, rows, strict=True):
-            if sequence.lookup.chain:
-                self._lookup.observe(sequence.lookup, row.tokens)
         if isinstance(self._chooser, AdaptiveTree):
             self._chooser.observe(
+                batch.sequences,
                 batch.shapes,
-                [row.nodes for row in rows],
-                seconds,
+                flight.results.values(),
+                flight.results.depth,
+                seconds - flight.grammars_s,  # no tree makes them longer or shorter
                 context=batch.max_length,
                 expected=flight.expected,
                 host_s=host_s,
             )
             self.stats.explored_steps = self._chooser.explored_steps
-            tokens = len(rows) + sum([row.length for row in rows])
-            self.stats.plain_decode_seconds += flight.expected.plain_s * tokens / len(rows)
 
     def _emit(self, flight: Flight, rows: list[StepRow], deltas: list[TokenDelta]) -> None:
         """Append the accepted tokens to their sequences."""
@@ -401,8 +394,11 @@ class Engine:
                 if lookup and sequence.slot >= 0:
                     self._propose(sequence, chain, kind)
             elif kind or sequence.lookup.kind:
-                self._lookup.propose(sequence.lookup, chain, kind)
+                sequence.lookup.chain, sequence.lookup.kind = chain, kind
         stats.drafted(trees, of_heads, by_heads)
+        stats.plain_decode_seconds += flight.expected.plain_s * (
+            1 + sum([r.length for r in rows]) / len(rows)
+        )
         self._took("emit", time.perf_counter() - emitting)
 
     def _propose(self, sequence: Sequence, chain: list[int], kind: int) -> None:
@@ -410,7 +406,9 @@ class Engine:
         if sequence.grammar is not None and (forced := sequence.grammar.forced()[: self.info.lookup]):
             self._runner.set_chain(sequence, forced)
             chain, kind = forced, FORCED
-        self._lookup.propose(sequence.lookup, chain, kind)
+        sequence.lookup.chain, sequence.lookup.kind = chain, kind
+        if isinstance(self._chooser, AdaptiveTree):
+            self._chooser.propose(sequence)
 
     def _count_chained(self, sequence: Sequence, shape: TreeShape, used: int, delta: TokenDelta) -> None:
         """Count the nodes of a chain, of which so many were accepted."""

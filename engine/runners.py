@@ -73,7 +73,7 @@ def make_runner(loaded: Loaded, graph: Callable[[], Graph] | None, buckets: Buck
     return runner
 
 
-def make_chooser(loaded: Loaded, runner: Runner, lookup: LookupRecord) -> AdaptiveTree | FixedTree | None:
+def make_chooser(loaded: Loaded, runner: Runner) -> AdaptiveTree | FixedTree | None:
     """What chooses the trees of each step; None is plain decoding. For `tree: auto` steps are timed now."""
     info = loaded.info
     heads = loaded.heads.tree if loaded.heads is not None else None
@@ -90,4 +90,5 @@ def make_chooser(loaded: Loaded, runner: Runner, lookup: LookupRecord) -> Adapti
         max_model_len=info.max_model_len,
     )
     accepted = loaded.heads.accepted if loaded.heads is not None else None
+    lookup = LookupRecord(info.lookup)
     return AdaptiveTree(times, heads, lookup, loaded.max_step_tokens, accepted=accepted)

@@ -84,7 +84,7 @@ class Results:
         begun: torch.cuda.Event | None,
         count: int | None = None,
     ) -> None:
-        self._depth, self._begun, self._count = depth, begun, count
+        self.depth, self._begun, self._count = depth, begun, count
         if isinstance(packed, Tensor) and packed.device.type == "cuda":
             packed = Landing(packed)
         self._packed = packed
@@ -107,27 +107,36 @@ class Results:
             self._seconds = float(self._begun.elapsed_time(self._ended)) / 1000
         self._ended = None
 
+    def values(self) -> NDArray[np.int64]:
+        """[B, K], see `packed`: to be looked at before the `rows` are read. Waits for the step's end.
+
+        Raises:
+            RuntimeError: they were read.
+        """
+        if isinstance(self._packed, Tensor):
+            return self._packed.numpy()[: self._count]
+        if self._lent is None:
+            raise RuntimeError("the results of a step are read once")
+        self.wait()
+        return self._lent.array[: self._count]
+
     def rows(self) -> list[StepRow]:
         """One for each sequence. Waits for the step's end.
 
         Raises:
             RuntimeError: they were read before, and the memory may be another step's.
         """
-        if isinstance(self._packed, Tensor):
-            return self._read(self._packed.numpy()[: self._count])
-        if self._lent is None:
-            raise RuntimeError("the results of a step are read once")
-        self.wait()
-        rows = self._read(self._lent.array[: self._count])
-        self._packed.give_back(self._lent)
-        self._lent = None
+        rows = self._read(self.values())
+        if self._lent is not None and isinstance(self._packed, Landing):
+            self._packed.give_back(self._lent)
+            self._lent = None
         return rows
 
     def _read(self, values: NDArray[np.int64]) -> list[StepRow]:
         return self._few(values) if len(values) <= _FEW else self._many(values)
 
     def _few(self, values: NDArray[np.int64]) -> list[StepRow]:
-        first, found = 5 + self._depth, []
+        first, found = 5 + self.depth, []
         for row in values.tolist():
             sound, length, last, nodes = row[:4]
             kind, count = row[first : first + 2] or (0, 0)
@@ -136,7 +145,7 @@ class Results:
         return found
 
     def _many(self, values: NDArray[np.int64]) -> list[StepRow]:
-        first = 5 + self._depth
+        first = 5 + self.depth
         sound, lengths, lasts, nodes = values[:, :4].T.tolist()
         # A row is wide, and most of it is seldom there: only what some row uses becomes Python's numbers.
         longest = max(lengths)

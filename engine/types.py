@@ -323,19 +323,16 @@ class SequenceState(StrEnum):
 
 @dataclass(slots=True)
 class LookupState:
-    """What the lookup branch proposes for a sequence, and how often it was right there.
+    """What the lookup branch proposes for a sequence.
 
     Args:
         chain: tokens that may follow the root, nearest first; empty where nothing in the history matches.
         kind: how good the match is: tokens that matched up to the root, 0 for none; plus 8 where it lies
             in the prediction; 17 where the grammar leaves nothing else.
-        own: log-odds by which the next token of this sequence's chains is right more often than the average
-            of all.
     """
 
     chain: list[int] = field(default_factory=list)
     kind: int = 0
-    own: float = 0.0
 
     @property
     def from_prediction(self) -> bool:

@@ -11,8 +11,6 @@ would be best if it took as little as it plausibly may (optimism in the face of 
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,11 +20,12 @@ from numpy.typing import NDArray
 
 from engine.config import MAX_TREE_NODES
 from engine.medusa.buckets import Buckets
-from engine.medusa.choice_captured import choose_captured
-from engine.medusa.choice_kernels import Costs, choose, first_of, foreseen, predict, promise
+from engine.medusa.choice import Taken, capped, captured_trees, trees
+from engine.medusa.choice_kernels import Costs, predict, promise
 from engine.medusa.records import HeadRecord, LookupRecord
+from engine.medusa.seats import Seats
 from engine.medusa.step_times import StepTimes
-from engine.medusa.tree import Tree, TreeShape
+from engine.medusa.tree import SHAPES, Tree, TreeShape
 from engine.types import Sequence
 
 __all__ = [
@@ -66,40 +65,10 @@ _UNKNOWN_BEYOND = 8.0, 8.0
 _FORGET = 0.0001
 """Share of what is known of these that a step without them forgets."""
 
+_NOBODY = np.zeros(0, dtype=np.int64)
+
 _NO_REACH = np.zeros((1, 1))
 """Of no heads."""
-
-_FORESEEN = 256.0
-"""Tokens of an answer that are reckoned with: a bound of thousands says little of how long it will be."""
-
-
-class _Taken(NamedTuple):
-    """What `choose_captured` gives, and `choose`, where an option is a size of the heads' branch for all."""
-
-    choice: int
-    plain: Array
-    seconds: Array
-    heads: Counts
-    counts: Counts
-    added: Array
-
-
-class _Batch(NamedTuple):
-    """What is known of the sequences of a step.
-
-    Args:
-        context: tokens of the longest.
-        states: see `choice_kernels.survival`.
-        own: [B], see `HeadRecord.own`.
-        left: [B] tokens that each may still emit, see `choice_captured.worth`.
-        others_wait: for their slots.
-    """
-
-    context: int
-    states: Array
-    own: Array
-    left: Array
-    others_wait: bool
 
 
 class TreeCaps:
@@ -112,27 +81,23 @@ class TreeCaps:
     def __init__(self, depths: SequenceOf[int]) -> None:
         # First node deeper than d; a nested tree may be cut there and nowhere else.
         deepest = max(depths, default=0)
-        self._first_deeper = [
-            next((i for i, depth in enumerate(depths) if depth > bound), len(depths))
-            for bound in range(deepest + 1)
-        ]
+        self.first_deeper: Counts = np.array(
+            [
+                next((i for i, depth in enumerate(depths) if depth > bound), len(depths))
+                for bound in range(deepest + 1)
+            ]
+        )
+        """[depths] int64, see `capped`."""
 
-    def apply(
-        self, sequences: SequenceOf[Sequence], head_nodes: SequenceOf[int], lookup_nodes: SequenceOf[int]
-    ) -> None:
+    def apply(self, sequences: SequenceOf[Sequence], heads: int, lookup: int) -> None:
         """Set each sequence's nodes for this step to these, or to fewer."""
-        for sequence, heads, lookup in zip(sequences, head_nodes, lookup_nodes, strict=True):
-            # The last token is the draw at the path's end.
-            useful = sequence.remaining - sequence.in_flight - 1
-            cap = sequence.request.medusa.max_tree_size
-            if useful < len(self._first_deeper):
-                heads = min(heads, self._first_deeper[useful])
-            if lookup:
-                lookup = min(lookup, useful, MAX_TREE_NODES - 1 - heads, len(sequence.lookup.chain))
-            if cap is not None and heads + lookup > cap - 1:
-                lookup = min(lookup, cap - 1 if heads == 0 else (cap - 1) // 3)
-                heads = min(heads, cap - 1 - lookup)
-            sequence.head_nodes, sequence.lookup_nodes = heads, lookup
+        for sequence in sequences:
+            most = sequence.request.medusa.max_tree_size
+            useful = sequence.remaining - sequence.in_flight
+            cap, chain = MAX_TREE_NODES if most is None else most, len(sequence.lookup.chain)
+            sequence.head_nodes, sequence.lookup_nodes = capped(
+                self.first_deeper, useful, cap, chain, heads, lookup
+            )
 
 
 class FixedTree:
@@ -165,8 +130,7 @@ class FixedTree:
         if self._buckets is not None:
             nodes = min(nodes, self._buckets.most_nodes(len(sequences)) - 1)
         lookup = min(self._lookup, nodes // 3 if self._most_heads else nodes)
-        heads, batch = min(self._most_heads, nodes - lookup), len(sequences)
-        self._caps.apply(sequences, [heads] * batch, [lookup] * batch)
+        self._caps.apply(sequences, min(self._most_heads, nodes - lookup), lookup)
 
 
 @dataclass(slots=True)
@@ -212,21 +176,27 @@ class _Explored:
         self.due -= steps * _EXPLORE
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """What was expected of a step when its trees were chosen.
 
     Args:
         plain_s: seconds that plain decoding would take.
         draft_s: seconds of drafting.
         beyond: tokens that the lookup adds to the heads' where their chances are multiplied.
-        slots: [B] int64, of its sequences; None where nothing is chosen.
+        rows: that are computed; cells: of the grid, that hold no node.
+        slots: [B] int64, of its sequences.
+        shapes: of their trees.
+        nodes: [B, 2] int64, the same as numbers.
     """
 
     plain_s: float = 0.0
     draft_s: float = 0.0
     beyond: float = 0.0
-    slots: Counts | None = None
+    rows: float = 0.0
+    cells: int = 0
+    slots: Counts = _NOBODY
+    shapes: SequenceOf[TreeShape] = ()
+    nodes: Counts = _NOBODY
 
 
 class AdaptiveTree:
@@ -256,8 +226,9 @@ class AdaptiveTree:
         self._heads = HeadRecord(heads, accepted) if heads is not None and heads.size > 1 else None
         self._caps = TreeCaps([len(path) for path in heads.paths] if heads is not None else [])
         self._sizes = self._heads.sizes if self._heads is not None else np.zeros(1, dtype=np.int64)
-        self._size_list: list[int] = self._sizes.tolist()
+        self._reach = self._heads.reach() if self._heads is not None else _NO_REACH
         times.check_sizes(len(self._sizes))
+        self._seats = Seats(lookup.size)
         self._current = 0
         self._for_nodes, self._for_times = _Explored(), _Explored()
         # Of a step that is to be tried once more for its time: the batch, and the index of the size.
@@ -266,14 +237,12 @@ class AdaptiveTree:
         # are right the chain often is too, which multiplying their chances overlooks.
         self._beyond = _UNKNOWN_BEYOND
         self._batch, self._outside = 0, 0.0
-        self._where: tuple[list[int], list[Sequence], Counts] = [], [], np.zeros(0, dtype=np.int64)
         self.expected = Expected()
         """Of the step chosen last."""
         # Compile it now, not under the first request.
-        one = _Batch(1, np.zeros((1, 3)), np.ones(1), np.ones(1), False)
-        self._search(times.costs(1, 1, max_step_tokens), one)
-        if self._heads is not None:
-            self._heads.prepare()
+        one = np.zeros(1, dtype=np.int64)
+        self._search(times.costs(1, 1, max_step_tokens), 1, one, one + 1, False)
+        self._count(one, np.zeros((1, 2), dtype=np.int64), np.zeros((1, 5), dtype=np.int64), 0)
 
     @property
     def explored_steps(self) -> int:
@@ -283,50 +252,46 @@ class AdaptiveTree:
         """Set each sequence's nodes; see `TreeChooser.choose`."""
         self._batch, self._outside = len(sequences), 0.0
         context = max([sequence.num_cached for sequence in sequences])
-        states = self._lookup.states([sequence.lookup for sequence in sequences])
-        slots = self._seated(sequences)
-        own = self._heads.own(slots) if self._heads is not None else np.ones(len(sequences))
-        remaining = np.array([s.remaining for s in sequences], dtype=np.float64)
-        left = foreseen(remaining, _FORESEEN)
+        useful = np.array([s.max_total - len(s.token_ids) - s.in_flight for s in sequences])
+        slots = self._seats.seat(sequences)
         costs = self._times.costs(len(sequences), context, self._max_step_tokens)
-        taken = self._search(costs, _Batch(context, states, own, left, others_wait))
-        chains = taken.counts.tolist()
-        self._caps.apply(sequences, taken.heads.tolist(), chains)
-        # From here on by what the caps have left of it.
-        nodes, beyond = max([sequence.head_nodes for sequence in sequences]), 0.0
-        if nodes and any(chains):
-            with_heads = np.array([s.lookup_nodes if s.head_nodes else 0 for s in sequences])
-            beyond = first_of(taken.added, with_heads)
-        draft_s = float(costs.drafts[bisect_left(self._size_list, nodes)])
-        self.expected = Expected(float(taken.seconds[0]), draft_s, beyond, slots)
+        taken = self._search(costs, context, slots, useful, others_wait)
+        shapes = [SHAPES[heads, chain] for heads, chain in taken.nodes.tolist()]
+        for sequence, shape in zip(sequences, shapes, strict=True):
+            sequence.head_nodes, sequence.lookup_nodes = shape
+        _, _, seconds, nodes, _, rows, cells, draft_s, beyond = taken
+        self.expected = Expected(float(seconds[0]), draft_s, beyond, rows, cells, slots, shapes, nodes)
 
-    def _seated(self, sequences: list[Sequence]) -> Counts:
-        """[B] int64: their slots, which the record knows as theirs. Mostly they are the last step's."""
-        where = [sequence.slot for sequence in sequences]
-        if where != self._where[0] or sequences != self._where[1]:
-            self._where = where, sequences, np.array(where)
-            if self._heads is not None:
-                self._heads.seat(self._where[2], [sequence.arrival for sequence in sequences])
-        return self._where[2]
+    def propose(self, sequence: Sequence) -> None:
+        """Its lookup chain is another than the last step proposed, or it is the first."""
+        self._seats.propose(sequence)
 
-    def _search(self, costs: Costs, batch: _Batch) -> _Taken:
-        """What to take."""
-        reach = self._heads.reach() if self._heads is not None else _NO_REACH
+    def _search(self, costs: Costs, context: int, slots: Counts, useful: Counts, others_wait: bool) -> Taken:
+        """What to take.
+
+        Args:
+            costs: of the batch.
+            context: tokens of the longest sequence.
+            slots: [B] int64; useful: [B] int64, tokens that each may still emit.
+            others_wait: for slots.
+        """
+        times, count = self._times, len(slots)
+        known = self._seats.known, slots, useful, self._lookup.odds, self._lookup.grown
         beyond = self._beyond[0] / self._beyond[1]
-        known = self._sizes, reach, beyond, _MARGIN, _HYSTERESIS, self._current
-        count, odds = len(batch.states), self._lookup.odds
+        by = self._caps.first_deeper, self._sizes, self._reach, beyond, _MARGIN, _HYSTERESIS, self._current
 
-        def take(costs: Costs, forced: int = -1) -> _Taken:
-            if self._times.captured:
-                _, states, *aim = batch
-                return _Taken(*choose_captured(costs, odds, states, *aim, *known, forced))
-            bounds = _CHAIN_DEPTHS if count > 1 and self._times.widens(count, batch.context) else _ANY_DEPTH
-            choice, plain, seconds, *rest = choose(costs, odds, batch.states, *known, forced, bounds)
-            return _Taken(choice, plain, seconds, np.full(count, self._sizes[choice]), *rest)
+        def take(costs: Costs, forced: int = -1) -> Taken:
+            found: Taken
+            if times.captured:
+                found = captured_trees(costs, *known, *by, forced, others_wait)
+            else:
+                bounds = _CHAIN_DEPTHS if count > 1 and times.widens(count, context) else _ANY_DEPTH
+                found = trees(costs, *known, *by, forced, bounds)
+            return found
 
         usual = take(costs)
         self._current = usual.choice
-        taken = self._try_for_times(usual, take, costs, batch.context)
+        taken = self._try_for_times(usual, take, costs, context)
         return taken if taken is not usual else self._try_for_nodes(usual, take, costs)
 
     def promised(self, batch: int, context: int) -> dict[int, float]:
@@ -337,14 +302,15 @@ class AdaptiveTree:
             context: tokens of the longest.
         """
         costs = self._times.costs(batch, context, self._max_step_tokens)
-        reach = self._heads.reach() if self._heads is not None else _NO_REACH
-        rates = promise(costs, batch, self._sizes, reach)
+        rates = promise(costs, batch, self._sizes, self._reach)
         return dict(zip((1 + self._sizes).tolist(), rates.tolist(), strict=True))
 
     def observe(
         self,
+        sequences: list[Sequence],
         shapes: list[TreeShape],
-        accepted: list[int],
+        values: Counts,
+        depth: int,
         seconds: float,
         *,
         context: int,
@@ -354,39 +320,41 @@ class AdaptiveTree:
         """Learn from a step.
 
         Args:
-            shapes: of its trees.
-            accepted: for each, the bit mask of nodes accepted with all their ancestors.
+            sequences: B of them.
+            shapes: of their trees.
+            values: [B, K] int64, its results; depth: of its trees, see `Results`.
             seconds: what the step took.
             context: tokens of its longest sequence.
             expected: `self.expected` when it was chosen.
             host_s: what the host took while the device computed it; 0 where that is not known.
         """
-        batch, alike = len(shapes), Counter(shapes)  # mostly many are
-        rows = sum([count * (1 + heads + chain) for (heads, chain), count in alike.items()])
-        largest = max([1 + heads + chain for heads, chain in alike])
-        computed, cells = self._times.rows(batch, rows, largest), batch * largest - rows
-        self._times.observe(batch, context, computed, seconds, expected.draft_s, cells)
+        batch, slots, nodes = len(shapes), expected.slots, expected.nodes
+        rows, cells = expected.rows, expected.cells
+        if shapes != expected.shapes:  # somebody got less, or was preempted, behind the choice
+            slots, nodes = self._seats.seat(sequences), np.array(shapes)
+            sizes = 1 + nodes.sum(1)
+            rows = self._times.rows(batch, int(sizes.sum()), int(sizes.max()))
+            cells = int((sizes.max() - sizes).sum())
+        self._times.observe(batch, context, rows, seconds, expected.draft_s, cells)
         if host_s:
             self._times.observe_host(batch, host_s)
         self._for_nodes.earn(seconds)
         self._for_times.earn(seconds)
-        if self._heads is None:
-            return
+        beyond, (came, promised) = self._count(slots, nodes, values, depth), self._beyond
         if expected.beyond == 0.0:  # nothing is learned: forget, or no chain beside heads is ever tried again
-            came, promised = self._beyond
             self._beyond = (
                 came + _FORGET * (_UNKNOWN_BEYOND[0] - came),
                 promised + _FORGET * (_UNKNOWN_BEYOND[1] - promised),
             )
         else:
-            self._count_beyond(shapes, accepted, expected.beyond)
-        if expected.slots is None or len(expected.slots) != batch:
-            return  # one was preempted behind the choice: the others have moved up
-        if max(alike).head_nodes == 0:
-            self._heads.unseen(expected.slots)
-        else:
-            nodes = np.array([heads for heads, _ in shapes])
-            self._heads.observe(nodes, accepted, expected.slots)
+            self._beyond = 0.98 * came + beyond, 0.98 * promised + expected.beyond
+
+    def _count(self, slots: Counts, nodes: Counts, values: Counts, depth: int) -> int:
+        """Learn what came of the drafts. By how many tokens chains went deeper than heads."""
+        seated = self._seats.known
+        if self._lookup.size:
+            self._lookup.observe(seated, slots, values, depth)
+        return self._heads.observe(seated, slots, nodes, values) if self._heads is not None else 0
 
     def observe_outside(self, seconds: float, *, last: bool) -> None:
         """Add to what the step chosen last takes besides; with the `last` part of it, learn the sum."""
@@ -394,26 +362,7 @@ class AdaptiveTree:
         if last:
             self._times.observe_outside(self._batch, self._outside)
 
-    def _count_beyond(self, shapes: list[TreeShape], accepted: list[int], predicted: float) -> None:
-        """How much deeper the chains went than the heads, against what was expected of them."""
-        assert self._heads is not None
-        beyond = 0
-        for shape, mask in zip(shapes, accepted, strict=True):
-            bits = mask & 0xFFFF_FFFF_FFFF_FFFF
-            if not shape.head_nodes or not (in_chain := bits >> 1 + shape.head_nodes):
-                continue
-            chain, by_heads = in_chain.bit_count(), 0
-            heads = (bits & (1 << 1 + shape.head_nodes) - 1) >> 1
-            while heads:
-                by_heads = max(by_heads, self._heads.depths[(heads & -heads).bit_length() - 1])
-                heads &= heads - 1
-            beyond += max(0, chain - by_heads)
-        came, promised = self._beyond
-        self._beyond = 0.98 * came + beyond, 0.98 * promised + predicted
-
-    def _try_for_times(
-        self, usual: _Taken, take: Callable[..., _Taken], costs: Costs, context: int
-    ) -> _Taken:
+    def _try_for_times(self, usual: Taken, take: Callable[..., Taken], costs: Costs, context: int) -> Taken:
         """What is usual, or now and then what would be if other steps took as little as they plausibly may.
 
         Tried once, it may still not be believed; so a step that is no better than it seems is soon let alone,
@@ -422,19 +371,19 @@ class AdaptiveTree:
         Args:
             take: the choice at given costs.
         """
-        budget, batch = self._for_times, len(usual.counts)
+        budget, batch = self._for_times, len(usual.nodes)
         again, self._again = self._again, (0, 0)
         if batch == again[0]:
             return take(self._hoped(usual, costs, context), again[1])
         if budget.due < 1.0 - 1e-9:
             return usual
         hopeful = take(self._hoped(usual, costs, context))
-        if self._rows(hopeful) == self._rows(usual):
+        if hopeful.rows == usual.rows:
             budget.wait(_NOTHING_TO_TRY)
             return usual
         # Where a step takes longer after one of another size, the second says what the first does not.
         in_a_row = 1 if self._times.captured else 2
-        lost_s = in_a_row * self._lost(costs, hopeful, usual)
+        lost_s = in_a_row * _lost(costs, hopeful, usual)
         if not budget.affords(lost_s):
             budget.wait(_TOO_DEAR)
             return usual
@@ -443,12 +392,12 @@ class AdaptiveTree:
             self._again = batch, hopeful.choice
         return hopeful
 
-    def _try_for_nodes(self, usual: _Taken, take: Callable[..., _Taken], costs: Costs) -> _Taken:
+    def _try_for_nodes(self, usual: Taken, take: Callable[..., Taken], costs: Costs) -> Taken:
         """What is usual, or now and then another size that the budget affords."""
         budget, choice = self._for_nodes, usual.choice
         if budget.due < 1.0 - 1e-9:
             return usual
-        fits = np.flatnonzero(usual.plain > 0)
+        fits = np.flatnonzero(usual.rates > 0)
         if self._times.captured:
             fits = fits[fits % 2 == 1]  # in which the heads draft
         larger, smaller = fits[fits > choice], fits[fits < choice]
@@ -465,23 +414,16 @@ class AdaptiveTree:
         budget.spend(extra)
         return take(costs, target)
 
-    def _hoped(self, usual: _Taken, costs: Costs, context: int) -> Costs:
+    def _hoped(self, usual: Taken, costs: Costs, context: int) -> Costs:
         """The costs if every other step takes as little beside the usual one as it plausibly may."""
-        return self._times.optimistic(costs, len(usual.counts), context, self._rows(usual))
+        return self._times.optimistic(costs, len(usual.nodes), context, usual.rows)
 
-    def _rows(self, taken: _Taken) -> float:
-        """Rows that are computed."""
-        nodes = 1 + taken.heads + taken.counts
-        return self._times.rows(len(nodes), int(nodes.sum()), int(nodes.max()))
 
-    def _lost(self, costs: Costs, tried: _Taken, usual: _Taken) -> float:
-        """Seconds expected of a step to try, less those in which the usual one makes as many tokens."""
-        seconds, tokens = [], []
-        for taken in (tried, usual):
-            sizes = np.searchsorted(self._sizes, taken.heads)
-            heads = float(self._heads.reach()[sizes].sum()) if self._heads is not None else 0.0
-            lookup = sum(row[:count].sum() for row, count in zip(taken.added, taken.counts, strict=True))
-            tokens.append(len(taken.counts) + heads + lookup)
-            body = predict(costs.rows, costs.seconds, self._rows(taken))
-            seconds.append(max(body + costs.drafts[sizes.max()] + costs.outside, costs.host))
-        return max(0.0, float(seconds[0] - tokens[0] / tokens[1] * seconds[1]))
+def _lost(costs: Costs, tried: Taken, usual: Taken) -> float:
+    """Seconds expected of a step to try, less those in which the usual one makes as many tokens."""
+    by_device = [
+        predict(costs.rows, costs.seconds, step.rows) + step.draft_s + costs.outside
+        for step in (tried, usual)
+    ]
+    took, takes = (max(seconds, costs.host) for seconds in by_device)
+    return float(max(0.0, took - tried.tokens / usual.tokens * takes))

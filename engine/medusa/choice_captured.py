@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from engine.cpu_team import JIT
-from engine.medusa.choice_kernels import Costs, beside, predict, survival
+from engine.medusa.choice_kernels import Costs, predict
 
 __all__ = ["choose_captured", "fill", "worth"]
 
@@ -51,8 +51,16 @@ def worth(tokens: Array, left: Array, others_wait: bool) -> float:
 
 @njit(**_JIT)
 def fill(
-    cells: int, heads: int, chains: Array, own: Array, sizes: Counts, reach: Array, beyond: float
-) -> tuple[Array, Counts, Counts]:
+    cells: int,
+    heads: int,
+    chains: Array,
+    own: Array,
+    sizes: Counts,
+    reach: Array,
+    beyond: float,
+    tokens: Array,
+    nodes: Counts,
+) -> None:
     """What each sequence best fills so many nodes with.
 
     Args:
@@ -60,18 +68,18 @@ def fill(
         heads: whether their nodes may be among them, 0 or 1.
         chains: [B, D], see `survival`.
         own, sizes, reach, beyond: see `choose_captured`.
-
-    Returns:
-        [B] tokens that it then expects, [B] int64 nodes of the heads, [B] int64 of the chain.
+        tokens: [B], where is written how many it then expects.
+        nodes: [B, 2] int64, where they are written: of the heads, and of the chain.
     """
     B, D = chains.shape
-    tokens, of_heads, of_chain = np.empty(B), np.zeros(B, dtype=np.int64), np.zeros(B, dtype=np.int64)
-    most = 0
+    depth = reach.shape[1]
+    chances, most = np.zeros(depth), 0
     if heads:
         while most + 1 < sizes.size and sizes[most + 1] <= cells:
             most += 1
     for b in range(B):
-        tokens[b], whole, c = 1.0, 0.0, most
+        tokens[b], nodes[b, 0], nodes[b, 1] = 1.0, 0, 0
+        whole, both, by_heads, c, of = 0.0, 0.0, 0.0, most, -1
         for length in range(min(cells, D) + 1):
             if length:
                 if chains[b, length - 1] <= 0.0:
@@ -79,24 +87,25 @@ def fill(
                 whole += chains[b, length - 1]
             while sizes[c] > cells - length:
                 c -= 1
-            by_heads, both = 0.0, 0.0
-            if sizes[c]:
-                for d in range(reach.shape[1]):
-                    chance = min(own[b] * reach[c, d], 0.99)
-                    by_heads += chance
-                    if d < length:
-                        both += chance * chains[b, d]
+            if c != of:  # another size of the heads' branch
+                of, by_heads, both = c, 0.0, 0.0
+                if sizes[c]:
+                    for d in range(depth):
+                        chances[d] = min(own[b] * reach[c, d], 0.99)
+                        by_heads += chances[d]
+                        if d < length:
+                            both += chances[d] * chains[b, d]
+            elif sizes[c] and length <= depth:
+                both += chances[length - 1] * chains[b, length - 1]
             found = 1.0 + by_heads + (beyond if sizes[c] else 1.0) * (whole - both)
             if found > tokens[b]:
-                tokens[b], of_heads[b], of_chain[b] = found, sizes[c], length
-    return tokens, of_heads, of_chain
+                tokens[b], nodes[b, 0], nodes[b, 1] = found, sizes[c], length
 
 
 @njit(**_JIT)
 def choose_captured(
     costs: Costs,
-    odds: Array,
-    states: Array,
+    chains: Array,
     own: Array,
     left: Array,
     others_wait: bool,
@@ -107,14 +116,14 @@ def choose_captured(
     hysteresis: float,
     current: int,
     forced: int,
-) -> tuple[int, Array, Array, Counts, Counts, Array]:
+) -> tuple[int, Array, Array, Counts]:
     """The bucket that is worth most a second, and the trees in it.
 
     Options come by two for each number of nodes that buckets hold: without drafting by the heads, and with.
 
     Args:
         costs: of this batch.
-        odds, states: see `survival`.
+        chains: [B, D], see `survival`.
         own: [B], the share of the chances in `reach` that each sequence has.
         left: [B], see `worth`.
         others_wait: see `worth`.
@@ -128,12 +137,11 @@ def choose_captured(
 
     Returns:
         The option; [2G] what each is worth a second, 0 where there is none; [2G] its seconds on the device;
-        and of the one that was taken, [B] int64 nodes of the heads, [B] int64 of the chain, and [B, D] what
-        those are worth beside the heads, see `choice_kernels.beside`; 0 where there are none.
+        and of the one that was taken, [B, 2] int64 nodes of the heads and of the chain.
     """
-    chains = survival(odds, states)
     B, G = len(chains), costs.grid_nodes.size
     rates, seconds = np.zeros(2 * G), np.zeros(2 * G)
+    tokens, nodes = np.empty(B), np.empty((B, 2), dtype=np.int64)
     choice, best = max(forced, 0), 0.0
     for option in range(2 * G):
         cells, heads = int(costs.grid_nodes[option // 2]) - 1, option % 2
@@ -144,7 +152,7 @@ def choose_captured(
         if heads:
             draft_s = costs.drafts[np.searchsorted(sizes, cells, side="right") - 1]
         seconds[option] = predict(costs.rows, costs.seconds, rows) + draft_s
-        tokens, _, _ = fill(cells, heads, chains, own, sizes, reach, beyond)
+        fill(cells, heads, chains, own, sizes, reach, beyond, tokens, nodes)
         took = max(seconds[option] + costs.outside, costs.host)
         rates[option] = worth(tokens, left, others_wait) / took
         if cells == 0:
@@ -154,10 +162,5 @@ def choose_captured(
     if forced < 0 and rates[current] > 0.0 and best < hysteresis * rates[current]:
         choice = current
     cells = int(costs.grid_nodes[choice // 2]) - 1
-    _, of_heads, of_chain = fill(cells, choice % 2, chains, own, sizes, reach, beyond)
-    added = np.zeros(chains.shape)
-    for b in range(B):
-        if of_chain[b]:
-            chances = np.minimum(own[b] * reach[np.searchsorted(sizes, of_heads[b])], 0.99)
-            added[b] = beside(chains[b : b + 1], chances)[0]
-    return choice, rates, seconds, of_heads, of_chain, added
+    fill(cells, choice % 2, chains, own, sizes, reach, beyond, tokens, nodes)
+    return choice, rates, seconds, nodes

@@ -15,17 +15,16 @@ from numba import njit
 from numpy.typing import NDArray
 
 from engine.cpu_team import JIT
+from engine.medusa.seats import Seated
 
 __all__ = [
     "Costs",
     "beside",
     "choose",
-    "count_accepted",
-    "first_of",
+    "computed",
     "foreseen",
     "predict",
     "promise",
-    "reach",
     "shares",
     "survival",
 ]
@@ -35,6 +34,13 @@ _JIT: dict[str, Any] = {**JIT, "nogil": False}
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
+
+_COMMON_TOKENS = 24.0
+"""Expected of a sequence's drafts until what came of them weighs as much as what is known of all. (What comes
+has a variance of 1.8 to a token expected, and SmolLM2's answers differ by one of 0.1.)"""
+
+_FORESEEN = 256.0
+"""Tokens of an answer that are reckoned with: a bound of thousands says little of how long it will be."""
 
 
 class Costs(NamedTuple):
@@ -83,106 +89,44 @@ def predict(knots: Array, values: Array, rows: float) -> float:
 
 
 @njit(**_JIT)
-def shares(own: Array, slots: Counts, common: float) -> Array:
-    """[B]: the share of the common chances that each slot's sequence has, see `HeadRecord.own`.
+def shares(own: Array, slots: Counts) -> Array:
+    """[B]: the share of the common chances that the drafts of these slots' sequences have.
 
     Args:
-        own: [slots, 2] tokens of each slot's drafts that came true, and that should have.
+        own: see `Seated`.
         slots: [B] int64.
-        common: tokens that what is known of all counts as.
     """
     found = np.empty(len(slots))
     for b in range(len(slots)):
-        found[b] = (own[slots[b], 0] + common) / (own[slots[b], 1] + common)
+        found[b] = (own[slots[b], 0] + _COMMON_TOKENS) / (own[slots[b], 1] + _COMMON_TOKENS)
     return found
 
 
 @njit(**_JIT)
-def foreseen(remaining: Array, most: float) -> Array:
-    """[B] tokens that are reckoned with of those that each sequence may still emit; at most `most`."""
+def foreseen(remaining: Counts) -> Array:
+    """[B] tokens that are reckoned with of those that each sequence may still emit."""
     found = np.empty(len(remaining))
     for b in range(len(remaining)):
-        found[b] = -most * np.expm1(-remaining[b] / most)
+        found[b] = -_FORESEEN * np.expm1(-remaining[b] / _FORESEEN)
     return found
 
 
 @njit(**_JIT)
-def survival(odds: Array, states: Array) -> Array:
+def survival(odds: Array, grown: Counts, seated: Seated, slots: Counts) -> Array:
     """[B, D]: the chance that each sequence's chain is right down to each of its tokens.
 
     Args:
-        odds: [kinds, D] log-odds of each token, given those before it.
-        states: [B, 3]: kind, length of the chain, and what the sequence adds to the odds.
+        odds: [kinds] log-odds of the next token of a chain of each kind.
+        grown: [kinds, D] int64, what kind a chain is of after so many tokens.
+        slots: [B] int64.
     """
-    found = np.zeros((len(states), odds.shape[1]))
-    for b in range(len(states)):
-        kind, length, chance = int(states[b, 0]), int(states[b, 1]), 1.0
-        for d in range(min(length, odds.shape[1])):
-            chance *= min(1.0 / (1.0 + np.exp(-odds[kind, d] - states[b, 2])), 0.99)
+    found = np.zeros((len(slots), grown.shape[1]))
+    for b in range(len(slots)):
+        kind, shift, chance = seated.kinds[slots[b]], seated.shifts[slots[b]], 1.0
+        for d in range(seated.lengths[slots[b]]):
+            chance *= min(1.0 / (1.0 + np.exp(-odds[grown[kind, d]] - shift)), 0.99)
             found[b, d] = chance
     return found
-
-
-@njit(**_JIT)
-def reach(hits: Array, trials: Array, parents: Counts, depths: Counts, sizes: Counts) -> Array:
-    """[C, depth]: for each size of the heads' branch, the chance that some node of each depth is accepted.
-
-    Args:
-        hits, trials: [N] of each node, where its parent was accepted.
-        parents: [N] int64; the root is 0, node i is at i - 1 of all of these.
-        depths: [N] int64, from 1.
-        sizes: [C] int64, nodes.
-    """
-    chances = np.ones(hits.size + 1)
-    found = np.zeros((sizes.size, depths.max()))
-    for i in range(hits.size):
-        chances[i + 1] = chances[parents[i]] * (hits[i] / trials[i])
-        for c in range(sizes.size):
-            if i < sizes[c]:
-                found[c, depths[i] - 1] += chances[i + 1]
-    return np.minimum(found, 0.99)
-
-
-@njit(**_JIT)
-def count_accepted(
-    hits: Array,
-    trials: Array,
-    parents: Counts,
-    depths: Counts,
-    nodes: Counts,
-    masks: NDArray[np.uint64],
-    decay: float,
-    own: Array,
-    slots: Counts,
-    own_decay: float,
-) -> None:
-    """Count trees in `hits` and `trials`, and in `own`, see `reach` and `HeadRecord.own`.
-
-    Args:
-        nodes: [B] int64, how many of the heads' first ones each has.
-        masks: [B], bits of the accepted nodes, the root's the lowest.
-        decay: what is left of what was known, a trial later.
-        own: [slots, 2] tokens that came true of each slot's trees, and tokens that should have.
-        slots: [B] int64, of the trees.
-        own_decay: what is left of the latter, a step later.
-    """
-    most = nodes.max()
-    found, tried, chances, promised = np.zeros(most), np.zeros(most), np.ones(most + 1), np.zeros(most + 1)
-    for i in range(most):
-        chances[i + 1] = chances[parents[i]] * (hits[i] / trials[i])
-        promised[i + 1] = promised[i] + chances[i + 1]
-    for b in range(nodes.size):
-        deepest = 0
-        for i in range(nodes[b]):
-            tried[i] += (masks[b] >> np.uint64(parents[i])) & np.uint64(1)
-            if (masks[b] >> np.uint64(i + 1)) & np.uint64(1):
-                found[i] += 1.0
-                deepest = max(deepest, depths[i])
-        own[slots[b], 0] = own_decay * own[slots[b], 0] + deepest
-        own[slots[b], 1] = own_decay * own[slots[b], 1] + promised[nodes[b]]
-    for i in range(most):
-        left = decay ** tried[i]
-        hits[i], trials[i] = left * hits[i] + found[i], left * trials[i] + tried[i]
 
 
 @njit(**_JIT)
@@ -200,21 +144,6 @@ def beside(chains: Array, reach: Array) -> Array:
             least = min(least, chains[b, d] * (1.0 - reach[d] if d < reach.size else 1.0))
             added[b, d] = least
     return added
-
-
-@njit(**_JIT)
-def first_of(values: Array, counts: Counts) -> float:
-    """The sum of the first ones of each row.
-
-    Args:
-        values: [B, D].
-        counts: [B] int64, how many of each.
-    """
-    total = 0.0
-    for b in range(len(values)):
-        for d in range(min(counts[b], values.shape[1])):
-            total += values[b, d]
-    return total
 
 
 @njit(**_JIT)
@@ -246,7 +175,7 @@ def _gains(chains: Array, reach: Array, beyond: float, least: float, limit: int)
 
 
 @njit(**_JIT)
-def _computed(costs: Costs, rows: float, largest: float) -> float:
+def computed(costs: Costs, rows: float, largest: float) -> float:
     """Rows that are computed for so many nodes in all, and so many of the largest tree."""
     if costs.grid_nodes.size == 0:
         return rows
@@ -261,8 +190,7 @@ def _computed(costs: Costs, rows: float, largest: float) -> float:
 @njit(**_JIT)
 def _seconds(costs: Costs, batch: int, choice: int, rows: float, largest: float) -> float:
     """Of a step, up to the accepted tokens."""
-    computed = _computed(costs, rows, largest)
-    seconds = predict(costs.rows, costs.seconds, computed) + costs.drafts[choice]
+    seconds = predict(costs.rows, costs.seconds, computed(costs, rows, largest)) + costs.drafts[choice]
     cells = batch * largest - rows  # of the grid that hold no node
     return seconds + (costs.padding * cells + costs.uneven if cells > 0.0 else 0.0)
 
@@ -270,7 +198,7 @@ def _seconds(costs: Costs, batch: int, choice: int, rows: float, largest: float)
 @njit(**_JIT)
 def _rate(costs: Costs, batch: int, choice: int, tokens: float, rows: float, largest: float) -> float:
     """Tokens per second; 0 where a step has more rows than it may."""
-    if _computed(costs, rows, largest) > costs.most_rows:
+    if computed(costs, rows, largest) > costs.most_rows:
         return 0.0
     return tokens / (_seconds(costs, batch, choice, rows, largest) + costs.outside)
 
@@ -348,8 +276,7 @@ def promise(costs: Costs, batch: int, sizes: Counts, reach: Array) -> Array:
 @njit(**_JIT)
 def choose(
     costs: Costs,
-    odds: Array,
-    states: Array,
+    chains: Array,
     sizes: Counts,
     reach: Array,
     beyond: float,
@@ -358,12 +285,12 @@ def choose(
     current: int,
     forced: int,
     bounds: Counts,
-) -> tuple[int, Array, Array, Counts, Array]:
+) -> tuple[int, Array, Array, Counts]:
     """The size of the heads' branch, and the lookup nodes beside it, of the most tokens per second.
 
     Args:
         costs: of this batch, of steps that are not captured.
-        odds, states: see `survival`.
+        chains: `survival`.
         sizes: [C] int64, nodes.
         reach: [C, depth], the chance that some node of each depth is accepted.
         beyond: the share of the gain of chains beyond the heads that is real.
@@ -375,11 +302,9 @@ def choose(
 
     Returns:
         The index of the size; [C] tokens per second and [C] seconds of each without lookup; and of the size
-        that was taken, [B] int64 the lookup nodes of each sequence, and [B, D] what those are worth
-        beside its heads, see `beside`.
+        that was taken, [B] int64 the lookup nodes of each sequence.
     """
-    chains = survival(odds, states)
-    plain, seconds = _promise(costs, len(states), sizes, reach, margin)
+    plain, seconds = _promise(costs, len(chains), sizes, reach, margin)
     choice = max(forced, 0)
     found = _best(costs, chains, sizes[choice], choice, reach[choice], beyond, margin, bounds)
     if forced < 0:
@@ -389,7 +314,7 @@ def choose(
             # Whatever chains are beside them, nodes of the heads bring no more than this, for their drafting
             # at least: where that is less than the best rate without them, no chains can make it more. So
             # useless heads do not cost the time of looking for the best chains beside them.
-            hopeless = len(states) * reach[c].sum() + more <= none * costs.drafts[c]
+            hopeless = len(chains) * reach[c].sum() + more <= none * costs.drafts[c]
             if plain[c] > 0.0 and (c == current or not hopeless):
                 scored = _best(costs, chains, sizes[c], c, reach[c], beyond, margin, bounds)
                 if c == current:
@@ -404,4 +329,4 @@ def choose(
     for k in range(count):
         if nodes[k] % D + 1 <= within:
             taken[nodes[k] // D] += 1
-    return choice, plain, seconds, taken, beside(chains, reach[choice])
+    return choice, plain, seconds, taken

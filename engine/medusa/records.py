@@ -5,16 +5,16 @@ Chains need no verification to be judged: what is emitted anyway shows whether t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import exp, log
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.medusa.choice_kernels import count_accepted, reach, shares, survival
+from engine.medusa.choice_kernels import shares, survival
 from engine.medusa.lookup import FORCED, MOST_MATCHED, NUM_KINDS
+from engine.medusa.record_kernels import count_accepted, judge_chains, reach
+from engine.medusa.seats import Seated
 from engine.medusa.tree import Tree
-from engine.types import LookupState
 
 __all__ = ["HeadRecord", "LookupRecord", "considered_sizes"]
 
@@ -60,52 +60,29 @@ class LookupRecord:
         self.size = size
         kinds = np.arange(NUM_KINDS)
         longest = np.array(_LONGEST)[np.searchsorted(_LONGEST, kinds)]
-        self._grown = np.minimum(kinds[:, None] + np.arange(max(1, size)), longest[:, None])
+        self.grown: Counts = np.minimum(kinds[:, None] + np.arange(size), longest[:, None])
+        """[kinds, D], what kind a chain is of after so many tokens that came true."""
         matched = np.where(kinds > MOST_MATCHED, kinds - MOST_MATCHED, kinds)
         share = np.interp(matched, *_USUAL)
-        self._trials = [4.0] * NUM_KINDS
-        self._hits = [4.0 * chance for chance in share.tolist()]
-        self._odds = np.log(share / (1.0 - share)).tolist()
+        self._trials = np.full(NUM_KINDS, 4.0)
+        self._hits = 4.0 * share
+        self.odds: Array = np.log(share / (1.0 - share))
+        """[kinds], log-odds of the next token."""
 
-    @property
-    def odds(self) -> Array:
-        """[kinds, D], see `choice_kernels.survival`."""
-        found: Array = np.array(self._odds).take(self._grown)
+    def survival(self, seated: Seated, slots: Counts) -> Array:
+        """[B, D]: the chance that each slot's chain is right down to each of its tokens."""
+        found: Array = survival(self.odds, self.grown, seated, slots)
         return found
 
-    def states(self, states: Sequence[LookupState]) -> Array:
-        """[B, 3], see `choice_kernels.survival`."""
-        if not any(s.chain for s in states):
-            return np.zeros((len(states), 3))
-        return np.array([(s.kind, len(s.chain), s.own) for s in states], dtype=np.float64)
+    def observe(self, seated: Seated, slots: Counts, values: Counts, depth: int) -> None:
+        """Learn from a step.
 
-    def survival(self, states: Sequence[LookupState]) -> Array:
-        """[B, D]: the chance that each sequence's chain is right down to each of its tokens."""
-        found: Array = survival(self.odds, self.states(states))
-        return found
-
-    def observe(self, state: LookupState, emitted: Iterable[int]) -> None:
-        """Hold the chain against what was emitted in its place; call before the next one is set."""
-        kind, own, all_odds = state.kind, state.own, self._odds
-        for proposed, token in zip(state.chain, emitted, strict=False):
-            hit = 1.0 if proposed == token else 0.0
-            own += self._OWN_RATE * (hit - 1.0 / (1.0 + exp(-all_odds[kind] - own)))
-            # By comparisons: min and max take as long as all the rest, and this runs for most sequences.
-            own = 5.0 if own > 5.0 else -5.0 if own < -5.0 else own
-            self._hits[kind] = hits = self._DECAY * self._hits[kind] + hit
-            self._trials[kind] = trials = self._DECAY * self._trials[kind] + 1.0
-            share = hits / trials
-            share = 0.995 if share > 0.995 else 0.005 if share < 0.005 else share
-            all_odds[kind] = log(share / (1.0 - share))
-            if not hit:
-                break
-            if kind not in _LONGEST:
-                kind += 1
-        state.own = own
-
-    def propose(self, state: LookupState, chain: list[int], kind: int) -> None:
-        """Set the chain of the next step."""
-        state.chain, state.kind = chain, kind
+        Args:
+            slots: [B] int64, of its sequences. Their chains become those that it proposed.
+            values: [B, K] int64, its results; depth: of its trees, see `Results`.
+        """
+        known = self._hits, self._trials, self.odds, seated
+        judge_chains(*known, slots, values, depth, self._DECAY, self._OWN_RATE)
 
 
 class HeadRecord:
@@ -125,9 +102,6 @@ class HeadRecord:
     """What a calibration counts as: it saw thousands of positions, but of other text than is served."""
     _HOPED_TRIALS = 2.0
     """What hope counts as."""
-    _COMMON_TOKENS = 24.0
-    """Expected of a sequence's drafts until what came of them weighs as much as what is known of all. (What
-    comes has a variance of 1.8 to a token expected, and SmolLM2's answers differ by one of 0.1.)"""
     _OWN_DECAY = 0.99
     """Of what is known of a sequence, a step later: a text changes, too."""
 
@@ -145,54 +119,33 @@ class HeadRecord:
         self._hits = self._trials * share
         self.sizes = np.array(considered_sizes(tree))
         self._depths = depths
-        self._reach: Array | None = None
-        # Of each slot: tokens of its sequence's drafts that came true, and that should have; and whose it is.
-        self._own, self._whose = np.zeros((0, 2)), np.zeros(0, dtype=np.int64)
-
-    def prepare(self) -> None:
-        """Compile `observe`, which takes half a second: nothing is learned."""
-        nobody = np.zeros(1, dtype=np.int64)
-        self.seat(nobody, [-1])
-        self.observe(nobody, [1], nobody)
+        self._reach = np.zeros((len(self.sizes), depths.max()))
+        reach(*self._known())
 
     def reach(self) -> Array:
-        """[C, depth]: for each considered size, the chance that some node of each depth is accepted."""
-        if self._reach is None:
-            self._reach = reach(self._hits, self._trials, self._parents, self._depths, self.sizes)
+        """[C, depth]: for each considered size, the chance that some node of each depth is accepted. It
+        changes with each step that is observed."""
         return self._reach
 
-    def seat(self, slots: Counts, arrivals: Sequence[int]) -> None:
-        """Say whose these slots are; of one that is new, nothing is known.
-
-        Args:
-            slots: [B] int64, where each sequence is; arrivals: its number, which no other has.
-        """
-        if (missing := slots.max() + 1 - len(self._whose)) > 0:
-            self._own = np.concatenate((self._own, np.zeros((missing, 2))))
-            self._whose = np.concatenate((self._whose, np.full(missing, -1)))
-        new = slots[self._whose[slots] != arrivals]
-        if new.size:
-            self._own[new], self._whose[slots] = 0.0, arrivals
-
-    def own(self, slots: Counts) -> Array:
+    def own(self, seated: Seated, slots: Counts) -> Array:
         """[B]: the share of the common chances that the drafts of these slots' sequences have."""
-        found: Array = shares(self._own, slots, self._COMMON_TOKENS)
+        found: Array = shares(seated.own, slots)
         return found
 
-    def unseen(self, slots: Counts) -> None:
-        """A step went by in which these slots' sequences drafted nothing: what is known of them grows old."""
-        self._own[slots] *= self._OWN_DECAY
-
-    def observe(self, nodes: Counts, accepted: Sequence[int], slots: Counts) -> None:
-        """Count one step's trees.
+    def observe(self, seated: Seated, slots: Counts, nodes: Counts, values: Counts) -> int:
+        """Learn from a step. Where none of its trees has nodes of the heads, what is known of its sequences
+        grows old.
 
         Args:
-            nodes: [B] int64, how many each has.
-            accepted: for each a bit mask of those that were, root bit 0.
-            slots: [B] int64, of the sequences, see `seat`.
+            slots: [B] int64, of its sequences.
+            nodes: [B, 2] int64, of the heads and of a lookup chain in each tree.
+            values: [B, K] int64, its results, see `Results`.
+
+        Returns:
+            By how many tokens chains beside heads went deeper than these.
         """
-        masks = np.array([mask & 0xFFFF_FFFF_FFFF_FFFF for mask in accepted], dtype=np.uint64)
-        known = self._hits, self._trials, self._parents, self._depths
-        own = self._own, slots, self._OWN_DECAY
-        count_accepted(*known, nodes, masks, self._DECAY, *own)
-        self._reach = None
+        rates = self._DECAY, self._OWN_DECAY
+        return int(count_accepted(*self._known(), seated, slots, nodes, values, *rates))
+
+    def _known(self) -> tuple[Array, Array, Counts, Counts, Counts, Array]:
+        return self._hits, self._trials, self._parents, self._depths, self.sizes, self._reach

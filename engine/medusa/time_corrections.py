@@ -112,21 +112,21 @@ class Corrections:
         Returns:
             By how much its log seconds were more than expected.
         """
-        alike = self._last / _ALIKE_ROWS <= rows <= self._last * _ALIKE_ROWS
+        alike, doublings = self._last / _ALIKE_ROWS <= rows <= self._last * _ALIKE_ROWS, _doublings(context)
         self._last = rows
-        error = _learn(
+        error, found = _learned(
             self._rows,
             self._base,
             self._place,
             self._errors,
             self._variance,
             self._prior,
-            _doublings(context),
+            doublings,
             rows,
             seconds,
             (_NOISE if alike else self._noise_after_others) ** 2,
         )
-        self._seconds.clear()
+        self._seconds = {doublings: found}  # the next step will ask for them
         return error
 
 
@@ -247,3 +247,21 @@ def _learn(
         for j in range(errors.size):
             variance[i, j] -= gain[i] * shared[j]
     return error
+
+
+@njit(**_JIT)
+def _learned(
+    knots: Array,
+    base: Array,
+    place: Array,
+    errors: Array,
+    variance: Array,
+    prior: Array,
+    doublings: int,
+    rows: float,
+    seconds: float,
+    noise: float,
+) -> tuple[float, Array]:
+    """`_learn`, and [K] seconds at the points from then on."""
+    error = _learn(knots, base, place, errors, variance, prior, doublings, rows, seconds, noise)
+    return error, _rising(_logs(base, place, errors, doublings), variance)

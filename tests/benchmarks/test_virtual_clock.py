@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.virtual_clock import Times, VirtualEngine, compare, record, run_empty, streams
+from benchmarks.virtual_clock import HostCost, Times, VirtualEngine, compare, record, run_empty, streams
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import Loaded, load
@@ -73,6 +75,28 @@ def test_the_clock_is_the_sum_of_what_steps_take(narrow: TinyModel) -> None:
     assert engine.nodes == [1] * 6
     assert not engine.has_work
     engine.check()
+
+
+def test_a_host_that_is_slower_than_the_device_is_what_steps_take(narrow: TinyModel, tmp_path: Path) -> None:
+    rows = [(1, "off", 700.0), (4, "off", 1000.0), (4, "auto", 9e9)]
+    named = [dict(zip(("streams", "tree", "cpu_us"), row, strict=True)) for row in rows]
+    (tmp_path / "host.json").write_text(json.dumps({"rows": named}))
+    quick, slow = (HostCost.read(tmp_path / "host.json", "off", factor) for factor in (1.0, 3.0))
+    assert (quick.of(1), quick.of(2), quick.of(9)) == pytest.approx((0.0007, 0.0008, 0.001))
+    with pytest.raises(ValueError, match="no row with tree 7"):
+        HostCost.read(tmp_path / "host.json", "7", 1.0)
+    records = record(loaded(narrow, "off"), PROMPTS, TOKENS + 40)
+    took, idle = [], []
+    for host in (quick, slow):  # of steps of 2 ms
+        engine = VirtualEngine(loaded(narrow, "off"), records, TIMES, host=host)
+        run_empty(engine, PROMPTS, 4)  # each prompt's pass comes between
+        before = engine.clock_s, engine.stats.device_idle_seconds
+        run_empty(engine, PROMPTS, TOKENS)
+        took.append(engine.clock_s - before[0])
+        idle.append(engine.stats.device_idle_seconds - before[1])
+    assert took[0] == pytest.approx(0.002 * (TOKENS - 1), rel=0.2)
+    assert took[1] == pytest.approx(0.003 * (TOKENS - 1), rel=0.2)
+    assert idle == [pytest.approx(0.0, abs=1e-6), pytest.approx(0.001 * (TOKENS - 1), rel=0.2)]
 
 
 def test_trees_are_measured_and_compared_by_the_table(narrow: TinyModel) -> None:

@@ -215,9 +215,7 @@ def test_time_spent_on_grammars_is_not_the_trees(narrow: TinyModel, monkeypatch:
     seen: list[float] = []
     monkeypatch.setattr(engine._runner, "constrain", lambda *args: (constrain(*args)[0], 1e3))
     assert engine._chooser is not None
-    monkeypatch.setattr(
-        engine._chooser, "observe", lambda shapes, nodes, seconds, **rest: seen.append(seconds)
-    )
+    monkeypatch.setattr(engine._chooser, "observe", lambda *known, **rest: seen.append(known[4]))
     run_all(engine, [ask("r", 1, SamplingParams(max_tokens=8), PATTERNS[2])])
     assert seen
     assert all(seconds < 0 for seconds in seen)

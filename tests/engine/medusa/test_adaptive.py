@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engine.medusa import choice_kernels
 from engine.medusa.adaptive import _CHAIN_DEPTHS, AdaptiveTree, FixedTree
 from engine.medusa.records import LookupRecord, considered_sizes
+from engine.medusa.seats import Seats
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree, TreeShape, default_tree
-from engine.types import LookupState, MedusaParams, Request, Sequence
+from engine.types import MedusaParams, Request, Sequence
 
 HEADS = default_tree(4)
 
@@ -42,18 +44,81 @@ def step_times(
     return StepTimes(points, drafts)
 
 
+Proposed = tuple[list[int], int]
+"""A chain and the kind of its match."""
+
+
+def packed(
+    masks: list[int], emitted: list[list[int]] | None = None, chains: list[Proposed] | None = None
+) -> tuple[NDArray[np.int64], int]:
+    """A step's results as the device packs them, and their depth.
+
+    Args:
+        masks: of the nodes accepted, for each sequence.
+        emitted: the tokens; None: it does not matter which.
+        chains: proposed for the next step; None: there is no lookup.
+    """
+    rows = emitted or [[0] * (1 + mask.bit_count()) for mask in masks]
+    depth = max(map(len, rows)) - 1
+    most = max(len(chain) for chain, _ in chains) if chains else 0
+    found = np.zeros((len(rows), 5 + depth + (2 + most if chains else 0)), dtype=np.int64)
+    for i, (mask, row) in enumerate(zip(masks, rows, strict=True)):
+        found[i, :4] = 1, len(row) - 1, 0, mask
+        found[i, 4 : 4 + len(row)] = row
+        if chains:
+            chain, kind = chains[i]
+            found[i, 5 + depth : 7 + depth + len(chain)] = kind, len(chain), *chain
+    return found, depth
+
+
 def observe(
-    chooser: AdaptiveTree, sequences: list[Sequence], accepted: list[int], seconds: float, host_s: float = 0.0
+    chooser: AdaptiveTree,
+    sequences: list[Sequence],
+    accepted: list[int],
+    seconds: float,
+    host_s: float = 0.0,
+    emitted: list[list[int]] | None = None,
 ) -> None:
-    """The step that was chosen last."""
+    """The step that was chosen last. What chains come next, the sequences say."""
+    proposed = [(made.lookup.chain, made.lookup.kind) for made in sequences]
     chooser.observe(
+        sequences,
         [TreeShape(made.head_nodes, made.lookup_nodes) for made in sequences],
-        accepted,
+        *packed(accepted, emitted, proposed if chooser._lookup.size else None),
         seconds,
         context=max(made.num_cached for made in sequences),
         expected=chooser.expected,
         host_s=host_s,
     )
+
+
+def propose(chooser: AdaptiveTree, made: Sequence, chain: list[int], kind: int) -> None:
+    """For the sequence's next step."""
+    made.lookup.chain, made.lookup.kind = chain, kind
+    chooser.propose(made)
+
+
+class Judged:
+    """A record of chains, and sequences in the first slots."""
+
+    def __init__(self, size: int, sequences: int = 1) -> None:
+        self.record, self.seats = LookupRecord(size), Seats(size)
+        self.sequences = [sequence(slot) for slot in range(sequences)]
+
+    def see(self, slot: int, proposed: Proposed, emitted: list[int]) -> None:
+        """A chain was proposed, and this came."""
+        made = self.sequences[slot]
+        made.lookup.chain, made.lookup.kind = proposed
+        self.seats.propose(made)
+        values, depth = packed([1], [emitted])
+        self.record.observe(self.seats.known, np.array([slot]), values, depth)
+
+    def chances(self, proposed: Proposed) -> NDArray[np.float64]:
+        """[sequences, D] of each, if this is proposed to it."""
+        for made in self.sequences:
+            made.lookup.chain, made.lookup.kind = proposed
+            self.seats.propose(made)
+        return self.record.survival(self.seats.known, np.arange(len(self.sequences)))
 
 
 class World:
@@ -209,15 +274,11 @@ def test_it_does_not_lock_itself_at_plain_decoding() -> None:
 
 
 def test_a_chain_is_judged_by_what_is_emitted_even_if_never_verified() -> None:
-    record = LookupRecord(4)
-    copies, invents = LookupState(), LookupState()
+    judged, proposed = Judged(4, sequences=2), ([7, 7, 7, 7], 3)
     for _ in range(100):
-        for state, truth in ((copies, 7), (invents, 8)):
-            record.propose(state, [7, 7, 7, 7], 3)
-            record.observe(state, [truth])
-    for state in (copies, invents):
-        record.propose(state, [7, 7, 7, 7], 3)
-    good, bad = record.survival([copies, invents])
+        for slot, truth in ((0, 7), (1, 8)):
+            judged.see(slot, proposed, [truth])
+    good, bad = judged.chances(proposed)
     assert good[0] > 0.85
     assert bad[0] < 0.15
     assert list(good) == sorted(good, reverse=True)
@@ -226,18 +287,17 @@ def test_a_chain_is_judged_by_what_is_emitted_even_if_never_verified() -> None:
 def test_chains_get_nodes_where_they_earn_them() -> None:
     """Of four sequences one copies; it alone gets a chain, and it gets a long one."""
     chooser = adaptive(8, None)
-    record = chooser._lookup
     sequences = [sequence(slot) for slot in range(4)]
-    for _ in range(60):
-        for made in sequences:
-            record.propose(made.lookup, [1] * 8, 8 if made.slot == 2 else 1)
-            record.observe(made.lookup, [1] * 9 if made.slot == 2 else [0])
     for made in sequences:
-        record.propose(made.lookup, [1] * 8, 8 if made.slot == 2 else 1)
+        propose(chooser, made, [1] * 8, 8 if made.slot == 2 else 1)
+    for _ in range(60):
+        chooser.choose(sequences)
+        emitted = [[1] * 9 if made.slot == 2 else [0] for made in sequences]
+        observe(chooser, sequences, [1] * 4, cpu_like(4, sum(m.num_nodes for m in sequences)), 0.0, emitted)
     chooser.choose(sequences)
     assert sequences[2].lookup_nodes >= 4
     assert all(made.lookup_nodes == 0 for made in sequences if made.slot != 2)
-    sequences[2].lookup.chain = []
+    propose(chooser, sequences[2], [], 0)
     chooser.choose(sequences)
     assert all(made.num_nodes == 1 for made in sequences)
 
@@ -253,15 +313,28 @@ def test_what_padding_costs_keeps_one_long_chain_from_slowing_everyone() -> None
         assert plain.padding(8, 50) == 0.0
         chooser = AdaptiveTree(times, None, LookupRecord(16), 512)
         sequences = [sequence(slot) for slot in range(8)]
-        record = chooser._lookup
-        for _ in range(60):
-            record.propose(sequences[0].lookup, [1] * 16, 8)
-            record.observe(sequences[0].lookup, [1] * 17)
-        record.propose(sequences[0].lookup, [1] * 16, 8)
+        propose(chooser, sequences[0], [1] * 16, 8)
+        _come_true(chooser, sequences, 60, lambda _turn, slot: [1] * 17 if slot == 0 else [0])
         chooser.choose(sequences)
         sizes.append(sequences[0].num_nodes)
         assert all(made.num_nodes == 1 for made in sequences[1:])
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+def _come_true(
+    chooser: AdaptiveTree,
+    sequences: list[Sequence],
+    steps: int,
+    emitted: Callable[[int, int], list[int]],
+) -> None:
+    """Let the chooser see what chains came to in so many steps: what was emitted in each turn and slot. Of
+    what a step takes it learns nothing."""
+    proposed = [(made.lookup.chain, made.lookup.kind) for made in sequences]
+    for turn in range(steps):
+        slots = chooser._seats.seat(sequences)
+        tokens = [emitted(turn, made.slot) for made in sequences]
+        values, depth = packed([1] * len(tokens), tokens, proposed)
+        chooser._lookup.observe(chooser._seats.known, slots, values, depth)
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.0004, 0.002, 0.01])
@@ -269,14 +342,12 @@ def test_a_long_chain_does_not_take_the_others_nodes(cost: float) -> None:
     """One of eight copies and the others often begin right: what is chosen is nearly the best there is."""
     times = StepTimes({8: [(8 * n, cpu_like(8, 8 * n)) for n in (1, 2, 4, 8, 16)]}, {}, {8: cost}, context=50)
     chooser, sequences = AdaptiveTree(times, None, LookupRecord(16), 512), [sequence(i) for i in range(8)]
-    record = chooser._lookup
-    for turn in range(200):
-        for made in sequences:
-            record.propose(made.lookup, [1] * 16, 8 if made.slot == 0 else 2)
-            record.observe(made.lookup, [1] * 17 if made.slot == 0 else [1] * (turn % 5 > 0) + [0])
     for made in sequences:
-        record.propose(made.lookup, [1] * 16, 8 if made.slot == 0 else 2)
-    survival = record.survival([made.lookup for made in sequences])
+        propose(chooser, made, [1] * 16, 8 if made.slot == 0 else 2)
+    _come_true(
+        chooser, sequences, 200, lambda turn, slot: [1] * 17 if slot == 0 else [1] * (turn % 5 > 0) + [0]
+    )
+    survival = chooser._lookup.survival(chooser._seats.known, np.arange(8))
 
     def rate(nodes: list[int]) -> float:
         rows = 8 + sum(nodes)
@@ -288,6 +359,12 @@ def test_a_long_chain_does_not_take_the_others_nodes(cost: float) -> None:
     assert rate([made.lookup_nodes for made in sequences]) > 0.98 * best
 
 
+def chances_of_chains(rng: np.random.Generator, batch: int, longest: int) -> NDArray[np.float64]:
+    """[batch, longest], falling; each chain has a token less than that before."""
+    found = np.cumprod(rng.uniform(0.1, 0.95, (batch, longest)), axis=1)
+    return np.where(np.arange(longest) < longest - np.arange(batch)[:, None], found, 0.0)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_choice_is_the_best_of_all_there_are(seed: int) -> None:
     """Every size with every combination of chains, by hand."""
@@ -297,9 +374,7 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int) -> None:
     drafts = [0.0, 0.002, 0.003]
     costs = StepTimes({B: knots}, {B: drafts}, context=50).costs(B, 50, 16)
     sizes, reach = np.array([0, 1, 3]), np.array([[0.0, 0.0], [0.6, 0.0], [0.7, 0.3]])
-    states = np.array([[kind, D - kind, rng.normal()] for kind in range(B)])
-    odds, beyond = rng.normal(size=(B, D)), 0.7
-    chains = choice_kernels.survival(odds, states)
+    chains, beyond = chances_of_chains(rng, B, D), 0.7
 
     def rate(choice: int, lengths: tuple[int, ...]) -> float:
         rows, tokens = B * (1 + sizes[choice]) + sum(lengths), B * (1 + reach[choice].sum())
@@ -320,21 +395,19 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int) -> None:
     combinations = list(itertools.product(range(D + 1), repeat=B))
     best = {choice: max(rate(choice, lengths) for lengths in combinations) for choice in range(len(sizes))}
     bounds = _CHAIN_DEPTHS
-    arguments = costs, odds, states, sizes, reach, beyond, 1.02, 1.0, 0
+    arguments = costs, chains, sizes, reach, beyond, 1.02, 1.0, 0
     for current in range(len(sizes)):  # one that another must outdo by far is kept
-        kept, *_, taken, _ = choice_kernels.choose(*arguments[:-2], 9.0, current, -1, bounds)
+        kept, *_, taken = choice_kernels.choose(*arguments[:-2], 9.0, current, -1, bounds)
         assert kept == current
         assert rate(kept, tuple(taken)) == pytest.approx(best[kept])
     for forced in range(len(sizes)):
-        choice, *_, taken, _ = choice_kernels.choose(*arguments, forced, bounds)
+        choice, *_, taken = choice_kernels.choose(*arguments, forced, bounds)
         assert choice == forced
         assert rate(choice, tuple(taken)) == pytest.approx(best[choice])
-    choice, plain, _, taken, added = choice_kernels.choose(*arguments, -1, bounds)
+    choice, plain, _, taken = choice_kernels.choose(*arguments, -1, bounds)
     assert choice == max(best, key=lambda size: best[size])
     assert plain == pytest.approx([rate(size, (0, 0, 0)) for size in range(len(sizes))])
     assert rate(choice, tuple(taken)) == pytest.approx(best[choice])
-    least = np.minimum.accumulate(chains * (1.0 - np.append(reach[choice], [0.0, 0.0])), axis=1)
-    assert added == pytest.approx(least)
 
 
 def test_step_times_are_measured_for_the_sizes_there_are() -> None:
@@ -353,6 +426,8 @@ def test_caps_and_the_end_of_the_output_shrink_a_sequences_own_tree() -> None:
         ]
         for made in sequences:
             made.lookup.chain, made.lookup.kind = [1] * 8, 8
+            if isinstance(chooser, AdaptiveTree):
+                chooser.propose(made)
         chooser.choose(sequences)
         assert sequences[0].num_nodes > 5
         assert sequences[1].num_nodes == 1
@@ -423,6 +498,7 @@ def test_a_tree_that_is_too_dear_to_try_does_not_keep_the_others_from_it() -> No
 def test_drafting_that_caps_left_out_is_not_subtracted() -> None:
     """Good heads, and a request that wants plain decoding: its steps take what they take."""
     chooser, made = adaptive(), sequence(cap=1)
+    made.arrival = 1  # it comes after those
     World(chooser, 0.8).run(1, 100)
     before = chooser._times.predict(1, 50, np.array([1.0, 8.0]))
     for _ in range(200):

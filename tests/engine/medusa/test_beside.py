@@ -11,7 +11,7 @@ from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
-from tests.engine.medusa.test_adaptive import adaptive, cpu_like, observe, sequence
+from tests.engine.medusa.test_adaptive import adaptive, cpu_like, observe, propose, sequence
 
 
 def test_a_chain_that_repeats_the_heads_is_not_paid_twice() -> None:
@@ -20,12 +20,11 @@ def test_a_chain_that_repeats_the_heads_is_not_paid_twice() -> None:
     for together in (True, False):
         chooser, made = adaptive(8), sequence()
         for _ in range(150):
-            chooser._lookup.propose(made.lookup, [1] * 8, 8)
+            propose(chooser, made, [1] * 8, 8)
             chooser.choose([made])
             head = 0b10 if together and made.head_nodes else 0
             chain = 0 if not made.lookup_nodes else 1 << (1 + made.head_nodes)
-            observe(chooser, [made], [1 | head | chain], cpu_like(1, made.num_nodes))
-            chooser._lookup.observe(made.lookup, [1, 0])
+            observe(chooser, [made], [1 | head | chain], cpu_like(1, made.num_nodes), 0.0, [[1, 0]])
         gains.append(chooser._beyond[0] / chooser._beyond[1])
     assert gains[0] < gains[1]
 
@@ -54,12 +53,12 @@ class OneGuess:
         for _ in range(steps):
             draw = self.rng.random()
             head, chain = draw < 0.5, self.apart <= draw < 0.5 or draw >= 1.0 - self.apart
-            self.chooser._lookup.propose(made.lookup, [1], 1)
+            propose(self.chooser, made, [1], 1)
             self.chooser.choose([made])
             mask = 1 | (head << 1 if made.head_nodes else 0)
             mask |= chain << 1 + made.head_nodes if made.lookup_nodes else 0
-            observe(self.chooser, [made], [mask], 0.018 + self.node_s * made.num_nodes)
-            self.chooser._lookup.observe(made.lookup, [int(chain)])
+            took = 0.018 + self.node_s * made.num_nodes
+            observe(self.chooser, [made], [mask], took, 0.0, [[int(chain)]])
             both += made.num_nodes == 3
         return both / steps
 
@@ -92,7 +91,7 @@ def test_what_caps_take_away_is_not_expected(cap: int | None, room: int, left: i
         chooser = AdaptiveTree(times, Tree.from_paths([[0]]), LookupRecord(8), 512)
         sequences = [sequence(0), second]
         for made, size in zip(sequences, (8, length), strict=True):
-            made.lookup.chain, made.lookup.kind = [1] * size, 1
+            propose(chooser, made, [1] * size, 1)
         chooser.choose(sequences)
         assert [(made.head_nodes, made.lookup_nodes) for made in sequences] == [(1, 8), (1, left)]
         expected.append(chooser.expected.beyond)

@@ -13,20 +13,33 @@ from engine.errors import TreeError
 from engine.loader import load
 from engine.medusa.calibrated import CalibratedTree, find_calibrated
 from engine.medusa.records import HeadRecord
+from engine.medusa.seats import Seats
 from engine.medusa.tree import Tree
 from tests.engine.conftest import TinyModel
+from tests.engine.medusa.test_adaptive import packed, sequence
 from tests.support import save_random_heads
 
 PATHS = [[0], [0, 0], [1], [0, 0, 0]]
 ACCEPTED = [0.5, 0.25, 0.2, 0.1]
 
 
-def record_of_two(accepted: list[float] | None) -> HeadRecord:
-    """With sequences in slots 0 and 1."""
-    record = HeadRecord(Tree.from_paths(PATHS), accepted)
-    record.seat(np.arange(2), [0, 1])
-    assert record.own(np.arange(2)).tolist() == [1.0, 1.0]
-    return record
+class OfTwo:
+    """A record, and sequences in slots 0 and 1."""
+
+    def __init__(self, accepted: list[float] | None) -> None:
+        self.record, self.seats = HeadRecord(Tree.from_paths(PATHS), accepted), Seats(0)
+        self.seats.seat([sequence(0), sequence(1)])
+        assert self.own(0, 1) == [1.0, 1.0]
+
+    def see(self, *trees: tuple[int, int]) -> None:
+        """Nodes of the heads in each one's tree, and the mask of those that were accepted."""
+        nodes = np.array([(size, 0) for size, _ in trees])
+        values, _ = packed([mask for _, mask in trees])
+        self.record.observe(self.seats.known, np.arange(len(trees)), nodes, values)
+
+    def own(self, *slots: int) -> list[float]:
+        found: list[float] = self.record.own(self.seats.known, np.array(slots)).tolist()
+        return found
 
 
 @pytest.fixture
@@ -87,22 +100,24 @@ def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_what_is_served_corrects_the_table() -> None:
-    record = record_of_two(ACCEPTED)
+    two = OfTwo(ACCEPTED)
+    record = two.record
     # Sizes 0 and 1, 2, 3, 4 nodes; at depth 1 the first and third node.
     np.testing.assert_allclose(record.reach()[:, 0], [0.0, 0.5, 0.5, 0.7, 0.7])
     for _ in range(2000):
-        record.observe(np.array([4]), [0b11], np.arange(1))
+        two.see((4, 0b11))
     assert record.reach()[-1, 0] == pytest.approx(0.99, abs=0.01)
     assert record.reach()[-1, 1] == pytest.approx(0.0, abs=0.01)
 
 
 def test_what_is_learned_of_a_node_holds_for_those_below_it() -> None:
     """Heads that are always right where they are verified: the third node of the chain never was."""
-    record = record_of_two(None)
+    two = OfTwo(None)
+    record = two.record
     before = record.reach()[-1].copy()
     for _ in range(200):
-        record.observe(np.array([2]), [0b111], np.arange(1))
-    after = record.reach()[-1]
+        two.see((2, 0b111))
+    after = record.reach()[-1].copy()
     assert after[0] == pytest.approx(0.98, abs=0.02)
     assert after[1] == pytest.approx(0.98, abs=0.02)
     # Given the second, it comes true as often as was hoped.
@@ -111,7 +126,7 @@ def test_what_is_learned_of_a_node_holds_for_those_below_it() -> None:
     assert after[2] == pytest.approx(hoped * after[1], rel=0.01)
     for _ in range(300):
         # Always wrong from here on; of the lower ones nothing is seen.
-        record.observe(np.array([4, 4]), [0b1, 0b1], np.arange(2))
+        two.see((4, 0b1), (4, 0b1))
     assert record.reach()[-1] == pytest.approx([0.0, 0.0, 0.0], abs=0.1)
 
 
@@ -122,15 +137,17 @@ def test_a_calibration_is_read_as_shares_of_the_parents() -> None:
 
 def test_what_a_sequences_own_drafts_are_worth() -> None:
     """At first what all are; then by what was expected of them and came, until another has the slot."""
-    record = record_of_two(ACCEPTED)
+    two = OfTwo(ACCEPTED)
     for _ in range(100):
-        record.observe(np.array([4, 2]), [0b1, 0b111], np.arange(2))  # never; two tokens each time
-    useless, good = record.own(np.arange(2))
+        two.see((4, 0b1), (2, 0b111))  # never; two tokens each time
+    useless, good = two.own(0, 1)
     assert useless < 0.5
     assert good > 1.15
     for _ in range(50):  # in which they draft nothing: what is known grows old
-        record.unseen(np.arange(2))
-    assert useless + 0.1 < record.own(np.arange(1))[0] < 0.8
-    good = record.own(np.arange(2))[1]
-    record.seat(np.array([1, 0, 5]), [1, 7, 8])
-    assert record.own(np.array([1, 0, 5])).tolist() == [good, 1.0, 1.0]
+        two.see((0, 0b1), (0, 0b1))
+    assert useless + 0.1 < two.own(0)[0] < 0.8
+    good = two.own(1)[0]
+    others = sequence(0), sequence(5)
+    others[0].arrival = 7
+    two.seats.seat([sequence(1), *others])
+    assert two.own(1, 0, 5) == [good, 1.0, 1.0]

@@ -11,8 +11,8 @@ import pytest
 from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
-from engine.types import LookupState, Sequence
-from tests.engine.medusa.test_adaptive import observe, sequence
+from engine.types import Sequence
+from tests.engine.medusa.test_adaptive import Judged, observe, propose, sequence
 
 
 @pytest.mark.parametrize(
@@ -20,21 +20,20 @@ from tests.engine.medusa.test_adaptive import observe, sequence
 )
 def test_each_token_that_comes_true_is_one_of_a_longer_match(kind: int, counted: tuple[int, ...]) -> None:
     """Up to the first miss; what is emitted after it says nothing of the chain."""
-    record, state = LookupRecord(4), LookupState()
-    before = record.odds[:, 0]
-    assert list(record.odds[kind, :3]) == [before[each] for each in counted]
-    record.propose(state, [1, 2, 3, 4], kind)
-    record.observe(state, [1, 2, 9, 4])
-    moved = record.odds[:, 0] - before
+    judged = Judged(4)
+    record = judged.record
+    before = record.odds.copy()
+    assert list(record.grown[kind, :3]) == list(counted)
+    judged.see(0, ([1, 2, 3, 4], kind), [1, 2, 9, 4])
+    moved = record.odds - before
     assert set(np.flatnonzero(moved)) == set(counted)
     if len(set(counted)) == 3:
         assert moved[counted[0]] > 0
         assert moved[counted[1]] > 0
         assert moved[counted[2]] < 0
 
-    record.propose(state, [], 0)
-    record.observe(state, [1])
-    assert record.odds[:, 0] == pytest.approx(before + moved)
+    judged.see(0, ([], 0), [1])
+    assert record.odds == pytest.approx(before + moved)
 
 
 class Texts:
@@ -56,8 +55,8 @@ class Texts:
             for b in (1, self.BATCH)
         }
         self.chooser = AdaptiveTree(StepTimes(points, {}), None, LookupRecord(8), 512)
-        self.record, self.hazard, self.uneven = self.chooser._lookup, hazard, uneven
-        self.rng = random.Random(seed)
+        self.hazard, self.uneven = hazard, uneven
+        self.rng, self.begun = random.Random(seed), 0
         self.streams = [self.begin(slot) for slot in range(self.BATCH)]
         self.forget()
 
@@ -72,32 +71,33 @@ class Texts:
 
     def begin(self, slot: int) -> Sequence:
         made = sequence(slot)
-        self.record.propose(made.lookup, [1] * 8, 1)
+        made.arrival = self.begun = self.begun + 1
+        propose(self.chooser, made, [1] * 8, 1)
         return made
 
-    def emit(self, made: Sequence) -> int:
-        """Nodes of the chain that came true."""
+    def emit(self, made: Sequence) -> tuple[int, list[int]]:
+        """Nodes of the chain that came true, and what is emitted."""
         matched, found, hit = made.lookup.kind, 0, True
         while hit and found <= made.lookup_nodes:
             hit = self.rng.random() < self.hazard[matched]
             matched = min(matched + 1, 8) if hit else self.rng.choice((1, 1, 1, 2, 3))
             found += hit
         right = min(found, made.lookup_nodes)
-        self.record.observe(made.lookup, [1] * found + [0] * (1 + right - found))
         made.num_cached += 1 + right
-        self.record.propose(made.lookup, [1] * 8, matched)
-        return right
+        made.lookup.kind = matched
+        return right, [1] * found + [0] * (1 + right - found)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.chooser.choose(self.streams)
-            promised = self.record.survival([made.lookup for made in self.streams])
+            promised = self.chooser._lookup.survival(self.chooser._seats.known, np.arange(self.BATCH))
             nodes = [made.num_nodes for made in self.streams]
             self.promised += sum(row[: n - 1].sum() for row, n in zip(promised, nodes, strict=True))
-            right = [self.emit(made) for made in self.streams]
+            right, emitted = zip(*[self.emit(made) for made in self.streams], strict=True)
             seconds = self.step(sum(nodes)) + (self.uneven if len(set(nodes)) > 1 else 0.0)
             seconds *= self.rng.uniform(0.9, 1.1)
-            observe(self.chooser, self.streams, [(2 << count) - 1 for count in right], seconds)
+            masks = [(2 << count) - 1 for count in right]
+            observe(self.chooser, self.streams, masks, seconds, 0.0, list(emitted))
             self.steps, self.seconds = self.steps + 1, self.seconds + seconds
             self.trees += max(nodes) > 1
             self.came, self.tokens = self.came + sum(right), self.tokens + self.BATCH + sum(right)
@@ -178,11 +178,12 @@ def test_trees_of_different_sizes_cost_what_they_cost_whatever_was_measured() ->
 
 @pytest.mark.parametrize("comes_true", [True, False])
 def test_nothing_is_ever_certain(comes_true: bool) -> None:
-    record, state = LookupRecord(1), LookupState([5], 1)
+    judged, emitted = Judged(1), [5 if comes_true else 6]
     for _ in range(4000):
-        record.observe(state, [5 if comes_true else 6])
-    assert abs(record._odds[1]) == pytest.approx(np.log(0.995 / 0.005))
-    state.own = 4.9999 if comes_true else -4.9999
-    record._odds[1] = -9.0 if comes_true else 9.0  # as if all others did the opposite
-    record.observe(state, [5 if comes_true else 6])
-    assert abs(state.own) == 5.0
+        judged.see(0, ([5], 1), emitted)
+    assert abs(judged.record.odds[1]) == pytest.approx(np.log(0.995 / 0.005))
+    shifts = judged.seats.known.shifts
+    shifts[0] = 4.9999 if comes_true else -4.9999
+    judged.record.odds[1] = -9.0 if comes_true else 9.0  # as if all others did the opposite
+    judged.see(0, ([5], 1), emitted)
+    assert abs(shifts[0]) == 5.0

@@ -12,12 +12,11 @@ from engine.medusa import records
 from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.buckets import Buckets
 from engine.medusa.choice_captured import choose_captured, fill, worth
-from engine.medusa.choice_kernels import survival
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
 from engine.types import Sequence
-from tests.engine.medusa.test_adaptive import HEADS, observe, sequence
+from tests.engine.medusa.test_adaptive import HEADS, chances_of_chains, observe, propose, sequence
 from tests.engine.medusa.test_wrong_times import GPU_LIKE, NODES, SIZES, gpu_like
 
 GRID = Buckets(tuple(GPU_LIKE), NODES, 512)
@@ -42,9 +41,7 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int, others_wait: bool, h
     costs = StepTimes({4: knots}, {4: drafts}, context=50, buckets=grid).costs(B, 50, 16)
     costs = costs._replace(host=host_s)
     sizes, reach = np.array([0, 1, 3]), np.array([[0.0, 0.0], [0.6, 0.0], [0.7, 0.3]])
-    states = np.array([[kind, D - kind, rng.normal()] for kind in range(B)])
-    odds, own, left = rng.normal(size=(B, D)), rng.uniform(0.5, 1.5, B), rng.uniform(1.0, 256.0, B)
-    chains = survival(odds, states)
+    chains, own, left = chances_of_chains(rng, B, D), rng.uniform(0.5, 1.5, B), rng.uniform(1.0, 256.0, B)
 
     def tokens(b: int, size: int, length: int) -> float:
         heads = np.minimum(np.append(own[b] * reach[size], [0.0, 0.0]), 0.99)
@@ -66,19 +63,20 @@ def test_the_choice_is_the_best_of_all_there_are(seed: int, others_wait: bool, h
 
     best = [best_of(option) for option in range(8)]
     assert best[6:] == [0.0, 0.0]  # they have more rows than a step may
-    arguments = costs, odds, states, own, left, others_wait, sizes, reach, beyond, 1.02
+    arguments = costs, chains, own, left, others_wait, sizes, reach, beyond, 1.02
     for current in (0, 3, 4):  # one that another must outdo by far is kept
         assert choose_captured(*arguments, 9.0, current, -1)[0] == current
     for forced in (-1, 0, 3, 4):
-        choice, rates, _, heads, counts, added = choose_captured(*arguments, 1.0, 0, forced)
+        choice, rates, _, nodes = choose_captured(*arguments, 1.0, 0, forced)
         assert choice == (forced if forced >= 0 else max(range(8), key=lambda option: best[option]))
         assert rates == pytest.approx(best)
-        assert max(heads + counts) <= 2 ** (choice // 2) - 1
-        for b in range(B):
-            size = int(np.searchsorted(sizes, heads[b]))
-            chances = np.minimum(np.append(own[b] * reach[size], [0.0, 0.0]), 0.99)
-            expected = np.minimum.accumulate(chains[b] * (1.0 - chances)) if counts[b] else np.zeros(D)
-            assert added[b] == pytest.approx(expected)
+        cells, heads = 2 ** (choice // 2) - 1, choice % 2
+        assert max(nodes.sum(1)) <= cells
+        for b, (of_heads, of_chain) in enumerate(nodes.tolist()):
+            most = [max(c for c in range(1 + 2 * heads) if sizes[c] <= cells - n) for n in range(cells + 1)]
+            ways = [tokens(b, most[n], n) for n in range(min(cells, D - b) + 1)]
+            taken = tokens(b, int(np.searchsorted(sizes, of_heads)), of_chain)
+            assert taken == pytest.approx(max(ways))
 
 
 def test_each_fills_its_cells_with_what_it_has() -> None:
@@ -88,10 +86,11 @@ def test_each_fills_its_cells_with_what_it_has() -> None:
     chains[1] = 0.9 ** np.arange(1, 9)
     chains[2] = 0.01
     sizes = np.array([0, 1, 3, 7])
-    tokens, heads, counts = fill(7, 1, chains, np.ones(3), sizes, reach, 1.0)
-    assert (heads[0], counts[0]) == (7, 0)
-    assert counts[1] >= 6
-    assert heads[2] == 7
+    tokens, nodes = np.empty(3), np.empty((3, 2), dtype=np.int64)
+    fill(7, 1, chains, np.ones(3), sizes, reach, 1.0, tokens, nodes)
+    assert nodes[0].tolist() == [7, 0]
+    assert nodes[1, 1] >= 6
+    assert nodes[2, 0] == 7
     assert tokens[0] == pytest.approx(1.7)
     assert tokens[1] > 4.0
 
@@ -101,7 +100,8 @@ def test_nodes_that_cost_nothing_are_used_by_all() -> None:
     chooser = adaptive(lookup=16)
     sequences = [sequence(slot) for slot in range(16)]
     for made in sequences[:8]:
-        made.lookup.chain, made.lookup.kind, made.lookup.own = [1] * 16, 8, 3.0
+        propose(chooser, made, [1] * 16, 8)
+        chooser._seats.known.shifts[made.slot] = 3.0
     chooser.choose(sequences, True)
     largest = max(made.num_nodes for made in sequences)
     assert largest in NODES[2:]
@@ -127,9 +127,9 @@ def test_what_is_learned_of_heads_is_compiled_before_there_is_a_step(monkeypatch
     compiled: list[Any] = []
     count = records.count_accepted
 
-    def counted(*arguments: Any) -> None:
+    def counted(*arguments: Any) -> int:
         compiled.append([count.typeof_pyval(each) for each in arguments])
-        count(*arguments)
+        return int(count(*arguments))
 
     monkeypatch.setattr(records, "count_accepted", counted)
     chooser = adaptive()
@@ -137,7 +137,7 @@ def test_what_is_learned_of_heads_is_compiled_before_there_is_a_step(monkeypatch
     made = sequence(2)
     chooser.choose([made])
     assert chooser._heads is not None
-    assert chooser._heads.own(np.array([0, 2])).tolist() == [1.0, 1.0]
+    assert chooser._heads.own(chooser._seats.known, np.array([0, 2])).tolist() == [1.0, 1.0]
     observe(chooser, [made], [0b1], 0.01)
     assert compiled[1] == at_first
 
@@ -148,9 +148,10 @@ def test_of_a_step_that_one_was_preempted_from_nothing_is_laid_to_others() -> No
     chooser.choose(sequences)
     del sequences[1]
     assert all(made.head_nodes for made in sequences)
-    observe(chooser, sequences, [0b1, 0b1], 0.01)
+    observe(chooser, sequences, [0b1, (2 << sequences[1].head_nodes) - 1], 0.01)  # none, and all
     assert chooser._heads is not None
-    assert chooser._heads.own(np.arange(3)).tolist() == [1.0] * 3
+    behind, preempted, ahead = chooser._heads.own(chooser._seats.known, np.arange(3))
+    assert behind < preempted == 1.0 < ahead
 
 
 class Answers:
