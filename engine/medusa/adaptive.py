@@ -88,6 +88,7 @@ class TreeCaps:
             ]
         )
         """[depths] int64, see `capped`."""
+        capped(self.first_deeper, 1, 1, 0, 0, 0)  # compile it now, not under the first request
 
     def apply(self, sequences: SequenceOf[Sequence], heads: int, lookup: int) -> None:
         """Set each sequence's nodes for this step to these, or to fewer."""

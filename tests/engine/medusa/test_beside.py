@@ -11,7 +11,7 @@ from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
-from tests.engine.medusa.test_adaptive import adaptive, cpu_like, observe, propose, sequence
+from tests.engine.medusa.by_hand import adaptive, cpu_like, observe, propose, sequence
 
 
 def test_a_chain_that_repeats_the_heads_is_not_paid_twice() -> None:

@@ -16,7 +16,7 @@ from engine.medusa.records import HeadRecord
 from engine.medusa.seats import Seats
 from engine.medusa.tree import Tree
 from tests.engine.conftest import TinyModel
-from tests.engine.medusa.test_adaptive import packed, sequence
+from tests.engine.medusa.by_hand import packed, sequence
 from tests.support import save_random_heads
 
 PATHS = [[0], [0, 0], [1], [0, 0, 0]]

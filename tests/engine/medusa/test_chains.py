@@ -12,7 +12,7 @@ from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.types import Sequence
-from tests.engine.medusa.test_adaptive import Judged, observe, propose, sequence
+from tests.engine.medusa.by_hand import Judged, observe, propose, sequence
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
 from engine.types import Sequence
-from tests.engine.medusa.test_adaptive import HEADS, chances_of_chains, observe, propose, sequence
+from tests.engine.medusa.by_hand import HEADS, chances_of_chains, observe, propose, sequence
 from tests.engine.medusa.test_wrong_times import GPU_LIKE, NODES, SIZES, gpu_like
 
 GRID = Buckets(tuple(GPU_LIKE), NODES, 512)

@@ -14,7 +14,7 @@ from engine.medusa.seats import Seats
 from engine.types import Sequence, SequenceState
 from tests import support
 from tests.engine.conftest import TinyModel
-from tests.engine.medusa.test_adaptive import observe, packed, sequence
+from tests.engine.medusa.by_hand import observe, packed, sequence
 from tests.engine.medusa.test_beside import OneGuess
 from tests.engine.test_constrained import regex
 from tests.support import greedy, make_engine

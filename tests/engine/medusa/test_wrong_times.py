@@ -20,7 +20,7 @@ from engine.medusa.records import LookupRecord, considered_sizes
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import default_tree
 from engine.types import Sequence
-from tests.engine.medusa.test_adaptive import observe, sequence
+from tests.engine.medusa.by_hand import observe, sequence
 
 HEADS = default_tree(4)
 SIZES = considered_sizes(HEADS)
