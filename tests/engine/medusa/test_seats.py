@@ -10,11 +10,12 @@ import pytest
 
 from engine.config import MAX_TREE_NODES
 from engine.medusa.adaptive import AdaptiveTree
+from engine.medusa.records import HeadRecord
 from engine.medusa.seats import Seats
 from engine.types import Sequence, SequenceState
 from tests import support
 from tests.engine.conftest import TinyModel
-from tests.engine.medusa.by_hand import observe, packed, sequence
+from tests.engine.medusa.by_hand import HEADS, observe, packed, sequence
 from tests.engine.medusa.test_beside import OneGuess
 from tests.engine.test_constrained import regex
 from tests.support import greedy, make_engine
@@ -65,6 +66,21 @@ def test_a_row_that_is_not_sound_teaches_nothing() -> None:
         unchanged = (chooser._lookup.odds == before[0]).all(), (chooser._heads.reach() == before[1]).all()
         assert unchanged == (not sound, not sound)
     assert chain_of(chooser._seats, 0) == ([3], 2)
+
+
+def test_the_last_of_64_nodes_is_a_masks_sign() -> None:
+    record, seats, node = HeadRecord(HEADS), Seats(0), HEADS.size - 1
+    slots, before = seats.seat([sequence()]), HeadRecord(HEADS)
+    mask, at = 1, node
+    while at:
+        mask |= 1 << at
+        at = HEADS.parents[at]
+    values, depth = packed([1], [[0] * (1 + len(HEADS.paths[node - 1]))])
+    values[0, 3] = mask - (1 << 64)
+    assert (node, values[0, 3] < 0) == (63, True)
+    record.observe(seats.known, slots, np.array([[node, 0]]), values)
+    assert seats.known.own[0, 0] == depth
+    assert record._hits[node - 1] > before._hits[node - 1]
 
 
 @pytest.mark.parametrize("mode", ["eager", "ahead", "captured"])
