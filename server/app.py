@@ -74,6 +74,7 @@ def create_app(
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.context = context
+    app.state.needs_key = keys is not None
     # The routes themselves: FastAPI looks through an included router, of which ours use nothing, twice. And
     # before those of the documentation: the first that fits is taken.
     ours = [

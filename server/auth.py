@@ -27,22 +27,19 @@ class ApiKeys:
     """Keys that are known by their digests only, so that no dump or log can show one.
 
     Args:
-        keys: at least one.
-        source: where they are from, for errors.
+        keys: at least one, and where each is from, for errors.
 
     Raises:
-        ConfigError: there is none, or one is empty or not printable ASCII without spaces, which no header
+        ConfigError: one is empty or not printable ASCII without spaces, which no header
             could carry.
     """
 
-    def __init__(self, keys: Iterable[str], source: str) -> None:
+    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
         found = list(keys)
-        if not found:
-            raise ConfigError(f"{source} holds no API key")
-        for number, key in enumerate(found, 1):
+        for key, source in found:
             if not (key.isascii() and key.isprintable()) or not key or " " in key:
-                raise ConfigError(f"{source}: API key {number} must be printable ASCII without spaces")
-        self._digests = [_digest(key) for key in found]
+                raise ConfigError(f"{source}: an API key must be printable ASCII without spaces")
+        self._digests = [_digest(key) for key, _ in found]
 
     @classmethod
     def load(cls, file: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys | None:
@@ -54,19 +51,23 @@ class ApiKeys:
         Raises:
             ConfigError: the file cannot be read or holds none, or a key is malformed.
         """
-        keys = [key.strip() for name in KEY_VARIABLES for key in environment.get(name, "").split(",")]
-        keys = [key for key in keys if key]
+        keys = [(key.strip(), name) for name in KEY_VARIABLES for key in environment.get(name, "").split(",")]
+        keys = [(key, name) for key, name in keys if key]
         if file is not None:
             try:
                 lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
                 raise ConfigError(f"cannot read --api-key-file {file}: {reason}") from None
-            in_file = [line for line in lines if line and not line.startswith("#")]
+            in_file = [
+                (line, f"{file}, line {number}")
+                for number, line in enumerate(lines, 1)
+                if line and not line.startswith("#")
+            ]
             if not in_file:
                 raise ConfigError(f"--api-key-file {file} holds no API key")
             keys += in_file
-        return cls(keys, str(file or " or ".join(KEY_VARIABLES))) if keys else None
+        return cls(keys) if keys else None
 
     def accept(self, key: str) -> bool:
         """Whether `key` is one of them; takes as long for any that is not."""

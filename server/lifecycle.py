@@ -155,6 +155,7 @@ class Server(uvicorn.Server):
         context = app.state.context
         assert isinstance(context, ServerContext)
         self._context = context
+        self._needs_key: bool = app.state.needs_key
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -174,7 +175,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started and sockets:
-            _announce(self._settings, self._context.engine, sockets[0])
+            _announce(self._settings, self._context.engine, sockets[0], needs_key=self._needs_key)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; returns whether to end."""
@@ -238,7 +239,7 @@ def _leave() -> NoReturn:
     os._exit(1)
 
 
-def _announce(settings: Settings, engine: EngineClient, listener: socket.socket) -> None:
+def _announce(settings: Settings, engine: EngineClient, listener: socket.socket, *, needs_key: bool) -> None:
     """One line that says what is served and where, and a request to try."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -251,7 +252,8 @@ def _announce(settings: Settings, engine: EngineClient, listener: socket.socket)
     curl = (
         f"curl {address}/v1/chat/completions \\\n"
         f"  -H 'Content-Type: application/json' \\\n"
-        f"  -d '{json.dumps(body)}'"
+        + ("  -H 'Authorization: Bearer KEY' \\\n" if needs_key else "")
+        + f"  -d '{json.dumps(body)}'"
     )
     in_log: dict[str, str | int] = {"try": curl} if settings.log_format == "json" else {}
     if engine.pid is not None:  # whose memory of the GPU it is

@@ -75,8 +75,8 @@ def test_a_key_is_shown_nowhere(serve: Serve, key_file: Path, log_lines: object)
     [
         (None, "cannot read --api-key-file"),
         ("# none\n", "holds no API key"),
-        ("two words\n", "printable ASCII without spaces"),
-        ("schlüssel\n", "printable ASCII without spaces"),
+        ("two words\n", "line 1: an API key must be printable ASCII without spaces"),
+        ("# a\n\nsk-1\nschlüssel\n", "line 4: an API key must be printable ASCII without spaces"),
     ],
 )
 def test_a_bad_key_file_is_told_before_anything_is_loaded(
@@ -86,9 +86,15 @@ def test_a_bad_key_file_is_told_before_anything_is_loaded(
     if content is not None:
         file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message) as caught:
-        ApiKeys.load(file, {})
+        ApiKeys.load(file, {"MEDUSA_API_KEYS": "sk-2,sk-3"})  # which are counted apart
     assert str(file) in str(caught.value)
     assert "schl" not in str(caught.value)
+    assert "words" not in str(caught.value)
+
+
+def test_a_bad_key_in_the_environment_is_told_with_its_variable() -> None:
+    with pytest.raises(ConfigError, match=r"^MEDUSA_API_KEYS: an API key must be") as caught:
+        ApiKeys.load(None, {"MEDUSA_API_KEY": "sk-1", "MEDUSA_API_KEYS": "sk-2,two words"})
     assert "words" not in str(caught.value)
 
 

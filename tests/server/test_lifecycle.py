@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import socket
@@ -76,11 +77,13 @@ def test_the_engine_has_a_process_of_its_own_on_a_gpu(
 
 @contextmanager
 def process(
-    drain_s: float, log_format: str = "console", steps: int = 60
+    drain_s: float, log_format: str = "console", steps: int = 60, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """A server process with a fake engine whose steps take 20 ms; its URL and its lines so far."""
     command = [sys.executable, "-c", PROCESS, str(drain_s), log_format, str(steps)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment
+    ) as running:
         lines: list[str] = []
         try:
             assert running.stderr is not None
@@ -107,7 +110,18 @@ def test_start_up_line_and_a_request_to_try() -> None:
     for part in (f"model={MODEL}", *settings, f"address={url}"):
         assert part in lines[0]
     assert f"curl {url}/v1/chat/completions" in text
+    assert "Authorization" not in text
     assert "Traceback" not in text
+
+
+def test_the_request_to_try_has_a_place_for_the_key_where_one_is_needed() -> None:
+    with process(drain_s=0, MEDUSA_API_KEY="sk-secret") as (running, url, lines):
+        assert httpx.get(url + "/v1/models").status_code == 401
+        running.send_signal(signal.SIGTERM)
+        running.wait(10)
+    text = "".join(lines)
+    assert "  -H 'Authorization: Bearer KEY' \\\n  -d '" in text
+    assert "sk-secret" not in text
 
 
 def test_what_was_loaded_is_not_gone_through_while_serving() -> None:
