@@ -131,6 +131,13 @@ class EngineConfig(BaseModel):
             raise ValueError(f"must be '{word}', 'off' or a number of nodes from 1 to {most}")
         return value
 
+    @field_validator("kv_cache_bytes")
+    @classmethod
+    def _one_size_of_the_pool(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("kv_cache_tokens") is not None:
+            raise ValueError("give either this or kv_cache_tokens")
+        return value
+
     def prefill_tokens(self, device_type: str) -> int:
         """Most tokens of prompts in one pass on such a device."""
         if self.max_prefill_tokens is not None:

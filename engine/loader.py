@@ -372,8 +372,6 @@ def _num_blocks(
     block_bytes = kv_bytes_per_token(model, dtype) * config.block_size
     one_sequence = blocks_of_sequence(max_model_len, config.block_size)
     tables = table_bytes(config.max_num_seqs, model.vocab_size)  # allocated when a request asks for them
-    if config.kv_cache_tokens is not None and config.kv_cache_bytes is not None:
-        raise ConfigError("give either kv_cache_tokens or kv_cache_bytes")
     if config.kv_cache_tokens is not None:
         num_blocks = config.kv_cache_tokens // config.block_size
     elif config.kv_cache_bytes is not None:

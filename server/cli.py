@@ -7,7 +7,7 @@ import json
 import signal
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic.fields import FieldInfo
@@ -17,7 +17,7 @@ from engine.errors import ConfigError, MedusaError
 from engine.limits import limit_threads
 from server import __version__
 from server.settings import Settings, load_settings, option_name, unknown_variables
-from training.cli import app as training_commands
+from training.cli import app as training_commands, type_name
 
 __all__ = ["app", "main"]
 
@@ -165,18 +165,6 @@ def _fail(error: Exception, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _metavar(annotation: Any) -> str:
-    """A readable type: `int | None` is INT, `int | Literal['off']` is INT|off."""
-    members = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
-    shown: list[str] = []
-    for member in members or (annotation,):
-        if get_origin(member) is Literal:
-            shown += [str(choice) for choice in get_args(member)]
-        elif member is not type(None):
-            shown.append({"str": "TEXT"}.get(member.__name__, member.__name__.upper()))
-    return "|".join(shown)
-
-
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     # Values stay strings: the settings model converts and checks them, as it does for the environment.
     default = "" if field.default is None else f" [default: {field.default}]"
@@ -186,7 +174,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         kind = typer.Argument(help=help_text, metavar="MODEL", show_default=False)
     else:
         kind = typer.Option(
-            option_name(name), help=help_text, metavar=_metavar(field.annotation), show_default=False
+            option_name(name), help=help_text, metavar=type_name(field.annotation), show_default=False
         )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, kind]

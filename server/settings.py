@@ -238,7 +238,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold 'setting: value' lines, not a {type(data).__name__}")
     if unknown := [str(key) for key in data if key not in Settings.model_fields]:
-        raise ConfigError(f"unknown setting in {path}: {', '.join(unknown)}")
+        close = [next(iter(get_close_matches(key, Settings.model_fields, 1, 0.8)), None) for key in unknown]
+        told = (f"{key} ({meant}?)" if meant else key for key, meant in zip(unknown, close, strict=True))
+        raise ConfigError(f"unknown setting in {path}: {', '.join(told)}")
     return data
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
@@ -19,9 +19,21 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, MedusaError
 from training.config import TrainConfig
 
-__all__ = ["app"]
+__all__ = ["app", "type_name"]
 
 app = typer.Typer()
+
+
+def type_name(annotation: Any) -> str:
+    """A readable type: `int | None` is INT, `int | Literal['off']` is INT|off."""
+    members = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
+    shown: list[str] = []
+    for member in members or (annotation,):
+        if get_origin(member) is Literal:
+            shown += [str(choice) for choice in get_args(member)]
+        elif member is not type(None):
+            shown.append({"str": "TEXT"}.get(member.__name__, member.__name__.upper()))
+    return "|".join(shown)
 
 
 def engine_option(name: str, metavar: str) -> Any:
@@ -201,7 +213,7 @@ def _train_parameter(name: str) -> inspect.Parameter:
         annotation, kind = bool, typer.Option(option, help=field.description)
     else:
         names = (option, "-o") if name == "output" else (option,)
-        kind = typer.Option(*names, help=text, show_default=False)
+        kind = typer.Option(*names, help=text, metavar=type_name(field.annotation), show_default=False)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

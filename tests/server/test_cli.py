@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -48,6 +49,21 @@ def test_help_shows_every_setting_with_its_default() -> None:
         assert ("MODEL" if name == "model" else option_name(name)) in out
         if field.default is not None:
             assert f"[default: {field.default}]" in " ".join(out.split())
+
+
+def test_help_of_training_shows_what_kind_of_value_is_meant() -> None:
+    code, out, _ = invoke("train", "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    for shown in (
+        "--heads INT ",
+        "--lr FLOAT ",
+        "--vocabulary INT|full ",
+        "--output PATH ",
+        "--minutes FLOAT ",
+    ):
+        assert shown in words
+    assert not re.search(r"--\S+ <str>", out)
 
 
 def test_options_environment_and_file(started: list[Settings], tmp_path: Path) -> None:

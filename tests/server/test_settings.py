@@ -49,10 +49,15 @@ def test_tree_in_yaml(tmp_path: Path, text: str, tree: object) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_num_seq: 1\nfoo: 2", r"unknown setting in .*c\.yaml: max_num_seq, foo"),
+        ("max_num_seq: 1\nfoo: 2", r"unknown setting in .*c\.yaml: max_num_seq \(max_num_seqs\?\), foo$"),
         ("port: many", r"port in .*c\.yaml: must be a valid integer"),
         ("- a", r"must hold 'setting: value' lines"),
         ("a: [", r"not valid YAML"),
+        (
+            "kv_cache_bytes: 9\nkv_cache_tokens: 64",
+            r"kv_cache_bytes in .*c\.yaml: give either this or kv_cache_tokens",
+        ),
+        ("max-num-seqs: 3", r"unknown setting in .*c\.yaml: max-num-seqs \(max_num_seqs\?\)"),
     ],
 )
 def test_bad_yaml_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
