@@ -242,7 +242,9 @@ class AdaptiveTree:
         """Of the step chosen last."""
         # Compile it now, not under the first request.
         one = np.zeros(1, dtype=np.int64)
-        self._search(times.costs(1, 1, max_step_tokens), 1, one, one + 1, False)
+        costs = times.costs(1, 1, max_step_tokens)
+        taken = self._search(costs, 1, one, one + 1, one + 1, False)
+        _lost(costs, taken, taken)
         self._count(one, np.zeros((1, 2), dtype=np.int64), np.zeros((1, 5), dtype=np.int64), 0)
 
     @property
@@ -253,10 +255,11 @@ class AdaptiveTree:
         """Set each sequence's nodes; see `TreeChooser.choose`."""
         self._batch, self._outside = len(sequences), 0.0
         context = max([sequence.num_cached for sequence in sequences])
-        useful = np.array([s.max_total - len(s.token_ids) - s.in_flight for s in sequences])
+        remaining = np.array([s.max_total - len(s.token_ids) for s in sequences])
+        useful = remaining - np.array([s.in_flight for s in sequences])
         slots = self._seats.seat(sequences)
         costs = self._times.costs(len(sequences), context, self._max_step_tokens)
-        taken = self._search(costs, context, slots, useful, others_wait)
+        taken = self._search(costs, context, slots, useful, remaining, others_wait)
         shapes = [SHAPES[heads, chain] for heads, chain in taken.nodes.tolist()]
         for sequence, shape in zip(sequences, shapes, strict=True):
             sequence.head_nodes, sequence.lookup_nodes = shape
@@ -267,13 +270,21 @@ class AdaptiveTree:
         """Its lookup chain is another than the last step proposed, or it is the first."""
         self._seats.propose(sequence)
 
-    def _search(self, costs: Costs, context: int, slots: Counts, useful: Counts, others_wait: bool) -> Taken:
+    def _search(
+        self,
+        costs: Costs,
+        context: int,
+        slots: Counts,
+        useful: Counts,
+        remaining: Counts,
+        others_wait: bool,
+    ) -> Taken:
         """What to take.
 
         Args:
             costs: of the batch.
             context: tokens of the longest sequence.
-            slots: [B] int64; useful: [B] int64, tokens that each may still emit.
+            slots: [B] int64; useful, remaining: [B] int64, see `captured_trees`.
             others_wait: for slots.
         """
         times, count = self._times, len(slots)
@@ -284,7 +295,7 @@ class AdaptiveTree:
         def take(costs: Costs, forced: int = -1) -> Taken:
             found: Taken
             if times.captured:
-                found = captured_trees(costs, *known, *by, forced, others_wait)
+                found = captured_trees(costs, *known, *by, forced, remaining, others_wait)
             else:
                 bounds = _CHAIN_DEPTHS if count > 1 and times.widens(count, context) else _ANY_DEPTH
                 found = trees(costs, *known, *by, forced, bounds)

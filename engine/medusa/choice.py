@@ -130,23 +130,26 @@ def captured_trees(
     hysteresis: float,
     current: int,
     forced: int,
+    remaining: Counts,
     others_wait: bool,
 ) -> Taken:
     """The trees of a captured step.
 
     Args:
         costs: of this batch.
-        slots: [B] int64; useful: [B] int64 tokens that each may still emit.
+        slots: [B] int64; useful: [B] int64 tokens that each may still emit behind what is under way.
         odds, grown: see `survival`.
         first_deeper: see `capped`.
         sizes, reach, beyond, margin, hysteresis, current, forced, others_wait: see `choose_captured`.
+        remaining: [B] int64 tokens that each may still emit. (What a step under way may emit at most is not
+            what it will: a sequence with a large tree in it is not nearer to its end.)
     """
     chains, own = survival(odds, grown, seated, slots), shares(seated.own, slots)
     found = choose_captured(
         costs,
         chains,
         own,
-        foreseen(useful),
+        foreseen(remaining),
         others_wait,
         sizes,
         reach,

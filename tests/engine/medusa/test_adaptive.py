@@ -370,6 +370,22 @@ def test_caps_are_compiled_before_there_is_a_step(monkeypatch: pytest.MonkeyPatc
     assert seen[1] == at_first
 
 
+def test_what_weighs_tries_is_compiled_before_there_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not under the first request that a step is tried in, some hundred steps on."""
+    seen: list[list[object]] = []
+
+    def noted(*arguments: object) -> float:
+        seen.append([choice_kernels.predict.typeof_pyval(each) for each in arguments])
+        return float(choice_kernels.predict(*arguments))
+
+    monkeypatch.setattr(adaptive_module, "predict", noted)
+    chooser = adaptive()
+    at_first = len(seen)
+    World(chooser, 0.5).run(1, 300)
+    assert len(seen) > at_first > 0
+    assert all(each == seen[0] for each in seen)
+
+
 def test_without_heads_a_fixed_tree_is_a_chain() -> None:
     made = sequence()
     made.lookup.chain = [1] * 8

@@ -123,6 +123,18 @@ def test_the_longest_counts_most_where_nobody_waits() -> None:
     assert worth(np.array([1.0, 4.0]), alike, True) > worth(np.array([1.5, 1.5]), alike, True)
 
 
+def test_what_is_under_way_makes_nobodys_answer_shorter() -> None:
+    """One of four still takes longest, and copies. At most 17 tokens are under way: seldom do all come."""
+    for under_way in (0, 17):
+        chooser = adaptive(None, lookup=16)
+        sequences = [sequence(slot, room=20) for slot in range(3)] + [sequence(3, room=40)]
+        propose(chooser, sequences[3], [1] * 16, 8)
+        chooser._seats.known.shifts[3] = 1.0
+        sequences[3].in_flight = under_way
+        chooser.choose(sequences)
+        assert sequences[3].lookup_nodes, under_way
+
+
 def test_what_is_learned_of_heads_is_compiled_before_there_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     count = records.count_accepted
