@@ -464,6 +464,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slower", type=float, default=1.0, metavar="F", help="so many times")
     parser.add_argument("--output", type=Path, help="where the result goes, too")
     args = parser.parse_args(argv)
+    if args.host is None and args.slower != 1.0:
+        parser.error("--slower says by how much the host of --host FILE is slower")
     most = max(args.batches)
     settings = {"max_num_seqs": most, "max_model_len": 1024, "kv_cache_tokens": 1024 * most}
     settings |= {"prefix_caching": False, "max_prefill_tokens": 2048, "dtype": "float32", "device": "cpu"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.virtual_clock import HostCost, Times, VirtualEngine, compare, record, run_empty, streams
+from benchmarks.virtual_clock import HostCost, Times, VirtualEngine, compare, main, record, run_empty, streams
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import Loaded, load
@@ -97,6 +97,12 @@ def test_a_host_that_is_slower_than_the_device_is_what_steps_take(narrow: TinyMo
     assert took[0] == pytest.approx(0.002 * (TOKENS - 1), rel=0.2)
     assert took[1] == pytest.approx(0.003 * (TOKENS - 1), rel=0.2)
     assert idle == [pytest.approx(0.0, abs=1e-6), pytest.approx(0.001 * (TOKENS - 1), rel=0.2)]
+
+
+def test_a_slower_host_has_to_be_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--slower", "3.3"])
+    assert "--host FILE" in capsys.readouterr().err
 
 
 def test_trees_are_measured_and_compared_by_the_table(narrow: TinyModel) -> None:
