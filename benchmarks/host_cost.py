@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 
 from benchmarks.common import (
@@ -50,6 +53,35 @@ _PROMPT = 100
 
 _SAID_S = 0.5e-3, 2e-6
 """What the choice of the tree is told of a step, much as SmolLM2's on an H100: seconds, and for each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostCost:
+    """What the host takes for a decode step.
+
+    Args:
+        streams: numbers of sequences, rising; seconds: of a step of as many.
+    """
+
+    streams: tuple[int, ...] = (1,)
+    seconds: tuple[float, ...] = (0.0,)
+
+    @classmethod
+    def read(cls, path: Path, tree: str, slower: float) -> Self:
+        """What `benchmarks.host_cost` measured with such a tree, so many times.
+
+        Raises:
+            ValueError: it measured none.
+        """
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        found = sorted((row["streams"], slower * row["cpu_us"] / 1e6) for row in rows if row["tree"] == tree)
+        if not found:
+            raise ValueError(f"{path} has no row with tree {tree}: benchmarks.host_cost --trees auto,off")
+        return cls(*zip(*found, strict=True))
+
+    def of(self, batch: int) -> float:
+        """Seconds of a step of so many sequences."""
+        return float(np.interp(batch, self.streams, self.seconds))
 
 
 class _Watch:

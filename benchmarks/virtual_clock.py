@@ -22,7 +22,6 @@ average), and streams, each of which asks again when it is answered (tokens per 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -30,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ from benchmarks.common import (
     ratio_interval,
     read_items,
 )
+from benchmarks.host_cost import HostCost
 from engine.batch import Batch, Verified
 from engine.engine import Engine
 from engine.flight import HostTime
@@ -204,35 +204,6 @@ class HostClock:
 
     def wait(self, end: float) -> None:
         self._now = max(self._now, end)
-
-
-@dataclass(frozen=True, slots=True)
-class HostCost:
-    """What the host takes for a decode step.
-
-    Args:
-        streams: numbers of sequences, rising; seconds: of a step of as many.
-    """
-
-    streams: tuple[int, ...] = (1,)
-    seconds: tuple[float, ...] = (0.0,)
-
-    @classmethod
-    def read(cls, path: Path, tree: str, slower: float) -> Self:
-        """What `benchmarks.host_cost` measured with such a tree, so many times.
-
-        Raises:
-            ValueError: it measured none.
-        """
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found = sorted((row["streams"], slower * row["cpu_us"] / 1e6) for row in rows if row["tree"] == tree)
-        if not found:
-            raise ValueError(f"{path} has no row with tree {tree}: benchmarks.host_cost --trees auto,off")
-        return cls(*zip(*found, strict=True))
-
-    def of(self, batch: int) -> float:
-        """Seconds of a step of so many sequences."""
-        return float(np.interp(batch, self.streams, self.seconds))
 
 
 class _Known(Results):

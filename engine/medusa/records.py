@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.medusa.choice_kernels import shares, survival
 from engine.medusa.lookup import FORCED, MOST_MATCHED, NUM_KINDS
 from engine.medusa.record_kernels import count_accepted, judge_chains, reach
 from engine.medusa.seats import Seated
@@ -69,11 +68,6 @@ class LookupRecord:
         self.odds: Array = np.log(share / (1.0 - share))
         """[kinds], log-odds of the next token."""
 
-    def survival(self, seated: Seated, slots: Counts) -> Array:
-        """[B, D]: the chance that each slot's chain is right down to each of its tokens."""
-        found: Array = survival(self.odds, self.grown, seated, slots)
-        return found
-
     def observe(self, seated: Seated, slots: Counts, values: Counts, depth: int) -> None:
         """Learn from a step.
 
@@ -126,11 +120,6 @@ class HeadRecord:
         """[C, depth]: for each considered size, the chance that some node of each depth is accepted. It
         changes with each step that is observed."""
         return self._reach
-
-    def own(self, seated: Seated, slots: Counts) -> Array:
-        """[B]: the share of the common chances that the drafts of these slots' sequences have."""
-        found: Array = shares(seated.own, slots)
-        return found
 
     def observe(self, seated: Seated, slots: Counts, nodes: Counts, values: Counts) -> int:
         """Learn from a step. Where none of its trees has nodes of the heads, what is known of its sequences

@@ -114,7 +114,7 @@ class Corrections:
         """
         alike, doublings = self._last / _ALIKE_ROWS <= rows <= self._last * _ALIKE_ROWS, _doublings(context)
         self._last = rows
-        error, found = _learned(
+        error, found = _learn(
             self._rows,
             self._base,
             self._place,
@@ -224,11 +224,14 @@ def _learn(
     rows: float,
     seconds: float,
     noise: float,
-) -> float:
-    """The filter's step: moves `errors` and `variance` in place; see `Corrections.observe`.
+) -> tuple[float, Array]:
+    """The filter's step: moves `errors` and `variance` in place.
 
     Args:
         noise: variance of the step's log seconds.
+
+    Returns:
+        By how much the step's log seconds were more than expected; [K] seconds at the points from then on.
     """
     logs = _logs(base, place, errors, doublings)
     step = _share(knots, logs, place, errors.size, rows, doublings)
@@ -246,22 +249,4 @@ def _learn(
         errors[i] += gain[i] * learned
         for j in range(errors.size):
             variance[i, j] -= gain[i] * shared[j]
-    return error
-
-
-@njit(**_JIT)
-def _learned(
-    knots: Array,
-    base: Array,
-    place: Array,
-    errors: Array,
-    variance: Array,
-    prior: Array,
-    doublings: int,
-    rows: float,
-    seconds: float,
-    noise: float,
-) -> tuple[float, Array]:
-    """`_learn`, and [K] seconds at the points from then on."""
-    error = _learn(knots, base, place, errors, variance, prior, doublings, rows, seconds, noise)
     return error, _rising(_logs(base, place, errors, doublings), variance)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.virtual_clock import HostCost, Times, VirtualEngine, compare, main, record, run_empty, streams
+from benchmarks.host_cost import HostCost
+from benchmarks.virtual_clock import Times, VirtualEngine, compare, main, record, run_empty, streams
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import Loaded, load

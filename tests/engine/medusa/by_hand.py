@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.medusa.adaptive import AdaptiveTree
+from engine.medusa.choice_kernels import survival
 from engine.medusa.records import LookupRecord, considered_sizes
 from engine.medusa.seats import Seats
 from engine.medusa.step_times import StepTimes
@@ -94,6 +95,13 @@ def propose(chooser: AdaptiveTree, made: Sequence, chain: list[int], kind: int) 
     chooser.propose(made)
 
 
+def chances(record: LookupRecord, seats: Seats) -> NDArray[np.float64]:
+    """[slots, D] that each slot's chain is right down to each of its tokens."""
+    slots = np.arange(len(seats.known.lengths))
+    found: NDArray[np.float64] = survival(record.odds, record.grown, seats.known, slots)
+    return found
+
+
 class Judged:
     """A record of chains, and sequences in the first slots."""
 
@@ -114,7 +122,7 @@ class Judged:
         for made in self.sequences:
             made.lookup.chain, made.lookup.kind = proposed
             self.seats.propose(made)
-        return self.record.survival(self.seats.known, np.arange(len(self.sequences)))
+        return chances(self.record, self.seats)
 
 
 def adaptive(

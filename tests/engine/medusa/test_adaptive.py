@@ -19,6 +19,7 @@ from tests.engine.medusa.by_hand import (
     HEADS,
     Judged,
     adaptive,
+    chances,
     chances_of_chains,
     cpu_like,
     observe,
@@ -249,7 +250,7 @@ def test_a_long_chain_does_not_take_the_others_nodes(cost: float) -> None:
     _come_true(
         chooser, sequences, 200, lambda turn, slot: [1] * 17 if slot == 0 else [1] * (turn % 5 > 0) + [0]
     )
-    survival = chooser._lookup.survival(chooser._seats.known, np.arange(8))
+    survival = chances(chooser._lookup, chooser._seats)
 
     def rate(nodes: list[int]) -> float:
         rows = 8 + sum(nodes)

@@ -11,7 +11,7 @@ from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
-from tests.engine.medusa.by_hand import adaptive, cpu_like, observe, propose, sequence
+from tests.engine.medusa.by_hand import adaptive, chances, cpu_like, observe, propose, sequence
 
 
 def test_a_chain_that_repeats_the_heads_is_not_paid_twice() -> None:
@@ -96,3 +96,19 @@ def test_what_caps_take_away_is_not_expected(cap: int | None, room: int, left: i
         assert [(made.head_nodes, made.lookup_nodes) for made in sequences] == [(1, 8), (1, left)]
         expected.append(chooser.expected.beyond)
     assert expected[0] == pytest.approx(expected[1])
+
+
+def test_what_is_expected_of_the_trees_is_what_they_hold() -> None:
+    """A token each, the head's chance, and what the chain adds to it."""
+    times = StepTimes({2: [(2, 0.03), (4, 0.03)]}, {2: [0.0, 1e-6]})
+    chooser = AdaptiveTree(times, Tree.from_paths([[0]]), LookupRecord(4), 512)
+    sequences = [sequence(0), sequence(1)]
+    propose(chooser, sequences[0], [1] * 4, 1)
+    slots, many = chooser._seats.seat(sequences), np.full(2, 100)
+    taken = chooser._search(times.costs(2, 50, 512), 50, slots, many, many, False)
+    assert taken.nodes.tolist() == [[1, 4], [1, 0]]
+    head, chain = chooser._reach[1, 0], chances(chooser._lookup, chooser._seats)[0]
+    added = np.minimum.accumulate(chain * np.array([1.0 - head, 1.0, 1.0, 1.0]))
+    assert taken.beyond == pytest.approx(added.sum())
+    assert taken.tokens == pytest.approx(2 * (1.0 + head) + added.sum())
+    assert (taken.rows, taken.cells, taken.draft_s) == (8.0, 4, 1e-6)

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import TreeError
 from engine.loader import load
 from engine.medusa.calibrated import CalibratedTree, find_calibrated
+from engine.medusa.choice_kernels import shares
 from engine.medusa.records import HeadRecord
 from engine.medusa.seats import Seats
 from engine.medusa.tree import Tree
@@ -38,7 +39,7 @@ class OfTwo:
         self.record.observe(self.seats.known, np.arange(len(trees)), nodes, values)
 
     def own(self, *slots: int) -> list[float]:
-        found: list[float] = self.record.own(self.seats.known, np.array(slots)).tolist()
+        found: list[float] = shares(self.seats.known.own, np.array(slots)).tolist()
         return found
 
 

@@ -12,7 +12,7 @@ from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.types import Sequence
-from tests.engine.medusa.by_hand import Judged, observe, propose, sequence
+from tests.engine.medusa.by_hand import Judged, chances, observe, propose, sequence
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ class Texts:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.chooser.choose(self.streams)
-            promised = self.chooser._lookup.survival(self.chooser._seats.known, np.arange(self.BATCH))
+            promised = chances(self.chooser._lookup, self.chooser._seats)
             nodes = [made.num_nodes for made in self.streams]
             self.promised += sum(row[: n - 1].sum() for row, n in zip(promised, nodes, strict=True))
             right, emitted = zip(*[self.emit(made) for made in self.streams], strict=True)

@@ -12,6 +12,7 @@ from engine.medusa import records
 from engine.medusa.adaptive import AdaptiveTree
 from engine.medusa.buckets import Buckets
 from engine.medusa.choice_captured import choose_captured, fill, worth
+from engine.medusa.choice_kernels import shares
 from engine.medusa.records import LookupRecord
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
@@ -148,8 +149,7 @@ def test_what_is_learned_of_heads_is_compiled_before_there_is_a_step(monkeypatch
     [at_first] = compiled
     made = sequence(2)
     chooser.choose([made])
-    assert chooser._heads is not None
-    assert chooser._heads.own(chooser._seats.known, np.array([0, 2])).tolist() == [1.0, 1.0]
+    assert shares(chooser._seats.known.own, np.array([0, 2])).tolist() == [1.0, 1.0]
     observe(chooser, [made], [0b1], 0.01)
     assert compiled[1] == at_first
 
@@ -161,8 +161,7 @@ def test_of_a_step_that_one_was_preempted_from_nothing_is_laid_to_others() -> No
     del sequences[1]
     assert all(made.head_nodes for made in sequences)
     observe(chooser, sequences, [0b1, (2 << sequences[1].head_nodes) - 1], 0.01)  # none, and all
-    assert chooser._heads is not None
-    behind, preempted, ahead = chooser._heads.own(chooser._seats.known, np.arange(3))
+    behind, preempted, ahead = shares(chooser._seats.known.own, np.arange(3))
     assert behind < preempted == 1.0 < ahead
 
 

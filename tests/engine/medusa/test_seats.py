@@ -144,8 +144,10 @@ def test_a_step_is_judged_by_what_it_was_and_whose(known: str, monkeypatch: pyte
     sequences = [made] if known == "caps" else [made, later]
     for each in sequences:
         each.head_nodes = each.lookup_nodes = 0
+    later.head_nodes, cells = 1, len(sequences) - 1  # the one's node is the other's empty cell
     took: list[tuple[object, ...]] = []
     monkeypatch.setattr(chooser._times, "observe", lambda *step: took.append(step))
     observe(chooser, sequences, [0b1] * len(sequences), 0.02)
-    assert took == [(len(sequences), 50, float(len(sequences)), 0.02, chooser.expected.draft_s, 0)]
-    assert seen == [[[0], [0, 0]] if known == "caps" else [[0, 2], [0, 0], [0, 0]]]
+    rows = float(len(sequences) + cells)
+    assert took == [(len(sequences), 50, rows, 0.02, chooser.expected.draft_s, cells)]
+    assert seen == [[[0], [0, 0]] if known == "caps" else [[0, 2], [0, 0], [1, 0]]]
