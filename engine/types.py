@@ -77,7 +77,8 @@ class SamplingParams:
         top_p: nucleus mass in (0, 1].
         top_k: candidates kept; 0 keeps all.
         min_p: keep tokens with p >= min_p * max(p), in [0, 1].
-        seed: draws are a function of (seed, choice index, output position); None gets one at admission.
+        seed: draws are a function of (seed, choice index, output position); None gets one at admission. -1
+            becomes None: in vLLM and llama.cpp it asks for a random one, and programs send it for that.
         max_tokens: output bound; None runs to the context's end.
         stop_token_ids: these end the output as EOS does, and are not part of it as text.
         ignore_eos: go on past the model's EOS ids (stop_token_ids still stop).
@@ -120,6 +121,8 @@ class SamplingParams:
             if not ok:
                 raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
 
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number, at least 0")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")

@@ -156,9 +156,11 @@ def test_choices_differ_and_repeat(narrow: TinyModel) -> None:
     assert len({tuple(tokens) for tokens in first.values()}) == 4
 
 
-def test_a_request_without_a_seed_gets_its_own(narrow: TinyModel) -> None:
+@pytest.mark.parametrize("seed", [None, -1])
+def test_a_request_without_a_seed_gets_its_own(narrow: TinyModel, seed: int | None) -> None:
+    """-1 is none, as in vLLM and llama.cpp."""
     engine = make_engine(narrow.folder, tree="off")
-    outputs = run_all(engine, [Request(f"r{i}", (5, 6), seeded(20, seed=None)) for i in range(6)])
+    outputs = run_all(engine, [Request(f"r{i}", (5, 6), seeded(20, seed=seed)) for i in range(6)])
     assert len({tuple(tokens) for tokens in outputs.values()}) == 6
 
 

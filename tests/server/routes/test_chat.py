@@ -236,6 +236,13 @@ def test_absent_and_null_fields_take_the_models_defaults_then_openais(serve: Ser
     assert server.engine.submitted[-1].sampling.top_k == 0
 
 
+def test_a_seed_of_minus_one_is_none(hello: RunningServer) -> None:
+    """As in vLLM and llama.cpp, whose clients send it for a random one."""
+    hello.chat(seed=-1)
+    hello.http.post("/v1/completions", json={"model": MODEL, "prompt": "hi", "seed": -1})
+    assert [request.sampling.seed for request in hello.engine.submitted[-2:]] == [None, None]
+
+
 def test_messages_go_through_the_chat_template(serve: Serve) -> None:
     server = serve(says("ok"))
     messages = [
