@@ -24,6 +24,7 @@ from server.responses import (
     CompletionLogprobs,
     FinishReasonName,
     PromptLogprob,
+    StopReason,
     Usage,
 )
 
@@ -170,10 +171,11 @@ class ChatWriter(_EventWriter):
         content: str,
         logprobs: Sequence[TokenLogprobs] | None,
         finish_reason: FinishReasonName | None,
+        stop_reason: StopReason = None,
     ) -> bytes:
         """The events of what one step gave a choice; may be none.
 
-        The first event of a choice names its role, the last, with an empty delta, its finish reason.
+        The first event of a choice names its role, the last, with an empty delta, why it ended.
         """
         if finish_reason is None and logprobs is None and (around := self._around_text.get(index)):
             return self._event_of(content, around)
@@ -190,13 +192,11 @@ class ChatWriter(_EventWriter):
             entries = "null" if logprobs is None else self._logprobs(logprobs)
             events += self._chunk(index, f'{{"content":{encode_basestring(content)}}}', entries)
         if finish_reason is not None:
-            events += self._chunk(index, "{}", finish_reason=f'"{finish_reason}"')
+            events += self._chunk(index, "{}", end=_end(finish_reason, stop_reason))
         return events
 
-    def _chunk(self, index: int, delta: str, logprobs: str = "null", finish_reason: str = "null") -> bytes:
-        return self._event(
-            f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish_reason}}}'
-        )
+    def _chunk(self, index: int, delta: str, logprobs: str = "null", end: str = "null") -> bytes:
+        return self._event(f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}')
 
     def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> str:
         return dump({"content": _entries(logprobs, self._read), "refusal": None}).decode()
@@ -216,6 +216,7 @@ class CompletionWriter(_EventWriter):
         text: str,
         logprobs: CompletionLogprobs | None,
         finish_reason: FinishReasonName | None,
+        stop_reason: StopReason = None,
     ) -> bytes:
         """The event of what one step gave a choice; none where it gave nothing to tell."""
         if finish_reason is None and logprobs is None:
@@ -225,11 +226,18 @@ class CompletionWriter(_EventWriter):
         if not text and not (logprobs and logprobs.tokens) and finish_reason is None:
             return b""
         entries = "null" if logprobs is None else to_json(logprobs)
-        reason = "null" if finish_reason is None else f'"{finish_reason}"'
         return self._event(
             f'{{"index":{index},"text":{encode_basestring(text)},"logprobs":{entries},'
-            f'"finish_reason":{reason}}}'
+            f'"finish_reason":{_end(finish_reason, stop_reason)}}}'
         )
+
+
+def _end(finish_reason: FinishReasonName | None, stop_reason: StopReason) -> str:
+    """A choice's finish reason and, where it has one, what follows: its stop reason."""
+    if finish_reason is None:
+        return "null"
+    told = encode_basestring(stop_reason) if isinstance(stop_reason, str) else dump(stop_reason).decode()
+    return f'"{finish_reason}","stop_reason":{told}'
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprobs], read: ReadToken) -> ChatLogprobs:

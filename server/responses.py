@@ -28,6 +28,7 @@ __all__ = [
     "PromptLogprob",
     "PromptTokensDetails",
     "ResponseMessage",
+    "StopReason",
     "TokenLogprob",
     "TokenizeResponse",
     "TopLogprob",
@@ -85,6 +86,9 @@ class PromptLogprob(BaseModel):
 
 FinishReasonName = Literal["stop", "length"]
 
+StopReason = str | int | None
+"""vLLM's: the request's stop string or stop token id that ended a choice; null where neither did."""
+
 
 class ResponseMessage(BaseModel):
     role: Literal["assistant"]
@@ -97,6 +101,7 @@ class ChatChoice(BaseModel):
     message: ResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName
+    stop_reason: StopReason
 
 
 class ChatCompletion(BaseModel):
@@ -122,6 +127,7 @@ class ChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName | None
+    stop_reason: StopReason = None
 
 
 class ChatChunk(BaseModel):
@@ -153,6 +159,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonName
+    stop_reason: StopReason
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
 
 
@@ -173,6 +180,7 @@ class CompletionChunkChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonName | None
+    stop_reason: StopReason = None
 
 
 class CompletionChunk(BaseModel):

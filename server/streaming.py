@@ -18,7 +18,13 @@ from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
 from server.metrics import FinishedReason
-from server.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
+from server.responses import (
+    CompletionTokensDetails,
+    FinishReasonName,
+    PromptTokensDetails,
+    StopReason,
+    Usage,
+)
 
 __all__ = [
     "Generation",
@@ -42,6 +48,7 @@ class TextPiece:
         finish_reason: set on the choice's last piece.
         logprobs: of the tokens whose text is complete with this piece; None if the request wants none.
         starts: for each of these, the character of the choice's text at which it begins.
+        stop_reason: with `finish_reason`, the request's stop string or stop token id that ended the choice.
     """
 
     index: int
@@ -49,6 +56,7 @@ class TextPiece:
     finish_reason: FinishReasonName | None
     logprobs: list[TokenLogprobs] | None = None
     starts: tuple[int, ...] = ()
+    stop_reason: StopReason = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +254,12 @@ class Generation:
         if self._wants_logprobs:
             choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
             logprobs = [choice.logprobs.popleft() for _ in text.starts]
-        return TextPiece(self._offset + delta.index, text.text, finish_reason, logprobs, text.starts)
+        stop_reason: StopReason = text.stop
+        if stop_reason is None and delta.stop_token_id in self._request.sampling.stop_token_ids:
+            stop_reason = delta.stop_token_id  # the model's own end of text is none, as in vLLM
+        return TextPiece(
+            self._offset + delta.index, text.text, finish_reason, logprobs, text.starts, stop_reason
+        )
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:
         now, metrics = time.monotonic(), self._context.metrics

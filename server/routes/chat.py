@@ -12,7 +12,7 @@ from engine.errors import RequestError
 from engine.types import TokenLogprobs
 from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
-from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage
+from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage, StopReason
 from server.routes.body_route import BodyRoute
 from server.routes.generate import (
     ERRORS,
@@ -83,7 +83,9 @@ class _Answer:
 
     def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""
-        return self._writer.step(piece.index, piece.text, piece.logprobs, piece.finish_reason)
+        return self._writer.step(
+            piece.index, piece.text, piece.logprobs, piece.finish_reason, piece.stop_reason
+        )
 
     def end(self) -> bytes:
         """See `Answer.end`."""
@@ -93,13 +95,13 @@ class _Answer:
         """See `Answer.whole`."""
         texts: dict[int, list[str]] = {}
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        reasons: dict[int, FinishReasonName] = {}
+        reasons: dict[int, tuple[FinishReasonName, StopReason]] = {}
 
         def take(piece: TextPiece) -> None:
             texts.setdefault(piece.index, []).append(piece.text)
             logprobs.setdefault(piece.index, []).extend(piece.logprobs or ())
             if piece.finish_reason is not None:
-                reasons[piece.index] = piece.finish_reason
+                reasons[piece.index] = piece.finish_reason, piece.stop_reason
 
         await take_all(self._generation, take)
         if self._body.logprobs or self._generation.prompt_logprobs is not None:
@@ -110,14 +112,15 @@ class _Answer:
         self,
         texts: dict[int, list[str]],
         logprobs: dict[int, list[TokenLogprobs]],
-        reasons: dict[int, FinishReasonName],
+        reasons: dict[int, tuple[FinishReasonName, StopReason]],
     ) -> bytes:
         choices = [
             ChatChoice(
                 index=index,
                 message=ResponseMessage(role="assistant", content="".join(texts[index]), refusal=None),
                 logprobs=chat_logprobs(logprobs[index], self._read) if self._body.logprobs else None,
-                finish_reason=reasons[index],
+                finish_reason=reasons[index][0],
+                stop_reason=reasons[index][1],
             )
             for index in sorted(texts)
         ]

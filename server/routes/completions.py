@@ -15,7 +15,14 @@ from engine.types import Request, TokenLogprobs
 from server.batch import Batch
 from server.chunks import CompletionWriter, Heading, completion_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
-from server.responses import Completion, CompletionChoice, CompletionLogprobs, FinishReasonName, Usage
+from server.responses import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    FinishReasonName,
+    StopReason,
+    Usage,
+)
 from server.routes.body_route import BodyRoute
 from server.routes.generate import (
     ERRORS,
@@ -109,6 +116,7 @@ class _Choice:
     texts: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     finish_reason: FinishReasonName = "stop"
+    stop_reason: StopReason = None
 
 
 class _Answer:
@@ -145,7 +153,10 @@ class _Answer:
 
     def _events(self, piece: TextPiece, text: str, entries: list[Entry]) -> bytes:
         logprobs = None if self._body.logprobs is None else self._logprobs(entries)
-        return self._writer.step(piece.index, text, logprobs, piece.finish_reason)
+        reason, by = piece.finish_reason, piece.stop_reason
+        if self._body.echo_only and reason is not None:  # whatever the one token that the engine drew was
+            reason, by = "length", None
+        return self._writer.step(piece.index, text, logprobs, reason, by)
 
     def end(self) -> bytes:
         """See `Answer.end`."""
@@ -161,7 +172,7 @@ class _Answer:
             choice.texts.append(text)
             choice.entries += entries
             if piece.finish_reason is not None:
-                choice.finish_reason = piece.finish_reason
+                choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
 
         await take_all(self._batch, take)
         if self._body.logprobs is not None or self._body.prompt_logprobs is not None:
@@ -212,6 +223,7 @@ class _Answer:
             text="".join(found.texts),
             logprobs=None if self._body.logprobs is None else self._logprobs(found.entries),
             finish_reason="length" if self._body.echo_only else found.finish_reason,
+            stop_reason=None if self._body.echo_only else found.stop_reason,
         )
         count, known = self._body.prompt_logprobs, self._batch.generations[index // self._n].prompt_logprobs
         if count is not None and known is not None:

@@ -29,6 +29,7 @@ from server.responses import (
     CompletionLogprobs,
     FinishReasonName,
     PromptTokensDetails,
+    StopReason,
     Usage,
 )
 from tests.server.conftest import EOS_ID, TEXT, ids
@@ -43,6 +44,7 @@ USAGE = Usage(
     prompt_tokens_details=PromptTokensDetails(cached_tokens=1),
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+STOP_REASONS = st.none() | TEXTS | st.integers(0, 2**31)
 LOGPROBS = st.builds(
     TokenLogprobs,
     st.integers(0, TEXT.vocab_size - 1),
@@ -55,10 +57,17 @@ LOGPROBS = st.builds(
 
 
 def model_event(
-    usage: bool, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, reason: FinishReasonName | None
+    usage: bool,
+    index: int,
+    delta: ChatDelta,
+    logprobs: ChatLogprobs | None,
+    reason: FinishReasonName | None,
+    stop: StopReason = None,
 ) -> bytes:
     """What the models make of a chunk."""
     choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
+    if reason is not None:
+        choice.stop_reason = stop
     chunk = ChatChunk(**HEADING.fields("chat.completion.chunk"), choices=[choice])
     if usage:
         chunk.usage = None
@@ -71,6 +80,7 @@ def model_event(
     TEXTS.filter(bool),
     st.none() | st.lists(LOGPROBS, max_size=3),
     st.sampled_from([None, "stop", "length"]),
+    STOP_REASONS,
 )
 def test_chunks_are_what_the_models_would_write(
     usage: bool,
@@ -78,14 +88,15 @@ def test_chunks_are_what_the_models_would_write(
     text: str,
     logprobs: list[TokenLogprobs] | None,
     reason: FinishReasonName | None,
+    stop: StopReason,
 ) -> None:
     writer = ChatWriter(HEADING, READ, (lambda: USAGE) if usage else None)
     whole = None if logprobs is None else chat_logprobs(logprobs, READ)
     first = model_event(usage, index, ChatDelta(role="assistant", content=""), None, None)
     middle = model_event(usage, index, ChatDelta(content=text), whole, None)
-    last = model_event(usage, index, ChatDelta(), None, reason) if reason else b""
-    assert writer.step(index, text, logprobs, reason) == first + middle + last
-    assert writer.step(index, text, logprobs, reason) == middle + last  # the role is told once
+    last = model_event(usage, index, ChatDelta(), None, reason, stop) if reason else b""
+    assert writer.step(index, text, logprobs, reason, stop) == first + middle + last
+    assert writer.step(index, text, logprobs, reason, stop) == middle + last  # the role is told once
     for data in (first + middle + last).decode().splitlines():
         if data:
             ChatChunk.model_validate_json(data.removeprefix("data: "))
@@ -125,22 +136,27 @@ def test_continuous_usage_is_in_every_chunk() -> None:
     TEXTS,
     st.none() | st.lists(st.tuples(st.integers(0, 99), LOGPROBS), min_size=1, max_size=3),
     st.sampled_from([None, "stop", "length"]),
+    STOP_REASONS,
     st.booleans(),
 )
 def test_completion_chunks_are_what_the_models_would_write(
     text: str,
     known: list[tuple[int, TokenLogprobs]] | None,
     reason: FinishReasonName | None,
+    stop: StopReason,
     usage: bool,
 ) -> None:
     logprobs = None
     if known is not None:
         logprobs = completion_logprobs([(one.token_id, start, one) for start, one in known], 2, READ)
     choice = CompletionChunkChoice(index=3, text=text, logprobs=logprobs, finish_reason=reason)
+    if reason is not None:
+        choice.stop_reason = stop
     chunk = CompletionChunk(**HEADING.fields("text_completion"), choices=[choice])
     if usage:
         chunk.usage = None
-    written = CompletionWriter(HEADING, (lambda: USAGE) if usage else None).step(3, text, logprobs, reason)
+    writer = CompletionWriter(HEADING, (lambda: USAGE) if usage else None)
+    written = writer.step(3, text, logprobs, reason, stop)
     assert written == (event(to_json(chunk)) if text or logprobs or reason else b"")
 
 

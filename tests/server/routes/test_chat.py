@@ -53,6 +53,7 @@ def test_whole_answer_has_openais_shape(hello: RunningServer) -> None:
                 "message": {"role": "assistant", "content": "Hello, world!", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
             }
         ],
         "system_fingerprint": body["system_fingerprint"],
@@ -79,7 +80,8 @@ def test_stream_has_openais_shape(hello: RunningServer) -> None:
     assert first["delta"] == {"role": "assistant", "content": ""}
     assert all(set(choice["delta"]) == {"content"} and choice["delta"]["content"] for choice in middle)
     assert all(choice["finish_reason"] is None and choice["logprobs"] is None for choice in [first, *middle])
-    assert (last["delta"], last["finish_reason"]) == ({}, "stop")
+    assert (last["delta"], last["finish_reason"], last["stop_reason"]) == ({}, "stop", None)
+    assert all("stop_reason" not in choice for choice in [first, *middle])
 
 
 def test_one_step_is_one_event(hello: RunningServer) -> None:
@@ -137,6 +139,30 @@ def test_stop_string_across_steps_ends_text_usage_and_generation(serve: Serve) -
         assert events[-1]["choices"][0]["finish_reason"] == "stop"
         assert usage["usage"] == body["usage"]
     wait_until(lambda: engine.stats.running == 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"stop": ["absent", 'o, "é']}, 'o, "é'),
+        ({"stop_token_ids": ids("e")}, ids("e")[0]),
+        ({"stop": ["absent"], "stop_token_ids": ids("z")}, None),
+        ({"max_tokens": 2}, None),
+        ({"stop_token_ids": [EOS_ID]}, EOS_ID),
+    ],
+)
+def test_what_stopped_a_choice_is_told(
+    serve: Serve, fields: dict[str, Any], reason: str | int | None
+) -> None:
+    server = serve(says('Hello, "é" world!'))
+    assert server.chat(**fields).json()["choices"][0]["stop_reason"] == reason
+    assert server.events(**fields)[-2]["choices"][0]["stop_reason"] == reason
+    body: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 99}
+    answer = server.http.post("/v1/completions", json=body | fields).json()
+    assert answer["choices"][0]["stop_reason"] == reason
+    chunks = list(server.openai.completions.create(**body, stream=True, extra_body=fields))
+    assert chunks[-1].choices[0].model_extra == {"stop_reason": reason}
+    assert not any(choice.model_extra for chunk in chunks[:-1] for choice in chunk.choices)
 
 
 def test_stop_string_inside_a_step_leaves_its_rest_uncounted(serve: Serve) -> None:

@@ -50,7 +50,15 @@ def test_whole_answer_has_openais_shape(hello: RunningServer) -> None:
     assert body == {
         "object": "text_completion",
         "model": MODEL,
-        "choices": [{"index": 0, "text": "Hello, world!", "logprobs": None, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "text": "Hello, world!",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
         "usage": {
             "prompt_tokens": 2,
             "completion_tokens": 14,
@@ -218,6 +226,14 @@ def test_echo_alone_scores_a_prompt(hello: RunningServer) -> None:
     assert body["usage"]["completion_tokens"] == 0
     assert text_of(events(hello, "ab", echo=True, max_tokens=0)) == "ab"
     assert complete(hello, "ab", max_tokens=0).json()["error"]["param"] == "max_tokens"
+
+
+def test_what_the_engine_drew_behind_an_echo_alone_stopped_nothing(hello: RunningServer) -> None:
+    """It draws one token all the same, which may be a stop token."""
+    body = {"echo": True, "max_tokens": 0, "stop_token_ids": ids("H")}
+    whole, streamed = complete(hello, "ab", **body), events(hello, "ab", **body)[-1]
+    for choice in (*whole["choices"], *streamed["choices"]):
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
 
 
 def test_prompt_logprobs_and_logprobs_ask_for_their_own_number(hello: RunningServer) -> None:
