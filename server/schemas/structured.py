@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.errors import RequestError
 from engine.grammar import GrammarSpec
+from server.errors import UnsupportedFieldError
 from server.schemas.base import Body, GenerationBody
 
 __all__ = ["JSON_OBJECT", "ConstrainedBody", "Constraint", "ResponseFormat", "StructuredOutputs"]
@@ -88,7 +89,6 @@ class StructuredOutputs(Body):
     PATH = ("structured_outputs",)
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "disable_additional_properties": (False,),
-        "disable_any_whitespace": (False,),
         "disable_fallback": (False,),
         "structural_tag": (),
         "whitespace_pattern": (),
@@ -99,6 +99,7 @@ class StructuredOutputs(Body):
     choice: Choices | None = None
     grammar: str | None = Field(None, description="Lark or GBNF.")
     json_object: bool | None = None
+    disable_any_whitespace: bool | None = Field(None, description="JSON without any between its tokens.")
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -119,6 +120,12 @@ class StructuredOutputs(Body):
                 "structured_outputs takes exactly one of json, regex, choice, grammar, json_object (true), "
                 f"got {' and '.join(given) or 'none'}",
                 param="structured_outputs",
+            )
+        if self.disable_any_whitespace and not given.keys() & {"json", "json_object"}:
+            raise UnsupportedFieldError(
+                "structured_outputs.disable_any_whitespace goes with structured_outputs.json or json_object: "
+                f"a {next(iter(given))} says itself where whitespace stands",
+                param="structured_outputs.disable_any_whitespace",
             )
         return self
 
@@ -172,7 +179,11 @@ class ConstrainedBody(GenerationBody):
         if param == "structured_outputs":
             assert self.structured_outputs is not None
             ((kind, value),) = self.structured_outputs.kinds.items()
-            return _constraint(kind, value, param, f"structured_outputs.{kind}")
+            place = f"structured_outputs.{kind}"
+            if self.structured_outputs.disable_any_whitespace:
+                value = _without_whitespace({"type": "object"} if kind == "json_object" else value)
+                kind = "json"
+            return _constraint(kind, value, param, place)
         return _constraint(param.removeprefix("guided_"), getattr(self, param), param, param)
 
 
@@ -190,6 +201,15 @@ def _constraint(kind: str, value: Any, param: str, place: str) -> Constraint:
         case _:
             spec = GrammarSpec("grammar", value)
     return Constraint(spec, param, place)
+
+
+def _without_whitespace(schema: _Schema) -> _Schema:
+    """The schema of the same values without whitespace around its brackets, commas and colons.
+
+    What else the schema itself asks llguidance for stays, or stays wrong.
+    """
+    own = schema.get("x-guidance", {})
+    return {**schema, "x-guidance": {**own, "whitespace_flexible": False} if isinstance(own, dict) else own}
 
 
 def _dumped(schema: _Schema, param: str, place: str) -> str:

@@ -56,6 +56,7 @@ ASKED: list[tuple[dict[str, Any], GrammarSpec | None]] = [
     ({"guided_grammar": GBNF}, GrammarSpec("grammar", GBNF)),
 ]
 
+SO = "structured_outputs"
 PATHS = ["chat/completions", "completions"]
 
 
@@ -92,6 +93,31 @@ def test_a_grammar_ends_at_the_models_own_eos(serve: Serve) -> None:
     assert not grammar.start().advance(ids("b")[0])
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"json_object": True},
+        {"json": SCHEMA},
+        {"json": {**SCHEMA, "x-guidance": {"whitespace_flexible": True, "lenient": False}}},
+    ],
+    ids=["object", "schema", "schema-that-allows-it"],
+)
+def test_json_may_be_asked_for_without_whitespace(hello: RunningServer, asked: dict[str, Any]) -> None:
+    def follows(text: str) -> bool:
+        grammar = hello.engine.submitted[-1].grammar
+        assert isinstance(grammar, Grammar)
+        state = grammar.start()
+        return all(state.advance(token) for token in [*ids(text), EOS_ID])
+
+    packed = json.dumps({"b": 1, "a": ["x y", {}]}, separators=(",", ":"))
+    spaced = [packed.replace(part, part + gap) for part in "{:," for gap in " \n"]
+    for disabled in (True, False, None):
+        sent = send(hello, PATHS[0], structured_outputs={**asked, "disable_any_whitespace": disabled})
+        assert sent.status_code == 200, sent.text
+        assert follows(packed)
+        assert {follows(text) for text in spaced} == {not disabled}
+
+
 def test_each_prompt_of_several_has_the_grammar(hello: RunningServer) -> None:
     before = len(hello.engine.submitted)
     answer = send(hello, "completions", prompt=["a", "b"], echo=True, n=2, guided_regex="x+")
@@ -126,8 +152,6 @@ def test_the_rest_of_the_fields_goes_together_with_it(hello: RunningServer) -> N
 NESTED: dict[str, Any] = {}
 for _ in range(400):
     NESTED = {"items": NESTED}
-
-SO = "structured_outputs"
 
 
 def of_schema(schema: Any) -> dict[str, Any]:
@@ -166,7 +190,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({SO: {"choice": "a"}}, f"{SO}.choice", "a list"),
     ({SO: {"json": {}, "whitespace_pattern": "x"}}, f"{SO}.whitespace_pattern", "n"),
     ({SO: {"structural_tag": "{}"}}, f"{SO}.structural_tag", "not supported"),
-    ({SO: {"json": {}, "disable_any_whitespace": True}}, f"{SO}.disable_any_whitespace", "not"),
+    *(
+        (
+            {SO: {kind: value, "disable_any_whitespace": True}},
+            f"{SO}.disable_any_whitespace",
+            f"a {kind} says",
+        )
+        for kind, value in {"regex": "a", "choice": ["a"], "grammar": LARK}.items()
+    ),
+    ({SO: {"json": {}, "disable_any_whitespace": 1}}, f"{SO}.disable_any_whitespace", "boolean"),
+    ({SO: {"json": {"x-guidance": 1}, "disable_any_whitespace": True}}, SO, r"\.json: not a valid"),
     ({SO: {"regexp": "a"}}, f"{SO}.regexp", "Unrecognized"),
     ({"guided_json": '{"a": [1,]}'}, "guided_json", "not valid JSON.*line 1"),
     ({"guided_json": "[" * 100_000}, "guided_json", "nested too deeply"),
