@@ -8,11 +8,13 @@ import gc
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -39,6 +41,9 @@ SWITCH_S = 0.0005
 """How long a thread keeps Python's lock while another wants it; Python's own is 5 ms. The engine's thread
 gives the lock away in most of torch's calls. When the event loop has much to do, as in a burst, that thread
 would wait 5 ms several times before each launch, and the device would have nothing to do."""
+
+_CERTIFICATE = re.compile(rb"-----BEGIN ([A-Z0-9]+ )?CERTIFICATE-----")
+_KEY = re.compile(rb"-----BEGIN ([A-Z]+ )?PRIVATE KEY-----")
 
 log = structlog.stdlib.get_logger("server")
 
@@ -108,12 +113,32 @@ def check(settings: Settings) -> None:
     """
     ApiKeys.load(settings.api_key_file)
     if settings.ssl_certfile is not None:
+        fault = _tls_fault(settings.ssl_certfile, settings.ssl_keyfile)
+        if fault is not None:
+            raise ConfigError(f"cannot use the TLS files: {fault}")
+
+
+def _tls_fault(cert: Path, key: Path | None) -> str | None:
+    """What is wrong with which file, of which OpenSSL says little and Python's error names none."""
+    for setting, file in (("ssl_certfile", cert), ("ssl_keyfile", key)):
         try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                settings.ssl_certfile, settings.ssl_keyfile
-            )
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"cannot use the TLS files (ssl_certfile, ssl_keyfile): {error}") from None
+            if file is not None:
+                file.open("rb").close()
+        except OSError as error:
+            return f"{setting} {file}: {error.strerror}"
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        own_key = f"ssl_keyfile {key}" if key is not None else f"ssl_certfile {cert}"
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            return f"the key in {own_key} is not that of the certificate in ssl_certfile {cert}"
+        if not _CERTIFICATE.search(cert.read_bytes()):
+            return f"ssl_certfile {cert} holds no certificate in PEM"
+        if not _KEY.search((key or cert).read_bytes()):
+            advice = "" if key is not None else "; give the file that does as ssl_keyfile"
+            return f"{own_key} holds no private key in PEM{advice}"
+        return f"ssl_certfile {cert}" + (f", ssl_keyfile {key}" if key is not None else "") + f": {error}"
+    return None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -257,6 +258,31 @@ def test_tls_files_that_do_not_work_are_told_before_anything_is_loaded(tmp_path:
         check(Settings(ssl_certfile=cert))
     with pytest.raises(ConfigError, match="ssl_keyfile goes with ssl_certfile"):
         load_settings({"ssl_keyfile": str(cert)})
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_what_is_wrong_with_the_tls_files_is_told_by_file(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    cert, key = certificate(tmp_path)
+    other = certificate(tmp_path / "other")[1]
+    torn, absent = tmp_path / "torn.pem", tmp_path / "absent.pem"
+    torn.write_bytes(cert.read_bytes()[:-60])
+    for files, fault in (
+        ((absent, key), f"ssl_certfile {absent}: No such file"),
+        ((cert, absent), f"ssl_keyfile {absent}: No such file"),
+        ((cert, tmp_path), f"ssl_keyfile {tmp_path}: Is a directory"),
+        ((key, key), f"ssl_certfile {key} holds no certificate in PEM"),
+        ((cert, cert), f"ssl_keyfile {cert} holds no private key in PEM"),
+        ((cert, None), f"ssl_certfile {cert} holds no private key in PEM; give the file that does as ssl_k"),
+        ((cert, other), f"the key in ssl_keyfile {other} is not that of the certificate in ssl_certfile"),
+        ((torn, key), f"ssl_certfile {torn}, ssl_keyfile {key}: "),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"cannot use the TLS files: {fault}")):
+            check(Settings(ssl_certfile=files[0], ssl_keyfile=files[1]))
+    check(Settings(ssl_certfile=cert, ssl_keyfile=key))
+    both = tmp_path / "both.pem"
+    both.write_bytes(cert.read_bytes() + key.read_bytes())
+    check(Settings(ssl_certfile=both))
 
 
 def test_bind_takes_names_and_ipv6_and_refuses_a_taken_port() -> None:
