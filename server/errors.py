@@ -191,4 +191,7 @@ async def on_http_error(request: Request, error: Exception) -> ErrorResponse:
             message = str(error.detail)
             code = HTTPStatus(status).phrase.lower().replace(" ", "_")
     body = error_body(error.status_code, message, code=code)
-    return ErrorResponse(body, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":  # routes do not know of `HeadMiddleware`
+        headers["Allow"] = "GET, HEAD"
+    return ErrorResponse(body, error.status_code, headers)

@@ -207,6 +207,16 @@ def test_unknown_path_and_method(hello: RunningServer) -> None:
     assert response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}", "/health", "/docs", "/openapi.json"])
+def test_what_is_allowed_works(hello: RunningServer, path: str) -> None:
+    """HEAD wherever GET does."""
+    response = hello.http.post(path)
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    allowed = response.headers["allow"].split(", ")
+    assert sorted(allowed) == ["GET", "HEAD"]
+    assert {hello.http.request(method, path).status_code for method in allowed} == {200}
+
+
 def test_a_surrogate_in_a_message_can_be_told(hello: RunningServer) -> None:
     response = hello.http.post(
         "/v1/chat/completions",
