@@ -77,6 +77,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         ModelError: the model, the heads or the tree cannot be used; the text says what to do.
     """
     device = _device(config.device)
+    if config.attention == "triton" and (refused := _why_not_triton(device)) is not None:
+        raise ConfigError(f"attention triton {refused}; set attention to auto")  # before anything is fetched
     folder = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_folder(folder)
     dtype = _dtype(config.dtype, model_config, device)
@@ -312,8 +314,6 @@ def _attention(
     tree_size: int,
 ) -> AttentionBackend:
     refused = _why_not_triton(device)
-    if config.attention == "triton" and refused is not None:
-        raise ConfigError(f"attention triton {refused}; set attention to auto")
     scale = model.attention_scale
     if config.attention == "auto" and device.type == "cpu":
         from engine.attention.cpu import CpuAttention  # nothing but a CPU needs its compiler

@@ -104,6 +104,11 @@ def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None
         attention(attention="triton")
 
 
+def test_attention_that_cannot_run_is_refused_before_a_model_is_looked_for() -> None:
+    with pytest.raises(ConfigError, match="attention triton needs an NVIDIA GPU and the device is cpu; set"):
+        load(EngineConfig(model="/no/such/folder", device="cpu", attention="triton"), progress=False)
+
+
 def test_weights_that_the_memory_does_not_hold_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
