@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 import httpx
@@ -19,7 +21,7 @@ __all__ = ["ChatError", "Conversation", "Summary", "run"]
 
 HELP = '''Type a message and press Enter. """ alone on a line starts a message of several lines, and ends it.
 Ctrl-C stops the answer, Ctrl-D leaves.
-/reset forgets the conversation, /help shows this, /exit leaves.'''
+/reset forgets the conversation, /help shows this, /quit or /exit leaves.'''
 
 _FENCE = '"""'
 _SAMPLE = re.compile(r"^(medusa_(?:acceptance_length_(?:sum|count)|generation_tokens_total)) (\S+)$", re.M)
@@ -148,7 +150,7 @@ class Conversation:
                         raise ChatError(event["error"].get("message", str(event["error"])))
                     yield event
         except httpx.HTTPError as error:
-            raise ChatError(f"no answer from {self.http.base_url}: {error}") from error
+            raise _no_answer(self.http, error, f"no answer from {self.http.base_url}: {error}") from error
         except ValueError as error:
             raise ChatError(f"{self.http.base_url} sent what is no event: {error}") from error
 
@@ -167,20 +169,25 @@ def run(
     model: str | None = None,
     system: str | None = None,
     api_key: str | None = None,
+    ca: Path | None = None,
+    insecure: bool = False,
     sampling: dict[str, Any] | None = None,
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
     notes: TextIO | None = None,
 ) -> int:
-    """Talk until the input ends or /exit; returns the process's exit status.
+    """Talk until the input ends, or /quit or /exit; returns the process's exit status.
 
-    It is 1 where there was no server, and where the input is no terminal and a request failed.
+    It is 1 where there was no server, or none to trust, and where the input is no terminal and a request
+    failed.
 
     Args:
         url: of the server, with or without http:// and /v1.
         model: the name to ask for; the server's first one if not given.
         system: a system message.
         api_key: sent as a bearer token.
+        ca: certificates (PEM), of which the server's, or what signed it, has to be one; the system's if None.
+        insecure: take any certificate.
         sampling: fields of the request body, as given; None values are left out.
         read: a line of input for a prompt, raising EOFError at its end.
         out: answers; stdout if not given.
@@ -190,7 +197,13 @@ def run(
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     base = url.rstrip("/").removesuffix("/v1")
     base = base if "://" in base else f"http://{base}"
-    with httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=5)) as http:
+    try:
+        verify = _trust(ca, insecure)
+    except ChatError as error:
+        print(f"error: {error}", file=notes)
+        return 1
+    timeout = httpx.Timeout(None, connect=5)
+    with httpx.Client(base_url=base, headers=headers, timeout=timeout, verify=verify) as http:
         try:
             options = {"model": model or _first_model(http)}
         except ChatError as error:
@@ -201,12 +214,12 @@ def run(
         watched, failed = sys.stdin.isatty(), False
         if watched:
             _line_editing()
-            print(f"{options['model']} at {base}. /help says what can be typed.", file=notes)
+            print(f"{options['model']} at {base}. /quit leaves, /help says what else there is.", file=notes)
         while (message := _message(read, notes)) is not None:
             message = message.strip()
             if not message:
                 continue
-            if message == "/exit":
+            if message in ("/quit", "/exit"):
                 break
             failed |= not _turn(talk, message, out, notes)
     return int(failed and not watched)
@@ -254,7 +267,21 @@ def _message(read: Callable[[str], str], notes: TextIO) -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
-            print("\nCtrl-D or /exit leaves.", file=notes)
+            print("\nCtrl-D or /quit leaves.", file=notes)
+
+
+def _trust(ca: Path | None, insecure: bool) -> ssl.SSLContext | bool:
+    """Which certificates are taken, as httpx wants to hear it. Raises ChatError for a file that has none."""
+    if ca is None:
+        return not insecure
+    if insecure:
+        raise ChatError("--ca has no effect beside --insecure, which takes any certificate")
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except ssl.SSLError as error:
+        raise ChatError(f"--ca {ca} holds no certificate in PEM") from error
+    except OSError as error:
+        raise ChatError(f"--ca {ca}: {error.strerror}") from error
 
 
 def _first_model(http: httpx.Client) -> str:
@@ -264,11 +291,20 @@ def _first_model(http: httpx.Client) -> str:
             raise ChatError(_reason(response))
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPError as error:
-        raise ChatError(
-            f"no server at {http.base_url} ({error}); start one with `medusa-serve serve`, or give its --url"
-        ) from error
+        advice = "start one with `medusa-serve serve`, or give its --url"
+        raise _no_answer(http, error, f"no server at {http.base_url} ({error}); {advice}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise ChatError(f"{http.base_url} lists no models; is it an OpenAI-compatible server?") from error
+
+
+def _no_answer(http: httpx.Client, error: httpx.HTTPError, text: str) -> ChatError:
+    """What to say of a request that failed on its way: `text`, unless the certificate was refused."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        text = (
+            f"the certificate of {http.base_url} is not trusted ({error}); name it, or what signed it, by "
+            "--ca PEM, or take any by --insecure"
+        )
+    return ChatError(text)
 
 
 def _reason(response: httpx.Response) -> str:

@@ -124,7 +124,9 @@ def chat(
     ] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Its first model if unset.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="The server's default if unset.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="FLOAT", help="The server's default if unset.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(metavar="INT", help="Longest answer, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="INT", help="The same answers again.")] = None,
     api_key: Annotated[
@@ -133,18 +135,33 @@ def chat(
             envvar=["MEDUSA_API_KEY", "OPENAI_API_KEY"], metavar="KEY", help="For servers that ask for one."
         ),
     ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="The server's own certificate, or what signed it.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Take any certificate.")] = False,
 ) -> None:
     """Chat with a running server in the terminal.
 
     Answers appear as they are written; each ends with its tokens per second and, where the server tells,
-    its acceptance length. Ctrl-C stops an answer, /reset forgets the conversation, /help says more.
+    its acceptance length. Ctrl-C stops an answer, /reset forgets the conversation, /quit leaves, /help says
+    more.
     """
     from server.chat import run
 
     # A shell that starts it in the background ignores Ctrl-C for it; here it has a meaning.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    raise typer.Exit(run(url, model=model, system=system, api_key=api_key, sampling=sampling))
+    raise typer.Exit(
+        run(
+            url,
+            model=model,
+            system=system,
+            api_key=api_key,
+            ca=ca,
+            insecure=insecure,
+            sampling=sampling,
+        )
+    )
 
 
 def _settings(config: Path | None, options: dict[str, str | None]) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from engine.fake import FakeEngine
 from engine.types import Request
 from server.chat import ChatError, Conversation, run
 from tests.server.conftest import EOS_ID, MODEL, TEXT, RunningServer, Serve, endless, ids, says, wait_until
+from tests.server.test_lifecycle import certificate
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,6 +91,35 @@ def test_a_server_that_served_others_meanwhile_tells_no_acceptance_length(serve:
         assert "".join(pieces)
         assert conversation.summary.tokens == 5
         assert conversation.summary.acceptance_length is None
+
+
+@pytest.mark.parametrize("leave", ["/quit", " /exit "])
+def test_it_ends_as_it_says_at_its_start(
+    hello: RunningServer, monkeypatch: pytest.MonkeyPatch, leave: str
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    status, out, notes = talk(hello.url, [leave, "never sent"])
+    assert (status, out) == (0, "")
+    assert notes == f"{MODEL} at {hello.url}. /quit leaves, /help says what else there is.\n"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_a_server_with_a_certificate_of_its_own(serve: Serve, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    url = serve(says("hi"), ssl_certfile=cert, ssl_keyfile=key).url.replace("http:", "https:")
+    for trust in ({"ca": cert}, {"insecure": True}):
+        assert talk(url, ["Hi."], **trust)[:2] == (0, "hi\n")
+    for model in (None, MODEL):
+        status, out, notes = talk(url, ["Hi."], model=model)
+        assert (status, out) == (1, "")
+        assert notes.splitlines()[0].startswith(f"error: the certificate of {url} is not trusted")
+        assert notes.splitlines()[0].endswith("by --ca PEM, or take any by --insecure")
+    for options, fault in (
+        ({"ca": tmp_path / "absent"}, f"--ca {tmp_path / 'absent'}: No such file or directory"),
+        ({"ca": key}, f"--ca {key} holds no certificate in PEM"),
+        ({"ca": cert, "insecure": True}, "--ca has no effect beside --insecure, which takes any certificate"),
+    ):
+        assert talk(url, ["Hi."], **options) == (1, "", f"error: {fault}\n")
 
 
 def test_commands(hello: RunningServer) -> None:
