@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-__all__ = ["MAX_TREE_NODES", "EngineConfig"]
+__all__ = ["MAX_TREE_NODES", "EngineConfig", "faults", "with_near"]
 
 MAX_TREE_NODES = 64
 """Nodes of a tree with its root: the ancestors of a node fit one 64-bit mask."""
@@ -150,3 +152,20 @@ class EngineConfig(BaseModel):
         if self.tree in ("off", 1) or self.lookup == "off":
             return 0
         return _LOOKUP_NODES if self.lookup == "on" else self.lookup
+
+
+def faults(error: ValidationError) -> dict[str, str]:
+    """What is wrong with each setting, once (a union reports one error per member), in a user's words."""
+    found: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False, include_input=False):
+        text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        text = text.partition(", unable to parse")[0]
+        found.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(text)
+    return {name: ", or ".join(texts) for name, texts in found.items()}
+
+
+def with_near(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Names that there are not, each with the one that may be meant."""
+    names = list(known)
+    close = {name: get_close_matches(name, names, 1, 0.7) for name in unknown}
+    return ", ".join(f"{name} ({near[0]}?)" if near else name for name, near in close.items())

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast, overload
 import torch
 from pydantic import ValidationError
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, faults, with_near
 from engine.detokenizer import Detokenizer
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
@@ -20,7 +20,7 @@ from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.loader import load
 from engine.model.weights import GenerationDefaults
 from engine.stats import EngineStats
-from engine.text import TextProcessor
+from engine.text import ROLES, TextProcessor
 from engine.types import (
     EngineInfo,
     FinishReason,
@@ -40,7 +40,11 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: `{"role": …, "content": …}` each."""
 
 
-@dataclass(slots=True)
+_SHOWN = 60
+"""Characters of an output's text in its `repr`."""
+
+
+@dataclass(slots=True, repr=False)
 class Output:
     """One choice of one request, as its deltas came.
 
@@ -57,8 +61,19 @@ class Output:
     started_s: float
     prompt_token_ids: tuple[int, ...] = ()
     deltas: list[TokenDelta] = field(default_factory=list)
-    _processor: TextProcessor | None = field(default=None, repr=False)
-    _text: str | None = field(default=None, repr=False)
+    _processor: TextProcessor | None = None
+    _text: str | None = None
+
+    def __repr__(self) -> str:
+        """On one line, its text cut to what fits there."""
+        shown = [repr(self.request_id), f"index={self.index}", f"tokens={len(self.token_ids)}"]
+        if self.finish_reason is not None:
+            shown.append(f"finish_reason={self.finish_reason.value!r}")
+            if self.error is not None:
+                shown.append(f"error={_cut(self.error)!r}")
+            if self._processor is not None:  # whose text is not made before it is whole
+                shown.append(f"text={_cut(self.text)!r}")
+        return f"Output({', '.join(shown)})"
 
     @property
     def text(self) -> str:
@@ -228,7 +243,7 @@ class LLM:
         Args:
             prompts: a text, token ids, or a list of such; or requests, which say everything themselves.
             sampling: for all of them or one each; `default_sampling` if not given.
-            stop: an output ends before the first of these to be complete in it.
+            stop: an output ends before the first of these, or of its sampling's own, to be complete in it.
             medusa: how drafts are verified; exactly, if not given.
             grammar: what every output has to follow.
             progress: show a bar, if stderr is a terminal.
@@ -243,9 +258,9 @@ class LLM:
         if isinstance(prompts, Sequence) and len(prompts) and isinstance(prompts[0], Request):
             if sampling is not None or stop or medusa is not None or grammar is not None:
                 raise RequestError("requests carry their own sampling; it cannot be given beside them")
-            return self._run(cast("Sequence[Request]", prompts), (), progress=False)
+            return self._run(cast("Sequence[Request]", prompts), progress=False)
         tokens = self._tokens(cast("Prompt | Sequence[Prompt]", prompts))
-        return self._run(self._requests(tokens, sampling, medusa, grammar), _stops(stop), progress=progress)
+        return self._run(self._requests(tokens, sampling, medusa, grammar), stop, progress=progress)
 
     def chat(
         self,
@@ -265,12 +280,15 @@ class LLM:
         The rest is as in `generate`.
 
         Raises:
-            RequestError: as `generate`; or there is no chat template, or it refuses the messages.
+            RequestError: as `generate`; or a role is unknown, or there is no chat template, or it refuses the
+                messages.
         """
         single = not len(messages) or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if single else messages)
+        for i, turns in enumerate(conversations):
+            _check_roles(turns, "messages" if single else f"messages[{i}]")
         tokens = [self.text.encode_chat([dict(each) for each in turns]) for turns in conversations]
-        return self._run(self._requests(tokens, sampling, medusa, grammar), _stops(stop), progress=progress)
+        return self._run(self._requests(tokens, sampling, medusa, grammar), stop, progress=progress)
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -308,7 +326,9 @@ class LLM:
             for tokens, params in zip(prompts, each, strict=True)
         ]
 
-    def _run(self, requests: Sequence[Request], stop: tuple[str, ...], *, progress: bool) -> list[Output]:
+    def _run(
+        self, requests: Sequence[Request], stop: str | Sequence[str] = (), *, progress: bool
+    ) -> list[Output]:
         from tqdm import tqdm
 
         started_s = time.monotonic()
@@ -319,22 +339,23 @@ class LLM:
             for request in requests
             for index in range(request.sampling.n)
         }
+        everywhere = (stop,) if isinstance(stop, str) else tuple(stop)
         searches: dict[tuple[str, int], _StopSearch] = {}
-        if stop:
-            for request in requests:
+        for request in requests:
+            if stops := (*everywhere, *request.sampling.stop):
                 for index in range(request.sampling.n):
                     detokenizer = self.text.detokenizer(
-                        request.prompt_token_ids, stop=stop, min_tokens=request.sampling.min_tokens
+                        request.prompt_token_ids, stop=stops, min_tokens=request.sampling.min_tokens
                     )
                     searches[request.request_id, index] = _StopSearch(detokenizer)
+        requests = [_without_stops(request) for request in requests]  # the engine knows tokens only
         tokens = 0
         bar = tqdm(total=len(outputs), unit="answer", leave=False, disable=None if progress else True)
         with bar, closing(self.steps(requests)) as steps:
             for deltas in steps:
                 for delta in deltas:
                     output = outputs[delta.request_id, delta.index]
-                    if searches:
-                        search = searches[delta.request_id, delta.index]
+                    if (search := searches.get((delta.request_id, delta.index))) is not None:
                         ended = delta.finish_reason is not None
                         delta = search.take(delta)
                         if delta.finish_reason is not None:
@@ -424,12 +445,27 @@ class LLM:
 
 
 def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    if unknown := settings.keys() - EngineConfig.model_fields:
+        told = with_near(sorted(unknown), EngineConfig.model_fields)
+        raise ConfigError(f"the engine has no such setting: {told}")
     try:
         return EngineConfig(model=model, **settings)
     except ValidationError as error:
-        reasons = [f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_url=False)]
-        raise ConfigError("; ".join(reasons)) from None
+        raise ConfigError("; ".join(f"{name}: {text}" for name, text in faults(error).items())) from None
 
 
-def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _check_roles(messages: Messages, place: str) -> None:
+    for i, message in enumerate(messages):
+        if (role := message.get("role")) not in ROLES:
+            where, known = f"{place}[{i}].role", ", ".join(map(repr, ROLES))
+            raise RequestError(f"{where} must be one of {known}, got {role!r}", param=where)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _without_stops(request: Request) -> Request:
+    if not request.sampling.stop:
+        return request
+    return replace(request, sampling=replace(request.sampling, stop=()))

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextProcessor", "TokenText"]
+__all__ = ["ROLES", "TextProcessor", "TokenText"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Whom a message of a conversation may be from."""
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte-fallback vocabularies spell a byte
 _SAMPLE = "Hé, wörld:  1 日本 😀\n\tx"

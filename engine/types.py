@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -93,6 +94,8 @@ class SamplingParams:
         logprobs: report the log-probability of each emitted token and of so many best ones, at most 20;
             None reports nothing. Raw: before penalties, bias, temperature and truncation.
         prompt_logprobs: the same for the prompt's tokens.
+        stop: a string or several, of which the first to be complete ends the output before it. Text, so it is
+            for `LLM.generate` and `LLM.chat`, which look for them; the engine refuses what has any.
 
     Raises:
         RequestError: a value out of range, with the field's name.
@@ -115,6 +118,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    stop: SequenceOf[str] = ()
 
     def __post_init__(self) -> None:
         def check(ok: bool, param: str, rule: str) -> None:
@@ -123,6 +127,7 @@ class SamplingParams:
 
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number, at least 0")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
@@ -144,6 +149,7 @@ class SamplingParams:
             "bad_words",
             f"at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
         )
+        check(all(isinstance(each, str) and each for each in self.stop), "stop", "strings that are not empty")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}")
@@ -455,12 +461,14 @@ class EngineInfo:
 
         Raises:
             ContextLengthError: the prompt leaves no room, or prompt plus max_tokens do not fit.
-            RequestError: an empty prompt or a token id outside the vocabulary.
+            RequestError: an empty prompt, a token id outside the vocabulary, or stop strings.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
         wanted = sampling.max_tokens
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
+        if sampling.stop:
+            raise RequestError("stop strings go with LLM.generate and LLM.chat only", param="stop")
         for name, tokens in (
             ("prompt", prompt),
             ("prediction", request.prediction_token_ids),

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, faults, with_near
 from engine.errors import ConfigError
 
 __all__ = [
@@ -238,21 +238,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold 'setting: value' lines, not a {type(data).__name__}")
     if unknown := [str(key) for key in data if key not in Settings.model_fields]:
-        close = [next(iter(get_close_matches(key, Settings.model_fields, 1, 0.8)), None) for key in unknown]
-        told = (f"{key} ({meant}?)" if meant else key for key, meant in zip(unknown, close, strict=True))
-        raise ConfigError(f"unknown setting in {path}: {', '.join(told)}")
+        raise ConfigError(f"unknown setting in {path}: {with_near(unknown, Settings.model_fields)}")
     return data
 
 
 def _one_line(error: ValidationError, cli: Mapping[str, Any], config: Path | None) -> str:
-    """Each bad field once (a union reports one error per member), with the source that set it."""
-    messages: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False, include_input=False):
-        text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        text = text.partition(", unable to parse")[0]
-        messages.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(text)
+    """Each bad field with the source that set it."""
     in_file = "" if config is None else f" in {config}"
     return "; ".join(
-        (f"{source_of(field, cli) or field + in_file}: " if field else "") + ", or ".join(texts)
-        for field, texts in messages.items()
+        (f"{source_of(field, cli) or field + in_file}: " if field else "") + text
+        for field, text in faults(error).items()
     )

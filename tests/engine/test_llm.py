@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ import torch
 import engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ContextLengthError, ModelError, RequestError
-from engine.llm import LLM
-from engine.types import FinishReason, MedusaParams, Request, SamplingParams
+from engine.llm import LLM, Output
+from engine.types import FinishReason, MedusaParams, Request, SamplingParams, TokenDelta
 from tests.support import greedy, greedy_reference, save_model, tiny_llama
 
 
@@ -141,6 +142,48 @@ def test_a_stop_string_ends_its_output_only(llm: LLM) -> None:
         llm.generate("t5", stop="")
 
 
+def test_sampling_params_carry_stop_strings_too(llm: LLM) -> None:
+    """As in vLLM, for each prompt its own; `stop` beside them is for all."""
+    one, two = llm.generate(["t5 t6 t7", "t9 t1"], GREEDY)
+    stops = [f"t{output.token_ids[3]} " for output in (one, two)]
+
+    def ends(output: Output, stop: str) -> bool:
+        whole = {one.prompt_token_ids: one, two.prompt_token_ids: two}[output.prompt_token_ids]
+        cut = output.finish_reason is FinishReason.STOP and whole.text.startswith(output.text + stop)
+        assert cut or output.text == whole.text
+        return cut
+
+    each = [replace(GREEDY, stop=stops[0]), replace(GREEDY, stop=[stops[1]])]
+    assert [params.stop for params in each] == [(stops[0],), (stops[1],)]
+    assert hash(each[0]) != hash(each[1])
+    prompts = ["t5 t6 t7", "t9 t1"]
+    assert list(map(ends, llm.generate(prompts, each), stops)) == [True, True]
+    assert list(map(ends, llm.generate(prompts, [each[0], GREEDY]), stops)) == [True, False]
+    assert list(map(ends, llm.generate(prompts, [each[0], GREEDY], stop=stops[1]), stops)) == [True, True]
+    requests = [Request("a", (5, 6, 7), each[0]), Request("b", (9, 1), GREEDY)]
+    assert list(map(ends, llm.generate(requests), stops)) == [True, False]
+    with pytest.raises(RequestError, match="stop must be strings that are not empty"):
+        SamplingParams(stop=["a", ""])
+    # Where only tokens come out nobody would look for them.
+    with pytest.raises(RequestError, match="stop strings go with"):
+        next(llm.steps(requests))
+    llm.check()
+
+
+def test_an_output_is_shown_on_a_short_line(llm: LLM) -> None:
+    (short,) = llm.generate("t5", replace(GREEDY, max_tokens=2))
+    assert re.fullmatch(
+        r"Output\('offline-\d+', index=0, tokens=2, finish_reason='length', text=' t\d+ t\d+'\)", repr(short)
+    )
+    (long,) = llm.generate("t5", replace(GREEDY, max_tokens=60))
+    assert len(repr(long)) < 150
+    assert repr(long).endswith(f"text={long.text[:60] + '…'!r})")
+    assert repr(Output("r", 1, 0.0)) == "Output('r', index=1, tokens=0)"
+    failed = TokenDelta("r", 0, [], FinishReason.ERROR, error="no memory")
+    shown = "Output('r', index=0, tokens=0, finish_reason='error', error='no memory')"
+    assert repr(Output("r", 0, 0.0, deltas=[failed])) == shown
+
+
 def test_medusa_params_reach_the_requests(folder: Path) -> None:
     small = LLM(str(folder), device="cpu", block_size=4, max_model_len=64, tree=8, lookup=7)
     prompt = [5, 6, 7, 8] * 4
@@ -190,6 +233,13 @@ def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPat
     assert output.token_ids == greedy_reference(tiny_llama(), [5, 6, 9], 6)
     both = llm.chat([talk, talk[1:]], GREEDY)
     assert [each.prompt_token_ids for each in both] == [(5, 6, 9), (6, 9)]
+    for wrong, place in (
+        ([*talk, {"role": "usr", "content": "t7"}], "messages[2].role"),
+        ([talk, [{"content": "t7"}]], "messages[1][0].role"),
+    ):
+        with pytest.raises(RequestError, match=f"^{re.escape(place)} must be one of 'system', ") as caught:
+            llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
+        assert caught.value.param == place
 
 
 def test_a_chat_template_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
@@ -224,10 +274,19 @@ def test_a_name_and_settings_make_an_llm(folder: Path) -> None:
     assert small.info.max_model_len == 64
     assert small.default_sampling == SamplingParams(temperature=0.5, top_k=7)
     assert len(small.generate("t5")[0].token_ids) == 63  # to the context's end
-    with pytest.raises(ConfigError, match=r"max_len: Extra inputs"):
-        LLM("x", max_len=3)
-    with pytest.raises(ConfigError, match=r"tree: .*must be 'auto', 'off' or a number"):
+    for unknown, told in (
+        ({"max_len": 3}, "max_len (max_model_len?)"),
+        ({"port": 3}, "port"),
+        ({"port": 3, "max_num_seq": 3, "block_size": 4}, "max_num_seq (max_num_seqs?), port"),
+    ):
+        with pytest.raises(ConfigError, match=f"^the engine has no such setting: {re.escape(told)}$"):
+            LLM("x", **unknown)
+    with pytest.raises(ConfigError, match=r"^tree: must be 'auto', 'off' or a number"):
         LLM("x", tree=99)
+    with pytest.raises(
+        ConfigError, match=r"^device: must be a valid string; block_size: must be a valid int"
+    ):
+        LLM("x", block_size="four", device=0)
     with pytest.raises(ConfigError, match="block_size: put these into the EngineConfig"):
         LLM(EngineConfig(model="x"), block_size=4)
 

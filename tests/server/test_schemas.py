@@ -10,10 +10,11 @@ from openai.types.chat import completion_create_params as openai_params
 from pydantic import ValidationError
 
 from engine.errors import RequestError
+from engine.text import ROLES
 from engine.types import Acceptance, MedusaParams
 from server.errors import UnsupportedFieldError
 from server.schemas.base import Body
-from server.schemas.chat import ChatRequest
+from server.schemas.chat import ChatMessage, ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import Defaults
@@ -359,3 +360,8 @@ def test_a_million_wrong_elements_are_one_error(body: type[Body], fields: dict[s
     with pytest.raises(ValidationError) as caught:
         body.model_validate(known | fields)
     assert caught.value.error_count() == 1
+
+
+def test_roles_are_those_of_the_engine_offline() -> None:
+    """Which takes a tool's too, as it gives a template the messages as they are."""
+    assert set(typing.get_args(ChatMessage.model_fields["role"].annotation)) <= set(ROLES)
