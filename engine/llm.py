@@ -286,7 +286,7 @@ class LLM:
         single = not len(messages) or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if single else messages)
         for i, turns in enumerate(conversations):
-            _check_roles(turns, "messages" if single else f"messages[{i}]")
+            _check_messages(turns, "messages" if single else f"messages[{i}]")
         tokens = [self.text.encode_chat([dict(each) for each in turns]) for turns in conversations]
         return self._run(self._requests(tokens, sampling, medusa, grammar), stop, progress=progress)
 
@@ -454,8 +454,11 @@ def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
         raise ConfigError("; ".join(f"{name}: {text}" for name, text in faults(error).items())) from None
 
 
-def _check_roles(messages: Messages, place: str) -> None:
+def _check_messages(messages: Sequence[Any], place: str) -> None:
     for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            where = f"{place}[{i}]"
+            raise RequestError(f"{where} must be a dict with role and content, got {message!r}", param=where)
         if (role := message.get("role")) not in ROLES:
             where, known = f"{place}[{i}].role", ", ".join(map(repr, ROLES))
             raise RequestError(f"{where} must be one of {known}, got {role!r}", param=where)

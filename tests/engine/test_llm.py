@@ -240,6 +240,9 @@ def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPat
         with pytest.raises(RequestError, match=f"^{re.escape(place)} must be one of 'system', ") as caught:
             llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
         assert caught.value.param == place
+    for wrong, place in ((["t5"], "messages[0][0]"), ([*talk, "t5"], "messages[2]")):
+        with pytest.raises(RequestError, match=f"^{re.escape(place)} must be a dict with role and content"):
+            llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
 
 
 def test_a_chat_template_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
