@@ -43,7 +43,13 @@ MAX_KEPT_TEXT = 1 << 20
 COMPILER_THREADS = 2
 """So that one grammar that takes long does not hold up all others, and no flood of them takes every core."""
 
-MAX_GRAMMAR_BYTES = {"json_schema": 1 << 18, "choice": 1 << 18, "regex": 1 << 16, "grammar": 1 << 16}
+MAX_GRAMMAR_BYTES = {
+    "json_schema": 1 << 18,
+    "choice": 1 << 18,
+    "tools": 1 << 18,
+    "regex": 1 << 16,
+    "grammar": 1 << 16,
+}
 """Of the text of each kind: more is a mistake or an attack. Nothing else bounds what llguidance takes for it:
 of terminals that name terminals, the worst so far, the square of their number, two seconds for 64 KiB."""
 
@@ -59,11 +65,12 @@ class GrammarSpec(NamedTuple):
 
     Args:
         kind: what the text is: a JSON schema, a regular expression (of Rust's regex crate), a JSON list of
-            the strings to choose from, or a grammar in Lark's or in llama.cpp's GBNF notation.
+            the strings to choose from, a grammar in Lark's or in llama.cpp's GBNF notation, or the server's
+            own, in Lark's, for calls of tools.
         text: of it.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "tools"]
     text: str
 
 
@@ -287,6 +294,7 @@ _NAMES = {
     "regex": "regular expression",
     "choice": "list of strings",
     "grammar": "grammar",
+    "tools": "grammar of calls",
 }
 
 
@@ -299,4 +307,6 @@ def _text(spec: GrammarSpec) -> str:
         if not isinstance(strings, list) or not strings or not all(isinstance(x, str) and x for x in strings):
             raise ValueError("one string is needed at least, and none may be empty")
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(x) for x in strings))
+    if spec.kind == "tools":
+        return LLMatcher.grammar_from_lark(spec.text)
     return grammar_from(spec.kind, spec.text)

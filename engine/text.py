@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from engine import faults
+from engine.chat_template import check_template, check_variables, reads_tools
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
-from engine.errors import ModelError, RequestError
+from engine.errors import RequestError
+from engine.tool_prompt import has_calls, in_plain_messages
 from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 if TYPE_CHECKING:
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +56,9 @@ class TextProcessor:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._chat_template = chat_template
-        self._check_template()
+        for template in (self.chat_template, self.chat_template_for(tools=True)):
+            if template is not None:
+                check_template(template)
         # A first call resets truncation and padding that tokenizer.json may ask for; later calls change
         # nothing, so encoding in one thread and decoding in another is safe.
         tokenizer.encode("", verbose=False)
@@ -109,6 +109,7 @@ class TextProcessor:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
@@ -116,10 +117,13 @@ class TextProcessor:
     ) -> list[int]:
         """Token ids of a conversation as the chat template writes it.
 
-        A role `developer` that the template does not know is written as `system`.
+        A role `developer` that the template does not know is written as `system`, and tools that it does
+        not know as `tool_prompt` says.
 
         Args:
-            messages: `{"role", "content"}` with text as content.
+            messages: `{"role", "content"}` with text as content; an assistant's may have `tool_calls` with
+                arguments as objects, and one of role `tool` has what one of them returned.
+            tools: `{"type": "function", "function": {name, description, parameters}}`.
             add_generation_prompt: end with what opens an answer.
             continue_final_message: leave the last message open, so that the output goes on with it.
             add_special_tokens: add the tokenizer's BOS and the like to what the template writes.
@@ -130,6 +134,7 @@ class TextProcessor:
         """
         text = self.render_chat(
             messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
@@ -140,6 +145,7 @@ class TextProcessor:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
@@ -152,7 +158,7 @@ class TextProcessor:
         """
         from jinja2 import TemplateError  # transformers' own dependency, needed only here
 
-        template = self.chat_template
+        template = self.chat_template_for(tools=bool(tools))
         if not template:
             raise RequestError(
                 "this model's tokenizer has no chat template; use /v1/completions, or start the server with "
@@ -162,10 +168,12 @@ class TextProcessor:
         if "developer" not in template:
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
         try:
+            if not reads_tools(template) and (tools or has_calls(messages)):
+                messages, tools = in_plain_messages(messages, tools), ()
             if template_kwargs:
-                _check_variables(template, template_kwargs)
+                check_variables(template, template_kwargs)
             # Rendered and encoded apart: the template writes BOS and the like itself.
-            usual = not (continue_final_message or template_kwargs) and _are_usual(messages)
+            usual = not (continue_final_message or template_kwargs or tools) and _are_usual(messages)
             if usual and (compiled := self._compiled) is not None:
                 # What transformers does for all others takes as long again.
                 usual_text = compiled(template).render(
@@ -178,6 +186,7 @@ class TextProcessor:
                 return str(usual_text)
             text = self.tokenizer.apply_chat_template(
                 messages,
+                tools=list(tools) or None,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -194,11 +203,15 @@ class TextProcessor:
     @property
     def chat_template(self) -> str | None:
         """Jinja source of the template in use; of a tokenizer's several, the default one."""
+        return self.chat_template_for(tools=False)
+
+    def chat_template_for(self, *, tools: bool) -> str | None:
+        """Jinja source of the template in use, which some tokenizers have another of for tools."""
         if self._chat_template is not None:
             return self._chat_template
         own = self.tokenizer.chat_template
         if isinstance(own, dict):
-            own = own.get("default")
+            own = (tools and own.get("tool_use")) or own.get("default")
         return str(own) if own else None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -225,6 +238,11 @@ class TextProcessor:
             return TokenText(name, name.encode() if special_is_text else None)
         data = self._token_bytes[token_id]
         return TokenText(data.decode("utf-8", "replace"), data)
+
+    def special_token_id(self, name: str) -> int | None:
+        """The special token that is spelled so, or None."""
+        token_id = self.tokenizer.get_added_vocab().get(name)
+        return token_id if token_id in self._special_ids else None
 
     def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """The token sequences to keep out of an output that must not hold these words, as in vLLM.
@@ -265,6 +283,7 @@ class TextProcessor:
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown: Set[int] = frozenset(),
         include_stop: bool = False,
         aligned: bool = False,
     ) -> Detokenizer:
@@ -276,6 +295,7 @@ class TextProcessor:
             stop: the output ends before the first of these to be complete in it.
             min_tokens: a stop string that is complete within so many tokens is text like any other.
             skip_special_tokens: leave special tokens out of the text.
+            shown: of those, the ones that are text all the same.
             include_stop: the stop string itself is the end of the text.
             aligned: tell where the text of each token begins (`TextDelta.starts`).
 
@@ -284,7 +304,7 @@ class TextProcessor:
         """
         if "" in stop:
             raise RequestError("a stop string must not be empty", param="stop")
-        skipped = self._special_ids if skip_special_tokens else frozenset()
+        skipped = self._special_ids - shown if skip_special_tokens else frozenset()
         source: TextSource
         if self._byte_level:
             source = ByteText(self._token_bytes, skipped)
@@ -303,17 +323,6 @@ class TextProcessor:
         # The tokenizer's class may decode in a way of its own.
         sample = self.encode(_SAMPLE, add_special_tokens=False)
         return b"".join(map(_spelled_bytes, self.token_strings(sample))) == self.decode(sample).encode()
-
-    def _check_template(self) -> None:
-        """Raises ModelError if the template in use cannot be parsed: now and not at the first request."""
-        from jinja2 import Environment, TemplateSyntaxError
-
-        if self.chat_template is None:
-            return
-        try:
-            Environment(extensions=_template_extensions()).parse(self.chat_template)
-        except TemplateSyntaxError as error:
-            raise ModelError(f"the chat template is not valid Jinja, line {error.lineno}: {error}") from error
 
     @cached_property
     def _compiled(self) -> Callable[[str], Any] | None:
@@ -361,43 +370,6 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
         for name in ("encode", "_encode_plus")
     )
     return tokenizer.backend_tokenizer if as_usual else None
-
-
-@functools.cache
-def _template_extensions() -> tuple[type[Extension] | str, ...]:
-    """What chat templates may use beyond Jinja: break and continue, and transformers' generation block."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as the base class declares it
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    return (Generation, loopcontrols)
-
-
-def _check_variables(template: str, given: Iterable[str]) -> None:
-    """Raises RequestError for a variable that would have no effect, or is not the request's to give."""
-    if unknown := sorted(set(given) - _template_variables(template)):
-        param = f"chat_template_kwargs.{unknown[0]}"
-        raise RequestError(f"{param}: this model's chat template has no such variable", param=param)
-
-
-@functools.lru_cache(maxsize=8)
-def _template_variables(template: str) -> frozenset[str]:
-    """What a request may set: the variables the template reads, less those that are ours to give."""
-    from jinja2 import Environment, meta
-    from transformers import PreTrainedTokenizerBase
-
-    found = meta.find_undeclared_variables(Environment(extensions=_template_extensions()).parse(template))
-    ours = {"messages", "tools", "documents", "raise_exception", "strftime_now"}
-    ours |= set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    ours |= {name for name in found if name.endswith("_token")}  # bos_token and the like
-    return frozenset(found) - ours
 
 
 class _TokenBytes(dict[int, bytes]):

@@ -19,12 +19,14 @@ from engine.text import TokenText
 from engine.types import TokenLogprobs
 from server.responses import (
     ChatChunk,
+    ChatFinishReasonName,
     ChatLogprobs,
     CompletionChunk,
     CompletionLogprobs,
     FinishReasonName,
     PromptLogprob,
     StopReason,
+    ToolCallDelta,
     Usage,
 )
 
@@ -170,14 +172,16 @@ class ChatWriter(_EventWriter):
         index: int,
         content: str,
         logprobs: Sequence[TokenLogprobs] | None,
-        finish_reason: FinishReasonName | None,
+        finish_reason: ChatFinishReasonName | None,
         stop_reason: StopReason = None,
+        tool_calls: Sequence[ToolCallDelta] = (),
     ) -> bytes:
         """The events of what one step gave a choice; may be none.
 
         The first event of a choice names its role, the last, with an empty delta, why it ended.
         """
-        if finish_reason is None and logprobs is None and (around := self._around_text.get(index)):
+        plain = finish_reason is None and logprobs is None and not tool_calls
+        if plain and (around := self._around_text.get(index)):
             return self._event_of(content, around)
         events = b""
         if index not in self._started:
@@ -191,6 +195,9 @@ class ChatWriter(_EventWriter):
         if content or logprobs:
             entries = "null" if logprobs is None else self._logprobs(logprobs)
             events += self._chunk(index, f'{{"content":{encode_basestring(content)}}}', entries)
+        if tool_calls:
+            calls = ",".join(map(to_json, tool_calls))
+            events += self._chunk(index, f'{{"tool_calls":[{calls}]}}')
         if finish_reason is not None:
             events += self._chunk(index, "{}", end=_end(finish_reason, stop_reason))
         return events
@@ -232,7 +239,7 @@ class CompletionWriter(_EventWriter):
         )
 
 
-def _end(finish_reason: FinishReasonName | None, stop_reason: StopReason) -> str:
+def _end(finish_reason: ChatFinishReasonName | None, stop_reason: StopReason) -> str:
     """A choice's finish reason and, where it has one, what follows: its stop reason."""
     if finish_reason is None:
         return "null"

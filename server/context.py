@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.prompts import Prompts
 from server.schemas.base import GenerationDefaults
 from server.settings import Settings
+from server.tool_formats import ToolFormat, format_of
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
@@ -54,6 +55,7 @@ class ServerContext:
     )
     prompts: Prompts = field(init=False)
     grammars: Grammars = field(init=False)
+    tool_format: ToolFormat = field(init=False)
     model_names: tuple[str, ...] = field(init=False)
     """All names clients may use, the main one first."""
     fingerprint: str = field(init=False)
@@ -63,6 +65,7 @@ class ServerContext:
         described = json.dumps([__version__, asdict(self.engine.info)], sort_keys=True)
         self.model_names = self.settings.model_names  # which looks at the disk
         self.prompts = Prompts(self.text)
+        self.tool_format = format_of(self.text, self.settings.tool_call_parser)
         self.grammars = Grammars(GrammarCompiler(self.text.tokenizer, self.defaults.eos_token_ids))
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 

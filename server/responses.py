@@ -11,6 +11,7 @@ __all__ = [
     "ChatChunk",
     "ChatCompletion",
     "ChatDelta",
+    "ChatFinishReasonName",
     "ChatLogprobs",
     "ChunkChoice",
     "Completion",
@@ -31,6 +32,10 @@ __all__ = [
     "StopReason",
     "TokenLogprob",
     "TokenizeResponse",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallFunction",
+    "ToolCallFunctionDelta",
     "TopLogprob",
     "Usage",
 ]
@@ -86,21 +91,39 @@ class PromptLogprob(BaseModel):
 
 FinishReasonName = Literal["stop", "length"]
 
+ChatFinishReasonName = Literal["stop", "length", "tool_calls"]
+
 StopReason = str | int | None
 """vLLM's: the request's stop string or stop token id that ended a choice; null where neither did."""
 
 
+class ToolCallFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of one of the request's functions; the arguments are JSON if the model wrote JSON."""
+
+    id: str
+    type: Literal["function"]
+    function: ToolCallFunction
+
+
 class ResponseMessage(BaseModel):
+    """Content is null where calls are all there is; without calls there is no field of them."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ResponseMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonName
+    finish_reason: ChatFinishReasonName
     stop_reason: StopReason
 
 
@@ -117,16 +140,33 @@ class ChatCompletion(BaseModel):
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
 
 
+class ToolCallFunctionDelta(BaseModel):
+    """The name comes with a call's first arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """More of the call with this index."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: ToolCallFunctionDelta
+
+
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonName | None
+    finish_reason: ChatFinishReasonName | None
     stop_reason: StopReason = None
 
 

@@ -67,11 +67,13 @@ class TextOptions:
         stop: the output ends before the first of these strings.
         include_stop: it ends after it, and a token that ended it is text too.
         skip_special_tokens: leave special tokens out.
+        shown: of these, the ones to leave in.
     """
 
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    shown: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -137,6 +139,7 @@ class Generation:
                 stop=options.stop,
                 min_tokens=request.sampling.min_tokens,
                 skip_special_tokens=options.skip_special_tokens,
+                shown=options.shown,
                 include_stop=options.include_stop,
                 aligned=self._wants_logprobs,
             )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import jsonschema
 import openai
 import pydantic
 import pytest
@@ -223,3 +224,47 @@ def test_an_object_of_json_is_one(lookup: Server) -> None:
     ]
     assert choice.finish_reason == "stop"
     assert isinstance(json.loads(choice.message.content), dict)
+
+
+def test_calls_of_tools_follow_their_schemas_tree_on_or_off(plain: Server, lookup: Server) -> None:
+    """The real model is too small to call on its own; where it has to, it cannot be wrong."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    }
+    function = {"name": "get_weather", "description": "The weather of a city", "parameters": schema}
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "tools": [{"type": "function", "function": function}],
+        "max_tokens": 60,
+    }
+    forced = asked | {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
+    made = []
+    for server in (plain, lookup):
+        choice = ask(server, **forced).choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        (call,) = choice.message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+        streamed = [chunk.choices[0].delta.tool_calls for chunk in ask(server, **forced, stream=True)]
+        told = [delta.function for deltas in streamed for delta in deltas or ()]
+        assert told[0].name == "get_weather"
+        assert "".join(function.arguments for function in told) == call.function.arguments
+        made.append(call)
+    assert made[0].function == made[1].function
+
+    # Whether calls have to be right does not change what is no call.
+    texts = {
+        ask(server, **asked, **fields).choices[0].message.content
+        for server in (plain, lookup)
+        for fields in ({}, {"parallel_tool_calls": False})
+    }
+    assert len(texts) == 1
+    result = {"role": "tool", "tool_call_id": made[0].id, "content": "21 degrees"}
+    back = [*asked["messages"], {"role": "assistant", "tool_calls": [made[0].model_dump()]}, result]
+    answers = {
+        ask(server, **asked | {"messages": back}).choices[0].message.content for server in (plain, lookup)
+    }
+    assert len(answers) == 1
+    assert answers != texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 from fastapi import APIRouter, Request as HttpRequest
@@ -12,7 +13,14 @@ from engine.errors import RequestError
 from engine.types import TokenLogprobs
 from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
-from server.responses import ChatChoice, ChatCompletion, FinishReasonName, ResponseMessage, StopReason
+from server.responses import (
+    ChatChoice,
+    ChatCompletion,
+    ChatFinishReasonName,
+    FinishReasonName,
+    ResponseMessage,
+    StopReason,
+)
 from server.routes.body_route import BodyRoute
 from server.routes.generate import (
     ERRORS,
@@ -24,7 +32,9 @@ from server.routes.generate import (
     text_options,
 )
 from server.schemas.chat import ChatRequest
+from server.schemas.structured import Constraint
 from server.streaming import Generation, TextPiece, take_all
+from server.tool_use import CallReader, calls_constraint
 
 __all__ = ["router"]
 
@@ -46,7 +56,7 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
     """Everything that can be refused is refused here, before a status is sent."""
     text = context.text
     sampling = await sampling_of(body, context)
-    grammar = await grammar_of(body, context, record)
+    grammar = await grammar_of(_constraint_of(body, context), context, record)
     prediction: list[int] = []
     if body.prediction_text:
         prediction = await context.encoded(
@@ -58,11 +68,19 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
     prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
     request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
     try:
-        return Generation(context, record, request, text_options(body))
+        shown = context.tool_format.shown if body.callable_tools else frozenset()
+        return Generation(context, record, request, text_options(body, shown))
     except RequestError as error:
         if error.param == "prompt":
             error.param = "messages"  # the client gave no tokens, only these
         raise
+
+
+def _constraint_of(body: ChatRequest, context: ServerContext) -> Callable[[], Constraint] | None:
+    """What writes the grammar of an answer that has to follow one."""
+    if body.calls_follow_grammar:
+        return partial(calls_constraint, body, context.tool_format)
+    return body.constraint_of
 
 
 class _Answer:
@@ -80,12 +98,17 @@ class _Answer:
         self._heading = Heading(self.completion_id, int(time.time()), body.model, context.fingerprint)
         usage = (lambda: generation.usage) if body.include_usage else None
         self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
+        tools = body.callable_tools
+        self._calls = CallReader(context.tool_format, tools) if tools else None
 
     def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""
-        return self._writer.step(
-            piece.index, piece.text, piece.logprobs, piece.finish_reason, piece.stop_reason
-        )
+        content, reason = piece.text, piece.finish_reason
+        if self._calls is None:
+            return self._writer.step(piece.index, content, piece.logprobs, reason, piece.stop_reason)
+        content, calls = self._calls.read(piece.index, content, final=reason is not None)
+        told = None if reason is None else self._why(piece.index, reason)
+        return self._writer.step(piece.index, content, piece.logprobs, told, piece.stop_reason, calls)
 
     def end(self) -> bytes:
         """See `Answer.end`."""
@@ -108,6 +131,14 @@ class _Answer:
             return await self._context.in_thread(self._render, texts, logprobs, reasons)
         return self._render(texts, logprobs, reasons)
 
+    def _why(self, index: int, reason: FinishReasonName) -> ChatFinishReasonName:
+        return reason if self._calls is None else self._calls.finish_reason(index, reason)
+
+    def _message(self, index: int, text: str) -> ResponseMessage:
+        if self._calls is not None:
+            return self._calls.message(index, text)
+        return ResponseMessage(role="assistant", content=text, refusal=None)
+
     def _render(
         self,
         texts: dict[int, list[str]],
@@ -117,9 +148,9 @@ class _Answer:
         choices = [
             ChatChoice(
                 index=index,
-                message=ResponseMessage(role="assistant", content="".join(texts[index]), refusal=None),
+                message=self._message(index, "".join(texts[index])),
                 logprobs=chat_logprobs(logprobs[index], self._read) if self._body.logprobs else None,
-                finish_reason=reasons[index][0],
+                finish_reason=self._why(index, reasons[index][0]),
                 stop_reason=reasons[index][1],
             )
             for index in sorted(texts)

@@ -58,7 +58,7 @@ async def completions(body: CompletionRequest, http: HttpRequest, context: Conte
             "that this server holds",
             param="prompt",
         )
-    grammar = await grammar_of(body, context, record)
+    grammar = await grammar_of(body.constraint_of, context, record)
     requests: list[Request] = []
     echoes: list[_Echo] = []
     for i, prompt in enumerate(body.prompts):

@@ -20,7 +20,7 @@ from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.events import EventStream
 from server.responses import ErrorBody
 from server.schemas.base import GenerationBody
-from server.schemas.structured import ConstrainedBody
+from server.schemas.structured import Constraint
 from server.streaming import Pieces, TextOptions, TextPiece, unless_disconnected
 
 __all__ = [
@@ -84,27 +84,33 @@ async def sampling_of(body: GenerationBody, context: ServerContext) -> SamplingP
     return body.sampling(context.defaults, context.engine.info.vocab_size, bad_words)
 
 
-async def grammar_of(body: ConstrainedBody, context: ServerContext, record: RequestRecord) -> Grammar | None:
+async def grammar_of(
+    constraint_of: Callable[[], Constraint] | None, context: ServerContext, record: RequestRecord
+) -> Grammar | None:
     """What each answer of a request has to follow.
+
+    Args:
+        constraint_of: writes the grammar; None where there is none.
 
     Raises:
         RequestError: it cannot be compiled; the message says where it stands and why.
     """
-    if not body.constrained_by:
+    if constraint_of is None:
         return None
-    constraint = await context.encoded(record, body.constraint)
+    constraint = await context.encoded(record, constraint_of)
     try:
         return await context.grammars.compiled(constraint.spec)
     except RequestError as error:
         raise RequestError(f"{constraint.place}: {error}", param=constraint.param) from error
 
 
-def text_options(body: GenerationBody) -> TextOptions:
-    """How a request wants its text."""
+def text_options(body: GenerationBody, shown: frozenset[int] = frozenset()) -> TextOptions:
+    """How a request wants its text, with the special tokens in it that are to be read here."""
     return TextOptions(
         stop=tuple(body.stop or ()),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
+        shown=shown,
     )
 
 

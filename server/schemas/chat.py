@@ -23,6 +23,7 @@ from server.schemas.base import (
     without_unsupported,
 )
 from server.schemas.structured import ConstrainedBody
+from server.schemas.tools import MAX_CALLS, MAX_TOOLS, MessageToolCall, NamedTool, Tool, called_arguments
 
 __all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
 
@@ -31,16 +32,16 @@ Content = Annotated[_Parts, BeforeValidator(parts, json_schema_input_type=str | 
 _Pairs = Annotated[dict[str, str], Field(max_length=MAX_METADATA)]
 Metadata = Annotated[_Pairs, BeforeValidator(at_most(MAX_METADATA), json_schema_input_type=_Pairs)]
 
+ToolCalls = Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),
     "reasoning": (),
     "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 """An assistant's message may come back as the client got it, so its empty fields pass."""
 
@@ -50,18 +51,63 @@ class ChatMessage(Body):
 
     UNSUPPORTED = _UNSUPPORTED_IN_MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
+    tool_calls: ToolCalls | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
-    def as_template_input(self) -> dict[str, Any]:
-        """The message with its text parts joined by newlines, as in vLLM."""
-        return {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
+
+    def check(self, path: str) -> None:
+        """Raises RequestError for a field that does not go with the role; `path` is the message's."""
+        if self.role != "assistant" and self.tool_calls:
+            param = f"{path}.tool_calls"
+            raise RequestError(f"{param} goes with role 'assistant'", param=param)
+        for name, value in (("tool_call_id", self.tool_call_id), ("name", self.name)):
+            if self.role != "tool" and value is not None:
+                param = f"{path}.{name}"
+                raise UnsupportedFieldError(f"{param} goes with role 'tool' only", param=param)
+        if self.role == "tool" and self.tool_call_id is None:
+            param = f"{path}.tool_call_id"
+            raise RequestError(f"{param} is missing: the id of the call that returned it", param=param)
+
+    def as_template_input(self, path: str) -> dict[str, Any]:
+        """The message with its text parts joined by newlines, as in vLLM, and arguments as objects.
+
+        Raises:
+            RequestError: arguments that are none.
+        """
+        message: dict[str, Any] = {
+            "role": self.role,
+            "content": "\n".join(part.text for part in self.content),
+        }
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": called_arguments(call, f"{path}.tool_calls[{i}]"),
+                    },
+                }
+                for i, call in enumerate(self.tool_calls)
+            ]
+        told = {"tool_call_id": self.tool_call_id, "name": self.name}
+        return message | {name: value for name, value in told.items() if value is not None}
 
 
 class Conversation(Body):
     """The fields that say what the chat template is to write."""
 
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -92,6 +138,27 @@ class Conversation(Body):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fields_fit_roles(self) -> Self:
+        for i, message in enumerate(self.messages or ()):
+            message.check(f"messages[{i}]")
+        return self
+
+    @model_validator(mode="after")
+    def _one_tool_of_a_name(self) -> Self:
+        names: set[str] = set()
+        for i, tool in enumerate(self.tools or ()):
+            if tool.function.name in names:
+                param = f"tools[{i}].function.name"
+                raise RequestError(f"{param}: another tool is called {tool.function.name!r}", param=param)
+            names.add(tool.function.name)
+        return self
+
+    @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the template writes."""
+        return list(self.tools or ())
+
     def template_options(self) -> dict[str, Any]:
         """The options of `TextProcessor.encode_chat`."""
         continues = bool(self.continue_final_message)
@@ -100,11 +167,12 @@ class Conversation(Body):
             "continue_final_message": continues,
             "add_special_tokens": bool(self.add_special_tokens),
             "template_kwargs": self.chat_template_kwargs or {},
+            "tools": [tool.as_template_input() for tool in self.told_tools],
         }
 
     def template_input(self) -> list[dict[str, Any]]:
-        """The messages for `TextProcessor.encode_chat`."""
-        return [message.as_template_input() for message in self.messages or ()]
+        """The messages for `TextProcessor.encode_chat`. Raises RequestError: arguments that are no JSON."""
+        return [message.as_template_input(f"messages[{i}]") for i, message in enumerate(self.messages or ())]
 
 
 class Prediction(Body):
@@ -135,12 +203,9 @@ class ChatRequest(ConstrainedBody, Conversation):
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True,),
         "prompt_cache_options": ({},),
         "prompt_cache_retention": ("in_memory",),
         "reasoning_effort": ("none",),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
         "web_search_options": (),
         # vLLM's
@@ -159,6 +224,8 @@ class ChatRequest(ConstrainedBody, Conversation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     metadata: Metadata | None = Field(None, description="No effect.")
     safety_identifier: str | None = Field(None, description="No effect.")
@@ -175,6 +242,55 @@ class ChatRequest(ConstrainedBody, Conversation):
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        given = {"tool_choice": self.must_call, "parallel_tool_calls": self.parallel_tool_calls is False}
+        if not self.tools and (without := [name for name, is_given in given.items() if is_given]):
+            raise RequestError(f"{without[0]} is only allowed when tools are given", param=without[0])
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if all(tool.function.name != name for tool in self.tools or ()):
+                param = "tool_choice.function.name"
+                raise RequestError(f"{param}: none of the tools is called {name!r}", param=param)
+        if not self.callable_tools:
+            return self
+        others = [name for name in self.constrained_by if name != "response_format"]
+        if others:
+            message = f"{others[0]} does not go with tools: use response_format, or tool_choice 'none'"
+            raise RequestError(message, param=others[0])
+        if self.calls_follow_grammar and self.min_tokens:
+            raise RequestError(
+                "min_tokens cannot be set where calls follow a grammar (tool_choice other than 'auto', "
+                "strict tools, parallel_tool_calls false): where the grammar ends, so does the answer",
+                param="min_tokens",
+            )
+        return self
+
+    @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of: with `tool_choice` none, none."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice is not None and self.tool_choice not in ("none", "auto")
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.told_tools if tool.function.name == name]
+        return self.told_tools
+
+    @property
+    def calls_follow_grammar(self) -> bool:
+        """Whether calls cannot be wrong: unless they have to be right, what is drawn need not wait for it."""
+        tools = self.callable_tools
+        strict = any(tool.function.strict for tool in tools) or self.parallel_tool_calls is False
+        return bool(tools) and (strict or self.must_call or bool(self.constrained_by))
 
     @property
     def prediction_text(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -162,6 +162,11 @@ class ConstrainedBody(GenerationBody):
         if self.response_format is not None and self.response_format.type != "text":
             given.insert(0, "response_format")
         return given
+
+    @property
+    def constraint_of(self) -> Callable[[], Constraint] | None:
+        """`constraint`, where the request asks for one."""
+        return self.constraint if self.constrained_by else None
 
     def constraint(self) -> Constraint:
         """The grammar that the field of `constrained_by` asks for. Takes longer for a larger schema.

@@ -13,7 +13,7 @@ from server.schemas.chat import Conversation
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest"]
 
-_ONLY_WITH_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_ONLY_WITH_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 class TokenizeRequest(Conversation):
@@ -22,7 +22,6 @@ class TokenizeRequest(Conversation):
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "chat_template": (),
         "mm_processor_kwargs": ({},),
-        "tools": ([],),
     }
 
     model: str | None = None

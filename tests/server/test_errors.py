@@ -37,7 +37,8 @@ def test_field_path() -> None:
     [
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"tools": [{}]}, "tools"),
+        ({"functions": [{}]}, "functions"),
+        ({"tools": [{}]}, "tools[0].type"),
         ({"nonsense": 1}, "nonsense"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
@@ -153,7 +154,8 @@ def test_messages_speak_of_json(hello: RunningServer, fields: dict[str, Any], me
         ("store", True, "invalid_value"),
         ("stream_options", {"include_usage": True}, "invalid_value"),
         ("chat_template_kwargs", {"unread": 1}, "invalid_value"),
-        ("tools", [{}], "unsupported_parameter"),
+        ("tool_choice", "required", "invalid_value"),
+        ("functions", [{}], "unsupported_parameter"),
         ("unknown", 1, "unsupported_parameter"),
     ],
 )
@@ -166,14 +168,14 @@ def test_what_would_be_ignored_has_the_documented_code(
 @pytest.mark.parametrize(
     ("fields", "instead"),
     [
-        ({"tools": [{}]}, "tools is not supported: leave it out, or send null or []"),
+        ({"functions": [{}]}, "functions is not supported: leave it out, or send null or []"),
         (
-            {"tool_choice": "required"},
-            'tool_choice is not supported: leave it out, or send null or "none" or "auto"',
+            {"function_call": {"name": "f"}},
+            'function_call is not supported: leave it out, or send null or "none" or "auto"',
         ),
         (
-            {"messages": [{"role": "user", "content": "a", "name": "b"}]},
-            "messages[0].name is not supported: leave it out, or send null",
+            {"messages": [{"role": "user", "content": "a", "audio": {"id": "b"}}]},
+            "messages[0].audio is not supported: leave it out, or send null",
         ),
     ],
 )

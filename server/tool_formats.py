@@ -1,0 +1,157 @@
+"""Ways in which models write calls of tools: what to read, and grammars that let nothing else be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
+
+from engine.chat_template import reads_tools
+from engine.grammar import GrammarSpec
+from engine.tool_prompt import CALL_BEGIN, CALL_END
+from server.tool_calls import ToolCallParser
+
+if TYPE_CHECKING:
+    from engine.text import TextProcessor
+
+__all__ = ["FORMATS", "Function", "ToolFormat", "format_of"]
+
+_AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as `json.dumps` writes it: what models were shown, and no tokens for white space."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that may be called: its name, and the JSON schema of its arguments; None if it has none."""
+
+    name: str
+    parameters: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """One way of writing calls.
+
+    Args:
+        name: as the setting has it.
+        begin: what opens calls, text or a token of its own.
+        end: what closes them.
+        bare: an answer that begins with a brace is a call.
+        listed: calls are a JSON list.
+        parameters: the arguments' key.
+        begin_id: of `begin`, where it is a special token, which is no text otherwise.
+    """
+
+    name: Literal["hermes", "llama3_json", "mistral"]
+    begin: str
+    end: str = ""
+    bare: bool = False
+    listed: bool = False
+    parameters: str = "arguments"
+    begin_id: int | None = None
+
+    @property
+    def shown(self) -> frozenset[int]:
+        """Special tokens that have to be in the text for calls to be found there."""
+        return frozenset() if self.begin_id is None else frozenset({self.begin_id})
+
+    def new_id(self) -> str:
+        """Of a call, as OpenAI's look; Mistral's templates take nine letters and digits only."""
+        return uuid4().hex[:9] if self.name == "mistral" else f"call_{uuid4().hex[:24]}"
+
+    def parser(self, names: Set[str]) -> ToolCallParser:
+        """For one answer that may call the functions of these names."""
+        return ToolCallParser(self.begin, self.end, self.bare, names)
+
+    def grammar(
+        self, functions: Sequence[Function], *, text: bool, schema: Mapping[str, Any] | None, several: bool
+    ) -> GrammarSpec:
+        """What an answer may be, in llguidance's form of Lark.
+
+        Args:
+            functions: that may be called.
+            text: it may also be, or begin with, text that is no call.
+            schema: or JSON of this schema, instead of text.
+            several: there may be several calls.
+
+        Raises:
+            RecursionError: a schema is nested too deeply to be written.
+        """
+        rules = ["%llguidance {}", *self._answers(text, schema is not None, several)]
+        rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+        for i, function in enumerate(functions):
+            opening = f'{{"name": {json.dumps(function.name)}, "{self.parameters}": '
+            rules.append(f'call_{i}: {json.dumps(opening)} arguments_{i} "}}"')
+            rules.append(f"arguments_{i}: %json {_schema(function.parameters)}")
+        if schema is not None:
+            rules.append(f"body: %json {json.dumps(schema)}")
+        return GrammarSpec("tools", "\n".join(rules))
+
+    def _answers(self, text: bool, body: bool, several: bool) -> list[str]:
+        """The rules for all but `call`, a call's object, and `body`."""
+        other = " | body" if body else " | TEXT" if text else ""
+        if self.bare:
+            # Text that begins with a brace would be read as a call.
+            return [f"start: call{other}", r"TEXT: /[^{\s](.|\n)*/"]
+        if self.listed:
+            behind, more = '" "? "[" call more "]"', '(", " call)*' if several else '""'
+        else:
+            behind, more = f'"\\n" call "\\n{self.end}" more', r'("\n" one)*' if several else '""'
+        begin = f'"{self.begin}"' if self.begin_id is None else f"<[{self.begin_id}]>"
+        calls = "one"
+        if text and not body:
+            # Lazy: as soon as the text has what opens calls, they begin. A token can be no part of text.
+            calls = "TEXT one" if self.begin_id is not None else "opening behind"
+        return [
+            f"start: {calls}{other}",
+            f"one: {begin} behind",
+            f"behind: {behind}",
+            f"more: {more}",
+            rf"opening[lazy]: /(.|\n)*/ {begin}" if calls == "opening behind" else "",
+            r"TEXT: /(.|\n)*/",
+        ]
+
+
+FORMATS: dict[str, ToolFormat] = {
+    each.name: each
+    for each in (
+        ToolFormat("hermes", CALL_BEGIN, CALL_END),
+        ToolFormat("llama3_json", "<|python_tag|>", bare=True, parameters="parameters"),
+        ToolFormat("mistral", "[TOOL_CALLS]", listed=True),
+    )
+}
+"""By name: of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral."""
+
+
+def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
+    """The way a model writes calls.
+
+    Args:
+        text: has the model's template and tokens.
+        name: of a format, or "auto" for the one that the template shows. Where it shows none, it is Hermes's,
+            in which a template that knows no tools is helped out.
+    """
+    if name == "auto":
+        name = _shown_in(text.chat_template_for(tools=True) or "")
+    chosen = FORMATS[name]
+    return replace(chosen, begin_id=text.special_token_id(chosen.begin))
+
+
+def _shown_in(template: str) -> str:
+    if template and reads_tools(template):
+        if "[TOOL_CALLS]" in template:
+            return "mistral"
+        if CALL_BEGIN not in template and '"parameters"' in template and "ipython" in template:
+            return "llama3_json"
+    return "hermes"
+
+
+def _schema(parameters: Mapping[str, Any] | None) -> str:
+    """Of arguments, which are an object whatever else the schema says."""
+    schema: dict[str, Any] = {"additionalProperties": False} if parameters is None else dict(parameters)
+    schema["x-guidance"] = _AS_TEMPLATES_WRITE
+    if "$ref" not in schema:
+        schema.setdefault("type", "object")
+    return json.dumps(schema)

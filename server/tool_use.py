@@ -1,0 +1,97 @@
+"""One request's tools: the grammar that its calls follow, and the calls in its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from engine.errors import RequestError
+from server.responses import (
+    ChatFinishReasonName,
+    FinishReasonName,
+    ResponseMessage,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallFunction,
+    ToolCallFunctionDelta,
+)
+from server.schemas.chat import ChatRequest
+from server.schemas.structured import Constraint
+from server.schemas.tools import NamedTool, Tool
+from server.tool_calls import CallDelta, ToolCallParser
+from server.tool_formats import Function, ToolFormat
+
+__all__ = ["CallReader", "calls_constraint"]
+
+
+def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
+    """The grammar of an answer whose calls cannot be wrong.
+
+    Raises:
+        RequestError: a schema is nested too deeply to be written, or another form of answer cannot be told
+            from a call.
+    """
+    schema: dict[str, Any] | None = None
+    if body.constrained_by and not body.must_call:
+        if form.bare:  # the answer's first brace would begin a call
+            raise RequestError(
+                "response_format does not go with tools here: this model's calls are JSON like it",
+                param="response_format",
+            )
+        schema = json.loads(body.constraint().spec.text)
+    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+    functions = [Function(tool.function.name, tool.function.parameters) for tool in body.callable_tools]
+    try:
+        spec = form.grammar(functions, text=not body.must_call, schema=schema, several=several)
+    except RecursionError:
+        raise RequestError("tools: nested too deeply", param="tools") from None
+    return Constraint(spec, "tools", "tools")
+
+
+class CallReader:
+    """Tells content from calls in the answers to one request.
+
+    Args:
+        form: in which the model writes calls.
+        tools: that it may call.
+    """
+
+    def __init__(self, form: ToolFormat, tools: Sequence[Tool]) -> None:
+        self._form = form
+        self._names = frozenset(tool.function.name for tool in tools)
+        self._parsers: dict[int, ToolCallParser] = {}
+
+    def read(self, choice: int, text: str, *, final: bool) -> tuple[str, list[ToolCallDelta]]:
+        """Content and calls of a choice's next piece of text; `final` if nothing follows."""
+        if choice not in self._parsers:
+            self._parsers[choice] = self._form.parser(self._names)
+        parsed = self._parsers[choice].feed(text, final)
+        return parsed.content, [self._delta(call) for call in parsed.calls]
+
+    def finish_reason(self, choice: int, reason: FinishReasonName) -> ChatFinishReasonName:
+        """Why a choice ended, in whose text calls may have been."""
+        return "tool_calls" if reason == "stop" and self._parsers[choice].calls else reason
+
+    def message(self, choice: int, text: str) -> ResponseMessage:
+        """The message of a choice from all of its text."""
+        content, deltas = self.read(choice, text, final=True)
+        calls: list[ToolCall] = []
+        for delta in deltas:
+            if delta.id is not None and delta.function.name is not None:
+                function = ToolCallFunction(name=delta.function.name, arguments="")
+                calls.append(ToolCall(id=delta.id, type="function", function=function))
+            calls[delta.index].function.arguments += delta.function.arguments
+        if not calls:
+            return ResponseMessage(role="assistant", content=content, refusal=None)
+        return ResponseMessage(role="assistant", content=content or None, refusal=None, tool_calls=calls)
+
+    def _delta(self, call: CallDelta) -> ToolCallDelta:
+        if call.name is None:
+            return ToolCallDelta(index=call.index, function=ToolCallFunctionDelta(arguments=call.arguments))
+        return ToolCallDelta(
+            index=call.index,
+            id=self._form.new_id(),
+            type="function",
+            function=ToolCallFunctionDelta(name=call.name, arguments=call.arguments),
+        )

@@ -1,0 +1,277 @@
+"""Calls of tools over HTTP: what reaches the engine, what a client reads, and every refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.grammar import Grammar
+from server.tool_formats import FORMATS, Function
+from tests.server.conftest import MODEL, TEXT, RunningServer, Serve, ids, says
+from tests.server.test_errors import error_of
+
+WEATHER: dict[str, Any] = {
+    "name": "weather",
+    "description": "of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+TOOLS: Any = [{"type": "function", "function": WEATHER}, {"type": "function", "function": {"name": "time"}}]
+PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+NAMED = {"type": "function", "function": {"name": "time"}}
+MESSAGES: Any = [{"role": "user", "content": "hi"}]
+FUNCTIONS = [Function("weather", WEATHER["parameters"]), Function("time", None)]
+
+
+def grammar_of(server: RunningServer) -> str | None:
+    """Of the last request that reached the engine."""
+    grammar = server.engine.submitted[-1].grammar
+    assert grammar is None or isinstance(grammar, Grammar)
+    return None if grammar is None else grammar.spec.text
+
+
+def prompt_of(server: RunningServer) -> str:
+    return TEXT.decode(server.engine.submitted[-1].prompt_token_ids, skip_special_tokens=False)
+
+
+def test_whole_answer_with_calls(serve: Serve) -> None:
+    server = serve(says(f"Let me see.\n{PARIS}\n{TIME}"))
+    answer = server.openai.chat.completions.create(model=MODEL, messages=MESSAGES, tools=TOOLS)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see."
+    assert choice.message.tool_calls is not None
+    first, second = choice.message.tool_calls
+    assert first.type == second.type == "function"
+    assert (first.function.name, first.function.arguments) == ("weather", '{"city": "Paris"}')
+    assert (second.function.name, second.function.arguments) == ("time", "{}")
+    assert first.id != second.id
+    assert grammar_of(server) is None  # nothing has to be right
+    body = serve(says(PARIS)).chat(tools=TOOLS).json()["choices"][0]
+    assert body["message"]["content"] is None
+    assert set(body["message"]) == {"role", "content", "refusal", "tool_calls"}
+
+
+def test_text_without_calls_is_as_ever(serve: Serve) -> None:
+    text = " I am <tool_call>ed.\n\n"
+    choice = serve(says(text)).chat(tools=TOOLS).json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert "".join(deltas_of(serve(says(text)), "content")) == text
+
+
+def deltas_of(server: RunningServer, field: str, **body: Any) -> list[Any]:
+    events = server.events(tools=TOOLS, **body)
+    return [
+        delta[field]
+        for event in events
+        if event != "[DONE]"
+        for delta in (choice["delta"] for choice in event["choices"])
+        if field in delta
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_streamed_calls(serve: Serve, size: int) -> None:
+    server = serve(says(f"Let me see.\n{PARIS}\n{TIME}", size))
+    assert "".join(deltas_of(server, "content")) == "Let me see."
+    calls: list[dict[str, Any]] = []
+    for delta in (delta for deltas in deltas_of(server, "tool_calls") for delta in deltas):
+        if delta["index"] == len(calls):
+            assert (delta["type"], set(delta)) == ("function", {"index", "id", "type", "function"})
+            calls.append({"id": delta["id"], "arguments": "", "name": delta["function"]["name"]})
+        else:
+            assert (set(delta), set(delta["function"])) == ({"index", "function"}, {"arguments"})
+        calls[delta["index"]]["arguments"] += delta["function"]["arguments"]
+    assert [(call["name"], call["arguments"]) for call in calls] == [
+        ("weather", '{"city": "Paris"}'),
+        ("time", "{}"),
+    ]
+    assert len({call["id"] for call in calls}) == 2
+    last = [event for event in server.events(tools=TOOLS) if event != "[DONE]"][-1]["choices"][0]
+    assert (last["delta"], last["finish_reason"]) == ({}, "tool_calls")
+
+
+def test_arguments_are_streamed_as_they_are_written(serve: Serve) -> None:
+    assert len(deltas_of(serve(says(PARIS, 2)), "tool_calls")) > 4
+
+
+def test_openais_client_puts_a_stream_together(serve: Serve) -> None:
+    server = serve(says(PARIS))
+    with server.openai.chat.completions.stream(model=MODEL, messages=MESSAGES, tools=TOOLS) as stream:
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "Paris"}'
+
+
+def test_choices_have_calls_of_their_own(serve: Serve) -> None:
+    server = serve(lambda _request, index: says(PARIS if index else "No.")(_request, index))
+    choices = server.chat(tools=TOOLS, n=2).json()["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["stop", "tool_calls"]
+    reasons = [
+        (choice["index"], choice["finish_reason"])
+        for event in server.events(tools=TOOLS, n=2)
+        if event != "[DONE]"
+        for choice in event["choices"]
+        if choice["finish_reason"]
+    ]
+    assert sorted(reasons) == [(0, "stop"), (1, "tool_calls")]
+
+
+def test_a_call_that_is_cut_says_so(serve: Serve) -> None:
+    server = serve(says(PARIS))
+    cut = len(ids(PARIS[: PARIS.index("aris")]))
+    choice = server.chat(tools=TOOLS, max_tokens=cut).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "P'
+
+
+def test_logprobs_are_of_the_text_as_it_was_written(serve: Serve) -> None:
+    server = serve(says(PARIS))
+    choice = server.chat(tools=TOOLS, logprobs=True).json()["choices"][0]
+    assert choice["message"]["tool_calls"]
+    assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == PARIS
+    events = [event for event in server.events(tools=TOOLS, logprobs=True) if event != "[DONE]"]
+    told = [choice["logprobs"] for event in events for choice in event["choices"]]
+    assert "".join(e["token"] for entries in told if entries for e in entries["content"]) == PARIS
+
+
+def test_the_model_is_told_of_tools_and_of_what_they_returned(serve: Serve) -> None:
+    server = serve(says("20 degrees."))
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Paris"}'}}
+    conversation = [
+        *MESSAGES,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "20", "name": "weather"},
+    ]
+    assert server.chat(messages=conversation, tools=TOOLS).status_code == 200
+    prompt = prompt_of(server)
+    assert '"description": "of a city"' in prompt
+    assert PARIS in prompt
+    assert "<tool_response>\n20\n</tool_response>" in prompt
+    tokens = server.http.post("/tokenize", json={"messages": conversation, "tools": TOOLS}).json()["tokens"]
+    assert tokens == list(server.engine.submitted[-1].prompt_token_ids)
+    assert server.chat(messages=conversation, tools=TOOLS, tool_choice="none").status_code == 200
+    assert '"description": "of a city"' not in prompt_of(server)
+    assert PARIS in prompt_of(server)
+
+
+def test_without_a_choice_of_tools_text_is_text(serve: Serve) -> None:
+    server = serve(says(PARIS))
+    choice = server.chat(tools=TOOLS, tool_choice="none").json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": PARIS, "refusal": None}
+
+
+STRICT: Any = [{"type": "function", "function": {**WEATHER, "strict": True}}, TOOLS[1]]
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+HERMES = FORMATS["hermes"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({}, None),
+        ({"tool_choice": "auto", "parallel_tool_calls": True}, None),
+        ({"tool_choice": "none", "tools": STRICT}, None),
+        ({"tools": STRICT}, HERMES.grammar(FUNCTIONS, text=True, schema=None, several=True)),
+        ({"parallel_tool_calls": False}, HERMES.grammar(FUNCTIONS, text=True, schema=None, several=False)),
+        ({"tool_choice": "required"}, HERMES.grammar(FUNCTIONS, text=False, schema=None, several=True)),
+        (
+            {"tool_choice": "required", "parallel_tool_calls": False, "response_format": FORMAT},
+            HERMES.grammar(FUNCTIONS, text=False, schema=None, several=False),
+        ),
+        ({"tool_choice": NAMED}, HERMES.grammar(FUNCTIONS[1:], text=False, schema=None, several=False)),
+        (
+            {"response_format": FORMAT},
+            HERMES.grammar(FUNCTIONS, text=True, schema={"type": "object"}, several=True),
+        ),
+    ],
+)
+def test_what_must_be_right_follows_a_grammar(serve: Serve, fields: dict[str, Any], grammar: Any) -> None:
+    server = serve(says("x"))
+    assert server.chat(**{"tools": TOOLS, **fields}).status_code == 200
+    assert grammar_of(server) == (grammar and grammar.text)
+
+
+def test_the_setting_names_the_format(serve: Serve) -> None:
+    call = '{"name": "time", "parameters": {}}'
+    server = serve(says(call), tool_call_parser="llama3_json")
+    choice = server.chat(tools=TOOLS).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
+    error = error_of(server.chat(tools=TOOLS, response_format=FORMAT), 400)
+    assert error["param"] == "response_format"
+
+
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [*MESSAGES, {"role": "assistant", "content": "x", **fields}]}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [TOOLS[1], TOOLS[1]]}, "tools[1].function.name"),
+    ({"tools": [TOOLS[1]] * 129}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "returns": 1}}]}, "tools[0].function.returns"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
+        "tools[0].function.parameters",
+    ),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": NAMED}, "tool_choice"),
+    ({"tool_choice": "required", "tools": []}, "tool_choice"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {**NAMED, "function": {"name": "f"}}}, "tool_choice.function.name"),
+    ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"tools": TOOLS, "guided_json": {}}, "guided_json"),
+    ({"tools": TOOLS, "tool_choice": "required", "min_tokens": 3}, "min_tokens"),
+    ({"tools": STRICT, "min_tokens": 3}, "min_tokens"),
+    (message(role="user", tool_calls=[CALL]), "messages[1].tool_calls"),
+    (message(role="user", tool_call_id="c"), "messages[1].tool_call_id"),
+    (message(role="user", name="bob"), "messages[1].name"),
+    (message(role="tool"), "messages[1].tool_call_id"),
+    (message(content=None), "messages[1].content"),
+    (message(content=None, tool_calls=[]), "messages[1].content"),
+    (message(tool_calls=[{**CALL, "type": "custom"}]), "messages[1].tool_calls[0].type"),
+    (message(tool_calls=[{"id": "c", "type": "function"}]), "messages[1].tool_calls[0].function"),
+    *(
+        (
+            message(tool_calls=[{**CALL, "function": {"name": "f", "arguments": arguments}}]),
+            "messages[1].tool_calls[0].function.arguments",
+        )
+        for arguments in ("[]", "{", "3", '{"a":' * 50_000)
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED, ids=range(len(REFUSED)))
+def test_refusals_name_their_field(hello: RunningServer, fields: dict[str, Any], param: str) -> None:
+    error = error_of(hello.chat(**fields), 400)
+    assert (error["param"] or "").removesuffix(".literal['none','auto','required']") == param
+    assert param.split("[")[0].split(".")[0] in error["message"]
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_where_it_would_be(hello: RunningServer) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]
+    error = error_of(hello.chat(tools=tools, tool_choice="required"), 400)
+    assert error["param"] == "tools"
+    assert error["message"].startswith("tools: not a valid grammar of calls: ")
+    assert hello.chat(tools=tools).status_code == 200  # nobody reads it but the model
+
+
+def test_empty_tools_are_none(hello: RunningServer) -> None:
+    for fields in (
+        {"tools": []},
+        {"tools": None, "tool_choice": "auto"},
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        message(tool_calls=[], tool_call_id=None),
+    ):
+        answer = hello.chat(**fields)
+        assert answer.status_code == 200, answer.text
+    assert grammar_of(hello) is None

@@ -1,0 +1,183 @@
+"""Calls in a model's text: what is one, and that it does not matter how the text is cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from server.tool_calls import ToolCallParser
+from server.tool_formats import FORMATS
+
+NAMES = {"weather", "time"}
+Calls = list[tuple[str, str]]
+
+HERMES: list[tuple[str, str, Calls]] = [
+    ('<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>', "", [("time", "{}")]),
+    (
+        ' Well.\n<tool_call>\n{"name": "weather", "arguments": {"q": "}<tool_call>\\"", "l": [1, {}]}}'
+        '\n</tool_call>\n<tool_call>{"arguments": {"x": 1}, "name": "time"}</tool_call>\n',
+        " Well.",
+        [("weather", '{"q": "}<tool_call>\\"", "l": [1, {}]}'), ("time", '{"x": 1}')],
+    ),
+    # A list of calls, arguments as text, none at all, other keys, and text behind.
+    (
+        '<tool_call>[{"name": "time", "id": 12, "arguments": "{\\"k\\": 2}"}, {"name":"time"}]</tool_call>'
+        " Done. ",
+        "Done.",
+        [("time", '{"k": 2}'), ("time", "{}")],
+    ),
+    # What a model may forget: the last brace, the end.
+    (
+        '<tool_call>{"name": "time", "arguments": {"a": 1}\n</tool_call>\n<tool_call>{"name":"time"}',
+        "",
+        [("time", '{"a": 1}'), ("time", "{}")],
+    ),
+    ('<tool_call>{"name": "time", "arguments": {"a": "cut', "", [("time", '{"a": "cut')]),
+    # No calls, and every character of them.
+    ("a < b <tool", "a < b <tool", []),
+    ("  \n two\n\n lines \n", "  \n two\n\n lines \n", []),
+    ("x <tool_call> y", "x <tool_call> y", []),
+    ("<tool_call></tool_call>", "<tool_call></tool_call>", []),
+    ('<tool_call>{"name": "time", "argu', '<tool_call>{"name": "time", "argu', []),
+    (
+        '<tool_call>\n{"name": "rain", "arguments": {}}\n</tool_call> hm',
+        '<tool_call>\n{"name": "rain", "arguments": {}}\n</tool_call> hm',
+        [],
+    ),
+    (
+        '<tool_call>{"name": "time", "arguments": 3}</tool_call>',
+        '<tool_call>{"name": "time", "arguments": 3}</tool_call>',
+        [],
+    ),
+    ('<tool_call>{"name": true, "arguments": {}}', '<tool_call>{"name": true, "arguments": {}}', []),
+    ('<tool_call>{"name" "time"}', '<tool_call>{"name" "time"}', []),
+    # One that is none behind one that is.
+    (
+        '<tool_call>{"name":"time","arguments":{}}, {"name":"rain"}</tool_call>x',
+        ', {"name":"rain"}</tool_call>x',
+        [("time", "{}")],
+    ),
+    (
+        '<tool_call>{"x": <tool_call>{"name": "time", "arguments": {}}</tool_call>',
+        '<tool_call>{"x":',
+        [("time", "{}")],
+    ),
+]
+LLAMA: list[tuple[str, str, Calls]] = [
+    (
+        ' \n{"name": "weather", "parameters": {"a": 1}}; {"name": "time", "parameters": {}}',
+        "",
+        [("weather", '{"a": 1}'), ("time", "{}")],
+    ),
+    ('<|python_tag|>{"name": "time", "parameters": {}}', "", [("time", "{}")]),
+    ('{"name": "time", "parameters": {}} and so on', "and so on", [("time", "{}")]),
+    ('{"name": "Alice", "age": 3}', '{"name": "Alice", "age": 3}', []),
+    ('No: {"name": "time", "parameters": {}}', 'No: {"name": "time", "parameters": {}}', []),
+    (" ", " ", []),
+    ("{", "{", []),
+]
+MISTRAL: list[tuple[str, str, Calls]] = [
+    (
+        'Well.[TOOL_CALLS] [{"name": "weather", "arguments": {"a": 1}}, {"name": "time", "arguments": {}}]',
+        "Well.",
+        [("weather", '{"a": 1}'), ("time", "{}")],
+    ),
+    ('[TOOL_CALLS][{"name": "time", "arguments": {}}]', "", [("time", "{}")]),
+    ("[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+]
+CASES = [
+    *(("hermes", *case) for case in HERMES),
+    *(("llama3_json", *case) for case in LLAMA),
+    *(("mistral", *case) for case in MISTRAL),
+]
+
+
+def read(parser: ToolCallParser, pieces: list[str]) -> tuple[str, Calls]:
+    """Content and calls of a text that comes in these pieces, the last of which is known to be it."""
+    content, names, arguments = "", [], []
+    for i, piece in enumerate(pieces):
+        parsed = parser.feed(piece, final=i == len(pieces) - 1)
+        content += parsed.content
+        for delta in parsed.calls:
+            if delta.name is not None:
+                assert delta.index == len(names)
+                names.append(delta.name)
+                arguments.append("")
+            assert delta.index == len(names) - 1
+            arguments[-1] += delta.arguments
+    assert parser.calls == len(names)
+    return content, list(zip(names, arguments, strict=True))
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
+def test_content_and_calls(form: str, text: str, content: str, calls: Calls) -> None:
+    assert read(FORMATS[form].parser(NAMES), [text]) == (content, calls)
+    assert read(FORMATS[form].parser(NAMES), [*text, ""]) == (content, calls)
+
+
+@given(case=st.sampled_from(CASES), data=st.data())
+@settings(deadline=None, max_examples=200)
+def test_where_the_text_is_cut_does_not_matter(
+    case: tuple[str, str, str, Calls], data: st.DataObject
+) -> None:
+    form, text, content, calls = case
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(FORMATS[form].parser(NAMES), pieces) == (content, calls)
+
+
+@given(
+    form=st.sampled_from(["hermes", "llama3_json", "mistral"]),
+    text=st.text(alphabet='<tool_cal>/[TOOL_CALLS] {}":,\\ \nnametimearguments', max_size=60),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_text_is_read_alike_however_it_is_cut(form: str, text: str, data: st.DataObject) -> None:
+    parser = FORMATS[form].parser
+    cut = data.draw(st.integers(0, len(text)))
+    whole = read(parser(NAMES), [text])
+    assert read(parser(NAMES), [text[:cut], text[cut:]]) == whole
+    if not whole[1]:
+        assert whole[0] == text
+
+
+def test_arguments_come_while_they_are_written() -> None:
+    parser = FORMATS["hermes"].parser(NAMES)
+    assert not parser.feed('Hm <tool_call>\n{"name": "time", "arguments": ').calls
+    (first,) = parser.feed('{"a": "b').calls
+    assert (first.index, first.name, first.arguments) == (0, "time", '{"a": "b')
+    (more,) = parser.feed(" c").calls
+    assert (more.index, more.name, more.arguments) == (0, None, " c")
+
+
+def test_text_comes_as_soon_as_it_can_be_no_call() -> None:
+    parser = FORMATS["hermes"].parser(NAMES)
+    assert [parser.feed(piece).content for piece in ("So ", "<tool", "s> ", "it")] == [
+        "So",
+        "",
+        " <tools>",
+        " it",
+    ]
+
+
+def test_long_answers_take_time_in_proportion() -> None:
+    """Text that goes on beginning calls, and one call without an end: no text is read twice."""
+    for text in ('<tool_call>{"' * 20_000, '<tool_call>{"arguments": {"' + "[" * 200_000):
+        parser = FORMATS["hermes"].parser(NAMES)
+        content, calls = read(parser, [text[i : i + 7] for i in range(0, len(text), 7)])
+        assert content == text
+        assert not calls
+
+
+def test_deep_arguments_are_no_calls() -> None:
+    deep = '<tool_call>{"arguments": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + ', "name": "time"}'
+    content, calls = read(FORMATS["hermes"].parser(NAMES), [deep])
+    assert (content, calls) == (deep, [])
+
+
+def test_arguments_are_what_json_says() -> None:
+    arguments = json.dumps({"text": 'a "quoted"\n} ]', "n": [1.5e3, None, {"é": []}]})
+    text = f'<tool_call>\n{{"name": "time", "arguments": {arguments}}}\n</tool_call>'
+    assert read(FORMATS["hermes"].parser(NAMES), list(text)) == ("", [("time", arguments)])

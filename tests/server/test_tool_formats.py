@@ -1,0 +1,187 @@
+"""How each kind of model writes calls: what its template shows, and what its grammar lets through."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from engine.grammar import GrammarCompiler, GrammarSpec
+from engine.text import TextProcessor
+from server.tool_formats import FORMATS, Function, ToolFormat, format_of
+from tests.server.conftest import EOS_ID, TEXT
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"days": {"type": "integer"}},
+}
+FUNCTIONS = [Function("weather", PARAMETERS), Function("time", None)]
+ANSWER = {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"]}
+FIRST, SECOND = '{"name": "weather", "%s": {"city": "Paris", "days": 3}}', '{"name": "time", "%s": {}}'
+WRONG = [
+    ("weather", "rain"),
+    ("city", "town"),
+    (": 3", ': "3"'),
+    (': "Paris"', ':"Paris"'),
+    (', "days": 3', ', "x": 3'),
+]
+
+
+def with_special_tokens(*names: str) -> TextProcessor:
+    """The tests' tokenizer with tokens more that are no text."""
+    tokenizer = copy.deepcopy(TEXT.tokenizer)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(names)}, replace_extra_special_tokens=False
+    )
+    return TextProcessor(tokenizer)
+
+
+def written(form: ToolFormat, *calls: str) -> str:
+    """The calls as such a model writes them."""
+    calls = tuple(call % form.parameters for call in calls)
+    match form.name:
+        case "hermes":
+            return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+        case "mistral":
+            return f"[TOOL_CALLS][{', '.join(calls)}]"
+        case "llama3_json":
+            return "; ".join(calls)
+
+
+def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT) -> bool:
+    """Whether this may be a whole answer."""
+    state = GrammarCompiler(text.tokenizer, [EOS_ID]).compile(spec).start()
+    tokens = text.encode(answer, add_special_tokens=False)
+    return all(map(state.advance, tokens)) and (state.ended or state.advance(EOS_ID))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_an_answer_that_must_call_is_nothing_else(form: ToolFormat) -> None:
+    one = written(form, FIRST)
+    for several in (False, True):
+        spec = form.grammar(FUNCTIONS, text=False, schema=None, several=several)
+        assert follows(spec, one)
+        assert follows(spec, written(form, SECOND))
+        # Llama's calls come one at a time.
+        assert follows(spec, written(form, FIRST, SECOND)) == (several and form.name != "llama3_json")
+        for other in ("", "No.", "No. " + one, one + " Done.", '{"q": 1}', one[:-1]):
+            assert not follows(spec, other)
+        for right, wrong in WRONG:
+            assert not follows(spec, one.replace(right, wrong))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> None:
+    one = written(form, FIRST)
+    spec = form.grammar(FUNCTIONS, text=True, schema=None, several=True)
+    for answer in (one, "No.\n\nAnd <tool", "2 > 1"):
+        assert follows(spec, answer)
+    assert follows(spec, written(form, FIRST, SECOND)) == (form.name != "llama3_json")
+    for right, wrong in WRONG:
+        assert not follows(spec, one.replace(right, wrong))
+        # Behind text Llama's calls are text, and read as text.
+        assert follows(spec, "So: " + one.replace(right, wrong)) == (form.name == "llama3_json")
+    assert follows(spec, "So: " + one)
+    single = form.grammar(FUNCTIONS, text=True, schema=None, several=False)
+    assert follows(single, "So: " + one)
+    assert not follows(single, written(form, FIRST, SECOND))
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
+    form = FORMATS[name]
+    spec = form.grammar(FUNCTIONS, text=True, schema=ANSWER, several=True)
+    for answer in (written(form, FIRST), written(form, FIRST, SECOND), '{"q": 1}'):
+        assert follows(spec, answer)
+    for answer in ("No.", '{"x": 1}', "So: " + written(form, FIRST)):
+        assert not follows(spec, answer)
+
+
+@pytest.mark.parametrize(("name", "token"), [("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]")])
+def test_what_opens_calls_may_be_a_token_of_its_own(name: str, token: str) -> None:
+    text = with_special_tokens(token)
+    form = format_of(text, name)
+    (token_id,) = text.encode(token, add_special_tokens=False)
+    assert form.shown == {token_id}
+    one = written(form, FIRST)
+    assert len(text.encode(one)) == len(one) - len(token) + 1
+    required, maybe, json_or = (
+        form.grammar(FUNCTIONS, text=may, schema=schema, several=True)
+        for may, schema in ((False, None), (True, None), (True, ANSWER))
+    )
+    for spec in (required, maybe, json_or):
+        assert follows(spec, one, text)
+        assert not follows(spec, one.replace("city", "town"), text)
+    assert follows(maybe, "So: " + one, text)
+    assert follows(maybe, "So.", text)
+    assert follows(json_or, '{"q": 1}', text)
+
+
+def test_special_tokens_that_are_shown_are_text() -> None:
+    text = with_special_tokens("[TOOL_CALLS]", "<|other|>")
+    tokens = text.encode("a<|other|>[TOOL_CALLS] b")
+    shown = frozenset(text.encode("[TOOL_CALLS]"))
+    assert text.detokenizer([], shown=shown).push(tokens, final=True).text == "a[TOOL_CALLS] b"
+    assert text.detokenizer([]).push(tokens, final=True).text == "a b"
+
+
+def test_arguments_are_an_object_whatever_the_schema_says() -> None:
+    form = FORMATS["hermes"]
+
+    def takes(parameters: Any, arguments: str) -> bool:
+        spec = form.grammar([Function("f", parameters)], text=False, schema=None, several=False)
+        return follows(spec, f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>')
+
+    for parameters in ({}, {"properties": {}}, {"type": "object"}, {"description": "d"}):
+        assert takes(parameters, '{"a": 1}')
+        assert not takes(parameters, "1")
+    assert takes(None, "{}")
+    assert not takes(None, '{"a": 1}')
+    assert takes({"$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}}, "{}")
+
+
+HERMES_LIKE = "{% if tools %}<tools>{{ tools }}</tools> <tool_call>{% endif %}"
+LLAMA_LIKE = (
+    "{% if not tools is defined %}{% set tools = none %}{% endif %}{% if tools %}Environment: ipython\n"
+    '{"name": function name, "parameters": dictionary of argument name and its value}{% endif %}'
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (HERMES_LIKE, "hermes"),
+        (LLAMA_LIKE, "llama3_json"),
+        ("{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]", "mistral"),
+        # These say nothing of tools, or nothing that is known.
+        ("[TOOL_CALLS] {{ messages }}", "hermes"),
+        ("{{ messages }} {# tools [TOOL_CALLS] #}", "hermes"),
+        ("{{ tools }}", "hermes"),
+        (None, "hermes"),
+        ({"default": "{{ messages }}", "tool_use": "[TOOL_CALLS]{{ tools }}"}, "mistral"),
+    ],
+)
+def test_the_template_shows_the_format(template: Any, name: str) -> None:
+    tokenizer = copy.deepcopy(TEXT.tokenizer)
+    tokenizer.chat_template = template
+    assert format_of(TextProcessor(tokenizer)).name == name
+    assert format_of(TextProcessor(tokenizer), "llama3_json").name == "llama3_json"
+
+
+def test_ids_are_those_that_templates_take() -> None:
+    assert FORMATS["mistral"].new_id().isalnum()
+    assert len(FORMATS["mistral"].new_id()) == 9
+    assert FORMATS["hermes"].new_id().startswith("call_")
+    assert FORMATS["hermes"].new_id() != FORMATS["hermes"].new_id()
+
+
+def test_a_grammar_of_many_tools_is_compiled() -> None:
+    functions = [Function(f"tool_{i}", PARAMETERS) for i in range(128)]
+    spec = FORMATS["hermes"].grammar(functions, text=True, schema=None, several=True)
+    call = json.dumps({"name": "tool_127", "arguments": {"city": "x"}})
+    assert follows(spec, f"<tool_call>\n{call}\n</tool_call>")
