@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = ["CallDelta", "Parsed", "ToolCallParser"]
 
 _ARGUMENTS = ("arguments", "parameters")
+_AT_ONCE = 4096  # characters of a text that comes in one: each call copies what is left of them
 _BETWEEN_CALLS = re.compile(r"[\s\[\],;]*")
 _END_OF_STRING = re.compile(r'["\\]')
 _END_OF_SCALAR = re.compile(r"[^\w.+-]")
@@ -39,8 +40,8 @@ class CallDelta:
 class Parsed:
     """What a piece of text came to: content, and calls."""
 
-    content: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
+    content: str
+    calls: list[CallDelta]
 
 
 class ToolCallParser:
@@ -69,7 +70,8 @@ class ToolCallParser:
         self._inside = False  # where calls stand
         self._called = False  # there
         self._call: _Call | None = None
-        self._parsed = Parsed()
+        self._content: list[str] = []  # and calls, of one `feed`
+        self._deltas: list[CallDelta] = []
         self.calls = 0
         """Calls so far."""
 
@@ -80,17 +82,18 @@ class ToolCallParser:
             text: the next piece; may be empty.
             final: nothing follows: text held back is let go.
         """
-        self._text += text
-        self._parsed = parsed = Parsed()
-        while self._text and self._step():
-            pass
+        self._content, self._deltas = [], []
+        for start in range(0, len(text), _AT_ONCE):
+            self._text += text[start : start + _AT_ONCE]
+            while self._text and self._step():
+                pass
         if final:
             if not self._called or (self._call is not None and not self._call.name):
                 self._say(self._raw + self._text)
             if not self.calls:
-                parsed.content += self._spaces
+                self._content.append(self._spaces)
             self._text = self._raw = self._spaces = ""
-        return parsed
+        return Parsed("".join(self._content), self._deltas)
 
     def _step(self) -> bool:
         """Read some of the text; False where more of it is needed."""
@@ -149,7 +152,7 @@ class ToolCallParser:
                 self._called, self._behind, self._spaces = True, True, ""
                 self.calls += 1
             self._raw = ""
-            self._parsed.calls.append(CallDelta(self.calls - 1, None if known else call.name, call.arguments))
+            self._deltas.append(CallDelta(self.calls - 1, None if known else call.name, call.arguments))
         if call.state == "ended":
             self._call, self._raw = None, ""
         return call.state == "ended"
@@ -166,13 +169,15 @@ class ToolCallParser:
 
     def _say(self, text: str) -> None:
         """Content; white space is held back until more of it follows."""
-        text = self._spaces + text
-        if self._behind:
-            text = text.lstrip()
         said = text.rstrip()
-        self._behind = self._behind and not said
-        self._parsed.content += said
-        self._spaces = text[len(said) :]
+        spaces = text[len(said) :]
+        if not said:
+            self._spaces += spaces
+            return
+        if self._behind:
+            self._behind, self._spaces, said = False, "", said.lstrip()
+        self._content += self._spaces, said
+        self._spaces = spaces
 
 
 def _overlap(text: str, begin: str) -> int:
