@@ -238,7 +238,7 @@ class WindowText:
         return [token for token in token_ids if token not in self._skipped]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._decode_ids(token_ids, skip_special_tokens=bool(self._skipped))
+        return self._decode_ids(token_ids, skip_special_tokens=False)  # those to leave out are not here
 
 
 def _cuts(length: int, size: int) -> range:

@@ -239,10 +239,15 @@ class TextProcessor:
         data = self._token_bytes[token_id]
         return TokenText(data.decode("utf-8", "replace"), data)
 
-    def special_token_id(self, name: str) -> int | None:
-        """The special token that is spelled so, or None."""
+    def own_token_id(self, name: str) -> int | None:
+        """The token that a grammar takes for this and for no text that is spelled so, or None.
+
+        For llguidance these are special tokens and, whatever the tokenizer calls them, added ones in angle
+        brackets, such as Qwen's `<tool_call>`.
+        """
         token_id = self.tokenizer.get_added_vocab().get(name)
-        return token_id if token_id in self._special_ids else None
+        bracketed = name.startswith("<") and name.endswith(">")
+        return token_id if bracketed or token_id in self._special_ids else None
 
     def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """The token sequences to keep out of an output that must not hold these words, as in vLLM.

@@ -41,7 +41,8 @@ class ToolFormat:
         bare: an answer that begins with a brace is a call.
         listed: calls are a JSON list.
         parameters: the arguments' key.
-        begin_id: of `begin`, where it is a special token, which is no text otherwise.
+        begin_id, end_id: of `begin` and `end`, where they are tokens of their own, which are no text to
+            a grammar and, where they are special, are left out of texts otherwise.
     """
 
     name: Literal["hermes", "llama3_json", "mistral"]
@@ -51,11 +52,12 @@ class ToolFormat:
     listed: bool = False
     parameters: str = "arguments"
     begin_id: int | None = None
+    end_id: int | None = None
 
     @property
     def shown(self) -> frozenset[int]:
-        """Special tokens that have to be in the text for calls to be found there."""
-        return frozenset() if self.begin_id is None else frozenset({self.begin_id})
+        """Tokens that have to be in the text for calls to be found there, also where they are special."""
+        return frozenset(token for token in (self.begin_id, self.end_id) if token is not None)
 
     def new_id(self) -> str:
         """Of a call, as OpenAI's look; Mistral's templates take nine letters and digits only."""
@@ -95,21 +97,21 @@ class ToolFormat:
         if self.bare:
             # Text that begins with a brace would be read as a call.
             return [f"start: call{other}", r"TEXT: /[^{\s](.|\n)*/"]
+        begin, end = _written(self.begin, self.begin_id), _written(self.end, self.end_id)
         if self.listed:
             behind, more = '" "? "[" call more "]"', '(", " call)*' if several else '""'
         else:
-            behind, more = f'"\\n" call "\\n{self.end}" more', r'("\n" one)*' if several else '""'
-        begin = f'"{self.begin}"' if self.begin_id is None else f"<[{self.begin_id}]>"
+            behind, more = f'"\\n" call "\\n" {end} more', r'("\n" one)*' if several else '""'
         calls = "one"
         if text and not body:
-            # Lazy: as soon as the text has what opens calls, they begin. A token can be no part of text.
-            calls = "TEXT one" if self.begin_id is not None else "opening behind"
+            # Lazy: as soon as the text spells what opens calls, they begin. A token can be no part of text.
+            calls = "opening behind" if self.begin_id is None else "opening behind | TEXT one"
         return [
             f"start: {calls}{other}",
             f"one: {begin} behind",
             f"behind: {behind}",
             f"more: {more}",
-            rf"opening[lazy]: /(.|\n)*/ {begin}" if calls == "opening behind" else "",
+            rf"opening[lazy]: /(.|\n)*/ {json.dumps(self.begin)}",
             r"TEXT: /(.|\n)*/",
         ]
 
@@ -136,7 +138,7 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
     if name == "auto":
         name = _shown_in(text.chat_template_for(tools=True) or "")
     chosen = FORMATS[name]
-    return replace(chosen, begin_id=text.special_token_id(chosen.begin))
+    return replace(chosen, begin_id=text.own_token_id(chosen.begin), end_id=text.own_token_id(chosen.end))
 
 
 def _shown_in(template: str) -> str:
@@ -146,6 +148,11 @@ def _shown_in(template: str) -> str:
         if CALL_BEGIN not in template and '"parameters"' in template and "ipython" in template:
             return "llama3_json"
     return "hermes"
+
+
+def _written(text: str, token_id: int | None) -> str:
+    """In a grammar."""
+    return json.dumps(text) if token_id is None else f"<[{token_id}]>"
 
 
 def _schema(parameters: Mapping[str, Any] | None) -> str:

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import pytest
+from llguidance.hf import from_tokenizer
+from tokenizers import AddedToken, decoders
 
 from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.text import TextProcessor
@@ -32,12 +34,10 @@ WRONG = [
 ]
 
 
-def with_special_tokens(*names: str) -> TextProcessor:
-    """The tests' tokenizer with tokens more that are no text."""
+def with_tokens(*names: str, special: bool = True) -> TextProcessor:
+    """The tests' tokenizer with tokens more, which as special ones are no text."""
     tokenizer = copy.deepcopy(TEXT.tokenizer)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(names)}, replace_extra_special_tokens=False
-    )
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=special) for name in names])
     return TextProcessor(tokenizer)
 
 
@@ -53,10 +53,10 @@ def written(form: ToolFormat, *calls: str) -> str:
             return "; ".join(calls)
 
 
-def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT) -> bool:
-    """Whether this may be a whole answer."""
+def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT, *, by_letters: bool = False) -> bool:
+    """Whether this may be a whole answer, in the text's tokens or in those of `TEXT`, which it has too."""
     state = GrammarCompiler(text.tokenizer, [EOS_ID]).compile(spec).start()
-    tokens = text.encode(answer, add_special_tokens=False)
+    tokens = (TEXT if by_letters else text).encode(answer, add_special_tokens=False)
     return all(map(state.advance, tokens)) and (state.ended or state.advance(EOS_ID))
 
 
@@ -102,14 +102,24 @@ def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
         assert not follows(spec, answer)
 
 
-@pytest.mark.parametrize(("name", "token"), [("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]")])
-def test_what_opens_calls_may_be_a_token_of_its_own(name: str, token: str) -> None:
-    text = with_special_tokens(token)
+@pytest.mark.parametrize(
+    ("name", "tokens", "special"),
+    [
+        ("hermes", ["<tool_call>"], True),
+        ("hermes", ["<tool_call>", "</tool_call>"], True),
+        ("hermes", ["<tool_call>", "</tool_call>"], False),  # as Qwen's
+        ("mistral", ["[TOOL_CALLS]"], True),
+        ("mistral", ["[TOOL_CALLS]"], False),
+    ],
+)
+def test_what_opens_and_closes_calls_may_be_tokens_of_their_own(
+    name: str, tokens: list[str], special: bool
+) -> None:
+    text = with_tokens(*tokens, special=special)
     form = format_of(text, name)
-    (token_id,) = text.encode(token, add_special_tokens=False)
-    assert form.shown == {token_id}
     one = written(form, FIRST)
-    assert len(text.encode(one)) == len(one) - len(token) + 1
+    assert len(text.encode(one)) == len(one) - sum(map(len, tokens)) + len(tokens)
+    assert text.detokenizer([], shown=form.shown).push(text.encode(one), final=True).text == one
     required, maybe, json_or = (
         form.grammar(FUNCTIONS, text=may, schema=schema, several=True)
         for may, schema in ((False, None), (True, None), (True, ANSWER))
@@ -119,15 +129,32 @@ def test_what_opens_calls_may_be_a_token_of_its_own(name: str, token: str) -> No
         assert not follows(spec, one.replace("city", "town"), text)
     assert follows(maybe, "So: " + one, text)
     assert follows(maybe, "So.", text)
+    # Letter by letter it opens a call as well, which is read as one.
+    assert not follows(maybe, one.replace("city", "town"), text, by_letters=True)
     assert follows(json_or, '{"q": 1}', text)
 
 
 def test_special_tokens_that_are_shown_are_text() -> None:
-    text = with_special_tokens("[TOOL_CALLS]", "<|other|>")
+    text = with_tokens("[TOOL_CALLS]", "<|other|>")
     tokens = text.encode("a<|other|>[TOOL_CALLS] b")
     shown = frozenset(text.encode("[TOOL_CALLS]"))
-    assert text.detokenizer([], shown=shown).push(tokens, final=True).text == "a[TOOL_CALLS] b"
-    assert text.detokenizer([]).push(tokens, final=True).text == "a b"
+    windowed = copy.deepcopy(text.tokenizer)  # what any other kind of vocabulary goes through
+    windowed.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()])
+    for each in (text, TextProcessor(windowed)):
+        assert each.detokenizer([], shown=shown).push(tokens, final=True).text == "a[TOOL_CALLS] b"
+        assert each.detokenizer([]).push(tokens, final=True).text == "a b"
+
+
+def test_tokens_of_their_own_are_those_that_llguidance_takes_for_such() -> None:
+    names = ["<a>", "</a>", "<|a|>", "<a", "[a]", "<a b>"]
+    special, plain = with_tokens(*names), with_tokens(*names, special=False)
+    for text in (special, plain):
+        tokenizer = from_tokenizer(text.tokenizer, eos_token=EOS_ID)
+        for name in names:
+            (first, *_) = text.encode(name)
+            own = text.own_token_id(name)
+            assert own == (first if tokenizer.is_special_token(first) else None)
+    assert plain.own_token_id("<a>") is not None
 
 
 def test_arguments_are_an_object_whatever_the_schema_says() -> None:
