@@ -56,6 +56,7 @@ class ChatMessage(Body):
     tool_calls: ToolCalls | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    parsed: Any = Field(None, description="No effect: OpenAI's client puts it there.")
 
     @model_validator(mode="before")
     @classmethod
@@ -66,9 +67,10 @@ class ChatMessage(Body):
 
     def check(self, path: str) -> None:
         """Raises RequestError for a field that does not go with the role; `path` is the message's."""
-        if self.role != "assistant" and self.tool_calls:
-            param = f"{path}.tool_calls"
-            raise RequestError(f"{param} goes with role 'assistant'", param=param)
+        for name, given in (("tool_calls", bool(self.tool_calls)), ("parsed", self.parsed is not None)):
+            if self.role != "assistant" and given:
+                param = f"{path}.{name}"
+                raise RequestError(f"{param} goes with role 'assistant'", param=param)
         for name, value in (("tool_call_id", self.tool_call_id), ("name", self.name)):
             if self.role != "tool" and value is not None:
                 param = f"{path}.{name}"

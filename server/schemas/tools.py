@@ -65,6 +65,7 @@ class NamedTool(_Part):
 class _CalledFunction(_Part):
     name: str = Field(min_length=1)
     arguments: str
+    parsed_arguments: Any = Field(None, description="No effect: OpenAI's client puts it there.")
 
 
 class MessageToolCall(_Part):
@@ -73,6 +74,7 @@ class MessageToolCall(_Part):
     id: str
     type: Literal["function"]
     function: _CalledFunction
+    index: int | None = Field(None, description="No effect: it comes from a stream's chunks.")
 
 
 def called_arguments(call: MessageToolCall, param: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
+import pydantic
 import pytest
 
 from engine.grammar import Grammar
@@ -104,6 +106,33 @@ def test_openais_client_puts_a_stream_together(serve: Serve) -> None:
     assert choice.finish_reason == "tool_calls"
     assert choice.message.tool_calls is not None
     assert choice.message.tool_calls[0].function.arguments == '{"city": "Paris"}'
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_openais_client_made_of_an_answer_may_come_back(serve: Serve, streamed: bool) -> None:
+    """It adds fields to what it parsed, and to calls that it put together."""
+
+    class Weather(pydantic.BaseModel):
+        city: str
+
+    server = serve(says(PARIS))
+    tools = [openai.pydantic_function_tool(Weather, name="weather")]
+    chat = server.openai.chat.completions
+    if streamed:
+        with chat.stream(model=MODEL, messages=MESSAGES, tools=tools) as stream:
+            message: Any = stream.get_final_completion().choices[0].message
+    else:
+        message = chat.parse(model=MODEL, messages=MESSAGES, tools=tools).choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.parsed_arguments == Weather(city="Paris")
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "20"}
+    chat.create(model=MODEL, messages=[*MESSAGES, message, result], tools=tools)
+    assert PARIS in prompt_of(server)
+
+
+def test_an_answer_that_the_client_parsed_may_come_back(hello: RunningServer) -> None:
+    assert hello.chat(**message(parsed={"a": 1})).status_code == 200
+    assert error_of(hello.chat(**message(role="user", parsed=1)), 400)["param"] == "messages[1].parsed"
 
 
 def test_choices_have_calls_of_their_own(serve: Serve) -> None:
