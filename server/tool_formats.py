@@ -24,10 +24,17 @@ _AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "ke
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that may be called: its name, and the JSON schema of its arguments; None if it has none."""
+    """A function that may be called.
+
+    Args:
+        name: its name.
+        parameters: the JSON schema of its arguments, which are an object; None if it has none.
+        strict: what llguidance knows nothing of in the schema is an error, and not left to the model.
+    """
 
     name: str
     parameters: Mapping[str, Any] | None
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ class ToolFormat:
         for i, function in enumerate(functions):
             opening = f'{{"name": {json.dumps(function.name)}, "{self.parameters}": '
             rules.append(f'call_{i}: {json.dumps(opening)} arguments_{i} "}}"')
-            rules.append(f"arguments_{i}: %json {_schema(function.parameters)}")
+            rules.append(f"arguments_{i}: %json {_schema(function)}")
         if schema is not None:
             rules.append(f"body: %json {json.dumps(schema)}")
         return GrammarSpec("tools", "\n".join(rules))
@@ -155,10 +162,10 @@ def _written(text: str, token_id: int | None) -> str:
     return json.dumps(text) if token_id is None else f"<[{token_id}]>"
 
 
-def _schema(parameters: Mapping[str, Any] | None) -> str:
+def _schema(function: Function) -> str:
     """Of arguments, which are an object whatever else the schema says."""
-    schema: dict[str, Any] = {"additionalProperties": False} if parameters is None else dict(parameters)
-    schema["x-guidance"] = _AS_TEMPLATES_WRITE
-    if "$ref" not in schema:
-        schema.setdefault("type", "object")
+    schema = {"additionalProperties": False} if function.parameters is None else dict(function.parameters)
+    schema["x-guidance"] = {**_AS_TEMPLATES_WRITE, "lenient": not function.strict}
+    if "$ref" not in schema or "type" in schema:
+        schema["type"] = "object"
     return json.dumps(schema)

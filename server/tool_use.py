@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,16 +23,21 @@ from server.schemas.tools import NamedTool, Tool
 from server.tool_calls import CallDelta, ToolCallParser
 from server.tool_formats import Function, ToolFormat
 
-__all__ = ["CallReader", "calls_constraint"]
+__all__ = ["CallReader", "calls_constraint", "with_place"]
 
 
 def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
     """The grammar of an answer whose calls cannot be wrong.
 
     Raises:
-        RequestError: a schema is nested too deeply to be written, or another form of answer cannot be told
-            from a call.
+        RequestError: a schema is nested too deeply to be written, or is of no object, or another form of
+            answer cannot be told from a call.
     """
+    for tool in body.callable_tools:
+        kinds = (tool.function.parameters or {}).get("type", "object")
+        if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+            place = f"{_place(body, tool)}.type"
+            raise RequestError(f"{place}: must be 'object' where calls follow a grammar", param=place)
     schema: dict[str, Any] | None = None
     if body.constrained_by and not body.must_call:
         if form.bare:  # the answer's first brace would begin a call
@@ -41,12 +47,35 @@ def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
             )
         schema = json.loads(body.constraint().spec.text)
     several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
-    functions = [Function(tool.function.name, tool.function.parameters) for tool in body.callable_tools]
+    functions = [
+        Function(tool.function.name, tool.function.parameters, bool(tool.function.strict))
+        for tool in body.callable_tools
+    ]
     try:
         spec = form.grammar(functions, text=not body.must_call, schema=schema, several=several)
     except RecursionError:
         raise RequestError("tools: nested too deeply", param="tools") from None
     return Constraint(spec, "tools", "tools")
+
+
+def with_place(error: RequestError, body: ChatRequest) -> RequestError:
+    """An error in the grammar of calls, which no client has seen, by the place of the wrong schema."""
+    if error.param != "tools" or (found := _IN_GRAMMAR.search(str(error))) is None:
+        return error
+    line, reason = found.groups()
+    rule = re.search(rf"^ *{line} \| (?:arguments_(\d+)|body):", str(error), re.MULTILINE)
+    if rule is None:
+        return error
+    place = "response_format" if rule[1] is None else _place(body, body.callable_tools[int(rule[1])])
+    return RequestError(f"{place}: {reason}", param=place)
+
+
+_IN_GRAMMAR = re.compile(r"\bat (\d+)\(\d+\): (.*)")
+
+
+def _place(body: ChatRequest, tool: Tool) -> str:
+    """Of a tool's schema in the request."""
+    return f"tools[{(body.tools or []).index(tool)}].function.parameters"
 
 
 class CallReader:

@@ -34,7 +34,7 @@ from server.routes.generate import (
 from server.schemas.chat import ChatRequest
 from server.schemas.structured import Constraint
 from server.streaming import Generation, TextPiece, take_all
-from server.tool_use import CallReader, calls_constraint
+from server.tool_use import CallReader, calls_constraint, with_place
 
 __all__ = ["router"]
 
@@ -56,7 +56,10 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
     """Everything that can be refused is refused here, before a status is sent."""
     text = context.text
     sampling = await sampling_of(body, context)
-    grammar = await grammar_of(_constraint_of(body, context), context, record)
+    try:
+        grammar = await grammar_of(_constraint_of(body, context), context, record)
+    except RequestError as error:
+        raise with_place(error, body) from error
     prediction: list[int] = []
     if body.prediction_text:
         prediction = await context.encoded(

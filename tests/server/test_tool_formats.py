@@ -164,9 +164,10 @@ def test_arguments_are_an_object_whatever_the_schema_says() -> None:
         spec = form.grammar([Function("f", parameters)], text=False, schema=None, several=False)
         return follows(spec, f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>')
 
-    for parameters in ({}, {"properties": {}}, {"type": "object"}, {"description": "d"}):
+    for parameters in ({}, {"properties": {}}, {"type": "object"}, {"type": ["object", "null"]}):
         assert takes(parameters, '{"a": 1}')
         assert not takes(parameters, "1")
+        assert not takes(parameters, "null")
     assert takes(None, "{}")
     assert not takes(None, '{"a": 1}')
     assert takes({"$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}}, "{}")

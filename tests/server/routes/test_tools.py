@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -24,6 +25,7 @@ TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 NAMED = {"type": "function", "function": {"name": "time"}}
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 FUNCTIONS = [Function("weather", WEATHER["parameters"]), Function("time", None)]
+STRICTLY = [replace(FUNCTIONS[0], strict=True), FUNCTIONS[1]]
 
 
 def grammar_of(server: RunningServer) -> str | None:
@@ -204,7 +206,7 @@ HERMES = FORMATS["hermes"]
         ({}, None),
         ({"tool_choice": "auto", "parallel_tool_calls": True}, None),
         ({"tool_choice": "none", "tools": STRICT}, None),
-        ({"tools": STRICT}, HERMES.grammar(FUNCTIONS, text=True, schema=None, several=True)),
+        ({"tools": STRICT}, HERMES.grammar(STRICTLY, text=True, schema=None, several=True)),
         ({"parallel_tool_calls": False}, HERMES.grammar(FUNCTIONS, text=True, schema=None, several=False)),
         ({"tool_choice": "required"}, HERMES.grammar(FUNCTIONS, text=False, schema=None, several=True)),
         (
@@ -286,12 +288,51 @@ def test_refusals_name_their_field(hello: RunningServer, fields: dict[str, Any],
     assert param.split("[")[0].split(".")[0] in error["message"]
 
 
-def test_a_schema_that_cannot_be_enforced_is_refused_where_it_would_be(hello: RunningServer) -> None:
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]
-    error = error_of(hello.chat(tools=tools, tool_choice="required"), 400)
-    assert error["param"] == "tools"
-    assert error["message"].startswith("tools: not a valid grammar of calls: ")
-    assert hello.chat(tools=tools).status_code == 200  # nobody reads it but the model
+def tool_of(parameters: Any, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, **fields}}
+
+
+UNKNOWN = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
+PLACE = "tools[2].function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("tool", "place", "reason"),
+    [
+        (tool_of({"properties": {"a": {"type": "nothing"}}}), PLACE, "nothing"),
+        (tool_of(UNKNOWN, strict=True), PLACE, "uniqueItems"),
+        *(
+            (tool_of({"type": kind}), f"{PLACE}.type", "must be 'object'")
+            for kind in ("string", None, ["array", "null"])
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused_where_it_would_be(
+    hello: RunningServer, tool: dict[str, Any], place: str, reason: str
+) -> None:
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        error = error_of(hello.chat(tools=[*TOOLS, tool], tool_choice=choice), 400)
+        assert error["param"] == place
+        assert error["message"].startswith(f"{place}: ")
+        assert reason in error["message"]
+        assert "\n" not in error["message"]
+    if "strict" not in tool["function"]:
+        assert hello.chat(tools=[*TOOLS, tool]).status_code == 200  # nobody reads it but the model
+
+
+def test_what_cannot_be_enforced_is_left_to_the_model_unless_its_tool_is_strict(hello: RunningServer) -> None:
+    for tools in (
+        [tool_of(UNKNOWN)],
+        [tool_of(UNKNOWN), {"type": "function", "function": {**WEATHER, "strict": True}}],
+    ):
+        assert hello.chat(tools=tools, tool_choice="required").status_code == 200
+
+
+def test_a_response_format_that_is_wrong_beside_tools_is_named(hello: RunningServer) -> None:
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": UNKNOWN}}
+    error = error_of(hello.chat(tools=TOOLS, response_format=wrong), 400)
+    assert error["param"] == "response_format"
+    assert "uniqueItems" in error["message"]
 
 
 def test_empty_tools_are_none(hello: RunningServer) -> None:
