@@ -198,6 +198,8 @@ class TextProcessor:
             reason = str(error) or type(error).__name__
             message = f"the chat template refuses the messages: {reason}"
             raise RequestError(message, param="messages") from error
+        except RecursionError as error:  # a template writes tools and arguments as JSON
+            raise RequestError("the messages or tools are nested too deeply", param="messages") from error
         return str(text)
 
     @property

@@ -96,3 +96,16 @@ def test_a_template_that_refuses_is_quoted() -> None:
     text = TextProcessor(load_tokenizer(ensure_converted()), template)
     with pytest.raises(RequestError, match="no such tools"):
         text.render_chat(CONVERSATION, tools=[TOOL])
+
+
+def test_what_is_nested_too_deeply_for_a_template_is_refused() -> None:
+    function: dict[str, Any] = {"name": "weather", "arguments": {}}
+    messages = [CONVERSATION[0], {**CONVERSATION[1], "tool_calls": [{**CALL, "function": function}]}]
+    for template in ("{{ tools }}{{ messages | tojson(indent=4) }}", None):
+        text = TextProcessor(load_tokenizer(ensure_converted()), template)
+        deep: dict[str, Any] = {}
+        for _ in range(5000):
+            deep = {"a": deep}
+        function["arguments"] = deep
+        with pytest.raises(RequestError, match="nested too deeply"):
+            text.render_chat(messages)
