@@ -164,7 +164,8 @@ def _written(text: str, token_id: int | None) -> str:
 
 def _schema(function: Function) -> str:
     """Of arguments, which are an object whatever else the schema says."""
-    schema = {"additionalProperties": False} if function.parameters is None else dict(function.parameters)
+    parameters = function.parameters
+    schema: dict[str, Any] = {"additionalProperties": False} if parameters is None else dict(parameters)
     schema["x-guidance"] = {**_AS_TEMPLATES_WRITE, "lenient": not function.strict}
     if "$ref" not in schema or "type" in schema:
         schema["type"] = "object"
