@@ -287,7 +287,7 @@ class _Value:
     def __init__(self) -> None:
         self._pieces: list[str] = []
         self._depth = 0
-        self._in_string = self._escaped = False
+        self._in_string = self._escaped = self._scalar = False
         self.ended = self.passed_on = False
 
     @property
@@ -303,12 +303,12 @@ class _Value:
                 at += 1
             elif self._in_string:
                 at = self._to(_END_OF_STRING, text, at)
-            elif self._depth or text[at] in '"{[':
+            elif self._depth or (text[at] in '"{[' and not self._scalar):
                 at = self._to(_OF_NESTED, text, at)
             elif (end := _END_OF_SCALAR.search(text, at)) is not None:
                 at, self.ended = end.start(), True
             else:
-                at = len(text)
+                at, self._scalar = len(text), True
         if not self.passed_on:
             self._pieces.append(text[start:at])
         return at

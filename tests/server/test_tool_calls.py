@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from server.tool_calls import ToolCallParser
 from server.tool_formats import FORMATS
@@ -129,17 +129,28 @@ def test_where_the_text_is_cut_does_not_matter(
     assert read(FORMATS[form].parser(NAMES), pieces) == (content, calls)
 
 
+PARTS = [
+    *("<tool_call>", "</tool_call>", "<tool_", "call>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL", "text"),
+    *("\n", " ", "{", "}", "[", "]", ",", ";", ":", '"', "\\", "1", "null", "\u2028", "é", "{}", '"{}"'),
+    *('"name"', '"time"', '"rain"', '"arguments"', '"parameters"', '{"a": [1,"}"]}', '"x": 1'),
+    *('{"name": "time", "arguments": {}}', '{"arguments": {"b":2}, "name": "weather"}'),
+    *('{"name": "time", "arguments": {"a": ', '{"id": 1'),
+]
+
+
 @given(
     form=st.sampled_from(["hermes", "llama3_json", "mistral"]),
-    text=st.text(alphabet='<tool_cal>/[TOOL_CALLS] {}":,\\ \nnametimearguments', max_size=60),
+    text=st.lists(st.sampled_from(PARTS), max_size=14).map("".join),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=300)
-def test_any_text_is_read_alike_however_it_is_cut(form: str, text: str, data: st.DataObject) -> None:
+@settings(deadline=None, max_examples=500)
+@example("llama3_json", '{1"<|python_tag|>{"name": "time"}', None)
+def test_any_text_is_read_alike_however_it_is_cut(form: str, text: str, data: st.DataObject | None) -> None:
     parser = FORMATS[form].parser
-    cut = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, len(text))) if data else 2
     whole = read(parser(NAMES), [text])
     assert read(parser(NAMES), [text[:cut], text[cut:]]) == whole
+    assert read(parser(NAMES), [*text, ""]) == whole
     if not whole[1]:
         assert whole[0] == text
 
