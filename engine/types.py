@@ -95,7 +95,8 @@ class SamplingParams:
             None reports nothing. Raw: before penalties, bias, temperature and truncation.
         prompt_logprobs: the same for the prompt's tokens.
         stop: a string or several, of which the first to be complete ends the output before it. Text, so it is
-            for `LLM.generate` and `LLM.chat`, which look for them; the engine refuses what has any.
+            for `LLM.generate` and `LLM.chat`, which look for them; the engine refuses what has any. None,
+            vLLM's default, becomes ().
 
     Raises:
         RequestError: a value out of range, with the field's name.
@@ -127,7 +128,8 @@ class SamplingParams:
 
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
         check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number, at least 0")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")

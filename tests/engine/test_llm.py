@@ -162,6 +162,7 @@ def test_sampling_params_carry_stop_strings_too(llm: LLM) -> None:
     assert list(map(ends, llm.generate(prompts, [each[0], GREEDY], stop=stops[1]), stops)) == [True, True]
     requests = [Request("a", (5, 6, 7), each[0]), Request("b", (9, 1), GREEDY)]
     assert list(map(ends, llm.generate(requests), stops)) == [True, False]
+    assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]  # what vLLM's has
     with pytest.raises(RequestError, match="stop must be strings that are not empty"):
         SamplingParams(stop=["a", ""])
     # Where only tokens come out nobody would look for them.
