@@ -45,16 +45,15 @@ def in_plain_messages(
             where there is none.
     """
     plain: list[dict[str, Any]] = []
-    answered = False  # whether the last message holds what calls returned
+    answered = False  # whether the last message ends with what a call returned
     for message in messages:
         role, text = message["role"], message["content"]
-        if role == "tool":
-            text = f"<tool_response>\n{text}\n</tool_response>"
-            if answered:
-                plain[-1]["content"] += f"\n{text}"
-                continue
-            role = "user"
-        answered = message["role"] == "tool"
+        behind, answered = answered, role == "tool"
+        if answered:
+            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+        if behind and role == "user":  # as one message: some templates want an assistant's between two
+            plain[-1]["content"] += f"\n{text}"
+            continue
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
         plain.append({"role": role, "content": "\n".join([text, *calls] if text else calls or [text])})
     if tools:

@@ -52,11 +52,12 @@ def test_tools_are_told_behind_the_system_message() -> None:
 def test_several_calls_and_their_results_are_one_message_each() -> None:
     results = [{"role": "tool", "content": text, "tool_call_id": "c"} for text in ("20", "30")]
     calls = {"role": "assistant", "content": "Both:", "tool_calls": [CALL, CALL]}
-    assert in_plain_messages([calls, *results, CONVERSATION[0]], []) == [
+    assert in_plain_messages([calls, *results, CONVERSATION[0], CONVERSATION[0]], []) == [
         {"role": "assistant", "content": f"Both:\n{WRITTEN}\n{WRITTEN}"},
         {
             "role": "user",
-            "content": "<tool_response>\n20\n</tool_response>\n<tool_response>\n30\n</tool_response>",
+            "content": "<tool_response>\n20\n</tool_response>\n<tool_response>\n30\n</tool_response>\n"
+            "How warm is it?",
         },
         {"role": "user", "content": "How warm is it?"},
     ]
