@@ -248,8 +248,13 @@ class TextProcessor:
         brackets, such as Qwen's `<tool_call>`.
         """
         token_id = self.tokenizer.get_added_vocab().get(name)
-        bracketed = name.startswith("<") and name.endswith(">")
-        return token_id if bracketed or token_id in self._special_ids else None
+        return token_id if _is_bracketed(name) or token_id in self._special_ids else None
+
+    @property
+    def own_text_ids(self) -> list[int]:
+        """Such tokens that are text all the same, as Qwen's `<think>`: a grammar of text has to name them."""
+        added = self.tokenizer.get_added_vocab().items()
+        return sorted(i for name, i in added if _is_bracketed(name) and i not in self._special_ids)
 
     def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """The token sequences to keep out of an output that must not hold these words, as in vLLM.
@@ -354,6 +359,10 @@ class TextProcessor:
         if (byte := _BYTE.fullmatch(spelling)) and once != spelling:
             return bytes([int(byte[1], 16)])
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
+
+
+def _is_bracketed(token: str) -> bool:
+    return token.startswith("<") and token.endswith(">")
 
 
 def _are_usual(messages: list[dict[str, Any]]) -> bool:

@@ -50,6 +50,7 @@ class ToolFormat:
         parameters: the arguments' key.
         begin_id, end_id: of `begin` and `end`, where they are tokens of their own, which are no text to
             a grammar and, where they are special, are left out of texts otherwise.
+        text_ids: other tokens that are no text to a grammar, and are text.
     """
 
     name: Literal["hermes", "llama3_json", "mistral"]
@@ -60,6 +61,7 @@ class ToolFormat:
     parameters: str = "arguments"
     begin_id: int | None = None
     end_id: int | None = None
+    text_ids: tuple[int, ...] = ()
 
     @property
     def shown(self) -> frozenset[int]:
@@ -112,12 +114,14 @@ class ToolFormat:
         calls = "one"
         if text and not body:
             # Lazy: as soon as the text spells what opens calls, they begin. A token can be no part of text.
-            calls = "opening behind" if self.begin_id is None else "opening behind | TEXT one"
+            calls = "said opening behind" if self.begin_id is None else "said (opening behind | TEXT one)"
+            other = " | said TEXT"
         return [
             f"start: {calls}{other}",
             f"one: {begin} behind",
             f"behind: {behind}",
             f"more: {more}",
+            f"said: (TEXT {_any_of(self.text_ids)})*" if self.text_ids else 'said: ""',
             rf"opening[lazy]: /(.|\n)*/ {json.dumps(self.begin)}",
             r"TEXT: /(.|\n)*/",
         ]
@@ -145,7 +149,9 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
     if name == "auto":
         name = _shown_in(text.chat_template_for(tools=True) or "")
     chosen = FORMATS[name]
-    return replace(chosen, begin_id=text.own_token_id(chosen.begin), end_id=text.own_token_id(chosen.end))
+    begin, end = text.own_token_id(chosen.begin), text.own_token_id(chosen.end)
+    others = tuple(token for token in text.own_text_ids if token not in (begin, end))
+    return replace(chosen, begin_id=begin, end_id=end, text_ids=others)
 
 
 def _shown_in(template: str) -> str:
@@ -159,7 +165,11 @@ def _shown_in(template: str) -> str:
 
 def _written(text: str, token_id: int | None) -> str:
     """In a grammar."""
-    return json.dumps(text) if token_id is None else f"<[{token_id}]>"
+    return json.dumps(text) if token_id is None else _any_of([token_id])
+
+
+def _any_of(token_ids: Sequence[int]) -> str:
+    return f"<[{','.join(map(str, token_ids))}]>"
 
 
 def _schema(function: Function) -> str:

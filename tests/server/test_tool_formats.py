@@ -134,6 +134,26 @@ def test_what_opens_and_closes_calls_may_be_tokens_of_their_own(
     assert follows(json_or, '{"q": 1}', text)
 
 
+@pytest.mark.parametrize("tokens", [["<think>", "</think>"], ["<think>", "</think>", "<tool_call>"]])
+def test_tokens_that_are_text_may_be_in_the_text(tokens: list[str]) -> None:
+    """Such as Qwen3's <think>, which llguidance takes for special."""
+    text = with_tokens(*tokens, special=False)
+    form = format_of(text, "hermes")
+    one = written(form, FIRST)
+    thought = "<think>\nA <tool, perhaps.\n</think>\n\n"
+    assert len(text.encode(thought)) == len(thought) - 7 - 8 + 2
+    spec = form.grammar(FUNCTIONS, text=True, schema=None, several=True)
+    for answer in (thought, f"{thought}No.", thought + one, f"{thought}So: {one}", "No.", one, "So: " + one):
+        assert follows(spec, answer, text), answer
+        for by_letters in (False, True):
+            if one in answer:
+                wrong = answer.replace("city", "town")
+                assert not follows(spec, wrong, text, by_letters=by_letters), wrong
+    required = form.grammar(FUNCTIONS, text=False, schema=None, several=True)
+    assert follows(required, one, text)
+    assert not follows(required, thought + one, text)
+
+
 def test_special_tokens_that_are_shown_are_text() -> None:
     text = with_tokens("[TOOL_CALLS]", "<|other|>")
     tokens = text.encode("a<|other|>[TOOL_CALLS] b")
