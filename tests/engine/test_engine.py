@@ -125,6 +125,15 @@ def test_auto_takes_the_chains_that_pay(
     assert least <= engine.stats.accepted_by_source["lookup"] <= most
 
 
+def test_the_first_step_behind_a_prompt_drafts_what_the_prompt_says(narrow: TinyModel) -> None:
+    engine = make_engine(narrow.folder, tree=8)
+    sampling = SamplingParams(temperature=0, max_tokens=12, logit_bias=((5, 100.0),))
+    engine.add(Request("fives", (5,) * 9, sampling, trace=True))
+    traces = [delta.trace for _ in range(4) for delta in engine.step() if delta.trace is not None]
+    assert traces[0].sources[1:] == (DraftSource.LOOKUP,) * 7
+    assert traces[0].tokens == (5,) * 8
+
+
 def seeded(count: int, **values: object) -> SamplingParams:
     return SamplingParams(**({"temperature": 0.8, "seed": 11, "max_tokens": count, "n": 1} | values))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from engine.medusa.adaptive import AdaptiveTree
-from engine.medusa.records import LookupRecord
+from engine.medusa.records import LookupRecord, considered_sizes
 from engine.medusa.step_times import StepTimes
 from engine.medusa.tree import Tree
 from tests.engine.medusa.by_hand import adaptive, chances, cpu_like, observe, propose, sequence
@@ -112,3 +113,30 @@ def test_what_is_expected_of_the_trees_is_what_they_hold() -> None:
     assert taken.beyond == pytest.approx(added.sum())
     assert taken.tokens == pytest.approx(2 * (1.0 + head) + added.sum())
     assert (taken.rows, taken.cells, taken.draft_s) == (8.0, 4, 1e-6)
+
+
+def test_of_trees_that_caps_cut_what_is_left_is_expected() -> None:
+    """Between two sizes the smaller one's tokens, and drafting as for the largest tree, whoever has it."""
+    heads = Tree.from_paths([[i] for i in range(16)])
+    sizes = considered_sizes(heads)
+    between = next(size + 1 for size, after in pairwise(sizes) if after > size + 1)
+    times = StepTimes({3: [(3, 0.03), (60, 0.03)]}, {3: [1e-6 * index for index in range(len(sizes))]})
+    chooser = AdaptiveTree(times, heads, LookupRecord(0), 512)
+    chooser._reach[:, 0] = np.array(sizes) / 20
+    sequences = [sequence(0), sequence(1, cap=between + 1), sequence(2, cap=1)]
+    slots, many = chooser._seats.seat(sequences), np.full(3, 100)
+    taken = chooser._search(times.costs(3, 50, 512), 50, slots, many, many, False)
+    assert taken.nodes[:, 0].tolist() == [16, between, 0]
+    reached = chooser._reach[[len(sizes) - 1, sizes.index(between - 1)], 0]
+    assert taken.tokens == pytest.approx(3.0 + reached.sum())
+    assert taken.draft_s == times.costs(3, 50, 512).drafts[len(sizes) - 1]
+
+
+def test_a_step_shorter_than_what_is_thought_to_be_drafting_is_learned_from() -> None:
+    times = StepTimes({1: [(1, 0.03), (4, 0.03)]}, {1: [0.0, 0.1]})
+    before = times.predict(1, 50, np.array([1.0, 4.0]))
+    for _ in range(50):
+        times.observe(1, 50, 4.0, 0.02, 0.1)
+    after = times.predict(1, 50, np.array([1.0, 4.0]))
+    assert np.isfinite(after).all()
+    assert 0.0 < after[1] < before[1]
