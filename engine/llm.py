@@ -267,6 +267,7 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         stop: str | Sequence[str] = (),
         medusa: MedusaParams | None = None,
         grammar: GrammarSpec | None = None,
@@ -275,7 +276,10 @@ class LLM:
         """Answer conversations, written as the model's own chat template has them.
 
         Args:
-            messages: one conversation, a list of `{"role": …, "content": …}`, or a list of conversations.
+            messages: one conversation, a list of `{"role": …, "content": …}`, or a list of conversations; see
+                `TextProcessor.encode_chat` for those of calls.
+            tools: that the model is told of, `{"type": "function", "function": {…}}`. Its calls are text, in
+                the form that its template asks for.
 
         The rest is as in `generate`.
 
@@ -287,7 +291,9 @@ class LLM:
         conversations = cast("Sequence[Messages]", [messages] if single else messages)
         for i, turns in enumerate(conversations):
             _check_messages(turns, "messages" if single else f"messages[{i}]")
-        tokens = [self.text.encode_chat([dict(each) for each in turns]) for turns in conversations]
+        tokens = [
+            self.text.encode_chat([dict(each) for each in turns], tools=tools) for turns in conversations
+        ]
         return self._run(self._requests(tokens, sampling, medusa, grammar), stop, progress=progress)
 
     @property

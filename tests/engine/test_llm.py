@@ -246,6 +246,14 @@ def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPat
             llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
 
 
+def test_chat_tells_the_model_of_tools(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ messages[0].content }} {% for t in tools %}{{ t.function.name }}{% endfor %}"
+    monkeypatch.setattr(llm.text.tokenizer, "chat_template", template)
+    told = [{"type": "function", "function": {"name": "t8"}}]
+    (output,) = llm.chat([{"role": "user", "content": "t5"}], GREEDY, tools=told)
+    assert output.prompt_token_ids == (5, 8)
+
+
 def test_a_chat_template_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }} t9 {% endfor %}")
