@@ -61,6 +61,13 @@ HERMES: list[tuple[str, str, Calls]] = [
         [("time", "{}")],
     ),
     (
+        '<tool_call>{"name":"time","arguments":{}}\n{"name":"ti',
+        '{"name":"ti',
+        [("time", "{}")],
+    ),
+    # Arguments twice: the first.
+    ('<tool_call>{"name":"time","arguments":{},"parameters":{"a":1}}</tool_call>', "", [("time", "{}")]),
+    (
         '<tool_call>{"x": <tool_call>{"name": "time", "arguments": {}}</tool_call>',
         '<tool_call>{"x":',
         [("time", "{}")],

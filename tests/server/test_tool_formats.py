@@ -205,6 +205,7 @@ LLAMA_LIKE = (
     [
         (HERMES_LIKE, "hermes"),
         (LLAMA_LIKE, "llama3_json"),
+        (LLAMA_LIKE + HERMES_LIKE, "hermes"),
         ("{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]", "mistral"),
         # These say nothing of tools, or nothing that is known.
         ("[TOOL_CALLS] {{ messages }}", "hermes"),

@@ -180,6 +180,7 @@ def test_the_model_is_told_of_tools_and_of_what_they_returned(serve: Serve) -> N
     assert server.chat(messages=conversation, tools=TOOLS).status_code == 200
     prompt = prompt_of(server)
     assert '"description": "of a city"' in prompt
+    assert '{"name": "time", "parameters": {"type": "object", "properties": {}}}' in prompt
     assert PARIS in prompt
     assert "<tool_response>\n20\n</tool_response>" in prompt
     tokens = server.http.post("/tokenize", json={"messages": conversation, "tools": TOOLS}).json()["tokens"]
@@ -187,6 +188,24 @@ def test_the_model_is_told_of_tools_and_of_what_they_returned(serve: Serve) -> N
     assert server.chat(messages=conversation, tools=TOOLS, tool_choice="none").status_code == 200
     assert '"description": "of a city"' not in prompt_of(server)
     assert PARIS in prompt_of(server)
+
+
+def test_a_call_without_arguments_may_come_back(serve: Serve) -> None:
+    server = serve(says("x"))
+    call = {"id": "c", "type": "function", "function": {"name": "time", "arguments": ""}}
+    assert server.chat(messages=[*MESSAGES, {"role": "assistant", "tool_calls": [call]}]).status_code == 200
+    assert TIME in prompt_of(server)
+
+
+def test_a_special_token_that_opens_calls_is_read_and_never_told(serve: Serve) -> None:
+    (begin_id,) = ids("<|im_start|>")
+    server = serve(says('<|im_start|>[{"name": "time", "arguments": {}}]'))
+    server.context.tool_format = replace(FORMATS["mistral"], begin="<|im_start|>", begin_id=begin_id)
+    message = server.chat(tools=TOOLS).json()["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
+    without = server.chat(tools=TOOLS, tool_choice="none").json()["choices"][0]["message"]
+    assert without["content"] == '[{"name": "time", "arguments": {}}]'
 
 
 def test_without_a_choice_of_tools_text_is_text(serve: Serve) -> None:
