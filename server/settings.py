@@ -66,11 +66,12 @@ class Settings(EngineConfig, BaseSettings):
         description="File of API keys, one a line, that clients must send; keys can also be given in the "
         "environment as MEDUSA_API_KEY or, with commas, MEDUSA_API_KEYS.",
     )
-    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = Field(
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "granite"] = Field(
         "auto",
         description="How the model writes calls of tools: JSON between <tool_call> tags (hermes: Qwen), "
-        "as all of an answer (Llama 3.1 and later), or behind [TOOL_CALLS] (Mistral). 'auto': as its chat "
-        "template shows, else hermes, with which a template that knows no tools is helped out.",
+        "as all of an answer (Llama 3.1 and later), as a list behind [TOOL_CALLS] (Mistral) or <|tool_call|> "
+        "(Granite 3). 'auto': as its chat template shows, else hermes, with which a template that knows no "
+        "tools is helped out.",
     )
     cors_origins: str | None = Field(
         None,

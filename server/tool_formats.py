@@ -53,7 +53,7 @@ class ToolFormat:
         text_ids: other tokens that are no text to a grammar, and are text.
     """
 
-    name: Literal["hermes", "llama3_json", "mistral"]
+    name: Literal["hermes", "llama3_json", "mistral", "granite"]
     begin: str
     end: str = ""
     bare: bool = False
@@ -133,9 +133,11 @@ FORMATS: dict[str, ToolFormat] = {
         ToolFormat("hermes", CALL_BEGIN, CALL_END),
         ToolFormat("llama3_json", "<|python_tag|>", bare=True, parameters="parameters"),
         ToolFormat("mistral", "[TOOL_CALLS]", listed=True),
+        ToolFormat("granite", "<|tool_call|>", listed=True),
     )
 }
-"""By name: of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral."""
+"""By name: of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral; of
+Granite 3, whose successor writes as Hermes."""
 
 
 def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
@@ -156,8 +158,9 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
 
 def _shown_in(template: str) -> str:
     if template and reads_tools(template):
-        if "[TOOL_CALLS]" in template:
-            return "mistral"
+        for form in FORMATS.values():
+            if form.listed and form.begin in template:
+                return form.name
         if CALL_BEGIN not in template and '"parameters"' in template and "ipython" in template:
             return "llama3_json"
     return "hermes"

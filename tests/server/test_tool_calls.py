@@ -95,10 +95,14 @@ MISTRAL: list[tuple[str, str, Calls]] = [
     ('[TOOL_CALLS][{"name": "time", "arguments": {}}]', "", [("time", "{}")]),
     ("[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
 ]
+GRANITE: list[tuple[str, str, Calls]] = [
+    ('<|tool_call|>[{"name": "time", "arguments": {"a": 1}}]', "", [("time", '{"a": 1}')]),
+]
 CASES = [
     *(("hermes", *case) for case in HERMES),
     *(("llama3_json", *case) for case in LLAMA),
     *(("mistral", *case) for case in MISTRAL),
+    *(("granite", *case) for case in GRANITE),
 ]
 
 

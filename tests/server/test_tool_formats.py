@@ -47,8 +47,8 @@ def written(form: ToolFormat, *calls: str) -> str:
     match form.name:
         case "hermes":
             return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
-        case "mistral":
-            return f"[TOOL_CALLS][{', '.join(calls)}]"
+        case "mistral" | "granite":
+            return f"{form.begin}[{', '.join(calls)}]"
         case "llama3_json":
             return "; ".join(calls)
 
@@ -92,7 +92,7 @@ def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> No
     assert not follows(single, written(form, FIRST, SECOND))
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "granite"])
 def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
     form = FORMATS[name]
     spec = form.grammar(FUNCTIONS, text=True, schema=ANSWER, several=True)
@@ -207,6 +207,7 @@ LLAMA_LIKE = (
         (LLAMA_LIKE, "llama3_json"),
         (LLAMA_LIKE + HERMES_LIKE, "hermes"),
         ("{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]", "mistral"),
+        ("{% if tools %}respond only with <|tool_call|> followed by a JSON list{% endif %}", "granite"),
         # These say nothing of tools, or nothing that is known.
         ("[TOOL_CALLS] {{ messages }}", "hermes"),
         ("{{ messages }} {# tools [TOOL_CALLS] #}", "hermes"),
