@@ -23,7 +23,7 @@ from server.schemas.base import (
     without_unsupported,
 )
 from server.schemas.structured import ConstrainedBody
-from server.schemas.tools import MAX_CALLS, MAX_TOOLS, MessageToolCall, NamedTool, Tool, called_arguments
+from server.schemas.tools import MAX_CALLS, MAX_TOOLS, MessageToolCall, NamedTool, Tool
 
 __all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
 
@@ -79,28 +79,14 @@ class ChatMessage(Body):
             param = f"{path}.tool_call_id"
             raise RequestError(f"{param} is missing: the id of the call that returned it", param=param)
 
-    def as_template_input(self, path: str) -> dict[str, Any]:
-        """The message with its text parts joined by newlines, as in vLLM, and arguments as objects.
-
-        Raises:
-            RequestError: arguments that are none.
-        """
+    def as_template_input(self) -> dict[str, Any]:
+        """The message with its text parts joined by newlines, as in vLLM."""
         message: dict[str, Any] = {
             "role": self.role,
             "content": "\n".join(part.text for part in self.content),
         }
         if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": call.type,
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": called_arguments(call, f"{path}.tool_calls[{i}]"),
-                    },
-                }
-                for i, call in enumerate(self.tool_calls)
-            ]
+            message["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
         told = {"tool_call_id": self.tool_call_id, "name": self.name}
         return message | {name: value for name, value in told.items() if value is not None}
 
@@ -173,8 +159,8 @@ class Conversation(Body):
         }
 
     def template_input(self) -> list[dict[str, Any]]:
-        """The messages for `TextProcessor.encode_chat`. Raises RequestError: arguments that are no JSON."""
-        return [message.as_template_input(f"messages[{i}]") for i, message in enumerate(self.messages or ())]
+        """The messages for `TextProcessor.encode_chat`."""
+        return [message.as_template_input() for message in self.messages or ()]
 
 
 class Prediction(Body):

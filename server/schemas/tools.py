@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from engine.errors import RequestError
 from server.schemas.base import Body
 
-__all__ = ["MAX_TOOLS", "MessageToolCall", "NamedTool", "Tool", "called_arguments"]
+__all__ = ["MAX_TOOLS", "MessageToolCall", "NamedTool", "Tool"]
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -76,18 +75,15 @@ class MessageToolCall(_Part):
     function: _CalledFunction
     index: int | None = Field(None, description="No effect: it comes from a stream's chunks.")
 
+    def as_template_input(self) -> dict[str, Any]:
+        """The call as chat templates know it: with an object of arguments.
 
-def called_arguments(call: MessageToolCall, param: str) -> dict[str, Any]:
-    """The arguments as an object, which templates want.
-
-    Raises:
-        RequestError: they are no JSON object; `param` is the call's place.
-    """
-    try:
-        value = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        place = f"{param}.function.arguments"
-        raise RequestError(f"{place}: must be the text of a JSON object", param=place)
-    return value
+        Where a model's mistake comes back, they are the text that it wrote.
+        """
+        arguments = self.function.arguments
+        try:
+            value = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            value = None
+        told = value if isinstance(value, dict) else arguments
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": told}}
