@@ -112,30 +112,30 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in _leaves(args, kwargs) if isinstance(value, Tensor)]
+        tensors = _tensors(args, kwargs)
         here = any(isinstance(value, OnCuda) for value in tensors)
         there = any(not isinstance(value, OnCuda) and value.dim() for value in tensors)
         if here and (there or func.overloadpacket.__name__ in _READS):
             raise RuntimeError(f"{func} waits for the device in a captured step{_where()}")
         with _disable_current_modes():
             out = _operator(func, args, kwargs)
-        self._calls.append((func, args, kwargs, out))
+        # What its tensors hold changes, where they hold it does not.
+        self._calls.append((func, *_in_memory(args, kwargs), [_memory(value) for value in _flat(out)]))
         return out
 
     def replay(self) -> None:
-        for func, args, kwargs, out in self._calls:
-            given = {name: _mapped(_memory, value) for name, value in kwargs.items() if name != "pin_memory"}
-            with _as_they_are():
-                found = _computed(func, _mapped(_memory, args), given)
-            for kept, new in zip(_flat(out), _flat(found), strict=True):
-                if isinstance(kept, Tensor) and _memory(kept).data_ptr() != new.data_ptr():
-                    _memory(kept).copy_(new)
+        with _as_they_are():
+            for func, args, kwargs, out in self._calls:
+                found = _computed(func, args, kwargs)
+                for kept, new in zip(out, _flat(found), strict=True):
+                    if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                        kept.copy_(new)
 
 
 class _GeneratorType(type):
@@ -174,8 +174,21 @@ def _flat(value: Any) -> list[Any]:
     return [each for part in value for each in _flat(part)] if isinstance(value, list | tuple) else [value]
 
 
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    return _flat((args, [*kwargs.values()]))
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """In order. It is asked for at every operator, whose arguments are hardly ever lists in lists."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [each for each in _flat(value) if isinstance(each, Tensor)]
+    return found
+
+
+def _in_memory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An operator's arguments as the CPU takes them."""
+    given = {name: _mapped(_memory, value) for name, value in kwargs.items() if name != "pin_memory"}
+    return _mapped(_memory, args), given
 
 
 def _mapped(work: Callable[[Any], Any], value: Any) -> Any:
@@ -187,7 +200,7 @@ def _mapped(work: Callable[[Any], Any], value: Any) -> Any:
 
 @contextmanager
 def _as_they_are() -> Iterator[None]:
-    with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
@@ -233,11 +246,12 @@ def _function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if on is not None:
             kwargs["device"] = "cpu"
             _local.on = on
-        elif any(isinstance(value, OnCuda) for value in _leaves(args, kwargs)):
+        elif any(isinstance(value, OnCuda) for value in _tensors(args, kwargs)):
             _local.on = True
-        of_cuda = any(generator is one for one in Generators.made)
-        if generator is not None and of_cuda != bool(getattr(_local, "on", None)):
-            raise RuntimeError(f"{name} with a generator of the other device{_where()}")
+        if generator is not None:
+            of_cuda = any(generator is one for one in Generators.made)
+            if of_cuda != bool(getattr(_local, "on", None)):
+                raise RuntimeError(f"{name} with a generator of the other device{_where()}")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     finally:
@@ -265,17 +279,17 @@ def _moved(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
-    tensors = [value for value in _leaves(args, kwargs) if isinstance(value, Tensor)]
+    tensors = _tensors(args, kwargs)
     here = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
     there = [tensor for tensor in tensors if not isinstance(tensor, OnCuda)]
     _hold_to_one_device(func, args, here, there)
-    given = {key: _mapped(_memory, value) for key, value in kwargs.items() if key != "pin_memory"}
+    memory, given = _in_memory(args, kwargs)
     on = getattr(_local, "on", None)
     target = bool(here) if here or there or on is None else on
     if here and name == "aten::_int_mm" and args[0].shape[0] <= 16:
         raise RuntimeError("self.size(0) needs to be greater than 16")
-    memory = _mapped(_memory, args)
-    out = _computed(func, memory, given) if here else func(*memory, **given)
+    with torch._C.DisableTorchFunction():
+        out = _computed(func, memory, given) if here else func(*memory, **given)
     if name == "aten::copy_":
         return args[0]
     known = {id(tensor.memory): tensor for tensor in here}
