@@ -39,6 +39,8 @@ def quicken() -> None:
 
     interpreter.InterpretedFunction.__call__ = call
     _remember_shapes(interpreter)
+    _know_what_is_alike()
+    _call_builtins_at_once(interpreter)
 
 
 def _remember_shapes(interpreter: Any) -> None:
@@ -61,11 +63,11 @@ def _remember_shapes(interpreter: Any) -> None:
         key = element_ty.name, sizes
         if key not in types:
             make_type(self, element_ty, shape)
-            types[key] = dict(self.__dict__)
+            types[key] = {**self.__dict__, "sizes": sizes}
         self.__dict__.update(types[key], element_ty=element_ty)
 
     def tensor_init(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape) if type.is_block() else ()
+        key = getattr(type, "sizes", ())
         if key not in tensors:
             make_tensor(self, handle, type)
             own = ("handle", "type", "dtype")
@@ -80,3 +82,49 @@ def _remember_shapes(interpreter: Any) -> None:
 
     core.block_type.__init__, core.tensor.__init__ = type_init, tensor_init
     interpreter._get_np_dtype = np_dtype
+
+
+def _know_what_is_alike() -> None:
+    """Return at once what has the type, or both of what has the shape, that it shall be given.
+
+    Shapes are compared as constants of a kernel are, which takes longer than to add what has them.
+    """
+    from triton.language import core, semantic
+
+    of = semantic.TritonSemantic
+    same, cast, broadcast = core.dtype.__eq__, of.cast, of.broadcast_impl_value
+
+    def equal(self: Any, other: Any) -> Any:
+        return self is other or same(self, other)
+
+    def cast_unless(self: Any, value: Any, wanted: Any, *rest: Any, **options: Any) -> Any:
+        alike = value.type.scalar is wanted.scalar
+        return value if alike else cast(self, value, wanted, *rest, **options)
+
+    def broadcast_unless(self: Any, left: Any, right: Any) -> Any:
+        alike = getattr(left.type, "sizes", ()) == getattr(right.type, "sizes", ())
+        return (left, right) if alike else broadcast(self, left, right)
+
+    core.dtype.__eq__, of.cast, of.broadcast_impl_value = equal, cast_unless, broadcast_unless
+
+
+def _call_builtins_at_once(interpreter: Any) -> None:
+    """Leave out the two functions between a kernel's operator and what it does, which only hand it on."""
+    from triton.language import core
+
+    if not hasattr(interpreter, "_patch_attr"):
+        return
+    handing_on = core.builtin(lambda: None).__code__
+
+    def patch(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        work, meaning = member, interpreter.interpreter_semantic
+        if getattr(member, "__code__", None) is handing_on:
+            work = member.__wrapped__
+
+        def call(*args: Any, **options: Any) -> Any:
+            options["_semantic"] = meaning
+            return work(*args, **options)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch
