@@ -55,6 +55,11 @@ def packed(
         emitted: the tokens; None: it does not matter which.
         chains: proposed for the next step; None: there is no lookup.
     """
+    if emitted is None and not chains:  # as whole worlds have it, again and again
+        lengths = [mask.bit_count() for mask in masks]
+        found = np.zeros((len(masks), 5 + max(lengths)), dtype=np.int64)
+        found[:, 0], found[:, 1], found[:, 3] = 1, lengths, masks
+        return found, max(lengths)
     rows = emitted or [[0] * (1 + mask.bit_count()) for mask in masks]
     depth = max(map(len, rows)) - 1
     most = max(len(chain) for chain, _ in chains) if chains else 0

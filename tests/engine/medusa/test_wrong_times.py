@@ -7,8 +7,10 @@ a share of the best there is, is exact.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +25,7 @@ from engine.types import Sequence
 from tests.engine.medusa.by_hand import observe, sequence
 
 HEADS = default_tree(4)
+INDEX = {path: i for i, path in enumerate(HEADS.paths, start=1)}
 SIZES = considered_sizes(HEADS)
 NODES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -35,6 +38,7 @@ GPU_LIKE = {
 """Milliseconds of captured steps of so many sequences with each number of nodes, much as an H100 takes."""
 
 
+@functools.cache
 def gpu_like(batch: int, rows: float) -> float:
     """Seconds of a captured step."""
     known = GPU_LIKE[batch]
@@ -95,6 +99,7 @@ class World:
         times = StepTimes(points, drafts, context=96, buckets=self.grid)
         self.chooser = AdaptiveTree(times, HEADS, LookupRecord(0), 512)
         self.paths = [self.path(rank_hit) for _ in range(2048)]
+        self.counts = Counter(self.paths)
         self.brings = [self.mean_tokens(nodes) for nodes in range(64)]
         self.rates: dict[tuple[int, int], float] = {}
         self.last, self.tokens, self.best, self.lost, self.took = 0, 0.0, 0.0, 0.0, 0.0
@@ -109,18 +114,18 @@ class World:
 
     def path(self, rank_hit: float) -> int:
         """Bit mask of the nodes that come true: at each depth the best guess, else the second, or none."""
-        index = {path: i for i, path in enumerate(HEADS.paths, start=1)}
         path: tuple[int, ...] = ()
         mask = 1
         while (draw := self.rng.random()) < rank_hit + 0.3 * min(rank_hit, 1.0 - rank_hit):
             path = (*path, int(draw >= rank_hit))
-            if path not in index:
+            if path not in INDEX:
                 break
-            mask |= 1 << index[path]
+            mask |= 1 << INDEX[path]
         return mask
 
     def mean_tokens(self, nodes: int) -> float:
-        return sum(self.cut(path, nodes).bit_count() for path in self.paths) / len(self.paths)
+        tokens = (self.cut(path, nodes).bit_count() * count for path, count in self.counts.items())
+        return sum(tokens) / len(self.paths)
 
     @staticmethod
     def cut(path: int, nodes: int) -> int:
