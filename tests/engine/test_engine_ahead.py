@@ -6,7 +6,10 @@ from __future__ import annotations
 import pytest
 
 from tests import support
+from tests.engine.conftest import TinyModel
 from tests.engine.test_engine import (
+    SETTINGS,
+    check_settings,
     test_a_failed_step_fails_its_own_requests_only,
     test_a_request_without_a_seed_gets_its_own,
     test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched,
@@ -15,7 +18,6 @@ from tests.engine.test_engine import (
     test_choices_differ_and_repeat,
     test_eos_stops_unless_ignored,
     test_few_tokens_are_few,
-    test_greedy_is_transformers_greedy,
     test_greedy_with_lookup_alone_is_transformers_greedy,
     test_one_choice_can_be_aborted,
     test_output_ends_exactly_at_the_context_limit,
@@ -42,3 +44,13 @@ from tests.engine.test_features import (
 @pytest.fixture(autouse=True)
 def _mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(support.MODE, "ahead", True)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("arrive_every", [0, 2])
+def test_greedy_is_transformers_greedy(
+    tiny: TinyModel, narrow: TinyModel, certain: TinyModel, settings: dict, arrive_every: int
+) -> None:
+    """Where all are there at once one model will do: what is launched ahead comes undone by who joins."""
+    for model in (tiny, narrow, certain) if arrive_every else (narrow,):
+        check_settings(model, settings, arrive_every)
