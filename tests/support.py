@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -163,13 +163,3 @@ def run_all(
 
 def greedy(request_id: str, prompt: list[int], count: int, **sampling: Any) -> Request:
     return Request(request_id, tuple(prompt), SamplingParams(temperature=0.0, max_tokens=count, **sampling))
-
-
-def letter_tokenizer(letters: str, *words: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of these letters in order, these words of them, and what ends an answer, "<end>"."""
-    vocab = {text: i for i, text in enumerate([*letters, *words, "<end>"])}
-    merges = [(word[:-1], word[-1]) if word[:-1] in vocab else (word[0], word[1:]) for word in words]
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")

@@ -20,7 +20,8 @@ from engine.types import Acceptance, DraftSource, FinishReason, MedusaParams, Re
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.engine.test_features import deltas_of, engines
-from tests.support import letter_tokenizer, make_engine, run_all
+from tests.letters import letter_tokenizer
+from tests.support import make_engine, run_all
 
 TOKENIZER = letter_tokenizer("abcdefgh", "ab", "bc", "abc")  # with its end, the 12 tokens of `narrow`
 END = TOKENIZER.eos_token_id

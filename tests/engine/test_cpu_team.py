@@ -19,6 +19,7 @@ import engine
 from engine.cpu_team import JIT, Arguments, Team, floats, integers, task_kernel
 from engine.model.quantize import blocked_runs_here
 
+ROOT = Path(engine.__file__).parents[1]
 OUT, SEEN, COUNT = 2, 3, 4
 
 
@@ -61,22 +62,37 @@ def test_one_thread_without_the_library() -> None:
     assert seen.tolist() == [1] * 9
 
 
-SCRIPT = """
-from engine.attention import cpu_kernels
-print(cpu_kernels.attend._cache_hits)
+SMALL = """
+from numba import njit
+from engine.cpu_team import JIT, integers, task_kernel
+
+
+@njit(**JIT)
+def task(arguments, number):
+    integers(arguments[2], (1,))[0] += 1
+
+
+kernel = task_kernel(task)
 """
 
+ATTEND = "from engine.attention.cpu_kernels import attend; print(attend._cache_hits)"
 
-def test_a_later_process_compiles_nothing(tmp_path: Path) -> None:
+
+def said(script: str, folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_later_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is found in the folder of compiled ones by the second process that wants it."""
-    environment = {**os.environ, "MEDUSA_CACHE": str(tmp_path)}
-    environment.pop("NUMBA_CACHE_DIR", None)
-    hits = [
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for _ in range(2)
-    ]
+    import_module("engine.attention.cpu_kernels")  # compiles what no earlier process has
+    assert said(ATTEND, tmp_path) == "1"
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path))
+    (tmp_path / "small.py").write_text(SMALL)
+    hits = [said("import small; print(small.kernel._cache_hits)", tmp_path) for _ in range(2)]
     assert hits == ["0", "1"]
     assert len(list(tmp_path.glob("numba/*/*/*._all_tasks-*.nbc"))) == 1
 

@@ -13,7 +13,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, GrammarSpec, GrammarState
-from tests.support import letter_tokenizer
+from tests.letters import letter_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = letter_tokenizer("abcdefghij", "ab", "bc", "abc")

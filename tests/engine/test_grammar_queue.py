@@ -15,7 +15,8 @@ from engine.grammar_queue import GrammarQueue
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
 from engine.worker import EngineWorker
 from tests.engine.conftest import TinyModel
-from tests.support import letter_tokenizer, make_engine
+from tests.letters import letter_tokenizer
+from tests.support import make_engine
 
 
 class Panic(BaseException):

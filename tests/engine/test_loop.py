@@ -25,7 +25,8 @@ from engine.types import FinishReason, Request, SamplingParams, TokenDelta
 from engine.worker import EngineWorker
 from tests.engine.conftest import TinyModel
 from tests.engine.in_child import strike
-from tests.support import greedy, greedy_reference, letter_tokenizer, make_engine
+from tests.letters import letter_tokenizer
+from tests.support import greedy, greedy_reference, make_engine
 
 TOKENIZER = letter_tokenizer("abcd")  # of which grammars can be made
 D = TOKENIZER.convert_tokens_to_ids("d")

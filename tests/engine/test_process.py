@@ -26,7 +26,8 @@ from engine.types import FinishReason, TokenDelta
 from engine.wire import Done, Step, deltas_of, received
 from tests.engine.conftest import TinyModel
 from tests.engine.test_loop import collect, endless, run, until
-from tests.support import greedy, letter_tokenizer
+from tests.letters import letter_tokenizer
+from tests.support import greedy
 
 ROOT = Path(__file__).parents[2]
 
