@@ -23,7 +23,7 @@ serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
 # A process a core with one thread each: two torch processes of two threads would fight for the cores.
 # What Python has compiled is kept, whatever the environment says: each of a hundred processes would do it anew.
 test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-system: PROGRAMS += debootstrap # for the image's steps
 test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour

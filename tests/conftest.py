@@ -1,10 +1,38 @@
-"""Before any test imports Triton: without a GPU its kernels run on the interpreter."""
+"""Triton's interpreter where there is no GPU, before any test imports Triton; and long files first."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+LONG = (
+    "test_end_to_end_features.py",
+    "test_end_to_end.py",
+    "test_fake_cuda.py",
+    "test_end_to_end_operations.py",
+    "test_end_to_end_process.py",
+    "benchmarks/test_gpu.py",
+    "engine/test_engine_captured.py",
+    "engine/test_engine.py",
+    "engine/test_engine_ahead.py",
+    "engine/attention/test_triton.py",
+    "engine/model/test_fused_triton.py",
+    "engine/test_prefill_captured.py",
+    "engine/test_random_serving.py",
+    "engine/medusa/test_wrong_times.py",
+    "engine/test_constrained.py",
+)
+"""Files that take longest, up to a minute: as the last one each would leave a core idle for that long."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` tells xdist to keep this order, which has files with most tests first on its own."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
