@@ -211,6 +211,13 @@ def _number(least: float, most: float) -> dict[str, Any]:
 
 _TOKENS = {"type": "array", "items": _integer(0, 255), "minItems": 1, "maxItems": 12}
 _TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 3}
+_FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_MESSAGES_OF_TOOLS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": "b"},
+]
 _LIKELY: dict[str, dict[str, Any]] = {
     "bad_words": {"type": "array", "items": {"enum": ["a", "the", "x y"]}, "maxItems": 3},
     "chat_template_kwargs": {"type": "object", "maxProperties": 0},
@@ -234,10 +241,18 @@ _LIKELY: dict[str, dict[str, Any]] = {
         "required": ["acceptance"],
         "additionalProperties": False,
     },
+    "messages": {
+        "anyOf": [
+            {"type": "array", "items": {"$ref": "#/components/schemas/ChatMessage"}, "minItems": 1},
+            {"enum": [_MESSAGES_OF_TOOLS]},
+        ]
+    },
     "metadata": {"type": "object", "maxProperties": 0},
     "min_p": _number(0, 1),
     "min_tokens": _integer(0, 1),
     "n": _integer(1, 2),
+    "name": {"enum": [None]},
+    "parallel_tool_calls": {"enum": [True]},
     "presence_penalty": _number(-2, 2),
     "prompt": {
         "anyOf": [
@@ -250,6 +265,7 @@ _LIKELY: dict[str, dict[str, Any]] = {
     "repetition_penalty": _number(0.1, 3),
     "seed": _integer(-(2**63), 2**63 - 1),
     "response_format": {"enum": [None, {"type": "text"}]},
+    "role": {"enum": ["system", "developer", "user", "assistant"]},
     "stop_token_ids": _TOKENS,
     "structured_outputs": {
         "enum": [
@@ -268,6 +284,16 @@ _LIKELY: dict[str, dict[str, Any]] = {
         "additionalProperties": False,
     },
     "tokens": _TOKENS,
+    "tool_call_id": {"enum": [None]},
+    "tool_calls": {"enum": [None, []]},
+    "tool_choice": {"enum": ["none", "auto"]},
+    "tools": {
+        "enum": [
+            [],
+            [{"type": "function", "function": _FUNCTION}],
+            [{"type": "function", "function": {**_FUNCTION, "strict": True}}],
+        ]
+    },
     "top_p": _number(0.01, 1),
     "truncate_prompt_tokens": _integer(1, 50),
 }
@@ -280,8 +306,14 @@ _STREAMED = (
     "structured_outputs",
     *_GUIDED,
 )
-_NOT_STREAMED = ("prompt_logprobs", "max_tokens", "add_generation_prompt", "min_tokens", *_GUIDED)
-_OF_MESSAGES = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_NOT_STREAMED = ("prompt_logprobs", "max_tokens", "add_generation_prompt", "min_tokens", "tools", *_GUIDED)
+_OF_MESSAGES = (
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "tools",
+)
 
 
 def _leaked(url: str, timeout_s: float) -> str:
