@@ -149,7 +149,7 @@ class ToolCallParser:
             return True
         if call.name and call.arguments:
             if not known:
-                self._called, self._behind, self._spaces = True, True, ""
+                self._called = self._behind = True
                 self.calls += 1
             self._raw = ""
             self._deltas.append(CallDelta(self.calls - 1, None if known else call.name, call.arguments))

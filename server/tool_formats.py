@@ -159,9 +159,9 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
 def _shown_in(template: str) -> str:
     if template and reads_tools(template):
         for form in FORMATS.values():
-            if form.listed and form.begin in template:
+            if form.begin in template:
                 return form.name
-        if CALL_BEGIN not in template and '"parameters"' in template and "ipython" in template:
+        if '"parameters"' in template and "ipython" in template:
             return "llama3_json"
     return "hermes"
 

@@ -81,6 +81,7 @@ LLAMA: list[tuple[str, str, Calls]] = [
     ),
     ('<|python_tag|>{"name": "time", "parameters": {}}', "", [("time", "{}")]),
     ('{"name": "time", "parameters": {}} and so on', "and so on", [("time", "{}")]),
+    ('{"name": "time", "parameters": {}}; that is all', "that is all", [("time", "{}")]),
     ('{"name": "Alice", "age": 3}', '{"name": "Alice", "age": 3}', []),
     ('No: {"name": "time", "parameters": {}}', 'No: {"name": "time", "parameters": {}}', []),
     (" ", " ", []),

@@ -206,6 +206,7 @@ LLAMA_LIKE = (
         (HERMES_LIKE, "hermes"),
         (LLAMA_LIKE, "llama3_json"),
         (LLAMA_LIKE + HERMES_LIKE, "hermes"),
+        (LLAMA_LIKE + "<|python_tag|>", "llama3_json"),
         ("{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}respond only with <|tool_call|> followed by a JSON list{% endif %}", "granite"),
         # These say nothing of tools, or nothing that is known.
