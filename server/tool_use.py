@@ -19,7 +19,7 @@ from server.responses import (
 )
 from server.schemas.chat import ChatRequest
 from server.schemas.structured import Constraint
-from server.schemas.tools import NamedTool, Tool
+from server.schemas.tools import Tool
 from server.tool_calls import CallDelta, ToolCallParser
 from server.tool_formats import Function, ToolFormat
 
@@ -46,7 +46,8 @@ def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
                 param="response_format",
             )
         schema = json.loads(body.constraint().spec.text)
-    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+    one = body.tool_choice is not None and body.tool_choice.function is not None
+    several = body.parallel_tool_calls is not False and not one
     functions = [
         Function(tool.function.name, tool.function.parameters, bool(tool.function.strict))
         for tool in body.callable_tools

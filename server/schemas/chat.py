@@ -23,7 +23,7 @@ from server.schemas.base import (
     without_unsupported,
 )
 from server.schemas.structured import ConstrainedBody
-from server.schemas.tools import MAX_CALLS, MAX_TOOLS, MessageToolCall, NamedTool, Tool
+from server.schemas.tools import MAX_CALLS, MAX_TOOLS, MessageToolCall, Tool, ToolChoice
 
 __all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
 
@@ -212,7 +212,7 @@ class ChatRequest(ConstrainedBody, Conversation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     metadata: Metadata | None = Field(None, description="No effect.")
@@ -236,10 +236,10 @@ class ChatRequest(ConstrainedBody, Conversation):
         given = {"tool_choice": self.must_call, "parallel_tool_calls": self.parallel_tool_calls is False}
         if not self.tools and (without := [name for name, is_given in given.items() if is_given]):
             raise RequestError(f"{without[0]} is only allowed when tools are given", param=without[0])
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            if all(tool.function.name != name for tool in self.tools or ()):
-                param = "tool_choice.function.name"
+        known = {tool.function.name for tool in self.tools or ()}
+        for place, name in self._chosen.items():
+            if name not in known:
+                param = f"tool_choice.{place}"
                 raise RequestError(f"{param}: none of the tools is called {name!r}", param=param)
         if not self.callable_tools:
             return self
@@ -249,8 +249,9 @@ class ChatRequest(ConstrainedBody, Conversation):
             raise RequestError(message, param=others[0])
         if self.calls_follow_grammar and self.min_tokens:
             raise RequestError(
-                "min_tokens cannot be set where calls follow a grammar (tool_choice other than 'auto', "
-                "strict tools, parallel_tool_calls false): where the grammar ends, so does the answer",
+                "min_tokens cannot be set where calls follow a grammar (tool_choice that requires a call or "
+                "allows some of the tools, strict tools, parallel_tool_calls false): where the grammar ends, "
+                "so does the answer",
                 param="min_tokens",
             )
         return self
@@ -258,27 +259,34 @@ class ChatRequest(ConstrainedBody, Conversation):
     @property
     def told_tools(self) -> list[Tool]:
         """The tools that the model is told of: with `tool_choice` none, none."""
-        return [] if self.tool_choice == "none" else list(self.tools or ())
+        return [] if self.tool_choice and self.tool_choice.type == "none" else list(self.tools or ())
 
     @property
     def must_call(self) -> bool:
         """Whether the answer has to be a call."""
-        return self.tool_choice is not None and self.tool_choice not in ("none", "auto")
+        return self.tool_choice is not None and self.tool_choice.must_call
+
+    @property
+    def _chosen(self) -> dict[str, str]:
+        """The functions that `tool_choice` names, by where it does."""
+        return {} if self.tool_choice is None else self.tool_choice.names
 
     @property
     def callable_tools(self) -> list[Tool]:
         """The tools that the answer may call."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.told_tools if tool.function.name == name]
-        return self.told_tools
+        chosen = set(self._chosen.values())
+        return [tool for tool in self.told_tools if not chosen or tool.function.name in chosen]
 
     @property
     def calls_follow_grammar(self) -> bool:
-        """Whether calls cannot be wrong: unless they have to be right, what is drawn need not wait for it."""
+        """Whether calls cannot be wrong: unless they have to be right, what is drawn need not wait for it.
+
+        A model that was told of more tools than it may call would sooner or later call one of the others.
+        """
         tools = self.callable_tools
-        strict = any(tool.function.strict for tool in tools) or self.parallel_tool_calls is False
-        return bool(tools) and (strict or self.must_call or bool(self.constrained_by))
+        right = any(tool.function.strict for tool in tools) or len(tools) < len(self.told_tools)
+        right = right or self.parallel_tool_calls is False or self.must_call
+        return bool(tools) and (right or bool(self.constrained_by))
 
     @property
     def prediction_text(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from engine.errors import RequestError
 from server.schemas.base import Body
 
-__all__ = ["MAX_TOOLS", "MessageToolCall", "NamedTool", "Tool"]
+__all__ = ["MAX_TOOLS", "MessageToolCall", "Tool", "ToolChoice"]
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -55,10 +56,68 @@ class _Named(_Part):
 
 
 class NamedTool(_Part):
-    """A choice of the one function that has to be called."""
+    """A function by its name: the one that has to be called, or one that may be."""
 
     type: Literal["function"]
     function: _Named
+
+
+class _Allowed(_Part):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS, description="All are told of.")
+
+
+class AllowedTools(_Part):
+    """A choice of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: _Allowed
+
+
+_Word = Literal["none", "auto", "required"]
+
+
+def _as_object(value: object) -> object:
+    """A word as an object of this type, so that errors inside of objects have one place."""
+    if isinstance(value, str) and value in get_args(_Word):
+        return {"type": value}
+    if isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"):
+        return value
+    raise ValueError("must be 'none', 'auto', 'required', or an object of type 'function' or 'allowed_tools'")
+
+
+class _ToolChoice(_Part):
+    type: Literal["none", "auto", "required", "function", "allowed_tools"]
+    function: _Named | None = None
+    allowed_tools: _Allowed | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_type_says(self) -> Self:
+        for name in ("function", "allowed_tools"):
+            if (getattr(self, name) is None) == (self.type == name):
+                param = f"tool_choice.{name}"
+                how = "goes with" if self.type != name else "is missing in"
+                raise RequestError(f"{param} {how} a tool_choice of type {name!r}", param=param)
+        return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        mode = self.type if self.allowed_tools is None else self.allowed_tools.mode
+        return mode in ("required", "function")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The functions that may be called, by where they are named; empty for all of them."""
+        if self.function is not None:
+            return {"function.name": self.function.name}
+        tools = [] if self.allowed_tools is None else self.allowed_tools.tools
+        return {f"allowed_tools.tools[{i}].function.name": tool.function.name for i, tool in enumerate(tools)}
+
+
+ToolChoice = Annotated[
+    _ToolChoice, BeforeValidator(_as_object, json_schema_input_type=_Word | NamedTool | AllowedTools)
+]
 
 
 class _CalledFunction(_Part):
