@@ -16,6 +16,8 @@ __all__ = ["CallDelta", "Parsed", "ToolCallParser"]
 _ARGUMENTS = ("arguments", "parameters")
 _AT_ONCE = 4096  # characters of a text that comes in one: each call copies what is left of them
 _BETWEEN_CALLS = re.compile(r"[\s\[\],;]*")
+_HEAD = re.compile(r"(?P<name>[\w-]{1,64})(?:\[CALL_ID\]\w{0,64})?(?:\[ARGS\])?\s{0,9}")
+_IN_HEAD = ("[CALL_ID]", "[ARGS]")
 _END_OF_STRING = re.compile(r'["\\]')
 _END_OF_SCALAR = re.compile(r"[^\w.+-]")
 _OF_NESTED = re.compile(r'["{}\[\]]')
@@ -49,8 +51,10 @@ class ToolCallParser:
 
     A call is a JSON object with the function's `name` and its `arguments`, or `parameters`. Calls stand
     between `begin` and `end`, one or a list of them, or, where `bare`, are what an answer that begins with a
-    brace consists of, with semicolons between them. One whose name is none of `names`, or whose arguments are
-    no object, is content. White space around calls is not.
+    brace consists of, with semicolons between them. Where `named`, `begin` may also stand before
+    each call's name, perhaps an id, and arguments, which alone are JSON then: `name[CALL_ID]id[ARGS]{…}`. One
+    whose name is none of `names`, or whose arguments are no object, is content. White space around calls is
+    not.
 
     Once the name is known, arguments are passed on as they come: they are JSON only if the model wrote JSON.
 
@@ -59,10 +63,12 @@ class ToolCallParser:
         end: what closes them; may be empty.
         bare: calls may come without either.
         names: of the functions that may be called.
+        named: calls may come without an object around them.
     """
 
-    def __init__(self, begin: str, end: str, bare: bool, names: Set[str]) -> None:
+    def __init__(self, begin: str, end: str, bare: bool, names: Set[str], named: bool = False) -> None:
         self._begin, self._end, self._bare, self._names = begin, end, bare, names
+        self._named = named
         self._text = ""  # that came and is not read yet
         self._raw = ""  # that was read, and is content if it is no call
         self._spaces = ""  # that were read, and are content if more of it follows
@@ -130,6 +136,8 @@ class ToolCallParser:
         ends = self._called and bool(self._end)
         if text.startswith("{"):
             self._call = _Call(self._names)
+        elif self._named and not self._called and (head := _HEAD.match(text)) is not None:
+            return self._in_head(head["name"], head[0])
         elif ends and text.startswith(self._end):
             self._text = text.removeprefix(self._end)
             self._leave(failed=False)
@@ -137,6 +145,18 @@ class ToolCallParser:
             return False
         else:
             self._leave(failed=not self._called)
+        return True
+
+    def _in_head(self, name: str, head: str) -> bool:
+        """Read what stands before arguments that are JSON by themselves."""
+        rest = self._text.removeprefix(head)
+        if rest.startswith("{") and name in self._names:
+            self._raw, self._text = self._raw + head, rest
+            self._call = _Call(self._names, name)
+        elif any(mark[:-1].startswith(rest) for mark in _IN_HEAD):
+            return False
+        else:
+            self._leave(failed=True)
         return True
 
     def _in_call(self, call: _Call) -> bool:
@@ -155,6 +175,8 @@ class ToolCallParser:
             self._deltas.append(CallDelta(self.calls - 1, None if known else call.name, call.arguments))
         if call.state == "ended":
             self._call, self._raw = None, ""
+            if call.alone:
+                self._leave(failed=False)
         return call.state == "ended"
 
     def _enter(self, opening: str, rest: str) -> None:
@@ -189,18 +211,26 @@ def _overlap(text: str, begin: str) -> int:
 class _Call:
     """A call's JSON object, as it arrives.
 
+    Args:
+        names: of the functions that may be called.
+        name: of this one, where what arrives are its arguments alone.
+
     Attributes:
         state: what has to come, or that nothing more belongs to it, or that it is no call.
         name: the function's, once it is known that this is a call: with its first arguments.
         arguments: what the last `feed` brought of them.
+        alone: there is no object around them.
     """
 
-    def __init__(self, names: Set[str]) -> None:
+    def __init__(self, names: Set[str], name: str = "") -> None:
         self._names = names
         self._values: dict[str, str] = {}  # JSON of each
         self._key = ""
         self._value: _Value | None = None
         self.state: Literal["brace", "key", "colon", "value", "ended", "failed"] = "brace"
+        self.alone = bool(name)
+        if name:
+            self._values["name"], self._key, self.state = json.dumps(name), _ARGUMENTS[0], "value"
         self.name = ""
         self.arguments = ""
 
@@ -230,7 +260,7 @@ class _Call:
         if value.ended:
             self._value = None
             if self.state == "value":
-                self._values[self._key], self.state = value.text, "key"
+                self._values[self._key], self.state = value.text, "ended" if self.alone else "key"
             elif isinstance(key := _loaded(value.text), str):
                 self._key, self.state = key, "colon"
             else:

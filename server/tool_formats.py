@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Function", "ToolFormat", "format_of"]
 
+_CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
+
 _AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as `json.dumps` writes it: what models were shown, and no tokens for white space."""
 
@@ -47,6 +49,8 @@ class ToolFormat:
         end: what closes them.
         bare: an answer that begins with a brace is a call.
         listed: calls are a JSON list.
+        marks: where a call is the function's name and its arguments, what stands between them, each with its
+            id where it is a token of its own; empty where a call is an object of both.
         parameters: the arguments' key.
         begin_id, end_id: of `begin` and `end`, where they are tokens of their own, which are no text to
             a grammar and, where they are special, are left out of texts otherwise.
@@ -58,6 +62,7 @@ class ToolFormat:
     end: str = ""
     bare: bool = False
     listed: bool = False
+    marks: tuple[tuple[str, int | None], ...] = ()
     parameters: str = "arguments"
     begin_id: int | None = None
     end_id: int | None = None
@@ -66,7 +71,8 @@ class ToolFormat:
     @property
     def shown(self) -> frozenset[int]:
         """Tokens that have to be in the text for calls to be found there, also where they are special."""
-        return frozenset(token for token in (self.begin_id, self.end_id) if token is not None)
+        own = (self.begin_id, self.end_id, *(token for _, token in self.marks))
+        return frozenset(token for token in own if token is not None)
 
     def new_id(self) -> str:
         """Of a call, as OpenAI's look; Mistral's templates take nine letters and digits only."""
@@ -74,7 +80,7 @@ class ToolFormat:
 
     def parser(self, names: Set[str]) -> ToolCallParser:
         """For one answer that may call the functions of these names."""
-        return ToolCallParser(self.begin, self.end, self.bare, names)
+        return ToolCallParser(self.begin, self.end, self.bare, names, named=self.name == "mistral")
 
     def grammar(
         self, functions: Sequence[Function], *, text: bool, schema: Mapping[str, Any] | None, several: bool
@@ -93,12 +99,19 @@ class ToolFormat:
         rules = ["%llguidance {}", *self._answers(text, schema is not None, several)]
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
         for i, function in enumerate(functions):
-            opening = f'{{"name": {json.dumps(function.name)}, "{self.parameters}": '
-            rules.append(f'call_{i}: {json.dumps(opening)} arguments_{i} "}}"')
+            rules.append(f"call_{i}: {self._around(f'arguments_{i}', function.name)}")
             rules.append(f"arguments_{i}: %json {_schema(function)}")
         if schema is not None:
             rules.append(f"body: %json {json.dumps(schema)}")
         return GrammarSpec("tools", "\n".join(rules))
+
+    def _around(self, arguments: str, name: str) -> str:
+        """A call, with the rule of its arguments."""
+        if not self.marks:
+            opening = f'{{"name": {json.dumps(name)}, "{self.parameters}": '
+            return f'{json.dumps(opening)} {arguments} "}}"'
+        head = (_written(mark, token) + (" ID" if mark == _CALL_ID else "") for mark, token in self.marks)
+        return " ".join((json.dumps(name), *head, arguments))
 
     def _answers(self, text: bool, body: bool, several: bool) -> list[str]:
         """The rules for all but `call`, a call's object, and `body`."""
@@ -107,7 +120,9 @@ class ToolFormat:
             # Text that begins with a brace would be read as a call.
             return [f"start: call{other}", r"TEXT: /[^{\s](.|\n)*/"]
         begin, end = _written(self.begin, self.begin_id), _written(self.end, self.end_id)
-        if self.listed:
+        if self.marks:
+            behind, more = "call more", "one?" if several else '""'
+        elif self.listed:
             behind, more = '" "? "[" call more "]"', '(", " call)*' if several else '""'
         else:
             behind, more = f'"\\n" call "\\n" {end} more', r'("\n" one)*' if several else '""'
@@ -124,6 +139,7 @@ class ToolFormat:
             f"said: (TEXT {_any_of(self.text_ids)})*" if self.text_ids else 'said: ""',
             rf"opening[lazy]: /(.|\n)*/ {json.dumps(self.begin)}",
             r"TEXT: /(.|\n)*/",
+            *(["ID: /[a-zA-Z0-9]{9}/"] if self.marks else []),
         ]
 
 
@@ -136,8 +152,8 @@ FORMATS: dict[str, ToolFormat] = {
         ToolFormat("granite", "<|tool_call|>", listed=True),
     )
 }
-"""By name: of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral; of
-Granite 3, whose successor writes as Hermes."""
+"""By name: of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral, whose
+newer models have `marks`; of Granite 3, whose successor writes as Hermes."""
 
 
 def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
@@ -148,12 +164,22 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
         name: of a format, or "auto" for the one that the template shows. Where it shows none, it is Hermes's,
             in which a template that knows no tools is helped out.
     """
-    if name == "auto":
-        name = _shown_in(text.chat_template_for(tools=True) or "")
-    chosen = FORMATS[name]
+    template = text.chat_template_for(tools=True) or ""
+    chosen = FORMATS[_shown_in(template) if name == "auto" else name]
+    if chosen.name == "mistral":
+        chosen = replace(chosen, marks=_marks(template, text))
     begin, end = text.own_token_id(chosen.begin), text.own_token_id(chosen.end)
     others = tuple(token for token in text.own_text_ids if token not in (begin, end))
     return replace(chosen, begin_id=begin, end_id=end, text_ids=others)
+
+
+def _marks(template: str, text: TextProcessor) -> tuple[tuple[str, int | None], ...]:
+    """Of Mistral's calls: what the template shows, or, where it shows no calls, the vocabulary."""
+    if FORMATS["mistral"].begin in template:
+        shown = [mark for mark in (_CALL_ID, _ARGS) if mark in template] if _ARGS in template else []
+    else:
+        shown = [_ARGS] if _ARGS in text.tokenizer.get_added_vocab() else []
+    return tuple((mark, text.own_token_id(mark)) for mark in shown)
 
 
 def _shown_in(template: str) -> str:

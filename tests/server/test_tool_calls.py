@@ -95,9 +95,33 @@ MISTRAL: list[tuple[str, str, Calls]] = [
     ),
     ('[TOOL_CALLS][{"name": "time", "arguments": {}}]', "", [("time", "{}")]),
     ("[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+    # The newer form, with ids or without, and as it reads where its own tokens are no text.
+    (
+        'Well. [TOOL_CALLS]weather[ARGS]{"a": {"b": 1}}[TOOL_CALLS]time[ARGS]{}',
+        "Well.",
+        [("weather", '{"a": {"b": 1}}'), ("time", "{}")],
+    ),
+    (
+        '[TOOL_CALLS]weather[CALL_ID]abc123XYZ[ARGS]{"a": "[TOOL_CALLS]"}\n'
+        "[TOOL_CALLS]time[CALL_ID]1[ARGS] {}",
+        "",
+        [("weather", '{"a": "[TOOL_CALLS]"}'), ("time", "{}")],
+    ),
+    ('[TOOL_CALLS]time{"a": 1}[TOOL_CALLS] time\n{} Done.', "Done.", [("time", '{"a": 1}'), ("time", "{}")]),
+    ('[TOOL_CALLS]time[ARGS]{"a": 1', "", [("time", '{"a": 1')]),
+    ('[TOOL_CALLS]time[ARGS]{}, {"name": "time"}', ', {"name": "time"}', [("time", "{}")]),
+    # None, but the last.
+    ("[TOOL_CALLS]rain[ARGS]{}", "[TOOL_CALLS]rain[ARGS]{}", []),
+    ("[TOOL_CALLS]time flies", "[TOOL_CALLS]time flies", []),
+    ("[TOOL_CALLS]time[ARGS]", "[TOOL_CALLS]time[ARGS]", []),
+    ("[TOOL_CALLS]time[ARGS]3", "[TOOL_CALLS]time[ARGS]3", []),
+    ("[TOOL_CALLS]time[ARGS][CALL_ID]1{}", "[TOOL_CALLS]time[ARGS][CALL_ID]1{}", []),
+    ("[TOOL_CALLS]time[TOOL_CALLS]time[ARGS]{}", "[TOOL_CALLS]time", [("time", "{}")]),
+    (f"[TOOL_CALLS]{'time' * 20}[ARGS]{{}}", f"[TOOL_CALLS]{'time' * 20}[ARGS]{{}}", []),
 ]
 GRANITE: list[tuple[str, str, Calls]] = [
     ('<|tool_call|>[{"name": "time", "arguments": {"a": 1}}]', "", [("time", '{"a": 1}')]),
+    ("<|tool_call|>time[ARGS]{}", "<|tool_call|>time[ARGS]{}", []),
 ]
 CASES = [
     *(("hermes", *case) for case in HERMES),
@@ -143,6 +167,7 @@ def test_where_the_text_is_cut_does_not_matter(
 
 PARTS = [
     *("<tool_call>", "</tool_call>", "<tool_", "call>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL", "text"),
+    *("[ARGS]", "[CALL_ID]", "[ARGS", "time", "rain", "abc123", '[TOOL_CALLS]time[ARGS]{"a": '),
     *("\n", " ", "{", "}", "[", "]", ",", ";", ":", '"', "\\", "1", "null", "\u2028", "é", "{}", '"{}"'),
     *('"name"', '"time"', '"rain"', '"arguments"', '"parameters"', '{"a": [1,"}"]}', '"x": 1'),
     *('{"name": "time", "arguments": {}}', '{"arguments": {"b":2}, "name": "weather"}'),

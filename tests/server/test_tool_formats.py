@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ PARAMETERS = {
     "required": ["city"],
     "additionalProperties": False,
     "$defs": {"days": {"type": "integer"}},
+}
+FORMS = {
+    **FORMATS,
+    "mistral_newer": replace(FORMATS["mistral"], marks=(("[ARGS]", None),)),
+    "mistral_with_ids": replace(FORMATS["mistral"], marks=(("[CALL_ID]", None), ("[ARGS]", None))),
 }
 FUNCTIONS = [Function("weather", PARAMETERS), Function("time", None)]
 ANSWER = {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"]}
@@ -44,6 +50,10 @@ def with_tokens(*names: str, special: bool = True) -> TextProcessor:
 def written(form: ToolFormat, *calls: str) -> str:
     """The calls as such a model writes them."""
     calls = tuple(call % form.parameters for call in calls)
+    if form.marks:
+        id_ = "[CALL_ID]abc123XYZ" if len(form.marks) == 2 else ""
+        loaded = [json.loads(call) for call in calls]
+        return "".join(f"[TOOL_CALLS]{c['name']}{id_}[ARGS]{json.dumps(c['arguments'])}" for c in loaded)
     match form.name:
         case "hermes":
             return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
@@ -60,7 +70,7 @@ def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT, *, by_le
     return all(map(state.advance, tokens)) and (state.ended or state.advance(EOS_ID))
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_an_answer_that_must_call_is_nothing_else(form: ToolFormat) -> None:
     one = written(form, FIRST)
     for several in (False, True):
@@ -75,7 +85,7 @@ def test_an_answer_that_must_call_is_nothing_else(form: ToolFormat) -> None:
             assert not follows(spec, one.replace(right, wrong))
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> None:
     one = written(form, FIRST)
     spec = form.grammar(FUNCTIONS, text=True, schema=None, several=True)
@@ -92,9 +102,9 @@ def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> No
     assert not follows(single, written(form, FIRST, SECOND))
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral", "granite"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "llama3_json"])
 def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
-    form = FORMATS[name]
+    form = FORMS[name]
     spec = form.grammar(FUNCTIONS, text=True, schema=ANSWER, several=True)
     for answer in (written(form, FIRST), written(form, FIRST, SECOND), '{"q": 1}'):
         assert follows(spec, answer)
@@ -110,6 +120,8 @@ def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
         ("hermes", ["<tool_call>", "</tool_call>"], False),  # as Qwen's
         ("mistral", ["[TOOL_CALLS]"], True),
         ("mistral", ["[TOOL_CALLS]"], False),
+        ("mistral", ["[TOOL_CALLS]", "[ARGS]"], True),
+        ("mistral", ["[TOOL_CALLS]", "[ARGS]"], False),
     ],
 )
 def test_what_opens_and_closes_calls_may_be_tokens_of_their_own(
@@ -222,6 +234,43 @@ def test_the_template_shows_the_format(template: Any, name: str) -> None:
     tokenizer.chat_template = template
     assert format_of(TextProcessor(tokenizer)).name == name
     assert format_of(TextProcessor(tokenizer), "llama3_json").name == "llama3_json"
+
+
+MISTRAL_LIKE = "{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "marks"),
+    [
+        (MISTRAL_LIKE, [], []),
+        (MISTRAL_LIKE, ["[ARGS]"], []),  # what the template shows the model has seen
+        (MISTRAL_LIKE + "[ARGS]", [], ["[ARGS]"]),
+        (MISTRAL_LIKE + "[ARGS]", ["[ARGS]", "[CALL_ID]"], ["[ARGS]"]),
+        (MISTRAL_LIKE + "[CALL_ID][ARGS]", ["[ARGS]", "[CALL_ID]"], ["[CALL_ID]", "[ARGS]"]),
+        (MISTRAL_LIKE + "[CALL_ID]", ["[ARGS]"], []),
+        (None, [], []),
+        (None, ["[ARGS]", "[CALL_ID]"], ["[ARGS]"]),
+        ("{{ messages }}", ["[ARGS]"], ["[ARGS]"]),
+    ],
+)
+def test_template_or_vocabulary_show_the_newer_of_mistrals_forms(
+    template: Any, tokens: list[str], marks: list[str]
+) -> None:
+    text = with_tokens("[TOOL_CALLS]", *tokens)
+    text.tokenizer.chat_template = template
+    form = format_of(text, "mistral")
+    assert form.marks == tuple((mark, text.own_token_id(mark)) for mark in marks)
+    assert len(form.shown) == 1 + len(set(marks) & set(tokens))
+    assert not format_of(text, "granite").marks
+
+
+def test_an_id_is_one_that_templates_take() -> None:
+    form = FORMS["mistral_with_ids"]
+    spec = form.grammar(FUNCTIONS, text=False, schema=None, several=False)
+    one = written(form, FIRST)
+    assert follows(spec, one)
+    for wrong in ("abc123XY", "abc123XYZ0", "abc-23XYZ", ""):
+        assert not follows(spec, one.replace("abc123XYZ", wrong))
 
 
 def test_ids_are_those_that_templates_take() -> None:

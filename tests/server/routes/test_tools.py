@@ -297,6 +297,16 @@ def test_the_setting_names_the_format(serve: Serve) -> None:
     assert error["param"] == "response_format"
 
 
+def test_mistrals_newer_form(serve: Serve) -> None:
+    server = serve(says("So. [TOOL_CALLS]weather[CALL_ID]abc123XYZ[ARGS]{}[TOOL_CALLS]time[ARGS]{}"))
+    server.context.tool_format = replace(FORMATS["mistral"], marks=(("[ARGS]", None),))
+    message = server.chat(tools=TOOLS, tool_choice="required").json()["choices"][0]["message"]
+    assert message["content"] == "So."
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["weather", "time"]
+    assert all(call["id"] != "abc123XYZ" for call in message["tool_calls"])
+    assert 'call_1: "time" "[ARGS]" arguments_1' in (grammar_of(server) or "")
+
+
 CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
