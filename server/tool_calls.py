@@ -78,8 +78,28 @@ class ToolCallParser:
         self._call: _Call | None = None
         self._content: list[str] = []  # and calls, of one `feed`
         self._deltas: list[CallDelta] = []
+        self._begun: list[CallDelta] = []  # for the next one
+        self._given = ""  # at the beginning of what is held: text that is not the answer's
         self.calls = 0
         """Calls so far."""
+
+    @property
+    def open(self) -> bool:
+        """Whether a call, or what opens calls, may go on."""
+        return self._inside or bool(self._text.strip())
+
+    def begin(self, text: str) -> None:
+        """Take the text that the answer goes on with, before any of the answer.
+
+        Calls that are whole in it are not the answer's, nor is its content. A call that it leaves open is,
+        and with all of its arguments.
+        """
+        deltas = self.feed(text).calls
+        held = self._spaces + self._raw + self._text
+        self.calls, self._given = 0, held.lstrip() if self._behind else held
+        if self._call is not None and (name := self._call.name):
+            arguments = "".join(delta.arguments for delta in deltas if delta.index == deltas[-1].index)
+            self.calls, self._begun = 1, [CallDelta(0, name, arguments)]
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         """Take more of the answer and return what is certain now.
@@ -88,18 +108,31 @@ class ToolCallParser:
             text: the next piece; may be empty.
             final: nothing follows: text held back is let go.
         """
-        self._content, self._deltas = [], []
+        self._content, self._deltas, self._begun = [], self._begun, []
         for start in range(0, len(text), _AT_ONCE):
             self._text += text[start : start + _AT_ONCE]
-            while self._text and self._step():
-                pass
+            more = bool(self._text)
+            while more:
+                more = self._step() and bool(self._text)
+                self._leave_out_given()
         if final:
             if not self._called or (self._call is not None and not self._call.name):
                 self._say(self._raw + self._text)
             if not self.calls:
                 self._content.append(self._spaces)
             self._text = self._raw = self._spaces = ""
+            self._leave_out_given()
         return Parsed("".join(self._content), self._deltas)
+
+    def _leave_out_given(self) -> None:
+        """After a step, which gives content or a call: what was held before the answer was one of these."""
+        if self._deltas:
+            self._given = ""
+        elif self._given and (content := "".join(self._content)):
+            if self._given.startswith(content):
+                self._content, self._given = [], self._given[len(content) :]
+            else:
+                self._content, self._given = [content.removeprefix(self._given)], ""
 
     def _step(self) -> bool:
         """Read some of the text; False where more of it is needed."""

@@ -31,8 +31,16 @@ def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
 
     Raises:
         RequestError: a schema is nested too deeply to be written, or is of no object, or another form of
-            answer cannot be told from a call.
+            answer cannot be told from a call, or the message that is continued has begun one.
     """
+    begun = form.parser({tool.function.name for tool in body.callable_tools})
+    begun.begin(body.begun_text)
+    if begun.open:
+        raise RequestError(
+            "continue_final_message: the message has begun a call, and calls follow a grammar here, which "
+            "cannot begin in the middle of one",
+            param="continue_final_message",
+        )
     for tool in body.callable_tools:
         kinds = (tool.function.parameters or {}).get("type", "object")
         if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
@@ -85,10 +93,11 @@ class CallReader:
     Args:
         form: in which the model writes calls.
         tools: that it may call.
+        begun: text that each answer goes on with; a call that it has begun is the answer's.
     """
 
-    def __init__(self, form: ToolFormat, tools: Sequence[Tool]) -> None:
-        self._form = form
+    def __init__(self, form: ToolFormat, tools: Sequence[Tool], begun: str = "") -> None:
+        self._form, self._begun = form, begun
         self._names = frozenset(tool.function.name for tool in tools)
         self._parsers: dict[int, ToolCallParser] = {}
 
@@ -96,6 +105,7 @@ class CallReader:
         """Content and calls of a choice's next piece of text; `final` if nothing follows."""
         if choice not in self._parsers:
             self._parsers[choice] = self._form.parser(self._names)
+            self._parsers[choice].begin(self._begun)
         parsed = self._parsers[choice].feed(text, final)
         return parsed.content, [self._delta(call) for call in parsed.calls]
 

@@ -102,7 +102,8 @@ class _Answer:
         usage = (lambda: generation.usage) if body.include_usage else None
         self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
         tools = body.callable_tools
-        self._calls = CallReader(context.tool_format, tools) if tools else None
+        begun = "" if body.calls_follow_grammar else body.begun_text  # what follows one begins with it
+        self._calls = CallReader(context.tool_format, tools, begun) if tools else None
 
     def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""

@@ -147,6 +147,12 @@ class Conversation(Body):
         """The tools that the template writes."""
         return list(self.tools or ())
 
+    @property
+    def begun_text(self) -> str:
+        """What the answer goes on with; empty where it is a message of its own."""
+        last = self.messages[-1] if self.messages and self.continue_final_message else None
+        return str(last.as_template_input()["content"]) if last and last.role == "assistant" else ""
+
     def template_options(self) -> dict[str, Any]:
         """The options of `TextProcessor.encode_chat`."""
         continues = bool(self.continue_final_message)

@@ -192,6 +192,67 @@ def test_any_text_is_read_alike_however_it_is_cut(form: str, text: str, data: st
         assert whole[0] == text
 
 
+BEGUN: list[tuple[str, str, str, Calls]] = [
+    ("Well.", f" So. {HERMES[0][0]}", " So.", HERMES[0][2]),
+    ("Well. <tool", 'box> <tool_call>{"name": "time"}</tool_call>', "box>", [("time", "{}")]),
+    ("Well. <tool", '_call>{"name": "time"}</tool_call>', "", [("time", "{}")]),
+    ("Well. <tool_call>\n", '{"name": "time"}</tool_call><tool_call>', "<tool_call>", [("time", "{}")]),
+    ('<tool_call>{"name": "ra', 'in"}<tool_call>{"name', 'in"}<tool_call>{"name', []),
+    ('<tool_call>{"name": "ti', 'me", "arguments": {}}', "", [("time", "{}")]),
+    ('<tool_call>{"name": "time", "arguments": {"a": "', 'b"}}', "", [("time", '{"a": "b"}')]),
+    ('<tool_call>{"name": "time"}', "</tool_call> Done.", "Done.", []),
+    (
+        '<tool_call>{"name": "time"}</tool_call><tool_call>{"name": "weather", "arguments": {"a": 1',
+        '}}</tool_call><tool_call>{"name": "time"}</tool_call>',
+        "",
+        [("weather", '{"a": 1}'), ("time", "{}")],
+    ),
+    ('<tool_call>{"name": "time"}</tool_call> <tool', "s", "s", []),
+    ("Well. ", "", "", []),
+    ("Well. ", "Yes", "Yes", []),
+]
+
+
+@pytest.mark.parametrize(("begun", "answer", "content", "calls"), BEGUN)
+def test_an_answer_may_go_on_with_a_begun_call(begun: str, answer: str, content: str, calls: Calls) -> None:
+    for pieces in ([answer], [*answer, ""]):
+        parser = FORMATS["hermes"].parser(NAMES)
+        parser.begin(begun)
+        assert parser.open == ("<tool" in begun[-100:].rpartition("</tool_call>")[2])
+        assert read(parser, pieces) == (content, calls)
+
+
+@given(
+    form=st.sampled_from(["hermes", "llama3_json", "mistral"]),
+    parts=st.lists(st.sampled_from(PARTS), max_size=14),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=200)
+def test_begun_text_is_not_told_and_what_it_leaves_open_is(
+    form: str, parts: list[str], data: st.DataObject
+) -> None:
+    text = "".join(parts)
+    cut, between = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, len(text)))
+    begun, answer = text[:cut], text[cut:]
+    parser = FORMATS[form].parser(NAMES)
+    parser.begin(begun)
+    content, calls = read(parser, [answer[:between], answer[between:]])
+    whole, all_calls = read(FORMATS[form].parser(NAMES), [text])
+    assert calls == all_calls[len(all_calls) - len(calls) :]
+    assert whole.endswith(content)
+    assert is_within(content, answer)
+    if not all_calls:
+        assert content == answer
+    before = whole[: len(whole) - len(content)]
+    assert is_within(before.rstrip(), begun)
+
+
+def is_within(some: str, text: str) -> bool:
+    """Whether these characters are in the text, in their order."""
+    rest = iter(text)
+    return all(character in rest for character in some)
+
+
 def test_arguments_come_while_they_are_written() -> None:
     parser = FORMATS["hermes"].parser(NAMES)
     assert not parser.feed('Hm <tool_call>\n{"name": "time", "arguments": ').calls

@@ -75,7 +75,7 @@ def test_text_without_calls_is_as_ever(serve: Serve) -> None:
 
 
 def deltas_of(server: RunningServer, field: str, **body: Any) -> list[Any]:
-    events = server.events(tools=TOOLS, **body)
+    events = server.events(**{"tools": TOOLS, **body})
     return [
         delta[field]
         for event in events
@@ -295,6 +295,50 @@ def test_the_setting_names_the_format(serve: Serve) -> None:
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
     error = error_of(server.chat(tools=TOOLS, response_format=FORMAT), 400)
     assert error["param"] == "response_format"
+
+
+def continued(text: str) -> dict[str, Any]:
+    messages = [*MESSAGES, {"role": "assistant", "content": text}]
+    return {"messages": messages, "continue_final_message": True, "tools": TOOLS}
+
+
+def test_a_call_that_the_continued_message_has_begun_is_read(serve: Serve) -> None:
+    at = PARIS.index("aris")
+    server = serve(says(PARIS[at:]))
+    begun = f"Well.\n{TIME}\n{PARIS[:at]}"
+    for choice in server.chat(**continued(begun), n=2).json()["choices"]:
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] is None
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
+    assert prompt_of(server).endswith(PARIS[:at])
+    deltas = [d for ds in deltas_of(server, "tool_calls", **continued(begun)) for d in ds]
+    assert [delta["index"] for delta in deltas] == [0] * len(deltas)
+    assert deltas[0]["id"]
+    assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"city": "Paris"}'
+
+
+def test_other_text_that_is_continued_is_not_told_again(serve: Serve) -> None:
+    for begun, said in (("Well, <tool", "box."), (f"{PARIS}\n", "So."), ("Well,", " yes.")):
+        choice = serve(says(said)).chat(**continued(begun)).json()["choices"][0]
+        assert choice["message"] == {"role": "assistant", "content": said, "refusal": None}
+        assert choice["finish_reason"] == "stop"
+    # What a user has begun is no call of the model's.
+    user = {**continued(""), "messages": [{"role": "user", "content": PARIS[:-20]}]}
+    choice = serve(says(PARIS[-20:])).chat(**user).json()["choices"][0]
+    assert choice["message"]["content"] == PARIS[-20:]
+
+
+def test_a_grammar_begins_where_the_answer_does(serve: Serve) -> None:
+    server = serve(says(TIME), tool_call_parser="llama3_json")
+    call = '{"name": "time", "parameters": {}}'
+    fields = {"tool_choice": "required"}
+    error = error_of(server.chat(**continued(call[:9]), **fields), 400)
+    assert error["param"] == "continue_final_message"
+    server = serve(says(call), tool_call_parser="llama3_json")
+    choice = server.chat(**continued("Well, "), **fields).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "time"
+    assert server.chat(**continued("Well, ")).json()["choices"][0]["message"]["content"] == call
 
 
 def test_mistrals_newer_form(serve: Serve) -> None:
