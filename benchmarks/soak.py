@@ -4,12 +4,14 @@
 
 A server with few slots and a K/V pool too small for them (so that sequences are preempted) gets a mix of
 requests from more clients than slots: greedy and seeded, several choices, shared prefixes, log-probabilities,
-penalties, biases, stop strings, predictions, both acceptances; a third of them hang up. Some requests are
-asked again and again: their text must be the same every time. The server's resident memory, with its engine's
-where that has a process of its own, is sampled all along; its slope after the warm-up is a least-squares
-line. So are its threads and open files, the most of which may not be more in the second half after the
-warm-up than in the first. Exit code 1 on an error, a text that changed, a block lost, no preemption, a slope
-above --most-slope, or more threads or open files.
+penalties, biases, stop strings, predictions, both acceptances, schemas of which each is another, patterns,
+tool calls, log-probabilities of prompts, and bad ones that have to be refused; a third of them hang up.
+Answers that ended by themselves have to be what they were asked to be. Some requests are asked again and
+again: their text must be the same every time. The server's resident memory, with its engine's where that
+has a process of its own, is sampled all along; its slope after the warm-up is a least-squares line. So are
+its threads and open files, the most of which may not be more in the second half after the warm-up than in
+the first. Exit code 1 on an error, a text that changed, a block lost, no preemption, a slope above
+--most-slope, or more threads or open files.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -90,6 +94,47 @@ def _shared(rng: random.Random) -> Body:
     return {"messages": [{"role": "system", "content": _SHARED}, {"role": "user", "content": ask}]}
 
 
+def _schema(rng: random.Random) -> Body:
+    """One that nobody has asked for before: what is compiled for it and kept must not pile up."""
+    names = [f"{word_prompt(1, rng)}_{rng.randrange(10**6)}" for _ in range(rng.randint(1, 4))]
+    kinds: list[Body] = [{"type": "integer"}, {"type": "boolean"}, {"enum": ["north", "south"]}]
+    schema = {
+        "type": "object",
+        "properties": {name: rng.choice(kinds) for name in names},
+        "required": names,
+        "additionalProperties": False,
+    }
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "berth", "schema": schema}}}
+
+
+def _tools(rng: random.Random) -> Body:
+    parameters = {
+        "type": "object",
+        "properties": {"ship": {"type": "integer"}, "pier": {"enum": ["north", "south"]}},
+        "required": ["ship", "pier"],
+        "additionalProperties": False,
+    }
+    names = [f"berth_{rng.randrange(100)}", "weigh"]
+    functions = [{"name": name, "parameters": parameters} for name in names]
+    return {
+        "tools": [{"type": "function", "function": function} for function in functions],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+
+
+_PATTERN = "[a-z]{3,9}-[0-9]{2}"
+
+_REFUSED: list[Body] = [
+    {"temperature": 9},
+    {"logit_bias": {"x": 1}},
+    {"messages": []},
+    {"structured_outputs": {"regex": "("}},
+    {"medusa": {"acceptance": "sometimes"}},
+    {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+]
+
+
 KINDS: dict[str, Callable[[random.Random], Body]] = {
     "greedy": lambda _: {"temperature": 0},
     "sampled": _sampled,
@@ -101,6 +146,11 @@ KINDS: dict[str, Callable[[random.Random], Body]] = {
     "stop string": lambda _: {"stop": [".", "\n\n"], "temperature": 0},
     "prediction": lambda _: {"prediction": {"type": "content", "content": _SHARED}, "temperature": 0},
     "typical": lambda _: {"medusa": {"acceptance": "typical"}, "temperature": 0.8},
+    "schema": _schema,
+    "pattern": lambda _: {"structured_outputs": {"regex": _PATTERN}},
+    "tools": _tools,
+    "prompt logprobs": lambda rng: {"prompt_logprobs": rng.randint(0, 5), "stream": False},
+    "refused": lambda rng: rng.choice(_REFUSED),
 }
 """What a request of each kind has beside its prompt and length."""
 
@@ -115,6 +165,29 @@ def make_body(kind: str, model: str, rng: random.Random) -> Body:
         "stream": rng.random() < 0.5,
     }
     return body | KINDS[kind](rng)
+
+
+def broken(body: Body, choice: Body) -> str | None:
+    """What is wrong with a whole choice of a body's answer."""
+    message, ended = choice["message"], choice["finish_reason"]
+    if body.get("logprobs") and not choice["logprobs"]["content"]:
+        return "no logprobs"
+    if "tools" in body and ended == "tool_calls":
+        names = {tool["function"]["name"] for tool in body["tools"]}
+        for call in (call["function"] for call in message["tool_calls"]):
+            if call["name"] not in names or set(json.loads(call["arguments"])) != {"ship", "pier"}:
+                return f"a call of {call}"
+    elif "tools" in body and ended == "stop":
+        return "no call"
+    if ended != "stop":
+        return None
+    if "response_format" in body:
+        schema = body["response_format"]["json_schema"]["schema"]
+        if set(json.loads(message["content"])) != set(schema["required"]):
+            return f"not by the schema: {message['content']}"
+    if "structured_outputs" in body and not re.fullmatch(_PATTERN, message["content"]):
+        return f"not by the pattern: {message['content']}"
+    return None
 
 
 def repeated_bodies(model: str) -> list[Body]:
@@ -157,7 +230,7 @@ class Soak:
         """The answer's text; None where it was left early or failed."""
         # A client of its own: hanging up closes its connection and not a pooled one.
         async with new_client(self.url) as client:
-            answer = asyncio.ensure_future(self._send(client, body))
+            answer = asyncio.ensure_future(self._send(client, body, kind == "refused"))
             done, _ = await asyncio.wait({answer}, timeout=leave_after_s)
             if not done:
                 answer.cancel()
@@ -167,22 +240,31 @@ class Soak:
                 return None
             try:
                 text = answer.result()
-            except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
+            except (aiohttp.ClientError, TimeoutError, RuntimeError, ValueError, KeyError) as error:
                 self.errors[f"{kind}: {type(error).__name__}: {str(error)[:200]}"] += 1
                 return None
             self.counts[kind] += 1
             return text
 
-    async def _send(self, client: aiohttp.ClientSession, body: Body) -> str:
+    async def _send(self, client: aiohttp.ClientSession, body: Body, refused: bool) -> str:
+        if refused:
+            async with client.post("v1/chat/completions", json=body) as answer:
+                text = await answer.text()
+                if answer.status != 400 or not json.loads(text)["error"]["message"]:
+                    raise RuntimeError(f"HTTP {answer.status}, not refused: {text}")
+                return text
         if not body["stream"]:
             async with client.post("v1/chat/completions", json=body) as answer:
                 if answer.status != 200:
                     raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
-                choices = (await answer.json())["choices"]
+                whole = await answer.json()
+            choices = whole["choices"]
             if len(choices) != body.get("n", 1):
                 raise RuntimeError(f"{len(choices)} choices, not {body.get('n', 1)}")
-            if body.get("logprobs") and any(not choice["logprobs"]["content"] for choice in choices):
-                raise RuntimeError("no logprobs")
+            if "prompt_logprobs" in body and len(whole["prompt_logprobs"]) != whole["usage"]["prompt_tokens"]:
+                raise RuntimeError("not a log-probability for each token of the prompt")
+            if found := [wrong for choice in choices if (wrong := broken(body, choice))]:
+                raise RuntimeError(found[0])
             return "\n".join(choice["message"]["content"] or "" for choice in choices)
         parts: list[str] = []
         last = ""

@@ -399,6 +399,30 @@ def test_repeated_requests_are_the_same_and_decide_their_text() -> None:
     assert all(body["temperature"] == 0 or "seed" in body for body in first)
 
 
+def test_answers_are_held_against_what_they_were_asked_to_follow() -> None:
+    rng = random.Random(0)
+    bodies = {kind: soak.make_body(kind, "m", rng) for kind in soak.KINDS}
+
+    def choice(content: str | None, ended: str = "stop", *calls: tuple[str, str]) -> dict[str, Any]:
+        found = [{"function": {"name": name, "arguments": text}} for name, text in calls]
+        return {"message": {"content": content, "tool_calls": found}, "finish_reason": ended}
+
+    schema = bodies["schema"]["response_format"]["json_schema"]["schema"]
+    right = json.dumps(dict.fromkeys(schema["required"], 1))
+    assert soak.broken(bodies["schema"], choice(right)) is None
+    assert soak.broken(bodies["schema"], choice("{}")) == "not by the schema: {}"
+    assert soak.broken(bodies["schema"], choice("{", "length")) is None
+    assert soak.broken(bodies["pattern"], choice("north-12")) is None
+    assert soak.broken(bodies["pattern"], choice("north-1")) == "not by the pattern: north-1"
+    call = '{"ship": 1, "pier": "north"}'
+    assert soak.broken(bodies["tools"], choice(None, "tool_calls", ("weigh", call))) is None
+    assert "a call of" in str(soak.broken(bodies["tools"], choice(None, "tool_calls", ("weigh", "{}"))))
+    assert "a call of" in str(soak.broken(bodies["tools"], choice(None, "tool_calls", ("way", call))))
+    assert soak.broken(bodies["tools"], choice("Yes.")) == "no call"
+    assert soak.broken(bodies["logprobs"], choice("Yes.") | {"logprobs": {"content": []}}) == "no logprobs"
+    assert soak.broken(bodies["greedy"], choice("Yes.")) is None
+
+
 def test_word_prompt_is_as_long_as_asked() -> None:
     assert len(word_prompt(40, random.Random(0)).split()) == 40
 
