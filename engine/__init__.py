@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.grammar import GrammarSpec
-    from engine.llm import LLM, Output
-    from engine.types import FinishReason, MedusaParams, SamplingParams
+    from engine.llm import LLM
+    from engine.output import Output
+    from engine.sampling_params import SamplingParams
+    from engine.types import FinishReason, MedusaParams
 
 # torch reads it at its first allocation: weights in huge pages, where the kernel gives them on request. A
 # step reads all of them, and with small pages it is slower, in every process by another share.
@@ -34,12 +36,12 @@ __all__ = ["LLM", "EngineConfig", "FinishReason", "GrammarSpec", "MedusaParams",
 # Found when first asked for, so that `import engine.types` stays as cheap as it is: LLM imports torch.
 _HOME = {
     "LLM": "engine.llm",
-    "Output": "engine.llm",
+    "Output": "engine.output",
     "EngineConfig": "engine.config",
     "FinishReason": "engine.types",
     "GrammarSpec": "engine.grammar",
     "MedusaParams": "engine.types",
-    "SamplingParams": "engine.types",
+    "SamplingParams": "engine.sampling_params",
 }
 
 

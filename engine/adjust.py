@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams, Sequence
+from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
+from engine.types import SamplingParams, Sequence
 
 __all__ = [
     "ANY_TOKEN",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias, cast, overload
 
@@ -13,23 +13,17 @@ import torch
 from pydantic import ValidationError
 
 from engine.config import EngineConfig, faults, with_near
-from engine.detokenizer import Detokenizer
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
 from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.loader import load
 from engine.model.weights import GenerationDefaults
+from engine.output import Output, StopSearch
+from engine.sampling_params import SamplingParams
 from engine.stats import EngineStats
 from engine.text import ROLES, TextProcessor
-from engine.types import (
-    EngineInfo,
-    FinishReason,
-    MedusaParams,
-    Request,
-    SamplingParams,
-    TokenDelta,
-    TokenLogprobs,
-)
+from engine.types import EngineInfo, MedusaParams, Request, TokenDelta
+from engine.vllm_names import CALLS, SETTINGS, explaining, without_vllms
 
 __all__ = ["LLM", "Output"]
 
@@ -38,127 +32,6 @@ Prompt: TypeAlias = str | Sequence[int]
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: `{"role": …, "content": …}` each."""
-
-
-_SHOWN = 60
-"""Characters of an output's text in its `repr`."""
-
-
-@dataclass(slots=True, repr=False)
-class Output:
-    """One choice of one request, as its deltas came.
-
-    Args:
-        request_id: the request.
-        index: the choice, from 0.
-        started_s: `time.monotonic()` when its request was queued.
-        prompt_token_ids: what it continues.
-        deltas: everything the engine said about it, in order, up to where a stop string ended it.
-    """
-
-    request_id: str
-    index: int
-    started_s: float
-    prompt_token_ids: tuple[int, ...] = ()
-    deltas: list[TokenDelta] = field(default_factory=list)
-    _processor: TextProcessor | None = None
-    _text: str | None = None
-
-    def __repr__(self) -> str:
-        """On one line, its text cut to what fits there."""
-        shown = [repr(self.request_id), f"index={self.index}", f"tokens={len(self.token_ids)}"]
-        if self.finish_reason is not None:
-            shown.append(f"finish_reason={self.finish_reason.value!r}")
-            if self.error is not None:
-                shown.append(f"error={_cut(self.error)!r}")
-            if self._processor is not None:  # whose text is not made before it is whole
-                shown.append(f"text={_cut(self.text)!r}")
-        return f"Output({', '.join(shown)})"
-
-    @property
-    def text(self) -> str:
-        """Its text without special tokens, what ended it left out; made when first asked for."""
-        if self._text is None:
-            if self._processor is None:
-                raise ValueError("an output that no LLM made has no text")
-            ended_by_token = bool(self.deltas) and self.deltas[-1].stop_token_id is not None
-            tokens = self.token_ids[:-1] if ended_by_token else self.token_ids
-            self._text = self._processor.detokenizer(self.prompt_token_ids).push(tokens, final=True).text
-        return self._text
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token for delta in self.deltas for token in delta.token_ids]
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it runs."""
-        return self.deltas[-1].finish_reason if self.deltas else None
-
-    @property
-    def logprobs(self) -> list[TokenLogprobs]:
-        """One per token, where the request asked for them."""
-        return [entry for delta in self.deltas for entry in delta.logprobs or ()]
-
-    @property
-    def acceptance_length(self) -> float | None:
-        """Mean tokens per decode step, root counted, so 1.0 is plain decoding; None without a step."""
-        return self.num_decoded / self.num_steps if self.num_steps else None
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, with `FinishReason.ERROR`."""
-        return self.deltas[-1].error if self.deltas else None
-
-    @property
-    def num_steps(self) -> int:
-        """Decode steps it took part in; the token drawn by prefill took none."""
-        return sum(delta.num_steps for delta in self.deltas)
-
-    @property
-    def num_decoded(self) -> int:
-        """Tokens that those steps emitted; over `num_steps` this is its acceptance length."""
-        return sum(len(delta.token_ids) for delta in self.deltas if delta.num_steps)
-
-    @property
-    def ttft_s(self) -> float | None:
-        """Seconds from queueing to the end of the step that emitted the first token; None without one."""
-        return next((delta.time_s - self.started_s for delta in self.deltas if delta.token_ids), None)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from queueing to the last delta."""
-        return self.deltas[-1].time_s - self.started_s if self.deltas else 0.0
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean seconds per token after the first; None with fewer than two tokens."""
-        count, first = len(self.token_ids), self.ttft_s
-        return (self.seconds - first) / (count - 1) if count > 1 and first is not None else None
-
-
-@dataclass(slots=True)
-class _StopSearch:
-    """The text of one output as it grows, searched for stop strings."""
-
-    detokenizer: Detokenizer
-    pieces: list[str] = field(default_factory=list)
-
-    def take(self, delta: TokenDelta) -> TokenDelta:
-        """The delta, cut behind the token that completed a stop string, where one did."""
-        tokens = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
-        text = self.detokenizer.push(tokens, final=delta.finish_reason is not None)
-        self.pieces.append(text.text)
-        if text.stop is None:
-            return delta
-        kept = text.num_tokens
-        return replace(
-            delta,
-            token_ids=delta.token_ids[:kept],
-            logprobs=None if delta.logprobs is None else delta.logprobs[:kept],
-            finish_reason=FinishReason.STOP,
-            stop_token_id=None,
-        )
 
 
 class LLM:
@@ -225,6 +98,7 @@ class LLM:
         progress: bool = True,
     ) -> list[Output]: ...
 
+    @explaining(CALLS, RequestError)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | Sequence[Request],
@@ -262,6 +136,7 @@ class LLM:
         tokens = self._tokens(cast("Prompt | Sequence[Prompt]", prompts))
         return self._run(self._requests(tokens, sampling, medusa, grammar), stop, progress=progress)
 
+    @explaining(CALLS, RequestError)
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -338,30 +213,27 @@ class LLM:
         from tqdm import tqdm
 
         started_s = time.monotonic()
-        outputs = {
-            (request.request_id, index): Output(
-                request.request_id, index, started_s, request.prompt_token_ids, _processor=self.text
-            )
-            for request in requests
-            for index in range(request.sampling.n)
-        }
+        asked, requests = requests, [self._for_engine(request) for request in requests]
         everywhere = (stop,) if isinstance(stop, str) else tuple(stop)
-        searches: dict[tuple[str, int], _StopSearch] = {}
-        for request in requests:
-            if stops := (*everywhere, *request.sampling.stop):
-                for index in range(request.sampling.n):
-                    detokenizer = self.text.detokenizer(
-                        request.prompt_token_ids, stop=stops, min_tokens=request.sampling.min_tokens
-                    )
-                    searches[request.request_id, index] = _StopSearch(detokenizer)
-        requests = [_without_stops(request) for request in requests]  # the engine knows tokens only
+        outputs: dict[tuple[str, int], Output] = {}
+        searches: dict[tuple[str, int], StopSearch] = {}
+        for sampling, request in zip((each.sampling for each in asked), requests, strict=True):
+            name, prompt = request.request_id, request.prompt_token_ids
+            stops = (*everywhere, *sampling.stop)
+            for index in range(sampling.n):
+                outputs[name, index] = Output(
+                    name, index, started_s, prompt, _processor=self.text, _sampling=sampling
+                )
+                if stops:
+                    searches[name, index] = self._search(stops, prompt, sampling)
         tokens = 0
         bar = tqdm(total=len(outputs), unit="answer", leave=False, disable=None if progress else True)
         with bar, closing(self.steps(requests)) as steps:
             for deltas in steps:
                 for delta in deltas:
                     output = outputs[delta.request_id, delta.index]
-                    if (search := searches.get((delta.request_id, delta.index))) is not None:
+                    search = searches.get((delta.request_id, delta.index))
+                    if search is not None:
                         ended = delta.finish_reason is not None
                         delta = search.take(delta)
                         if delta.finish_reason is not None:
@@ -370,10 +242,37 @@ class LLM:
                                 self._engine.abort(delta.request_id, delta.index)
                     if delta.finish_reason is not None:
                         bar.update()
+                        if delta.stop_token_id in output._sampling.stop_token_ids:
+                            output.stop_reason = delta.stop_token_id
+                        if search is not None and search.found is not None:
+                            output.stop_reason = search.found
                     output.deltas.append(delta)
                     tokens += len(delta.token_ids)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started_s):.0f} tokens/s", refresh=False)
         return list(outputs.values())
+
+    def _for_engine(self, request: Request) -> Request:
+        """The request without what is about text, of which the engine knows nothing."""
+        sampling, prompt = request.sampling, request.prompt_token_ids
+        if not sampling.text_fields:
+            return request
+        if (keep := sampling.truncate_prompt_tokens) is not None:
+            if keep == -1:
+                keep = max(1, self.info.max_model_len - (sampling.max_tokens or 1))
+            prompt = prompt[-keep:]
+        words = self.text.encode_bad_words(sampling.bad_strings)
+        return replace(request, prompt_token_ids=prompt, sampling=sampling.of_tokens(words))
+
+    def _search(self, stops: tuple[str, ...], prompt: Sequence[int], sampling: SamplingParams) -> StopSearch:
+        include_stop = sampling.include_stop_str_in_output
+        detokenizer = self.text.detokenizer(
+            prompt,
+            stop=stops,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=sampling.skip_special_tokens,
+            include_stop=include_stop,
+        )
+        return StopSearch(detokenizer, include_stop)
 
     def steps(self, requests: Sequence[Request]) -> Generator[list[TokenDelta], None, None]:
         """The same step by step: yields each step's deltas. Closed early, it aborts what still runs.
@@ -451,6 +350,7 @@ class LLM:
 
 
 def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    settings = without_vllms(settings, SETTINGS, ConfigError)
     if unknown := settings.keys() - EngineConfig.model_fields:
         told = with_near(sorted(unknown), EngineConfig.model_fields)
         raise ConfigError(f"the engine has no such setting: {told}")
@@ -468,13 +368,3 @@ def _check_messages(messages: Sequence[Any], place: str) -> None:
         if (role := message.get("role")) not in ROLES:
             where, known = f"{place}[{i}].role", ", ".join(map(repr, ROLES))
             raise RequestError(f"{where} must be one of {known}, got {role!r}", param=where)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _without_stops(request: Request) -> Request:
-    if not request.sampling.stop:
-        return request
-    return replace(request, sampling=replace(request.sampling, stop=()))

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from engine.adjust import ANY_TOKEN, NO_TOKEN
 from engine.config import MAX_TREE_NODES
+from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.sampling_slots import SamplingSlots
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 __all__ = ["TreeSampler"]
 

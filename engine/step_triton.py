@@ -20,8 +20,8 @@ from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.greedy_triton import LEAST_KEY, token_of
 from engine.medusa.lookup import CONTEXT, MOST_MATCHED, Lookup
+from engine.sampling_params import MAX_BAD_WORD_TOKENS
 from engine.sampling_slots import SamplingSlots
-from engine.types import MAX_BAD_WORD_TOKENS
 
 __all__ = ["Carried", "Draws", "Nodes", "accept", "move", "prepare"]
 

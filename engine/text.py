@@ -12,8 +12,8 @@ from engine import faults
 from engine.chat_template import check_template, check_variables, reads_tools
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import RequestError
+from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.tool_prompt import has_calls, in_plain_messages
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config import MAX_TREE_NODES
 from engine.errors import ContextLengthError, RequestError
+from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.grammar import Grammar, GrammarState
@@ -28,15 +28,6 @@ __all__ = [
     "TokenDelta",
     "TokenLogprobs",
 ]
-
-MAX_SEED = 2**63 - 1
-
-MAX_LOGPROBS = 20
-"""Most alternatives reported beside a token, OpenAI's bound."""
-
-MAX_BAD_WORDS = 64
-MAX_BAD_WORD_TOKENS = 16
-"""Bounds of `bad_words`: they live in slot tensors of this shape."""
 
 
 class FinishReason(StrEnum):
@@ -63,118 +54,6 @@ class Acceptance(StrEnum):
 
     EXACT = "exact"
     TYPICAL = "typical"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the tokens of one request are drawn.
-
-    Order of the logits' adjustments: repetition, frequency and presence penalty, logit_bias, then what is
-    forbidden (min_tokens, bad_words). Order of the filters, as in vLLM: temperature, min_p, top_k, top_p,
-    renormalise.
-
-    Args:
-        temperature: 0 is greedy; at most 2 over HTTP, not bounded here.
-        top_p: nucleus mass in (0, 1].
-        top_k: candidates kept; 0 keeps all.
-        min_p: keep tokens with p >= min_p * max(p), in [0, 1].
-        seed: draws are a function of (seed, choice index, output position); None gets one at admission. -1
-            becomes None: in vLLM and llama.cpp it asks for a random one, and programs send it for that.
-        max_tokens: output bound; None runs to the context's end.
-        stop_token_ids: these end the output as EOS does, and are not part of it as text.
-        ignore_eos: go on past the model's EOS ids (stop_token_ids still stop).
-        n: number of choices.
-        presence_penalty: subtracted from the logit of every token that the output holds, in [-2, 2].
-        frequency_penalty: the same, times how often the output holds it, in [-2, 2].
-        repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative
-            ones multiplied (Keskar et al. 2019); in [1e-44, 3e38] (what float32 holds), 1 is none.
-        logit_bias: (token id, bias in [-100, 100]) pairs, added to the logits.
-        min_tokens: no EOS or stop token id before so many tokens of output.
-        bad_words: token sequences that the output must not hold; at most 64 of at most 16 tokens.
-        logprobs: report the log-probability of each emitted token and of so many best ones, at most 20;
-            None reports nothing. Raw: before penalties, bias, temperature and truncation.
-        prompt_logprobs: the same for the prompt's tokens.
-        stop: a string or several, of which the first to be complete ends the output before it. Text, so it is
-            for `LLM.generate` and `LLM.chat`, which look for them; the engine refuses what has any. None,
-            vLLM's default, becomes ().
-
-    Raises:
-        RequestError: a value out of range, with the field's name.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_tokens: int = 0
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    stop: SequenceOf[str] = ()
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, param: str, rule: str) -> None:
-            if not ok:
-                raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
-
-        if self.seed == -1:
-            object.__setattr__(self, "seed", None)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number, at least 0")
-        check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
-        check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
-        check(self.seed is None or -MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", "a 64-bit integer")
-        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
-        check(self.n >= 1, "n", "at least 1")
-        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
-        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
-        check(1e-44 <= self.repetition_penalty <= 3e38, "repetition_penalty", "in [1e-44, 3e+38]")
-        check(all(-100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "values in [-100, 100]")
-        check(self.min_tokens >= 0, "min_tokens", "at least 0")
-        check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens"
-        )
-        check(
-            len(self.bad_words) <= MAX_BAD_WORDS
-            and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words),
-            "bad_words",
-            f"at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
-        )
-        check(all(isinstance(each, str) and each for each in self.stop), "stop", "strings that are not empty")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def truncates(self) -> bool:
-        """True where a filter may exclude tokens."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
-
-    @property
-    def penalizes(self) -> bool:
-        """True where earlier tokens change the logits."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
-        return penalties != (0.0, 0.0, 1.0)
-
-    @property
-    def adjusts(self) -> bool:
-        """True where logits are changed before they are filtered and drawn from."""
-        return self.penalizes or bool(self.logit_bias or self.min_tokens or self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,14 +342,16 @@ class EngineInfo:
 
         Raises:
             ContextLengthError: the prompt leaves no room, or prompt plus max_tokens do not fit.
-            RequestError: an empty prompt, a token id outside the vocabulary, or stop strings.
+            RequestError: an empty prompt, a token id outside the vocabulary, or what is about text.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
         wanted = sampling.max_tokens
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
-        if sampling.stop:
-            raise RequestError("stop strings go with LLM.generate and LLM.chat only", param="stop")
+        if sampling.text_fields:
+            name = sampling.text_fields[0]
+            told = {"stop": "stop strings", "bad_words": "bad_words that are text"}.get(name, name)
+            raise RequestError(f"{told} go with LLM.generate and LLM.chat only", param=name)
         for name, tokens in (
             ("prompt", prompt),
             ("prediction", request.prediction_token_ids),

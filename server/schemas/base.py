@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.errors import RequestError
-from engine.types import MAX_BAD_WORDS, MAX_LOGPROBS, Acceptance, MedusaParams, SamplingParams
+from engine.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS
+from engine.types import Acceptance, MedusaParams, SamplingParams
 from server.errors import UnsupportedFieldError, field_path
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.errors import RequestError
-from engine.types import MAX_LOGPROBS, SamplingParams
+from engine.sampling_params import MAX_LOGPROBS
+from engine.types import SamplingParams
 from server.errors import UnsupportedFieldError, field_path
 from server.schemas.base import (
     MAX_MESSAGES,

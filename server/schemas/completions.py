@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.errors import RequestError
-from engine.types import MAX_LOGPROBS
+from engine.sampling_params import MAX_LOGPROBS
 from server.schemas.base import UNSUPPORTED_EVERYWHERE, first
 from server.schemas.structured import ConstrainedBody
 

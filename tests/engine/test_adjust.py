@@ -4,8 +4,9 @@ from hypothesis import given, settings
 
 from engine.adjust import Penalties, table_bytes
 from engine.sampler import draw, verify
+from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.sampling_slots import SamplingSlots
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Request, SamplingParams, Sequence
+from engine.types import Request, SamplingParams, Sequence
 from tests.engine.naive_sampling import Step, adjusted, sequence, slot_ids, slots_for, steps
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ import torch
 import engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ContextLengthError, ModelError, RequestError
-from engine.llm import LLM, Output
+from engine.llm import LLM
+from engine.output import Output
 from engine.types import FinishReason, MedusaParams, Request, SamplingParams, TokenDelta
+from engine.vllm_names import CALLS, SETTINGS
 from tests.support import greedy, greedy_reference, save_model, tiny_llama
 
 
@@ -220,6 +224,109 @@ def test_a_stop_token_is_no_text(llm: LLM) -> None:
     assert output.token_ids == full[: end + 1]
     assert output.text == words(full[:end])
     assert output.finish_reason is FinishReason.STOP
+
+
+def test_an_output_says_what_stopped_it(llm: LLM) -> None:
+    full = llm.generate("t5 t6 t7", GREEDY)[0].token_ids
+    by_string, by_token, by_length, by_none = llm.generate(
+        ["t5 t6 t7"] * 4,
+        [
+            replace(GREEDY, stop=f"t{full[2]} "),
+            replace(GREEDY, stop_token_ids=[full[2]], stop="absent"),
+            replace(GREEDY, stop="absent"),
+            GREEDY,
+        ],
+    )
+    assert by_string.stop_reason == f"t{full[2]} "
+    assert by_token.stop_reason == full[2]
+    assert by_length.stop_reason is by_none.stop_reason is None
+
+
+def test_what_stopped_it_may_be_in_its_text(llm: LLM) -> None:
+    full = llm.generate("t5 t6 t7", GREEDY)[0].token_ids
+    end = full.index(full[2])
+    asked = replace(GREEDY, include_stop_str_in_output=True)
+    for sampling, text in (
+        (replace(asked, stop=f"t{full[2]} "), words(full[: end + 1]) + " "),
+        (replace(asked, stop_token_ids=(full[2],)), words(full[: end + 1])),
+        (replace(asked, stop_token_ids=(full[2],), stop="absent"), words(full[: end + 1])),
+        (replace(GREEDY, stop_token_ids=(full[2],), stop="absent"), words(full[:end])),
+    ):
+        (output,) = llm.generate("t5 t6 t7", sampling)
+        assert output.text == text
+
+
+def test_special_tokens_may_be_text(folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = llm.generate("t5 t6 t7", GREEDY)[0].token_ids
+    special = frozenset(full[1:2])
+    monkeypatch.setattr(llm.text, "_special_ids", special)
+    kept = [token for token in full if token not in special]
+    for stop in ((), "absent"):
+        shown, hidden = llm.generate(
+            ["t5 t6 t7"] * 2,
+            [replace(GREEDY, stop=stop, skip_special_tokens=asked) for asked in (False, True)],
+        )
+        assert (shown.text, hidden.text) == (words(full), words(kept))
+
+
+def test_bad_words_may_be_strings(llm: LLM) -> None:
+    full = llm.generate("t5 t6 t7", GREEDY)[0].token_ids
+    as_text, as_tokens = (
+        llm.generate("t5 t6 t7", replace(GREEDY, bad_words=bad))[0].token_ids
+        for bad in ([f"t{full[1]}", f"t{full[3]} t9"], [(full[1],), [full[3], 9]])
+    )
+    assert full[1] not in as_text
+    assert as_text == as_tokens
+    both = SamplingParams(bad_words=["t1", (2, 3)])
+    assert (both.bad_words, both.bad_strings) == (((2, 3),), ("t1",))
+    request = Request("a", (5, 6, 7), replace(GREEDY, bad_words=[f"t{full[1]}"]))
+    assert (
+        llm.generate([request])[0].token_ids
+        == llm.generate("t5 t6 t7", replace(GREEDY, bad_words=[(full[1],)]))[0].token_ids
+    )
+    with pytest.raises(RequestError, match="strings that are not empty"):
+        SamplingParams(bad_words=[""])
+
+
+def test_prompts_may_be_cut(llm: LLM) -> None:
+    for keep, prompt in ((2, (6, 7)), (3, (5, 6, 7)), (9, (5, 6, 7)), (-1, (5, 6, 7))):
+        (output,) = llm.generate("t5 t6 t7", replace(GREEDY, truncate_prompt_tokens=keep))
+        assert output.prompt_token_ids == prompt
+        assert output.token_ids == greedy_reference(tiny_llama(), list(prompt), 6)
+    (long,) = llm.generate([[5] * 100], replace(GREEDY, truncate_prompt_tokens=-1))
+    assert long.prompt_token_ids == (5,) * (64 - 6)
+    with pytest.raises(RequestError, match="truncate_prompt_tokens must be at least 1, or -1"):
+        replace(GREEDY, truncate_prompt_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"bad_words": ["t1"]}, "bad_words"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+    ],
+)
+def test_where_only_tokens_come_out_nothing_is_about_text(llm: LLM, fields: Any, name: str) -> None:
+    with pytest.raises(RequestError, match=r"go with LLM.generate and LLM.chat only") as caught:
+        next(llm.steps([Request("a", (5,), replace(GREEDY, **fields))]))
+    assert caught.value.param == name
+
+
+def test_vllms_arguments_are_told_what_takes_their_place(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"^sampling_params is not supported: it is called sampling$"):
+        llm.generate("t5", sampling_params=GREEDY)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match=r"^use_tqdm is not supported: it is called progress$"):
+        llm.chat([], use_tqdm=False)  # type: ignore[call-arg]
+    assert llm.generate([], lora_request=None) == []  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match=r"^tensor_parallel_size is not supported: an LLM has one device$"):
+        LLM("x", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"^the engine has no such setting: port$"):
+        LLM("x", tensor_parallel_size=1, trust_remote_code=False, port=3)
+    assert not SETTINGS.keys() & EngineConfig.model_fields.keys()
+    for function in (LLM.generate, LLM.chat):
+        assert not CALLS.keys() & inspect.signature(function).parameters.keys()
 
 
 def test_chat_writes_the_models_template(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from engine.detokenizer import TextDelta
 from engine.errors import RequestError
 from engine.model.embedded import ensure_converted
 from engine.model.weights import load_tokenizer
+from engine.sampling_params import MAX_BAD_WORDS
 from engine.text import TextProcessor, TokenText
-from engine.types import MAX_BAD_WORDS
 
 EOS = 2
 EMOJI = (10813, 242, 218)  # 😀 in SmolLM2's tokens
