@@ -438,7 +438,9 @@ class Engine:
         ):
             for count, token in enumerate(tokens, start=1):
                 if grammar is not None and not follows(sequence, tokens[:count]):
-                    return self._fail(sequence, refusal(sequence))
+                    failed = self._fail(sequence, refusal(sequence))
+                    failed.own_fault = True
+                    return failed
                 if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
                     tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token
                     break

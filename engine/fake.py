@@ -72,7 +72,8 @@ class FakeEngine:
 
     Args:
         reply: the script of each choice. An exception in it fails that step: the choice ends with
-            `FinishReason.ERROR` and the exception's text. A script that runs out ends with STOP.
+            `FinishReason.ERROR` and the exception's text, by its own fault if it is a RequestError. A script
+            that runs out ends with STOP.
         step_s: wall time of a step in seconds; 0 yields to the event loop once.
         max_num_seqs: choices that run together.
         max_waiting: choices that may wait before `submit` raises `QueueFullError`.
@@ -238,7 +239,8 @@ class FakeEngine:
         step = choice.script[choice.position]
         choice.position += 1
         if isinstance(step, Exception):
-            return self._finish(choice, FinishReason.ERROR, error=str(step))
+            own_fault = isinstance(step, RequestError)
+            return self._finish(choice, FinishReason.ERROR, error=str(step), own_fault=own_fault)
         if not isinstance(step, FakeStep):
             step = FakeStep(step)
         tokens, reason, stop_token_id = self._truncate(choice, list(step.tokens))
@@ -324,10 +326,13 @@ class FakeEngine:
             stats.accepted("prediction", predicted)
             stats.accepted("head", len(delta.token_ids) - 1 - predicted, above=predicted)
 
-    def _finish(self, choice: _Choice, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(
+        self, choice: _Choice, reason: FinishReason, error: str | None = None, own_fault: bool = False
+    ) -> None:
         self._remove(choice)
         request_id = choice.request.request_id
-        last = TokenDelta(request_id, choice.index, [], reason, time_s=time.monotonic(), error=error)
+        now = time.monotonic()
+        last = TokenDelta(request_id, choice.index, [], reason, time_s=now, error=error, own_fault=own_fault)
         if choice.stream.put(last):
             assert self._loop is not None
             self._loop.call_soon_threadsafe(choice.stream.tell)  # later: whoever reads may have aborted it

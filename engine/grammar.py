@@ -100,6 +100,15 @@ class Grammar:
         """A state of its own at the grammar's beginning."""
         return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._eos)
 
+    def may_begin(self, *, without: Iterable[int]) -> bool:
+        """Whether an answer may begin with another token than these, or be empty."""
+        state = self.start()
+        words = np.empty((1, state.words), np.int32)
+        state.masks([0], [0], words)
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+        bits[[token for token in without if token < len(bits)]] = 0
+        return bool(bits.any())
+
 
 class GrammarState:
     """Where one answer stands in its grammar; one thread at a time may use it.

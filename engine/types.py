@@ -180,6 +180,7 @@ class TokenDelta:
         time_s: `time.monotonic()` at the end of the step.
         trace: the step's record, where the request asked for it.
         error: what to tell the user, with `FinishReason.ERROR`.
+        own_fault: the request's own, which asks for what there is not.
         logprobs: one entry per token of `token_ids`, where the request asked for them.
         prompt_logprobs: on the first delta of choice 0, where asked for: one entry per prompt token, None
             for the first, which nothing predicts.
@@ -202,6 +203,7 @@ class TokenDelta:
     cached_tokens: int = 0
     accepted_prediction_tokens: int = 0
     queue_s: float = 0.0
+    own_fault: bool = False
 
 
 class SequenceState(StrEnum):
@@ -342,7 +344,8 @@ class EngineInfo:
 
         Raises:
             ContextLengthError: the prompt leaves no room, or prompt plus max_tokens do not fit.
-            RequestError: an empty prompt, a token id outside the vocabulary, or what is about text.
+            RequestError: an empty prompt, a token id outside the vocabulary, what is about text, or bad_words
+                that leave the grammar nothing to begin with.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
         wanted = sampling.max_tokens
@@ -360,6 +363,10 @@ class EngineInfo:
         ):
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
                 raise RequestError(f"{name} token ids must be in [0, {self.vocab_size})", param=name)
+        barred = {word[0] for word in sampling.bad_words if len(word) == 1}
+        if request.grammar is not None and barred and not request.grammar.may_begin(without=barred):
+            reason = "they leave none of the tokens that an answer of this grammar may begin with"
+            raise RequestError(f"bad_words: {reason}", param="bad_words")
         if len(prompt) + (wanted or 1) > self.max_model_len:
             asked = f"{len(prompt)} prompt tokens" + (f" and max_tokens {wanted}" if wanted else "")
             raise ContextLengthError(

@@ -79,7 +79,7 @@ SETTINGS = {
     "tensor_parallel_size": Instead("an LLM has one device", (1,)),
     "tokenizer": Instead("the tokenizer of the model's folder is used"),
     "tokenizer_mode": Instead("the tokenizer of the model's folder is used", ("auto",)),
-    "trust_remote_code": Instead("the families of docs/architecture.md are built in", (False,)),
+    "trust_remote_code": Instead("the families of README.md are built in", (False,)),
 }
 """Of vLLM's LLM."""
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
-from engine.errors import EngineStoppedError, StepError
+from engine.errors import EngineStoppedError, RequestError, StepError
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
@@ -184,6 +184,7 @@ class Generation:
 
         Raises, after what was there before:
             StepError: a step failed under the request.
+            RequestError: it asks for what there is not, such as a token where its fields leave none.
             EngineStoppedError: the engine stopped before the request was done.
             RequestTimeoutError: it took longer than a request may.
         """
@@ -192,7 +193,8 @@ class Generation:
                 continue  # a step that was under way when the choice's stop string ended it
             if delta.finish_reason is FinishReason.ERROR:
                 self._end(self._choices[delta.index], "error")
-                raise StepError(delta.error or "a step failed")
+                kind = RequestError if delta.own_fault else StepError
+                raise kind(delta.error or "a step failed")
             if delta.finish_reason is FinishReason.ABORT:
                 raise EngineStoppedError("the server is shutting down")
             yield self._take(delta)

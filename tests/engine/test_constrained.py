@@ -162,16 +162,30 @@ def test_logprobs_stay_raw(narrow: TinyModel, every: dict[str, Engine]) -> None:
             assert entry.top[0][1] == pytest.approx(float(expected[place].max()), abs=1e-3)
 
 
-def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(every: dict[str, Engine]) -> None:
+@pytest.mark.parametrize("drawn", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "seed": 1}])
+def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(
+    every: dict[str, Engine], drawn: dict[str, float]
+) -> None:
     for name, engine in every.items():
         params = SamplingParams(temperature=0.0, max_tokens=20)
-        barred = SamplingParams(temperature=0.0, max_tokens=20, bad_words=((0,), (8,), (10,)))
+        barred = SamplingParams(**drawn, max_tokens=20, bad_words=((0,), (8,), (10,)))  # type: ignore[arg-type]
         found = deltas_of(engine, ask("r", 0, params, "(abcd)+"), ask("barred", 0, barred, "de(abc)+"))
         last = {delta.request_id: delta for delta in found}
         assert last["barred"].finish_reason is FinishReason.ERROR, name
         assert "grammar" in (last["barred"].error or ""), name
+        assert last["barred"].own_fault, name
         assert engine.stats.acceptance_counts[0] == 0, name
         assert last["r"].finish_reason is not FinishReason.ERROR
+        together = [token for delta in found if delta.request_id == "r" for token in delta.token_ids]
+        assert together == run_all(engine, [ask("r", 0, params, "(abcd)+")])["r", 0], name
+
+
+def test_a_bias_leaves_what_the_grammar_allows(every: dict[str, Engine]) -> None:
+    """Unlike bad_words it forbids nothing: what is left has to come."""
+    params = SamplingParams(max_tokens=20, logit_bias=tuple((token, -100.0) for token in range(12)))
+    for name, engine in every.items():
+        found = run_all(engine, [ask("r", 0, params, "de(abc)d"), ask("s", 1, params, "abcabc")])
+        assert [text_of(tokens) for tokens in found.values()] == ["deabcd", "abcabc"], name
 
 
 def test_a_parser_that_gives_up_fails_its_own_request_and_says_why(every: dict[str, Engine]) -> None:

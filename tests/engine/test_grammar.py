@@ -62,6 +62,18 @@ def test_a_state_follows_its_grammar_to_the_end() -> None:
     assert not regex("abc").start().advance(ID["b"])
 
 
+def test_what_an_answer_may_begin_with() -> None:
+    grammar = regex("a(bc)+|d")
+    begins = {ID["a"], ID["ab"], ID["abc"], ID["d"]}
+    assert grammar.may_begin(without=())
+    assert not grammar.may_begin(without=begins)
+    assert not grammar.may_begin(without={*begins, EOS, 10**6})
+    for token in begins:
+        assert grammar.may_begin(without=begins - {token})
+    assert regex("a?").may_begin(without={ID["a"]})  # it may be empty
+    assert not regex("a?").may_begin(without={ID["a"], EOS})
+
+
 def test_where_nothing_can_follow_the_answer_has_ended() -> None:
     state = regex("ab|c").start()
     assert state.advance(ID["a"])

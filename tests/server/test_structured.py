@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarSpec
-from engine.types import Acceptance
+from engine.types import Acceptance, Request
 from server.schemas.chat import ChatRequest
 from tests.server.conftest import EOS_ID, MODEL, Defaults, RunningServer, Serve, chat_body, ids, says
 from tests.server.test_errors import error_of
@@ -147,6 +147,34 @@ def test_the_rest_of_the_fields_goes_together_with_it(hello: RunningServer) -> N
     assert request.grammar is not None
     assert request.medusa.acceptance is Acceptance.TYPICAL
     assert request.prediction_token_ids
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bad_words_that_leave_nothing_to_begin_with_are_refused(hello: RunningServer, path: str) -> None:
+    for fields in ({"guided_regex": "[ab]c+"}, {"guided_choice": ["a", "bc"]}):
+        error = error_of(send(hello, path, bad_words=["a", "b", "d"], **fields), 400)
+        assert (error["param"], error["code"]) == ("bad_words", "invalid_value")
+        for left in (["a", "c"], ["ab", "b"]):  # of these one may begin it
+            assert send(hello, path, bad_words=left, **fields).status_code == 200
+    assert send(hello, path, bad_words=["a", "b"]).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bad_words_that_leave_nothing_later_are_the_requests_own_fault(serve: Serve, path: str) -> None:
+    """What the engine says of them, and not of a step that failed: a 400, or a stream's last event."""
+
+    def reply(request: Request, _index: int) -> list[Any]:
+        failed = [RequestError("nothing is left")] if request.grammar is not None else [ids("b"), [EOS_ID]]
+        return [ids("a"), *failed]
+
+    server = serve(reply)
+    told = {"message": "nothing is left", "type": "invalid_request_error", "param": None}
+    told["code"] = "invalid_value"
+    assert error_of(send(server, path, guided_regex="ab", n=2), 400) == told
+    events = send(server, path, guided_regex="ab", stream=True).text.split("\n\n")
+    assert json.loads(events[-2].removeprefix("data: "))["error"] == told
+    assert send(server, path).status_code == 200
+    assert server.engine.stats.running == 0
 
 
 NESTED: dict[str, Any] = {}
