@@ -8,12 +8,14 @@ is part of that) and then the drafted tokens from the root's child down to the n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.devices import sent
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.types import SamplingParams, Sequence
 
@@ -130,8 +132,11 @@ class Adjustment(ABC):
 
     def _ids(self, tokens: Iterable[int]) -> Tensor:
         """int64, only those of the vocabulary: an EOS id of a wider tokenizer cannot be drawn anyway."""
-        known = [token for token in tokens if 0 <= token < self._vocab_size]
-        return torch.tensor(known, dtype=torch.int64, device=self._device)
+        return self._sent([token for token in tokens if 0 <= token < self._vocab_size])
+
+    def _sent(self, values: Items[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        """On the device, which is not waited for: a pass over prompts is launched behind what it does now."""
+        return sent(torch.tensor(values, dtype=dtype), self._device)
 
     @abstractmethod
     def _allocate(self) -> None: ...
@@ -174,10 +179,11 @@ class Penalties(Adjustment):
         self.presence[slot] = sampling.presence_penalty
         self.frequency[slot] = sampling.frequency_penalty
         self.repetition[slot] = sampling.repetition_penalty
-        tokens = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self._device)
+        tokens = self._sent(sequence.token_ids)
         self.in_prompt[slot] = False
         self.in_prompt[slot, tokens[: sequence.num_prompt]] = True
-        self.in_output[slot] = tokens[sequence.num_prompt :].bincount(minlength=self._vocab_size)
+        emitted = tokens[sequence.num_prompt :]
+        self.in_output[slot].zero_().index_add_(0, emitted, torch.ones_like(emitted, dtype=torch.int32))
 
     def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
         emitted = torch.arange(tokens.shape[1], device=self._device) < counts.unsqueeze(1)
@@ -221,8 +227,8 @@ class LogitBias(Adjustment):
         row = self.bias[sequence.slot].zero_()
         row.index_add_(
             0,
-            torch.tensor(tokens, dtype=torch.int64, device=self._device),
-            torch.tensor(biases, dtype=torch.float32, device=self._device),
+            self._sent(tokens),
+            self._sent(biases, torch.float32),
         )
 
     def _adjust(self, logits: Tensor, place: Place) -> Tensor:
@@ -283,10 +289,10 @@ class BadWords(Adjustment):
         rows = [[ANY_TOKEN] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word) for word in words]
         unused = [NO_TOKEN] * MAX_BAD_WORD_TOKENS
         rows += [unused] * (MAX_BAD_WORDS - len(rows))
-        self.words[slot] = torch.tensor(rows, device=self._device)
+        self.words[slot] = self._sent(rows)
         width = self.tail.shape[1]
         tail = ([NO_TOKEN] * width + sequence.token_ids[sequence.num_prompt :])[-width:]
-        self.tail[slot] = torch.tensor(tail, device=self._device)
+        self.tail[slot] = self._sent(tail)
 
     def _emit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
         width = self.tail.shape[1]

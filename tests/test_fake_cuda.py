@@ -70,8 +70,63 @@ graph.replay()
 assert made[0].tolist() == [10, 11, 12, 13]
 for waits in (lambda: x.sum().item(), x.tolist, x.cpu, lambda: x.nonzero(), lambda: bool(x[0])):
     refused(waits, RuntimeError, graph)
+refused(lambda: x[x > 3], RuntimeError, graph)
 refused(lambda: x + torch.tensor([1, 2, 3, 4], device="cuda"), RuntimeError, graph)
 refused(lambda: x.copy_(torch.ones(4)), RuntimeError, graph)
+refused(torch.cuda.synchronize, RuntimeError, graph)
+refused(lambda: torch.ones(1).pin_memory(), RuntimeError, graph)
+
+# What a graph has made lies where the next one may write, unless somebody holds it.
+graph, held, out = torch.cuda.CUDAGraph(), [], torch.zeros(2, device="cuda")
+with torch.cuda.graph(graph):
+    between = x[:2] * 2
+    out.copy_(between + 1)
+    held.append(between[1:])
+graph.replay()
+assert held[0].tolist() == [10]
+del between, held[:]
+graph.replay()
+assert out.tolist() == [11, 11]
+assert all(memory.tolist() not in ([10, 10], [11, 11]) for memory in graph.recorder._gone)
+x = None
+refused(graph.replay, RuntimeError)
+
+# The host knows what it has waited for.
+first, second, untimed, never = (torch.cuda.Event(enable_timing=i != 2) for i in range(4))
+first.record()
+second.record()
+refused(lambda: first.elapsed_time(second), ValueError)
+first.synchronize()
+assert (first.query(), second.query()) == (True, False)
+refused(lambda: first.elapsed_time(second), ValueError)
+second.synchronize()
+assert first.elapsed_time(second) >= 0
+untimed.record()
+never.synchronize()
+torch.cuda.synchronize()
+refused(lambda: first.elapsed_time(untimed), ValueError)
+refused(lambda: first.elapsed_time(never), ValueError)
+
+y, pinned = torch.ones(3, device="cuda"), torch.zeros(3, pin_memory=True)
+assert pinned.is_pinned() and pinned[1:].is_pinned() and not torch.zeros(3).is_pinned()
+assert pinned.pin_memory() is pinned and torch.zeros(3).pin_memory().is_pinned()
+refused(lambda: torch.zeros(3).copy_(y, non_blocking=True), RuntimeError)
+refused(lambda: torch.zeros(3).to("cuda", non_blocking=True), RuntimeError)
+pinned.copy_(y, non_blocking=True)
+y.zero_()
+assert pinned.isnan().all()
+first.record()
+assert pinned.isnan().all()
+first.synchronize()
+assert pinned.tolist() == [1, 1, 1], "what was there when the copy was told of"
+y.copy_(pinned, non_blocking=True)
+second.record()
+pinned[0] = 5
+refused(second.synchronize, RuntimeError)
+y.copy_(pinned, non_blocking=True)
+torch.cuda.synchronize()
+pinned[0] = 6
+assert y.tolist() == [5, 1, 1]
 print("held")
 """
 
@@ -125,6 +180,71 @@ asyncio.run(main())
 def test_a_server_leaves_the_device_to_its_engines_process(tmp_path: Path) -> None:
     folder = save_model(tiny_llama(), tmp_path / "tiny")
     assert run("-c", SERVED, str(folder)).split() == ["cuda", "5"]
+
+
+AHEAD = """
+import sys
+
+from engine import prompt_buckets
+from engine.attention import triton_tuning
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.graphs_triton import TritonRunner
+from engine.loader import load
+from engine.medusa.buckets import Buckets
+from engine.types import Request, SamplingParams
+from tests.fake_cuda.queue import QUEUE
+
+triton_tuning.tuned_tiles, prompt_buckets._FEWEST_TOKENS = lambda *_, **__: {}, 32  # to be quick
+settings = {"dtype": "float32", "max_num_seqs": 2, "kv_cache_tokens": 1024, "max_model_len": 96}
+settings |= {"model": sys.argv[1], "heads": sys.argv[2], "tree": 3, "max_prefill_tokens": 64}
+samplings = [
+    SamplingParams(temperature=0.0, max_tokens=7),
+    SamplingParams(temperature=0.8, seed=3, top_p=0.9, max_tokens=7),
+    SamplingParams(temperature=0.0, max_tokens=7, presence_penalty=0.5, min_tokens=2, bad_words=((4, 5),)),
+    SamplingParams(temperature=0.0, max_tokens=7, repetition_penalty=1.2, logit_bias=((3, 1.5),)),
+]
+prompts = [[i % 7 for i in range(80)], [5, 4], [1, 2, 3, 1, 2], [i % 5 for i in range(12)]]
+requests = [Request(f"{i}", tuple(p), s) for i, (p, s) in enumerate(zip(prompts, samplings))]
+
+
+def run(device, buckets=None):
+    engine = Engine(load(EngineConfig(device=device, **settings), progress=False), buckets=buckets)
+    QUEUE.waits = []
+    tokens, most, pending = {}, 0, list(requests)
+    while engine.has_work or pending:
+        if pending:
+            engine.add(pending.pop(0))
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+        most = max(most, len(engine._prompts))
+    engine.check()
+    assert not QUEUE.waits, QUEUE.waits
+    return engine, tokens, most
+
+
+_, wanted, _ = run("cpu")
+engine, found, most = run("cuda", Buckets((2,), (1, 3), 6))
+assert isinstance(engine._runner, TritonRunner)
+assert found == wanted, (found, wanted)
+assert engine._host.overlaps
+took = engine.stats.step_seconds["prefill"]
+print(most, sum(took.counts), took.total > 0)
+"""
+
+
+def test_steps_and_passes_over_prompts_are_launched_ahead_and_never_waited_for(tmp_path: Path) -> None:
+    """But by the events behind their results. Kernels run on Triton's interpreter; graphs repeat them."""
+    model = tiny_llama(vocab_size=64)
+    folder = save_model(model, tmp_path / "tiny")
+    heads = save_random_heads(
+        tmp_path / "heads.safetensors", hidden=model.config.hidden_size, vocab=64, own_lm_head=False
+    )
+    most, passes, timed = run("-c", AHEAD, str(folder), str(heads), mode="interpret").split()
+    assert int(most) >= 1
+    assert int(passes) >= 3
+    assert timed == "True"
 
 
 DECODED = """

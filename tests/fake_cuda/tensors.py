@@ -19,7 +19,29 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_map
 
-__all__ = ["DEVICE", "Dispatch", "Functions", "Generators", "OnCuda", "Recorder", "plain"]
+from tests.fake_cuda.queue import QUEUE, Pinned
+
+__all__ = [
+    "DEVICE",
+    "Capturing",
+    "Dispatch",
+    "Functions",
+    "Generators",
+    "OnCuda",
+    "as_they_are",
+    "capturing",
+    "computed",
+    "flat",
+    "mapped",
+    "memory_of",
+    "operator",
+    "pinned",
+    "plain",
+    "reads",
+    "refuse_in_capture",
+    "tensors_of",
+    "where",
+]
 
 DEVICE = torch.device("cuda", 0)
 
@@ -65,14 +87,12 @@ class OnCuda(Tensor):
         return self.memory.data_ptr()
 
     def tolist(self) -> Any:
-        _refuse_in_capture("tolist")
+        refuse_in_capture("tolist")
+        QUEUE.waits_at(where)
         return plain(self).tolist()
 
-    def pin_memory(self, *_: Any) -> Tensor:
-        raise RuntimeError("cannot pin 'torch.cuda' tensors: only dense CPU tensors can be pinned")
-
     def numpy(self, **_: Any) -> Any:
-        raise TypeError(f"can't convert a cuda:0 tensor to numpy{_where()}")
+        raise TypeError(f"can't convert a cuda:0 tensor to numpy{where()}")
 
     __array__ = numpy
 
@@ -86,7 +106,7 @@ class OnCuda(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _operator(func, args, kwargs or {})
+        return operator(func, args, kwargs or {})
 
 
 class Functions(TorchFunctionMode):
@@ -98,44 +118,17 @@ class Functions(TorchFunctionMode):
         return _function(func, args, kwargs or {})
 
 
+class Capturing(TorchDispatchMode):
+    """Of what is captured."""
+
+
 class Dispatch(TorchDispatchMode):
     """The same for operators whose arguments are no tensors."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _operator(func, args, kwargs or {})
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the operators of a captured step, and repeats them on the same memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = _tensors(args, kwargs)
-        here = any(isinstance(value, OnCuda) for value in tensors)
-        there = any(not isinstance(value, OnCuda) and value.dim() for value in tensors)
-        if here and (there or func.overloadpacket.__name__ in _READS):
-            raise RuntimeError(f"{func} waits for the device in a captured step{_where()}")
-        with _disable_current_modes():
-            out = _operator(func, args, kwargs)
-        # What its tensors hold changes, where they hold it does not.
-        self._calls.append((func, *_in_memory(args, kwargs), [_memory(value) for value in _flat(out)]))
-        return out
-
-    def replay(self) -> None:
-        with _as_they_are():
-            for func, args, kwargs, out in self._calls:
-                found = _computed(func, args, kwargs)
-                for kept, new in zip(out, _flat(found), strict=True):
-                    if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
-                        kept.copy_(new)
+        return operator(func, args, kwargs or {})
 
 
 class _GeneratorType(type):
@@ -160,61 +153,88 @@ class Generators(metaclass=_GeneratorType):
 
 def plain(tensor: Tensor) -> Tensor:
     """A copy on the CPU."""
-    with _as_they_are():
-        return _memory(tensor).detach().clone()
+    with as_they_are():
+        return memory_of(tensor).detach().clone()
 
 
-def _memory(value: Any) -> Any:
+def memory_of(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
     return value.memory if isinstance(value, OnCuda) else value
 
 
-def _flat(value: Any) -> list[Any]:
-    return [each for part in value for each in _flat(part)] if isinstance(value, list | tuple) else [value]
+def flat(value: Any) -> list[Any]:
+    return [each for part in value for each in flat(part)] if isinstance(value, list | tuple) else [value]
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """In order. It is asked for at every operator, whose arguments are hardly ever lists in lists."""
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
-            found += [each for each in _flat(value) if isinstance(each, Tensor)]
+            found += [each for each in flat(value) if isinstance(each, Tensor)]
     return found
 
 
-def _in_memory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def in_memory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """An operator's arguments as the CPU takes them."""
-    given = {name: _mapped(_memory, value) for name, value in kwargs.items() if name != "pin_memory"}
-    return _mapped(_memory, args), given
+    given = {name: mapped(memory_of, value) for name, value in kwargs.items() if name != "pin_memory"}
+    return mapped(memory_of, args), given
 
 
-def _mapped(work: Callable[[Any], Any], value: Any) -> Any:
+def mapped(work: Callable[[Any], Any], value: Any) -> Any:
     """As torch's `tree_map`, which takes longer than the operators that are called here."""
     if type(value) in (list, tuple):
-        return type(value)([_mapped(work, each) for each in value])
+        return type(value)([mapped(work, each) for each in value])
     return tree_map(work, value) if isinstance(value, list | tuple | dict) else work(value)
 
 
 @contextmanager
-def _as_they_are() -> Iterator[None]:
+def as_they_are() -> Iterator[None]:
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
-def _where() -> str:
+def where() -> str:
     """The last line of ours, for messages."""
     for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(_ROOT) and "fake_cuda" not in frame.filename:
+        name = frame.filename
+        if name.startswith(_ROOT) and "fake_cuda" not in name and "site-packages" not in name:
             return f" ({frame.filename}:{frame.lineno})"
     return ""
 
 
-def _refuse_in_capture(what: str) -> None:
-    if any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack()):
-        raise RuntimeError(f"{what} in a captured step{_where()}")
+def capturing() -> Any:
+    """What notes a captured step; None outside of one."""
+    return next((m for m in _get_current_dispatch_mode_stack() if isinstance(m, Capturing)), None)
+
+
+def refuse_in_capture(what: str) -> None:
+    if capturing() is not None:
+        raise RuntimeError(f"{what} in a captured step{where()}")
+
+
+def reads(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host waits for this operator of the device's: it is given values, or counts some."""
+    name = func.overloadpacket.__name__
+    return name in _READS or (
+        name.startswith(("index", "_index_put"))
+        and len(args) > 1
+        and any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in flat(args[1]))
+    )
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """`Tensor.pin_memory`."""
+    if isinstance(tensor, OnCuda):
+        raise RuntimeError("cannot pin 'torch.cuda' tensors: only dense CPU tensors can be pinned")
+    if Pinned.holds(tensor):
+        return tensor
+    refuse_in_capture("memory is pinned")
+    with as_they_are():
+        return Pinned.add(tensor.detach().clone())
 
 
 def _on_cuda(device: Any) -> bool:
@@ -228,70 +248,108 @@ def _function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answers = {"device": DEVICE if here else torch.device("cpu"), "is_cuda": here, "is_cpu": not here}
         if asked in answers:
             return answers[asked]
+    if name == "__set__" and func.__self__.__name__ == "data":
+        return _becomes(first, args[1])
     if name in ("to", "cpu", "cuda") and isinstance(first, Tensor):
         return _moved(name, first, args[1:], dict(kwargs))
     kwargs = dict(kwargs)
-    device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
+    device, pins = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
     on = None if device is None else _on_cuda(device)
-    if on and pinned:
-        raise RuntimeError("only dense CPU tensors can be pinned")
+    if pins:
+        if on:
+            raise RuntimeError("only dense CPU tensors can be pinned")
+        return pinned(_function(func, args, kwargs | {"device": "cpu"}))
     if name in ("tensor", "as_tensor", "from_numpy"):
-        with _as_they_are():
+        with as_they_are():
             made = func(*args, **kwargs)
         if on:
-            _refuse_in_capture(name)
+            refuse_in_capture(name)
+            QUEUE.waits_at(where)
         return OnCuda(made) if on else made
     before, generator = getattr(_local, "on", None), kwargs.get("generator")
     try:
         if on is not None:
             kwargs["device"] = "cpu"
             _local.on = on
-        elif any(isinstance(value, OnCuda) for value in _tensors(args, kwargs)):
+        elif any(isinstance(value, OnCuda) for value in tensors_of(args, kwargs)):
             _local.on = True
         if generator is not None:
             of_cuda = any(generator is one for one in Generators.made)
             if of_cuda != bool(getattr(_local, "on", None)):
-                raise RuntimeError(f"{name} with a generator of the other device{_where()}")
+                raise RuntimeError(f"{name} with a generator of the other device{where()}")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     finally:
         _local.on = before
 
 
+def _becomes(tensor: Tensor, data: Tensor) -> None:
+    """`tensor.data = data`, after which it is where these are; torch would leave it a tensor of the CPU."""
+    if isinstance(tensor, OnCuda) or isinstance(data, OnCuda):
+        torch.utils.swap_tensors(tensor, torch.nn.Parameter(data, tensor.requires_grad))
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            Tensor.data.__set__(tensor, data)  # type: ignore[attr-defined]
+
+
 def _moved(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """`Tensor.to`, `cpu` and `cuda`."""
     copy = kwargs.pop("copy", False)
     device, dtype = torch.device(name) if name != "to" else None, None
+    waits_not = kwargs.get("non_blocking", False)
     if name == "to" and args and isinstance(args[0], Tensor):
         device, dtype = args[0].device, args[0].dtype
     elif name == "to":
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, waits_not, _ = torch._C._nn._parse_to(*args, **kwargs)
     here = isinstance(tensor, OnCuda)
     if device is None or (device.type == "cuda") == here:
         with torch._C.DisableTorchFunctionSubclass():
             return Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
-    _refuse_in_capture(f"a copy to {device.type}")
+    refuse_in_capture(f"a copy to {device.type}")
     found = plain(tensor)
-    with _as_they_are():
+    with as_they_are():
+        _cross(found, tensor, waits_not)
         found = found.to(dtype or found.dtype)
         return found if here else OnCuda(found)
 
 
-def _operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _cross(target: Tensor, source: Tensor, waits_not: bool) -> None:
+    """A copy between host and device."""
+    if not waits_not:
+        QUEUE.waits_at(where)
+        memory_of(target).copy_(memory_of(source))
+        return
+    host = target if isinstance(source, OnCuda) else source
+    if not Pinned.holds(host):
+        raise RuntimeError(f"a copy that is not waited for needs pinned memory{where()}")
+    if isinstance(source, OnCuda):
+        QUEUE.copy_to_host(target, source.memory)
+    else:
+        QUEUE.copy_to_device(memory_of(target), source, where())
+
+
+def operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
-    tensors = _tensors(args, kwargs)
+    tensors = tensors_of(args, kwargs)
     here = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
     there = [tensor for tensor in tensors if not isinstance(tensor, OnCuda)]
     _hold_to_one_device(func, args, here, there)
-    memory, given = _in_memory(args, kwargs)
+    memory, given = in_memory(args, kwargs)
     on = getattr(_local, "on", None)
     target = bool(here) if here or there or on is None else on
     if here and name == "aten::_int_mm" and args[0].shape[0] <= 16:
         raise RuntimeError("self.size(0) needs to be greater than 16")
-    with torch._C.DisableTorchFunction():
-        out = _computed(func, memory, given) if here else func(*memory, **given)
     if name == "aten::copy_":
+        with as_they_are():
+            if isinstance(args[0], OnCuda) != isinstance(args[1], OnCuda) and args[1].dim():
+                _cross(args[0], args[1], bool(args[2]) if len(args) > 2 else given.get("non_blocking", False))
+            else:
+                func(*memory, **given)
         return args[0]
+    if here and (reads(func, args) or (name in _INDEXES and _of_the_host(args[1]))):
+        QUEUE.waits_at(where)
+    with torch._C.DisableTorchFunction():
+        out = computed(func, memory, given) if here else func(*memory, **given)
     known = {id(tensor.memory): tensor for tensor in here}
 
     def wrapped(value: Any) -> Any:
@@ -301,7 +359,11 @@ def _operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return known[id(value)]
         return OnCuda(value) if target else value
 
-    return _mapped(wrapped, out)
+    return mapped(wrapped, out)
+
+
+def _of_the_host(indices: Any) -> bool:
+    return any(isinstance(one, Tensor) and not isinstance(one, OnCuda) for one in flat(indices))
 
 
 def _hold_to_one_device(func: Any, args: tuple[Any, ...], here: list[Any], there: list[Tensor]) -> None:
@@ -314,10 +376,10 @@ def _hold_to_one_device(func: Any, args: tuple[Any, ...], here: list[Any], there
     if name in _INDEXES and all(isinstance(one, OnCuda) or not one.dim() for one in own):
         return
     shapes = [(type(tensor).__name__, tuple(tensor.shape)) for tensor in (*here, *there)]
-    raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}{_where()}")
+    raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}{where()}")
 
 
-def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator of the device, on its memory."""
     return _scaled_mm(*args, **kwargs) if func._schema.name == "aten::_scaled_mm" else func(*args, **kwargs)
 
@@ -338,6 +400,6 @@ def _scaled_mm(
     right = right and not a.shape[1] % 16 and not b.shape[1] % 16 and scale_b.t().is_contiguous()
     right = right and scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
     if not right or (bias is not None and bias.dtype != torch.bfloat16):
-        raise RuntimeError(f"no such product in 8 bits: {a.shape} {b.shape}{_where()}")
+        raise RuntimeError(f"no such product in 8 bits: {a.shape} {b.shape}{where()}")
     y = (a.float() @ b.float()) * scale_a * scale_b
     return (y if bias is None else y + bias.float()).to(torch.bfloat16)
