@@ -122,6 +122,10 @@ class ServerContext:
             lambda: self.text.encode(write(), add_special_tokens=add_special_tokens, param=param)
         )
 
+    def name_of(self, given: str | None) -> str:
+        """What a request calls the model: the main name where it says nothing."""
+        return given or self.model_names[0]
+
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError if `name` is none of the served model's."""
         if name not in self.model_names:

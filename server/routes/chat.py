@@ -45,8 +45,8 @@ router = APIRouter(route_class=BodyRoute)
 async def chat_completions(body: ChatRequest, http: HttpRequest, context: Context) -> Response:
     """Continue a conversation, as one answer or as server-sent events."""
     record = record_of(http)
-    record.fields["model"] = body.model
-    context.check_model(body.model)
+    record.fields["model"] = model = context.name_of(body.model)
+    context.check_model(model)
     generation = await _submit(body, context, record)
     answer = partial(_Answer, body, context, record, generation)
     return await respond(http, context, generation, answer, bool(body.stream))
@@ -98,7 +98,8 @@ class _Answer:
         self._generation = generation
         special_is_text = body.skip_special_tokens is False
         self._read = partial(context.text.token_text, special_is_text=special_is_text)
-        self._heading = Heading(self.completion_id, int(time.time()), body.model, context.fingerprint)
+        model = context.name_of(body.model)
+        self._heading = Heading(self.completion_id, int(time.time()), model, context.fingerprint)
         usage = (lambda: generation.usage) if body.include_usage else None
         self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
         tools = body.callable_tools

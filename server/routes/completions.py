@@ -48,8 +48,8 @@ Entry = tuple[int, int, TokenLogprobs | None]
 async def completions(body: CompletionRequest, http: HttpRequest, context: Context) -> Response:
     """Continue one or several prompts, as one answer or as server-sent events."""
     record = record_of(http)
-    record.fields["model"] = body.model
-    context.check_model(body.model)
+    record.fields["model"] = model = context.name_of(body.model)
+    context.check_model(model)
     sampling = await sampling_of(body, context)
     capacity = context.settings.max_num_seqs + context.settings.max_waiting
     if len(body.prompts) * sampling.n > capacity:
@@ -139,7 +139,8 @@ class _Answer:
         self._begun: set[int] = set()
         special_is_text = body.skip_special_tokens is False
         self._read = partial(context.text.token_text, special_is_text=special_is_text)
-        self._heading = Heading(self.completion_id, int(time.time()), body.model, context.fingerprint)
+        model = context.name_of(body.model)
+        self._heading = Heading(self.completion_id, int(time.time()), model, context.fingerprint)
         usage = (lambda: self._usage) if body.include_usage else None
         self._writer = CompletionWriter(self._heading, usage, body.continuous_usage)
 

@@ -18,8 +18,7 @@ router = APIRouter()
 @router.post("/tokenize", responses=ERRORS)
 async def tokenize(body: TokenizeRequest, context: Context) -> TokenizeResponse:
     """Token ids of a prompt or of a conversation, as a completion would see it."""
-    if body.model is not None:
-        context.check_model(body.model)
+    context.check_model(context.name_of(body.model))
     if body.prompt is None:
         options = body.template_options()
         tokens = await context.in_thread(context.text.encode_chat, body.template_input(), **options)
@@ -39,8 +38,7 @@ async def tokenize(body: TokenizeRequest, context: Context) -> TokenizeResponse:
 @router.post("/detokenize", responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, context: Context) -> DetokenizeResponse:
     """The text of token ids, special tokens by their names."""
-    if body.model is not None:
-        context.check_model(body.model)
+    context.check_model(context.name_of(body.model))
     size = context.engine.info.vocab_size
     if beyond := [token for token in body.tokens if token >= size]:
         message = f"tokens: {beyond[0]} is not a token of this model (it has {size})"

@@ -227,7 +227,7 @@ class MedusaOptions(Body):
 class GenerationBody(Body):
     """The fields that chat and text completions share."""
 
-    model: str
+    model: str | None = Field(None, description="None: the served one.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)

@@ -43,7 +43,7 @@ def test_field_path() -> None:
         ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"stop": ""}, "stop[0]"),
-        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
     ],
 )
 def test_bad_request_names_its_field(

@@ -128,7 +128,7 @@ def test_fields_without_effect_pass(field: str, value: Any) -> None:
         ("stop_token_ids", 5),
         ("messages", []),
         ("messages", "hi"),
-        ("model", None),
+        ("model", 5),
         ("logprobs", 1),
         ("top_logprobs", 21),
         ("top_logprobs", -1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
@@ -26,6 +28,24 @@ def test_every_name_is_served_and_listed(hello: RunningServer, monkeypatch: pyte
     assert answer.model == "gpt-4o"
     with pytest.raises(openai.NotFoundError):
         hello.openai.models.retrieve("org")
+
+
+@pytest.mark.parametrize("given", [{}, {"model": None}, {"model": ""}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_a_name_it_is_the_served_model(
+    hello: RunningServer, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], stream: bool
+) -> None:
+    monkeypatch.setattr(hello.context, "model_names", (MODEL, "gpt-4o"))
+    for path, asked in (
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("completions", {"prompt": "x"}),
+    ):
+        answer = hello.http.post(f"/v1/{path}", json={**asked, **given, "stream": stream})
+        assert answer.status_code == 200
+        assert f'"model":"{MODEL}"' in answer.text
+    for path, asked in (("tokenize", {"prompt": "x"}), ("detokenize", {"tokens": [1]})):
+        assert hello.http.post(f"/{path}", json={**asked, **given}).status_code == 200
+    assert hello.http.get("/v1/models/").status_code == 404
 
 
 def test_names_with_commas_between_them() -> None:
