@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.client import EngineClient
 from server import __version__
+from server.api_page import make_app
 from server.auth import ApiKeys, KeyMiddleware
 from server.context import ServerContext
 from server.errors import add_error_handlers
@@ -72,7 +73,7 @@ def create_app(
 
     # sse-starlette would cut every stream at SIGTERM; ours end with the engine's drain.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
-    app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = make_app(title="medusa-serve", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.context = context
     app.state.needs_key = keys is not None
     # The routes themselves: FastAPI looks through an included router, of which ours use nothing, twice. And
