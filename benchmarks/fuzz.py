@@ -215,7 +215,7 @@ _FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {
 _CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 _MESSAGES_OF_TOOLS = [
     {"role": "user", "content": "a"},
-    {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+    {"role": "assistant", "content": None, "reasoning_content": "c", "tool_calls": [_CALL]},
     {"role": "tool", "tool_call_id": "c", "content": "b"},
 ]
 _LIKELY: dict[str, dict[str, Any]] = {
@@ -262,6 +262,10 @@ _LIKELY: dict[str, dict[str, Any]] = {
             {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": 3},
         ]
     },
+    "include_reasoning": {"enum": [None, True]},
+    "reasoning": {"enum": [None, ""]},
+    "reasoning_content": {"enum": [None, ""]},
+    "reasoning_effort": {"enum": [None, "none"]},
     "repetition_penalty": _number(0.1, 3),
     "seed": _integer(-(2**63), 2**63 - 1),
     "response_format": {"enum": [None, {"type": "text"}]},

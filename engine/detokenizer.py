@@ -1,4 +1,4 @@
-"""From the tokens of one choice to its text, as they arrive; stop strings; where each token begins."""
+"""From the tokens of one choice to its text, as they arrive: thought, stop strings, where tokens begin."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from engine.thought import ThoughtReader
 
 __all__ = ["ByteText", "Decode", "Detokenizer", "StopFinder", "TextDelta", "TextSource", "WindowText"]
 
@@ -32,21 +34,29 @@ class TextDelta:
             the one that completed a stop string.
         stop: the stop string that ended the output, else None. It is part of `text` only if asked for.
         starts: of an aligned detokenizer, the tokens of the output, those of earlier pushes that were held
-            first, that have no more text to come than up to here: for each the character of the output
-            at which its text begins. A token that lies in a stop string that is left out never counts.
+            first, that have no more text to come than up to here: for each the character of the output,
+            a thought and its marks included, at which its text begins. A token that lies in a stop string
+            that is left out never counts.
+        thought: more of the thought before the text, where one is read.
     """
 
     text: str
     num_tokens: int
     stop: str | None
     starts: tuple[int, ...] = ()
+    thought: str = ""
 
 
 class Detokenizer:
     """Text of one choice, as its tokens arrive. Made by `TextProcessor.detokenizer`.
 
     Whatever the splits into pushes, the texts joined are `decode(prompt + output)` less
-    `decode(prompt)`, cut before a stop string. Cost per token does not grow with the output.
+    `decode(prompt)`, cut before a stop string, and without a thought, where that is read: there stop strings
+    are text like any other. Cost per token does not grow with the output.
+
+    Attributes:
+        thought_tokens: of the output, those up to the one that closed its thought; all so far, while that is
+            open.
     """
 
     __slots__ = (
@@ -59,17 +69,28 @@ class Detokenizer:
         "_source",
         "_stop",
         "_stops",
+        "_thought",
+        "thought_tokens",
     )
 
-    def __init__(self, source: TextSource, stops: StopFinder | None, min_tokens: int, aligned: bool) -> None:
+    def __init__(
+        self,
+        source: TextSource,
+        stops: StopFinder | None,
+        min_tokens: int,
+        aligned: bool,
+        thought: ThoughtReader | None = None,
+    ) -> None:
         self._source = source
         self._stops = stops
+        self._thought = thought
+        self.thought_tokens = 0
         self._min_tokens = min_tokens
         self._aligned = aligned
         self._stop: str | None = None
         self._num_tokens = 0
         self._fed = 0  # characters that are certain
-        self._sent = 0  # of these, those returned
+        self._sent = 0  # of these, those returned, or known to be none of what is returned
         self._held: deque[tuple[int, int]] = deque()  # first and last character + 1 of tokens not released
 
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> TextDelta:
@@ -84,33 +105,49 @@ class Detokenizer:
         """
         if self._stop is not None:
             return TextDelta("", 0, self._stop)
-        if self._stops is None and not self._aligned:
+        if self._stops is None and not self._aligned and self._thought is None:
             return TextDelta(self._source.feed(token_ids, final), len(token_ids), None)
         # Token by token, so that it is known which token completed what.
         texts: list[str] = []
+        thoughts: list[str] = []
         starts: list[int] = []
-        last = max(len(token_ids) - 1, 0)
+        count, last = len(token_ids), max(len(token_ids) - 1, 0)
         for index in range(last + 1):
             ended = final and index == last
-            text, self._stop = self._take(token_ids[index : index + 1], ended)
+            thought, text, self._stop = self._take(token_ids[index : index + 1], ended)
+            thoughts.append(thought)
             texts.append(text)
             starts += self._release(ended)
             if self._stop is not None:
-                return TextDelta("".join(texts), index + 1, self._stop, tuple(starts))
-        return TextDelta("".join(texts), len(token_ids), None, tuple(starts))
+                count = index + 1
+                break
+        return TextDelta("".join(texts), count, self._stop, tuple(starts), "".join(thoughts))
 
-    def _take(self, token_ids: Sequence[int], final: bool) -> tuple[str, str | None]:
-        """The text that may go out after at most one more token, and the stop string this completed."""
-        start, stop = self._fed, None
+    def _take(self, token_ids: Sequence[int], final: bool) -> tuple[str, str, str | None]:
+        """What may go out after at most one more token, of thought and text; the stop string it completed."""
+        start, thought, stop = self._fed, "", None
         text = self._source.feed(token_ids, final)
         self._fed += len(text)
         self._num_tokens += len(token_ids)
         if self._aligned and token_ids:
             self._held.append((start, self._fed + self._source.open))
+        if self._thought is not None:
+            thought, text = self._think(self._thought, text, final)
         if self._stops is not None:
             text, stop = self._stops.feed(text, final, armed=self._num_tokens > self._min_tokens)
         self._sent += len(text)
-        return text, stop
+        return thought, text, stop
+
+    def _think(self, reader: ThoughtReader, text: str, final: bool) -> tuple[str, str]:
+        """More of the thought, and of the text behind it."""
+        was_closed, read = reader.closed, reader.held + len(text)
+        thought, text = reader.feed(text, final)
+        if not was_closed and (reader.within or reader.closed):
+            self.thought_tokens = self._num_tokens
+        self._sent += read - reader.held - len(text)
+        if reader.over:
+            self._thought = None
+        return thought, text
 
     def _release(self, final: bool) -> list[int]:
         """Where the further tokens begin that are out: those that end before the next character to be sent.

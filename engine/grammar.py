@@ -68,10 +68,13 @@ class GrammarSpec(NamedTuple):
             the strings to choose from, a grammar in Lark's or in llama.cpp's GBNF notation, or the server's
             own, in Lark's, for calls of tools.
         text: of it.
+        lead: a grammar in Lark's notation, not a user's, of all that is written, in which this one is
+            `@answer`; empty where nothing stands before it.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "tools"]
     text: str
+    lead: str = ""
 
 
 class Grammar:
@@ -309,6 +312,19 @@ _NAMES = {
 
 def _text(spec: GrammarSpec) -> str:
     """llguidance's own form of it."""
+    if not spec.lead:
+        return _alone(spec)
+    if spec.kind == "json_schema":  # as it came: the text may be nested too deeply for Python's reader
+        answer = f'"json_schema": {spec.text}'
+    else:
+        text = _alone(spec)
+        lark = json.loads(text)["grammars"][0]["lark_grammar"] if spec.kind == "regex" else text
+        answer = f'"lark_grammar": {json.dumps(lark)}'
+    return f'{{"grammars": [{{"lark_grammar": {json.dumps(spec.lead)}}}, {{"name": "answer", {answer}}}]}}'
+
+
+def _alone(spec: GrammarSpec) -> str:
+    """The same of what it is without a lead."""
     from llguidance import LLMatcher, grammar_from
 
     if spec.kind == "choice":

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from engine import faults
-from engine.chat_template import check_template, check_variables, reads_tools
+from engine.chat_template import check_template, check_variables, reads_tools, variables, with_reasoning
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import RequestError
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
+from engine.thought import Thought
 from engine.tool_prompt import has_calls, in_plain_messages
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ class TextProcessor:
 
         Args:
             messages: `{"role", "content"}` with text as content; an assistant's may have `tool_calls` with
-                arguments as objects, and one of role `tool` has what one of them returned.
+                arguments as objects, and `reasoning_content`, its thought, which goes to the template under
+                the name that it reads; one of role `tool` has what a call returned.
             tools: `{"type": "function", "function": {name, description, parameters}}`.
             add_generation_prompt: end with what opens an answer.
             continue_final_message: leave the last message open, so that the output goes on with it.
@@ -170,6 +172,7 @@ class TextProcessor:
         try:
             if not reads_tools(template) and (tools or has_calls(messages)):
                 messages, tools = in_plain_messages(messages, tools), ()
+            messages = with_reasoning(template, messages)
             if template_kwargs:
                 check_variables(template, template_kwargs)
             # Rendered and encoded apart: the template writes BOS and the like itself.
@@ -215,6 +218,11 @@ class TextProcessor:
         if isinstance(own, dict):
             own = (tools and own.get("tool_use")) or own.get("default")
         return str(own) if own else None
+
+    def template_variables(self, *, tools: bool) -> frozenset[str]:
+        """What a request may set in the template in use."""
+        template = self.chat_template_for(tools=tools)
+        return variables(template) if template else frozenset()
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -298,6 +306,7 @@ class TextProcessor:
         shown: Set[int] = frozenset(),
         include_stop: bool = False,
         aligned: bool = False,
+        thought: Thought | None = None,
     ) -> Detokenizer:
         """A fresh incremental detokenizer for one choice.
 
@@ -310,6 +319,7 @@ class TextProcessor:
             shown: of those, the ones that are text all the same.
             include_stop: the stop string itself is the end of the text.
             aligned: tell where the text of each token begins (`TextDelta.starts`).
+            thought: tell what the output may begin with from its text (`TextDelta.thought`).
 
         Raises:
             RequestError: a stop string is empty.
@@ -322,7 +332,9 @@ class TextProcessor:
             source = ByteText(self._token_bytes, skipped)
         else:
             source = WindowText(self.decode, prompt_token_ids, skipped)
-        return Detokenizer(source, StopFinder(stop, include_stop) if stop else None, min_tokens, aligned)
+        stops = StopFinder(stop, include_stop) if stop else None
+        reader = thought.reader() if thought is not None else None
+        return Detokenizer(source, stops, min_tokens, aligned, reader)
 
     @cached_property
     def _byte_level(self) -> bool:

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.chat_template import REASONING
+
 __all__ = ["CALL_BEGIN", "CALL_END", "has_calls", "in_plain_messages"]
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
@@ -39,8 +41,8 @@ def in_plain_messages(
     """The conversation in messages of role and content alone, for a template that knows no tools.
 
     Args:
-        messages: an assistant's may have `tool_calls`, with arguments as objects; those of role `tool` hold
-            what a call returned.
+        messages: an assistant's may have `tool_calls`, with arguments as objects, and `reasoning_content`,
+            which it keeps; those of role `tool` hold what a call returned.
         tools: `{"type": "function", "function": {…}}`; told at the end of the system message, which is made
             where there is none.
     """
@@ -56,6 +58,8 @@ def in_plain_messages(
             continue
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
         plain.append({"role": role, "content": "\n".join([text, *calls] if text else calls or [text])})
+        if REASONING in message:
+            plain[-1][REASONING] = message[REASONING]
     if tools:
         told = _TOLD.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         if plain and plain[0]["role"] in ("system", "developer"):

@@ -175,12 +175,13 @@ class ChatWriter(_EventWriter):
         finish_reason: ChatFinishReasonName | None,
         stop_reason: StopReason = None,
         tool_calls: Sequence[ToolCallDelta] = (),
+        thought: str = "",
     ) -> bytes:
         """The events of what one step gave a choice; may be none.
 
         The first event of a choice names its role, the last, with an empty delta, why it ended.
         """
-        plain = finish_reason is None and logprobs is None and not tool_calls
+        plain = finish_reason is None and logprobs is None and not tool_calls and not thought
         if plain and (around := self._around_text.get(index)):
             return self._event_of(content, around)
         events = b""
@@ -192,9 +193,13 @@ class ChatWriter(_EventWriter):
                 '},"logprobs":null,"finish_reason":null}',
             )
             events = self._chunk(index, '{"role":"assistant","content":""}')
-        if content or logprobs:
+        if content or thought or logprobs:
             entries = "null" if logprobs is None else self._logprobs(logprobs)
-            events += self._chunk(index, f'{{"content":{encode_basestring(content)}}}', entries)
+            parts = [f'"content":{encode_basestring(content)}'] if content or not thought else []
+            if thought:
+                told = encode_basestring(thought)
+                parts.insert(0, f'"reasoning_content":{told},"reasoning":{told}')
+            events += self._chunk(index, f"{{{','.join(parts)}}}", entries)
         if tool_calls:
             calls = ",".join(map(to_json, tool_calls))
             events += self._chunk(index, f'{{"tool_calls":[{calls}]}}')

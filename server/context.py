@@ -17,6 +17,7 @@ from fastapi import Depends, Request
 from engine.client import EngineClient
 from engine.errors import EngineStoppedError
 from engine.grammar import GrammarCompiler
+from engine.reasoning import ThoughtFormat, thought_format_of
 from server import __version__
 from server.arrivals import Arrivals
 from server.errors import ModelNotFoundError
@@ -56,6 +57,8 @@ class ServerContext:
     prompts: Prompts = field(init=False)
     grammars: Grammars = field(init=False)
     tool_format: ToolFormat = field(init=False)
+    thought_format: ThoughtFormat | None = field(init=False)
+    """None where all text is content."""
     model_names: tuple[str, ...] = field(init=False)
     """All names clients may use, the main one first."""
     fingerprint: str = field(init=False)
@@ -66,6 +69,7 @@ class ServerContext:
         self.model_names = self.settings.model_names  # which looks at the disk
         self.prompts = Prompts(self.text)
         self.tool_format = format_of(self.text, self.settings.tool_call_parser)
+        self.thought_format = thought_format_of(self.text, self.settings.reasoning_parser)
         self.grammars = Grammars(GrammarCompiler(self.text.tokenizer, self.defaults.eos_token_ids))
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 

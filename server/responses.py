@@ -46,7 +46,7 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Sent where the request had a prediction."""
+    """Sent where the request had a prediction, or the answer may have begun with a thought."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
@@ -111,11 +111,17 @@ class ToolCall(BaseModel):
 
 
 class ResponseMessage(BaseModel):
-    """Content is null where calls are all there is; without calls there is no field of them."""
+    """Content is null where calls or a thought are all there is; without calls there is no field of them.
+
+    The thought has the name of DeepSeek's API and llama.cpp, and that of vLLM; where thoughts are told from
+    content, both fields are there, null where there was none.
+    """
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
@@ -157,7 +163,11 @@ class ToolCallDelta(BaseModel):
 
 
 class ChatDelta(BaseModel):
+    """More of the thought comes under both of its names."""
+
     role: Literal["assistant"] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 

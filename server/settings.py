@@ -73,6 +73,13 @@ class Settings(EngineConfig, BaseSettings):
         "(Granite 3). 'auto': as its chat template shows, else hermes, with which a template that knows no "
         "tools is helped out.",
     )
+    reasoning_parser: Literal["auto", "none", "think", "mistral"] = Field(
+        "auto",
+        description="How the model marks what it thinks before it answers, which chat completions tell from "
+        "content: <think> and </think> (think: DeepSeek-R1, Qwen3 and most others), [THINK] and [/THINK] "
+        "(Mistral). 'auto': as its chat template shows, else as its vocabulary; where neither knows any, and "
+        "with 'none', all text is content.",
+    )
     cors_origins: str | None = Field(
         None,
         description="Origins whose pages may call the server from a browser, with commas, or '*'; none if "

@@ -14,6 +14,7 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from engine.errors import EngineStoppedError, RequestError, StepError
+from engine.thought import Thought
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
@@ -49,6 +50,7 @@ class TextPiece:
         logprobs: of the tokens whose text is complete with this piece; None if the request wants none.
         starts: for each of these, the character of the choice's text at which it begins.
         stop_reason: with `finish_reason`, the request's stop string or stop token id that ended the choice.
+        thought: more of what the choice's text does not begin with: see `TextOptions.thought`.
     """
 
     index: int
@@ -57,6 +59,7 @@ class TextPiece:
     logprobs: list[TokenLogprobs] | None = None
     starts: tuple[int, ...] = ()
     stop_reason: StopReason = None
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,14 @@ class TextOptions:
         include_stop: it ends after it, and a token that ended it is text too.
         skip_special_tokens: leave special tokens out.
         shown: of these, the ones to leave in.
+        thought: which the output may begin with, and which is to be told from its text; None if none is.
     """
 
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
     shown: frozenset[int] = frozenset()
+    thought: Thought | None = None
 
 
 @dataclass(slots=True)
@@ -142,6 +147,7 @@ class Generation:
                 shown=options.shown,
                 include_stop=options.include_stop,
                 aligned=self._wants_logprobs,
+                thought=options.thought,
             )
             for _ in self._choices
         ]
@@ -164,12 +170,13 @@ class Generation:
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
         )
-        if predicted := len(self._request.prediction_token_ids):
+        predicted = len(self._request.prediction_token_ids)
+        if predicted or self._options.thought is not None:
             accepted = sum(choice.accepted_prediction_tokens for choice in self._choices)
             usage.completion_tokens_details = CompletionTokensDetails(
                 accepted_prediction_tokens=accepted,
                 rejected_prediction_tokens=max(0, predicted - accepted),
-                reasoning_tokens=0,
+                reasoning_tokens=sum(one.thought_tokens for one in self._detokenizers),
                 audio_tokens=0,
             )
         return usage
@@ -262,9 +269,8 @@ class Generation:
         stop_reason: StopReason = text.stop
         if stop_reason is None and delta.stop_token_id in self._request.sampling.stop_token_ids:
             stop_reason = delta.stop_token_id  # the model's own end of text is none, as in vLLM
-        return TextPiece(
-            self._offset + delta.index, text.text, finish_reason, logprobs, text.starts, stop_reason
-        )
+        index = self._offset + delta.index
+        return TextPiece(index, text.text, finish_reason, logprobs, text.starts, stop_reason, text.thought)
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:
         now, metrics = time.monotonic(), self._context.metrics

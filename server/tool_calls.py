@@ -11,6 +11,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.thought import overlap
+
 __all__ = ["CallDelta", "Parsed", "ToolCallParser"]
 
 _ARGUMENTS = ("arguments", "parameters")
@@ -154,7 +156,7 @@ class ToolCallParser:
             self._say(before)
             self._enter(begin, after)
             return True
-        certain = len(before) - _overlap(before, self._begin)
+        certain = len(before) - overlap(before, self._begin)
         self._say(before[:certain])
         self._text = before[certain:]
         return False
@@ -233,12 +235,6 @@ class ToolCallParser:
             self._behind, self._spaces, said = False, "", said.lstrip()
         self._content += self._spaces, said
         self._spaces = spaces
-
-
-def _overlap(text: str, begin: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `begin`."""
-    sizes = range(min(len(text), len(begin) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(begin[:size])), 0)
 
 
 class _Call:

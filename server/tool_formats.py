@@ -83,7 +83,13 @@ class ToolFormat:
         return ToolCallParser(self.begin, self.end, self.bare, names, named=self.name == "mistral")
 
     def grammar(
-        self, functions: Sequence[Function], *, text: bool, schema: Mapping[str, Any] | None, several: bool
+        self,
+        functions: Sequence[Function],
+        *,
+        text: bool,
+        schema: Mapping[str, Any] | None,
+        several: bool,
+        unlike: str = "",
     ) -> GrammarSpec:
         """What an answer may be, in llguidance's form of Lark.
 
@@ -92,11 +98,13 @@ class ToolFormat:
             text: it may also be, or begin with, text that is no call.
             schema: or JSON of this schema, instead of text.
             several: there may be several calls.
+            unlike: text does not begin with this, even behind white space; empty where it may begin with
+                anything.
 
         Raises:
             RecursionError: a schema is nested too deeply to be written.
         """
-        rules = ["%llguidance {}", *self._answers(text, schema is not None, several)]
+        rules = ["%llguidance {}", *self._answers(text, schema is not None, several, unlike)]
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
         for i, function in enumerate(functions):
             rules.append(f"call_{i}: {self._around(f'arguments_{i}', function.name)}")
@@ -113,12 +121,13 @@ class ToolFormat:
         head = (_written(mark, token) + (" ID" if mark == _CALL_ID else "") for mark, token in self.marks)
         return " ".join((json.dumps(name), *head, arguments))
 
-    def _answers(self, text: bool, body: bool, several: bool) -> list[str]:
+    def _answers(self, text: bool, body: bool, several: bool, unlike: str) -> list[str]:
         """The rules for all but `call`, a call's object, and `body`."""
-        other = " | body" if body else " | TEXT" if text else ""
+        other = " | body" if body else " | FIRST" if text else ""
+        unless = rf" & ~(/\s*/ {json.dumps(unlike)} /(.|\n)*/)" if unlike else ""
         if self.bare:
             # Text that begins with a brace would be read as a call.
-            return [f"start: call{other}", r"TEXT: /[^{\s](.|\n)*/"]
+            return [f"start: call{other}", rf"FIRST: /[^{{\s](.|\n)*/{unless}"]
         begin, end = _written(self.begin, self.begin_id), _written(self.end, self.end_id)
         if self.marks:
             behind, more = "call more", "one?" if several else '""'
@@ -129,15 +138,25 @@ class ToolFormat:
         calls = "one"
         if text and not body:
             # Lazy: as soon as the text spells what opens calls, they begin. A token can be no part of text.
-            calls = "said opening behind" if self.begin_id is None else "said (opening behind | TEXT one)"
-            other = " | said TEXT"
+            calls, other = "opened behind", " | FIRST"
+            if self.begin_id is not None:
+                calls += " | FIRST one"
+            if self.text_ids:
+                # What text may not begin with may be one of them.
+                other += (
+                    f" | {'SOME' if unlike else 'FIRST'} {_any_of(self.text_ids)} said (opening behind | TEXT"
+                )
+                other += ")" if self.begin_id is None else " | TEXT one)"
         return [
             f"start: {calls}{other}",
             f"one: {begin} behind",
             f"behind: {behind}",
             f"more: {more}",
             f"said: (TEXT {_any_of(self.text_ids)})*" if self.text_ids else 'said: ""',
+            rf"opened[lazy]: (/(.|\n)*/ {json.dumps(self.begin)}){unless}",
             rf"opening[lazy]: /(.|\n)*/ {json.dumps(self.begin)}",
+            rf"FIRST: /(.|\n)*/{unless}",
+            rf"SOME: /\s*\S(.|\n)*/{unless}",
             r"TEXT: /(.|\n)*/",
             *(["ID: /[a-zA-Z0-9]{9}/"] if self.marks else []),
         ]

@@ -26,16 +26,21 @@ from server.tool_formats import Function, ToolFormat
 __all__ = ["CallReader", "calls_constraint", "with_place"]
 
 
-def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
+def calls_constraint(body: ChatRequest, form: ToolFormat, begun: str = "", unlike: str = "") -> Constraint:
     """The grammar of an answer whose calls cannot be wrong.
+
+    Args:
+        form: in which the model writes calls.
+        begun: text that the answer goes on with.
+        unlike: what opens a thought: text that began with it would be one.
 
     Raises:
         RequestError: a schema is nested too deeply to be written, or is of no object, or another form of
             answer cannot be told from a call, or the message that is continued has begun one.
     """
-    begun = form.parser({tool.function.name for tool in body.callable_tools})
-    begun.begin(body.begun_text)
-    if begun.open:
+    parser = form.parser({tool.function.name for tool in body.callable_tools})
+    parser.begin(begun)
+    if parser.open:
         raise RequestError(
             "continue_final_message: the message has begun a call, and calls follow a grammar here, which "
             "cannot begin in the middle of one",
@@ -61,7 +66,7 @@ def calls_constraint(body: ChatRequest, form: ToolFormat) -> Constraint:
         for tool in body.callable_tools
     ]
     try:
-        spec = form.grammar(functions, text=not body.must_call, schema=schema, several=several)
+        spec = form.grammar(functions, text=not body.must_call, schema=schema, several=several, unlike=unlike)
     except RecursionError:
         raise RequestError("tools: nested too deeply", param="tools") from None
     return Constraint(spec, "tools", "tools")

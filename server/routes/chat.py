@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 from fastapi import APIRouter, Request as HttpRequest
 from starlette.responses import Response
 
 from engine.errors import RequestError
+from engine.thought import Thought
 from engine.types import TokenLogprobs
 from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
+from server.reasoning_use import begun_content, template_variables, thought_of, with_thought
 from server.responses import (
     ChatChoice,
     ChatCompletion,
@@ -56,10 +59,6 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
     """Everything that can be refused is refused here, before a status is sent."""
     text = context.text
     sampling = await sampling_of(body, context)
-    try:
-        grammar = await grammar_of(_constraint_of(body, context), context, record)
-    except RequestError as error:
-        raise with_place(error, body) from error
     prediction: list[int] = []
     if body.prediction_text:
         prediction = await context.encoded(
@@ -67,23 +66,48 @@ async def _submit(body: ChatRequest, context: ServerContext, record: RequestReco
         )
     options = body.template_options()
     special = options.pop("add_special_tokens")
+    known = text.template_variables(tools=bool(options["tools"]))
+    options["template_kwargs"] = template_variables(body, known)
     write = partial(text.render_chat, body.template_input(), **options)
     prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
-    request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
+    thought = thought_of(body, context.thought_format, text, prompt)
     try:
-        shown = context.tool_format.shown if body.callable_tools else frozenset()
-        return Generation(context, record, request, text_options(body, shown))
+        grammar = await grammar_of(_constraint_of(body, context, thought), context, record)
+    except RequestError as error:
+        raise with_place(error, body) from error
+    request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
+    shown = context.tool_format.shown if body.callable_tools else frozenset()
+    if context.thought_format is not None:
+        shown |= context.thought_format.shown
+    try:
+        return Generation(context, record, request, text_options(body, shown, thought))
     except RequestError as error:
         if error.param == "prompt":
             error.param = "messages"  # the client gave no tokens, only these
         raise
 
 
-def _constraint_of(body: ChatRequest, context: ServerContext) -> Callable[[], Constraint] | None:
+def _constraint_of(
+    body: ChatRequest, context: ServerContext, thought: Thought | None
+) -> Callable[[], Constraint] | None:
     """What writes the grammar of an answer that has to follow one."""
+    constraint_of = body.constraint_of
     if body.calls_follow_grammar:
-        return partial(calls_constraint, body, context.tool_format)
-    return body.constraint_of
+        opening = thought.begin if thought is not None and thought.place == "before" else ""
+        begun = begun_content(body, context.thought_format)
+        constraint_of = partial(calls_constraint, body, context.tool_format, begun, opening)
+    return with_thought(constraint_of, context.thought_format, thought)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What has come of one choice."""
+
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    reason: FinishReasonName = "stop"
+    stop_reason: StopReason = None
 
 
 class _Answer:
@@ -103,17 +127,23 @@ class _Answer:
         usage = (lambda: generation.usage) if body.include_usage else None
         self._writer = ChatWriter(self._heading, self._read, usage, body.continuous_usage)
         tools = body.callable_tools
-        begun = "" if body.calls_follow_grammar else body.begun_text  # what follows one begins with it
+        begun = "" if body.calls_follow_grammar else begun_content(body, context.thought_format)
         self._calls = CallReader(context.tool_format, tools, begun) if tools else None
+        self._tells_thoughts = body.include_reasoning is not False
 
     def write(self, piece: TextPiece) -> bytes:
         """See `Answer.write`."""
         content, reason = piece.text, piece.finish_reason
+        thought = piece.thought if self._tells_thoughts else ""
         if self._calls is None:
-            return self._writer.step(piece.index, content, piece.logprobs, reason, piece.stop_reason)
+            return self._writer.step(
+                piece.index, content, piece.logprobs, reason, piece.stop_reason, thought=thought
+            )
         content, calls = self._calls.read(piece.index, content, final=reason is not None)
         told = None if reason is None else self._why(piece.index, reason)
-        return self._writer.step(piece.index, content, piece.logprobs, told, piece.stop_reason, calls)
+        return self._writer.step(
+            piece.index, content, piece.logprobs, told, piece.stop_reason, calls, thought
+        )
 
     def end(self) -> bytes:
         """See `Answer.end`."""
@@ -121,44 +151,46 @@ class _Answer:
 
     async def whole(self) -> bytes:
         """See `Answer.whole`."""
-        texts: dict[int, list[str]] = {}
-        logprobs: dict[int, list[TokenLogprobs]] = {}
-        reasons: dict[int, tuple[FinishReasonName, StopReason]] = {}
+        found: dict[int, _Choice] = {}
 
         def take(piece: TextPiece) -> None:
-            texts.setdefault(piece.index, []).append(piece.text)
-            logprobs.setdefault(piece.index, []).extend(piece.logprobs or ())
+            choice = found.setdefault(piece.index, _Choice())
+            choice.texts.append(piece.text)
+            choice.thoughts.append(piece.thought)
+            choice.logprobs += piece.logprobs or ()
             if piece.finish_reason is not None:
-                reasons[piece.index] = piece.finish_reason, piece.stop_reason
+                choice.reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
 
         await take_all(self._generation, take)
         if self._body.logprobs or self._generation.prompt_logprobs is not None:
-            return await self._context.in_thread(self._render, texts, logprobs, reasons)
-        return self._render(texts, logprobs, reasons)
+            return await self._context.in_thread(self._render, found)
+        return self._render(found)
 
     def _why(self, index: int, reason: FinishReasonName) -> ChatFinishReasonName:
         return reason if self._calls is None else self._calls.finish_reason(index, reason)
 
-    def _message(self, index: int, text: str) -> ResponseMessage:
+    def _message(self, index: int, choice: _Choice) -> ResponseMessage:
+        text, thought = "".join(choice.texts), "".join(choice.thoughts)
         if self._calls is not None:
-            return self._calls.message(index, text)
-        return ResponseMessage(role="assistant", content=text, refusal=None)
+            message = self._calls.message(index, text)
+        else:
+            message = ResponseMessage(role="assistant", content=text, refusal=None)
+        if thought:
+            message.content = message.content or None
+        if self._tells_thoughts and self._context.thought_format is not None:
+            message.reasoning_content = message.reasoning = thought or None
+        return message
 
-    def _render(
-        self,
-        texts: dict[int, list[str]],
-        logprobs: dict[int, list[TokenLogprobs]],
-        reasons: dict[int, tuple[FinishReasonName, StopReason]],
-    ) -> bytes:
+    def _render(self, found: dict[int, _Choice]) -> bytes:
         choices = [
             ChatChoice(
                 index=index,
-                message=self._message(index, "".join(texts[index])),
-                logprobs=chat_logprobs(logprobs[index], self._read) if self._body.logprobs else None,
-                finish_reason=self._why(index, reasons[index][0]),
-                stop_reason=reasons[index][1],
+                message=self._message(index, choice),
+                logprobs=chat_logprobs(choice.logprobs, self._read) if self._body.logprobs else None,
+                finish_reason=self._why(index, choice.reason),
+                stop_reason=choice.stop_reason,
             )
-            for index in sorted(texts)
+            for index, choice in sorted(found.items())
         ]
         completion = ChatCompletion(
             **self._heading.fields("chat.completion"), choices=choices, usage=self._generation.usage

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from engine.errors import MedusaError, RequestError
 from engine.grammar import Grammar
+from engine.thought import Thought
 from engine.types import MedusaParams, Request, SamplingParams
 from server.chunks import event
 from server.context import RequestRecord, ServerContext
@@ -104,13 +105,16 @@ async def grammar_of(
         raise RequestError(f"{constraint.place}: {error}", param=constraint.param) from error
 
 
-def text_options(body: GenerationBody, shown: frozenset[int] = frozenset()) -> TextOptions:
+def text_options(
+    body: GenerationBody, shown: frozenset[int] = frozenset(), thought: Thought | None = None
+) -> TextOptions:
     """How a request wants its text, with the special tokens in it that are to be read here."""
     return TextOptions(
         stop=tuple(body.stop or ()),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         shown=shown,
+        thought=thought,
     )
 
 

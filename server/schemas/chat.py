@@ -40,8 +40,6 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
 }
 """An assistant's message may come back as the client got it, so its empty fields pass."""
@@ -57,18 +55,28 @@ class ChatMessage(Body):
     tool_calls: ToolCalls | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="The same by vLLM's name.")
     parsed: Any = Field(None, description="No effect: OpenAI's client puts it there.")
 
     @model_validator(mode="before")
     @classmethod
-    def _calls_need_no_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+    def _may_have_no_content(cls, data: Any) -> Any:
+        """Where calls, or a thought that was cut, are all there is."""
+        others = ("tool_calls", "reasoning_content", "reasoning")
+        if isinstance(data, dict) and data.get("content") is None and any(map(data.get, others)):
             return {**data, "content": ""}
         return data
 
     def check(self, path: str) -> None:
         """Raises RequestError for a field that does not go with the role; `path` is the message's."""
-        for name, given in (("tool_calls", bool(self.tool_calls)), ("parsed", self.parsed is not None)):
+        of_assistants = {
+            "tool_calls": bool(self.tool_calls),
+            "reasoning_content": bool(self.reasoning_content),
+            "reasoning": bool(self.reasoning),
+            "parsed": self.parsed is not None,
+        }
+        for name, given in of_assistants.items():
             if self.role != "assistant" and given:
                 param = f"{path}.{name}"
                 raise RequestError(f"{param} goes with role 'assistant'", param=param)
@@ -79,13 +87,20 @@ class ChatMessage(Body):
         if self.role == "tool" and self.tool_call_id is None:
             param = f"{path}.tool_call_id"
             raise RequestError(f"{param} is missing: the id of the call that returned it", param=param)
+        if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
+            param = f"{path}.reasoning"
+            raise RequestError(f"{param} and reasoning_content are two names of one text", param=param)
+
+    @property
+    def text(self) -> str:
+        """Its text parts joined by newlines, as in vLLM."""
+        return "\n".join(part.text for part in self.content)
 
     def as_template_input(self) -> dict[str, Any]:
-        """The message with its text parts joined by newlines, as in vLLM."""
-        message: dict[str, Any] = {
-            "role": self.role,
-            "content": "\n".join(part.text for part in self.content),
-        }
+        """The message for `TextProcessor.encode_chat`."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if thought := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = thought
         if self.tool_calls:
             message["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
         told = {"tool_call_id": self.tool_call_id, "name": self.name}
@@ -152,7 +167,7 @@ class Conversation(Body):
     def begun_text(self) -> str:
         """What the answer goes on with; empty where it is a message of its own."""
         last = self.messages[-1] if self.messages and self.continue_final_message else None
-        return str(last.as_template_input()["content"]) if last and last.role == "assistant" else ""
+        return last.text if last and last.role == "assistant" else ""
 
     def template_options(self) -> dict[str, Any]:
         """The options of `TextProcessor.encode_chat`."""
@@ -200,14 +215,12 @@ class ChatRequest(ConstrainedBody, Conversation):
         "moderation": (),
         "prompt_cache_options": ({},),
         "prompt_cache_retention": ("in_memory",),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "web_search_options": (),
         # vLLM's
         "chat_template": (),
         "documents": ([],),
         "echo": (False,),
-        "include_reasoning": (True,),
         "mm_processor_kwargs": ({},),
     }
     NO_EFFECT: ClassVar[frozenset[str]] = frozenset(
@@ -221,6 +234,8 @@ class ChatRequest(ConstrainedBody, Conversation):
     prediction: Prediction | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = None
 
     metadata: Metadata | None = Field(None, description="No effect.")
     safety_identifier: str | None = Field(None, description="No effect.")

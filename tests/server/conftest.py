@@ -103,10 +103,12 @@ class LoopServer(uvicorn.Server):
 class RunningServer:
     """A server in a thread, and clients for it."""
 
-    def __init__(self, engine: FakeEngine, defaults: Defaults, options: dict[str, Any]) -> None:
+    def __init__(
+        self, engine: FakeEngine, defaults: Defaults, options: dict[str, Any], text: TextProcessor = TEXT
+    ) -> None:
         self.engine = engine
         settings = Settings(served_model_name=MODEL, **options)
-        app = create_app(engine, TEXT, settings, defaults)
+        app = create_app(engine, text, settings, defaults)
         self.context: ServerContext = app.state.context
         self.server = LoopServer(ServerConfig(app, settings))
         self._socket = bind("127.0.0.1", 0)
@@ -182,16 +184,20 @@ Serve = Callable[..., RunningServer]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Start servers that stop with the test: `serve(reply_or_engine, defaults=…, **settings)`."""
+    """Start servers that stop with the test: `serve(reply_or_engine, defaults=…, text=…, **settings)`."""
     with contextlib.ExitStack() as stack:
 
         def start(
-            engine: FakeEngine | Reply, *, defaults: Defaults | None = None, **options: Any
+            engine: FakeEngine | Reply,
+            *,
+            defaults: Defaults | None = None,
+            text: TextProcessor = TEXT,
+            **options: Any,
         ) -> RunningServer:
             if not isinstance(engine, FakeEngine):
-                engine = FakeEngine(engine, vocab_size=TEXT.vocab_size, eos_token_ids=(EOS_ID,))
+                engine = FakeEngine(engine, vocab_size=text.vocab_size, eos_token_ids=(EOS_ID,))
             options = {"drain_timeout": 0.0, **options}
-            return stack.enter_context(RunningServer(engine, defaults or Defaults(), options))
+            return stack.enter_context(RunningServer(engine, defaults or Defaults(), options, text))
 
         yield start
 

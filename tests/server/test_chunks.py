@@ -81,6 +81,7 @@ def model_event(
     st.none() | st.lists(LOGPROBS, max_size=3),
     st.sampled_from([None, "stop", "length"]),
     STOP_REASONS,
+    TEXTS,
 )
 def test_chunks_are_what_the_models_would_write(
     usage: bool,
@@ -89,6 +90,7 @@ def test_chunks_are_what_the_models_would_write(
     logprobs: list[TokenLogprobs] | None,
     reason: FinishReasonName | None,
     stop: StopReason,
+    thought: str,
 ) -> None:
     writer = ChatWriter(HEADING, READ, (lambda: USAGE) if usage else None)
     whole = None if logprobs is None else chat_logprobs(logprobs, READ)
@@ -97,6 +99,12 @@ def test_chunks_are_what_the_models_would_write(
     last = model_event(usage, index, ChatDelta(), None, reason, stop) if reason else b""
     assert writer.step(index, text, logprobs, reason, stop) == first + middle + last
     assert writer.step(index, text, logprobs, reason, stop) == middle + last  # the role is told once
+    if thought:
+        only = ChatDelta(reasoning_content=thought, reasoning=thought)
+        alone = model_event(usage, index, only, whole, None)
+        assert writer.step(index, "", logprobs, None, thought=thought) == alone
+        both = model_event(usage, index, only.model_copy(update={"content": text}), whole, None)
+        assert writer.step(index, text, logprobs, reason, stop, thought=thought) == both + last
     for data in (first + middle + last).decode().splitlines():
         if data:
             ChatChunk.model_validate_json(data.removeprefix("data: "))

@@ -34,7 +34,6 @@ MEANT: dict[str, Any] = {
     "moderation": {"model": "m"},
     "prompt_cache_options": {"mode": "explicit"},
     "prompt_cache_retention": "24h",
-    "reasoning_effort": "high",
     "verbosity": "low",
     "web_search_options": {},
     "best_of": 2,
@@ -194,7 +193,7 @@ def test_value_out_of_the_engines_range_is_refused_by_the_clients_name(field: st
 
 @pytest.mark.parametrize("default", [False, True])
 def test_numbers_are_not_booleans_in_unsupported_fields(default: bool) -> None:
-    field = "include_reasoning" if default else "echo"
+    field = "spaces_between_special_tokens" if default else "echo"
     with pytest.raises(UnsupportedFieldError):
         parse(**{field: int(default)})
 

@@ -1,0 +1,88 @@
+"""One request's reasoning: what its template is told of it, and what of it may stand before the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from typing import Any
+
+from engine.reasoning import ThoughtFormat
+from engine.text import TextProcessor
+from engine.thought import Thought
+from server.errors import UnsupportedFieldError
+from server.schemas.chat import ChatRequest
+from server.schemas.structured import Constraint
+
+__all__ = ["begun_content", "template_variables", "thought_of", "with_thought"]
+
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates turn thinking on and off: Qwen3's and most others, Granite's, DeepSeek's."""
+
+
+def template_variables(body: ChatRequest, known: Set[str]) -> dict[str, Any]:
+    """The request's variables of the chat template, those that `reasoning_effort` stands for among them.
+
+    Args:
+        known: what the template reads.
+
+    Raises:
+        UnsupportedFieldError: it reads nothing that an effort could be told by, or is told otherwise.
+    """
+    given, effort = body.chat_template_kwargs or {}, body.reasoning_effort
+    if effort is None:
+        return given
+    told: dict[str, Any] = {name: effort != "none" for name in _SWITCHES if name in known}
+    if "reasoning_effort" in known and (effort != "none" or not told):
+        told["reasoning_effort"] = effort
+    if not told and effort != "none":
+        message = "reasoning_effort: this model's chat template has neither that variable nor " + " or ".join(
+            _SWITCHES
+        )
+        raise UnsupportedFieldError(message, param="reasoning_effort")
+    if other := [name for name, value in told.items() if given.get(name, value) != value]:
+        message = f"reasoning_effort {effort!r} and chat_template_kwargs.{other[0]} say different things"
+        raise UnsupportedFieldError(message, param="reasoning_effort")
+    return {**told, **given}
+
+
+def thought_of(
+    body: ChatRequest, form: ThoughtFormat | None, text: TextProcessor, prompt: Sequence[int]
+) -> Thought | None:
+    """What the answers may begin with; None where nothing is told from content.
+
+    Raises:
+        UnsupportedFieldError: there is to be none of it, and that cannot be had.
+    """
+    if form is None:
+        if body.include_reasoning is False:
+            raise UnsupportedFieldError(
+                "include_reasoning: this server tells no reasoning from content (see --reasoning-parser)",
+                param="include_reasoning",
+            )
+        return None
+    thought = form.thought(text, prompt, body.begun_text)
+    if body.reasoning_effort == "none" and thought.place == "within":
+        message = "reasoning_effort: this model's chat template opens a thought whatever is asked for"
+        raise UnsupportedFieldError(message, param="reasoning_effort")
+    return thought
+
+
+def begun_content(body: ChatRequest, form: ThoughtFormat | None) -> str:
+    """The content that the answers go on with; empty where they are messages of their own, or begin with it."""
+    begun = body.begun_text
+    return begun if form is None else form.behind_thought(begun)
+
+
+def with_thought(
+    constraint_of: Callable[[], Constraint] | None, form: ThoughtFormat | None, thought: Thought | None
+) -> Callable[[], Constraint] | None:
+    """What writes the grammar of answers, which begins behind their thoughts: these are free."""
+    lead = form.lead(thought) if form is not None and thought is not None else ""
+    if constraint_of is None or not lead:
+        return constraint_of
+    write = constraint_of
+
+    def led() -> Constraint:
+        constraint = write()
+        return constraint._replace(spec=constraint.spec._replace(lead=lead))
+
+    return led
