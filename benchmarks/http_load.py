@@ -111,7 +111,7 @@ def _take(sample: Sample, event: dict[str, Any]) -> None:
         sample.error = "error event"
         return
     for choice in event["choices"]:
-        if choice["delta"].get("content"):
+        if choice["delta"].get("content") or choice["delta"].get("reasoning_content"):
             sample.last = time.monotonic()
             sample.first = sample.last if sample.first is None else sample.first
             sample.chunks += 1
