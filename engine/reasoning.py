@@ -53,8 +53,8 @@ class ThoughtFormat:
         Args:
             text: that the prompt was encoded with.
             prompt: its tokens.
-            begun: the answer's beginning, where that is the last of the messages: an answer that has begun has
-                its thought behind it, unless it has begun with one and not closed it.
+            begun: the answer's beginning, where that is the last of the messages: an answer that has begun
+                has its thought behind it, unless it has begun with one and not closed it.
         """
         return Thought(self.begin, self.end, self._place(text, prompt, begun))
 

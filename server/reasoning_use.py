@@ -67,7 +67,7 @@ def thought_of(
 
 
 def begun_content(body: ChatRequest, form: ThoughtFormat | None) -> str:
-    """The content that the answers go on with; empty where they are messages of their own, or begin with it."""
+    """The content that the answers go on with; empty where they have it all."""
     begun = body.begun_text
     return begun if form is None else form.behind_thought(begun)
 

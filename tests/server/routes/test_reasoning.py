@@ -249,6 +249,31 @@ def test_calls_come_behind_the_thought_and_none_are_in_it(serve: Serve, size: in
     assert f"<think>\nPerhaps\n{PARIS}\n</think>\n\nLet me see.\n{PARIS}" in prompt
 
 
+@pytest.mark.parametrize(
+    ("begun", "said", "thought", "calls"),
+    [
+        (f"<think>a</think>\n{PARIS[:40]}", PARIS[40:], None, 1),
+        (f"<think>\n{PARIS[:40]}", f"{PARIS[40:]}\n</think>\n{PARIS}", PARIS[40:], 1),
+        (f"<think>\n{PARIS[:40]}", f"{PARIS[40:]}\n</think>\nNo.", PARIS[40:], 0),
+    ],
+)
+def test_a_message_that_has_begun_a_call_or_thinks_of_one(
+    serve: Serve, begun: str, said: str, thought: str, calls: int
+) -> None:
+    server = serve(says(said), text=of(PLAIN + "<think>"))
+    messages = [*MESSAGES, {"role": "assistant", "content": begun}]
+    fields: dict[str, Any] = {"messages": messages, "continue_final_message": True, "tools": TOOLS}
+    message = whole(server, **fields)
+    assert message["reasoning_content"] == thought
+    assert [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", [])] == [
+        {"city": "Paris"}
+    ] * calls
+    # A grammar begins behind the thought, and cannot in the middle of a call.
+    refused = thought is None
+    response = server.chat(**fields, tool_choice="required")
+    assert response.status_code == (400 if refused else 200)
+
+
 def test_only_a_thought_before_calls(serve: Serve) -> None:
     message = whole(serve(says(f"Hm.</think>{PARIS}"), text=R1), tools=TOOLS)
     assert (message["reasoning_content"], message["content"]) == ("Hm.", None)
