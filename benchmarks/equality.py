@@ -74,6 +74,7 @@ class Variant:
         """What follows `serve`; of an option given twice the last one counts."""
         file = str(heads[self.heads]) if self.heads != "none" else "none"
         common = [model, "--dtype", "float32", "--device", device, "--max-num-seqs", "8"]
+        common += ["--reasoning-parser", "none"]  # the whole text is compared
         return [*common, "--heads", file, "--tree", self.tree, *options]
 
 

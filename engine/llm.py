@@ -152,9 +152,10 @@ class LLM:
 
         Args:
             messages: one conversation, a list of `{"role": …, "content": …}`, or a list of conversations; see
-                `TextProcessor.encode_chat` for those of calls.
-            tools: that the model is told of, `{"type": "function", "function": {…}}`. Its calls are text, in
-                the form that its template asks for.
+                `TextProcessor.encode_chat` for those of calls. What the model thinks before it answers is a
+                part of the text, as calls are, and earlier thoughts may be given as `reasoning_content`.
+            tools: that the model is told of, `{"type": "function", "function": {…}}`. Its calls are in the form
+                that its template asks for.
 
         The rest is as in `generate`.
 

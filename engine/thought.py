@@ -127,5 +127,7 @@ class ThoughtReader:
 
 def overlap(text: str, begin: str) -> int:
     """How many characters at the end of `text` may be the beginning of `begin`, and not all of it."""
+    if begin[0] not in text[1 - len(begin) :]:  # as nearly always
+        return 0
     sizes = range(min(len(text), len(begin) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(begin[:size])), 0)

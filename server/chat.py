@@ -7,17 +7,17 @@ import re
 import ssl
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import httpx
 
 from engine.errors import MedusaError
 
-__all__ = ["ChatError", "Conversation", "Summary", "run"]
+__all__ = ["ChatError", "Conversation", "Piece", "Summary", "run"]
 
 HELP = '''Type a message and press Enter. """ alone on a line starts a message of several lines, and ends it.
 Ctrl-C stops the answer, Ctrl-D leaves.
@@ -25,6 +25,9 @@ Ctrl-C stops the answer, Ctrl-D leaves.
 
 _FENCE = '"""'
 _SAMPLE = re.compile(r"^(medusa_(?:acceptance_length_(?:sum|count)|generation_tokens_total)) (\S+)$", re.M)
+
+
+_DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 class ChatError(MedusaError):
@@ -63,6 +66,13 @@ class Summary:
         return f"[{' · '.join(parts)}]" if parts else ""
 
 
+class Piece(NamedTuple):
+    """More of an answer, or of what the model thinks before it."""
+
+    text: str
+    is_thought: bool = False
+
+
 @dataclass(slots=True)
 class Conversation:
     """The messages so far and the server that answers them.
@@ -85,11 +95,12 @@ class Conversation:
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def ask(self, question: str) -> Generator[str, None, None]:
+    def ask(self, question: str) -> Generator[Piece, None, None]:
         """The pieces of the answer as they come; `summary` is about it afterwards.
 
-        Question and answer join the conversation, also an answer stopped halfway (by KeyboardInterrupt, or
-        by closing this). A question without an answer, or one that failed, leaves no trace.
+        Question and answer, without its thought, join the conversation, also an answer stopped halfway (by
+        KeyboardInterrupt, or by closing this). A question without an answer, or one that failed, leaves no
+        trace.
 
         Raises:
             ChatError: as its text says.
@@ -98,27 +109,29 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": question}]
         before = self._counts()
         usage: dict[str, Any] | None = None
-        pieces: list[str] = []
-        started = first = last = time.monotonic()
+        said: list[str] = []
+        started = last = time.monotonic()
+        first: float | None = None
         try:
             with closing(self._events({**self.options, "messages": messages})) as events:
                 for event in events:
                     usage = event.get("usage") or usage
-                    for choice in event.get("choices", ()):
-                        if text := choice.get("delta", {}).get("content"):
-                            last = time.monotonic()
-                            first = first if pieces else last
-                            pieces.append(text)
-                            yield text
+                    for piece in _pieces(event):
+                        last = time.monotonic()
+                        first = last if first is None else first
+                        if not piece.is_thought:
+                            said.append(piece.text)
+                        yield piece
         except (KeyboardInterrupt, GeneratorExit):
             self.summary.stopped = True
             raise
         finally:
-            if pieces and (self.summary.stopped or usage is not None):
-                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            if said and (self.summary.stopped or usage is not None):
+                self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+            if first is not None:
                 self.summary.first_s = first - started
         if usage is not None:
-            self._summarize(usage, before, last - first)
+            self._summarize(usage, before, last - (first or last))
 
     def _summarize(self, usage: dict[str, Any], before: dict[str, float], rest_s: float) -> None:
         """What an answer that came to its end took; `rest_s` seconds from its first text to its last."""
@@ -239,9 +252,7 @@ def _turn(talk: Conversation, message: str, out: TextIO, notes: TextIO) -> bool:
         return True
     answer = talk.ask(message)
     try:
-        for piece in answer:
-            out.write(piece)
-            out.flush()
+        _show(answer, out, notes)
     except KeyboardInterrupt:
         answer.close()
     except ChatError as error:
@@ -250,6 +261,26 @@ def _turn(talk: Conversation, message: str, out: TextIO, notes: TextIO) -> bool:
     print(file=out, flush=True)
     print(talk.summary, file=notes, flush=True)
     return True
+
+
+def _show(answer: Iterable[Piece], out: TextIO, notes: TextIO) -> None:
+    """Thoughts are notes, dim where someone watches; the answer is what a pipe gets."""
+    dim, plain = (_DIM, _PLAIN) if notes.isatty() else ("", "")
+    thinks = False
+    try:
+        for text, is_thought in answer:
+            if is_thought != thinks:
+                print(
+                    dim if is_thought else f"{plain}\n",
+                    end="" if is_thought else "\n",
+                    file=notes,
+                    flush=True,
+                )
+            thinks = is_thought
+            print(text, end="", file=notes if thinks else out, flush=True)
+    finally:
+        if thinks:
+            print(plain, file=notes, flush=True)
 
 
 def _message(read: Callable[[str], str], notes: TextIO) -> str | None:
@@ -295,6 +326,16 @@ def _first_model(http: httpx.Client) -> str:
         raise _no_answer(http, error, f"no server at {http.base_url} ({error}); {advice}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise ChatError(f"{http.base_url} lists no models; is it an OpenAI-compatible server?") from error
+
+
+def _pieces(event: dict[str, Any]) -> Iterator[Piece]:
+    """What one event of a stream has, of this server's or another's."""
+    for choice in event.get("choices", ()):
+        delta = choice.get("delta", {})
+        if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+            yield Piece(thought, is_thought=True)
+        if text := delta.get("content"):
+            yield Piece(text)
 
 
 def _no_answer(http: httpx.Client, error: httpx.HTTPError, text: str) -> ChatError:

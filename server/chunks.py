@@ -120,7 +120,7 @@ class _EventWriter:
         if usage is not None and not continuous:
             empty.usage = None
         self._head, _, self._tail = to_json(empty).rpartition("[]")
-        self._around_text: dict[int, tuple[str, str]] = {}
+        self._around_text: dict[int, tuple[str, ...]] = {}
 
     def end(self) -> bytes:
         """The last events: the one without choices that has the whole stream's usage, if asked for."""
@@ -130,15 +130,21 @@ class _EventWriter:
         chunk.usage = self._usage()
         return event(to_json(chunk)) + DONE
 
-    def _keep(self, index: int, before: str, after: str) -> None:
-        """What stands around the text of a choice, in an event that tells nothing else, as most do."""
-        if not self._continuous:
-            before, after = f"data: {self._head}[{before}", f"{after}]{self._tail}\n\n"
-            self._around_text[index] = _in_one_line(before), _in_one_line(after)
+    def _around(self, *parts: str) -> tuple[str, ...]:
+        """What stands around the text of a choice in an event that tells it, once or twice, and nothing else.
 
-    def _event_of(self, text: str, around: tuple[str, str]) -> bytes:
+        Most events are such. Empty where all tell more.
+        """
+        if self._continuous:
+            return ()
+        first, *others = parts
+        whole = [f"data: {self._head}[{first}", *others]
+        whole[-1] += f"]{self._tail}\n\n"
+        return tuple(map(_in_one_line, whole))
+
+    def _event_of(self, text: str, around: tuple[str, ...]) -> bytes:
         """An event of text alone; none where there is no text."""
-        return f"{around[0]}{_in_one_line(encode_basestring(text))}{around[1]}".encode() if text else b""
+        return _in_one_line(encode_basestring(text)).join(around).encode() if text else b""
 
     def _event(self, choice: str) -> bytes:
         tail = self._tail
@@ -166,6 +172,7 @@ class ChatWriter(_EventWriter):
         super().__init__(empty, usage, continuous)
         self._read = read
         self._started: set[int] = set()
+        self._around_thought: dict[int, tuple[str, ...]] = {}
 
     def step(
         self,
@@ -181,17 +188,16 @@ class ChatWriter(_EventWriter):
 
         The first event of a choice names its role, the last, with an empty delta, why it ended.
         """
-        plain = finish_reason is None and logprobs is None and not tool_calls and not thought
-        if plain and (around := self._around_text.get(index)):
-            return self._event_of(content, around)
+        plain = finish_reason is None and logprobs is None and not tool_calls and not (content and thought)
+        known = self._around_thought if thought else self._around_text
+        if plain and (around := known.get(index)):
+            return self._event_of(content or thought, around)
         events = b""
         if index not in self._started:
             self._started.add(index)
-            self._keep(
-                index,
-                f'{{"index":{index},"delta":{{"content":',
-                '},"logprobs":null,"finish_reason":null}',
-            )
+            head, tail = f'{{"index":{index},"delta":', '},"logprobs":null,"finish_reason":null}'
+            self._around_text[index] = self._around(f'{head}{{"content":', tail)
+            self._around_thought[index] = self._around(f'{head}{{"reasoning_content":', ',"reasoning":', tail)
             events = self._chunk(index, '{"role":"assistant","content":""}')
         if content or thought or logprobs:
             entries = "null" if logprobs is None else self._logprobs(logprobs)
@@ -232,9 +238,11 @@ class CompletionWriter(_EventWriter):
     ) -> bytes:
         """The event of what one step gave a choice; none where it gave nothing to tell."""
         if finish_reason is None and logprobs is None:
-            if (around := self._around_text.get(index)) is not None:
+            if around := self._around_text.get(index):
                 return self._event_of(text, around)
-            self._keep(index, f'{{"index":{index},"text":', ',"logprobs":null,"finish_reason":null}')
+            self._around_text[index] = self._around(
+                f'{{"index":{index},"text":', ',"logprobs":null,"finish_reason":null}'
+            )
         if not text and not (logprobs and logprobs.tokens) and finish_reason is None:
             return b""
         entries = "null" if logprobs is None else to_json(logprobs)

@@ -18,6 +18,7 @@ from engine.text import TextProcessor
 
 MODEL = "smollm2-135m"
 SIZES = ["--max-num-seqs", "4", "--max-model-len", "1024", "--kv-cache-tokens", "4500"]
+SIZES += ["--reasoning-parser", "think"]  # which the model's template does not show
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 ESSAY = "The harbour was quiet that morning, and the old boats lay on the sand as if they had been forgotten."
 COPY = [{"role": "user", "content": f"Repeat this text exactly, without any change:\n\n{ESSAY}"}]
@@ -269,3 +270,46 @@ def test_calls_of_tools_follow_their_schemas_tree_on_or_off(plain: Server, looku
     }
     assert len(answers) == 1
     assert answers != texts
+
+
+def asked_with_thoughts(question: str) -> list[dict[str, str]]:
+    """The small model thinks where it has seen how."""
+    shown = [("Italy", "Rome"), ("Spain", "Madrid")]
+    return [
+        *(
+            {"role": role, "content": content}
+            for country, city in shown
+            for role, content in (
+                ("user", f"What is the capital of {country}?"),
+                (
+                    "assistant",
+                    f"<think>\nThey ask for a capital. {country}'s is {city}.\n</think>\n\n{city}.",
+                ),
+            )
+        ),
+        {"role": "user", "content": question},
+    ]
+
+
+def test_a_thought_is_told_from_the_answer_tree_on_or_off(plain: Server, lookup: Server) -> None:
+    asked: dict[str, Any] = {
+        "messages": asked_with_thoughts("What is the capital of France?"),
+        "max_tokens": 60,
+    }
+    answer = ask(plain, **asked)
+    message, usage = answer.choices[0].message, answer.usage
+    assert "Paris" in message.reasoning_content
+    assert message.content == "Paris."
+    assert 0 < usage.completion_tokens - usage.completion_tokens_details.reasoning_tokens < 6
+    *chunks, last = ask(lookup, **asked, stream=True, stream_options={"include_usage": True})
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert thought == message.reasoning_content
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    assert last.usage.completion_tokens_details == usage.completion_tokens_details
+    # A grammar begins behind it, and changes nothing in it; nor do stop strings, and that it has begun.
+    begun = [*asked["messages"], {"role": "assistant", "content": f"<think>\n{thought[:9]}"}]
+    regex = {"guided_regex": "The city of [A-Z][a-z]+!", "continue_final_message": True}
+    led = ask(lookup, **asked | {"messages": begun}, stop=["capital"], extra_body=regex).choices[0].message
+    assert led.reasoning_content == thought[9:].strip()
+    assert led.content == "The city of Paris!"

@@ -72,7 +72,7 @@ def test_the_summary_counts_this_answer(parrot: tuple[RunningServer, list[str]])
     server, _ = parrot
     with httpx.Client(base_url=server.url) as http:
         conversation = Conversation(http, {"model": MODEL})
-        assert "".join(conversation.ask("Hi")) == "Yes?"
+        assert "".join(piece.text for piece in conversation.ask("Hi")) == "Yes?"
         summary = conversation.summary
         assert summary.tokens == 5
         assert summary.acceptance_length == 2.0
@@ -88,7 +88,7 @@ def test_a_server_that_served_others_meanwhile_tells_no_acceptance_length(serve:
         pieces = conversation.ask("Hi")
         next(pieces)
         server.chat()
-        assert "".join(pieces)
+        assert "".join(piece.text for piece in pieces)
         assert conversation.summary.tokens == 5
         assert conversation.summary.acceptance_length is None
 
@@ -145,6 +145,36 @@ def test_refusals_are_told_and_forgotten(
         with pytest.raises(ChatError, match="another"):
             list(conversation.ask("Hi"))
         assert conversation.messages == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_thought_is_shown_apart_and_not_remembered(serve: Serve) -> None:
+    server = serve(says("<think>\nHm.\nYes.\n</think>\n\nFine."), reasoning_parser="think")
+    status, out, notes = talk(server.url, ["Hi.", "And?"])
+    assert (status, out) == (0, "Fine.\n" * 2)
+    assert notes.startswith("Hm.\nYes.\n\n[")
+    asked = TEXT.decode(server.engine.submitted[-1].prompt_token_ids, skip_special_tokens=False)
+    assert "assistant\nFine.<|im_end|>" in asked
+    with httpx.Client(base_url=server.url) as http:
+        conversation = Conversation(http, {"model": MODEL})
+        pieces = list(conversation.ask("Hi"))
+        assert [piece.is_thought for piece in pieces] == sorted((p.is_thought for p in pieces), reverse=True)
+        assert conversation.summary.tokens_per_s is not None  # of all, from the thought's first on
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("<think>a</think>b", "\033[2ma\033[0m\n\n"), ("<think>a", "\033[2ma\033[0m\n")]
+)
+def test_a_thought_is_dim_in_a_terminal(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, said: str, shown: str
+) -> None:
+    server = serve(says(said), reasoning_parser="think")
+    monkeypatch.setattr("io.StringIO", Terminal)
+    assert talk(server.url, ["Hi."])[2].startswith(shown)
 
 
 def test_an_error_in_the_stream_is_told(serve: Serve) -> None:
