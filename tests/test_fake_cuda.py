@@ -130,9 +130,39 @@ assert y.tolist() == [5, 1, 1]
 print("held")
 """
 
+BUFFERS = """
+import torch
+
+from engine.host_buffers import Inputs, Landing
+from engine.step_results import Results
+
+device = torch.device("cuda")
+inputs = Inputs(2, device)
+for value in range(5):
+    inputs.fill([value, 7])
+assert inputs.tensor.tolist() == [4, 7]  # which waits, and so finds memory that was written to too early
+
+packed = torch.tensor([[1, 0, 0, 1, 5], [1, 0, 0, 1, 6]], device=device)
+landing, under_way = Landing(packed), []
+for _ in range(3):
+    begun = torch.cuda.Event(enable_timing=True)
+    begun.record()
+    packed[:, 4] += 10
+    under_way.append(Results(landing, 0, started=0.0, begun=begun))
+assert [results.rows()[1].tokens for results in under_way] == [[16], [26], [36]]
+assert min(results.seconds for results in under_way) > 0
+again = Results(landing, 0, started=0.0, begun=begun)
+assert again.values()[:, 4].tolist() == [35, 36]
+print("kept")
+"""
+
 
 def test_the_device_holds_code_to_its_rules() -> None:
     assert run("-c", RULES).strip() == "held"
+
+
+def test_memory_of_the_hosts_is_read_and_written_to_when_copies_have_ended() -> None:
+    assert run("-c", BUFFERS).strip() == "kept"
 
 
 @pytest.mark.slow
@@ -193,7 +223,7 @@ from engine.graphs_triton import TritonRunner
 from engine.loader import load
 from engine.medusa.buckets import Buckets
 from engine.types import Request, SamplingParams
-from tests.fake_cuda.queue import QUEUE
+from tests.fake_cuda.queue import QUEUE, Event
 
 triton_tuning.tuned_tiles, prompt_buckets._FEWEST_TOKENS = lambda *_, **__: {}, 32  # to be quick
 settings = {"dtype": "float32", "max_num_seqs": 2, "kv_cache_tokens": 1024, "max_model_len": 96}
@@ -208,9 +238,21 @@ prompts = [[i % 7 for i in range(80)], [5, 4], [1, 2, 3, 1, 2], [i % 5 for i in 
 requests = [Request(f"{i}", tuple(p), s) for i, (p, s) in enumerate(zip(prompts, samplings))]
 
 
+timed = []
+elapsed_time = Event.elapsed_time
+Event.elapsed_time = lambda event, end: timed.append(elapsed_time(event, end)) or timed[-1]
+
+
+def graphs(engine):
+    runner = engine._runner
+    names = ("_first", "_second", "_layers") if isinstance(runner, TritonRunner) else ()
+    return [set(getattr(runner, name)) for name in names]
+
+
 def run(device, buckets=None):
     engine = Engine(load(EngineConfig(device=device, **settings), progress=False), buckets=buckets)
-    QUEUE.waits = []
+    captured, QUEUE.waits = graphs(engine), []
+    timed.clear()
     tokens, most, pending = {}, 0, list(requests)
     while engine.has_work or pending:
         if pending:
@@ -221,6 +263,7 @@ def run(device, buckets=None):
         most = max(most, len(engine._prompts))
     engine.check()
     assert not QUEUE.waits, QUEUE.waits
+    assert graphs(engine) == captured, "under a request"
     return engine, tokens, most
 
 
@@ -229,8 +272,10 @@ engine, found, most = run("cuda", Buckets((2,), (1, 3), 6))
 assert isinstance(engine._runner, TritonRunner)
 assert found == wanted, (found, wanted)
 assert engine._host.overlaps
-took = engine.stats.step_seconds["prefill"]
-print(most, sum(took.counts), took.total > 0)
+passes, steps = (engine.stats.step_seconds[phase] for phase in ("prefill", "decode"))
+assert len(timed) == sum(passes.counts) + sum(steps.counts)
+assert abs(1000 * (passes.total + steps.total) - sum(timed)) < 1e-6
+print(most, sum(passes.counts), min(timed) > 0)
 """
 
 
