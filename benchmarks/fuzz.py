@@ -158,11 +158,11 @@ def _fuzz_one(
 
 
 def _named(described: dict[str, Any], model: str) -> dict[str, Any]:
-    """The description with the only model name that is not a 404."""
+    """The description with the only model names that are not a 404."""
     named = copy.deepcopy(described)
     for body in _bodies(named):
         if "model" in body["properties"]:
-            body["properties"]["model"] = {"type": "string", "enum": [model]}
+            body["properties"]["model"] = {"enum": [model, "", None]}
     return named
 
 

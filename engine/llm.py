@@ -154,8 +154,8 @@ class LLM:
             messages: one conversation, a list of `{"role": …, "content": …}`, or a list of conversations; see
                 `TextProcessor.encode_chat` for those of calls. What the model thinks before it answers is a
                 part of the text, as calls are, and earlier thoughts may be given as `reasoning_content`.
-            tools: that the model is told of, `{"type": "function", "function": {…}}`. Its calls are in the form
-                that its template asks for.
+            tools: that the model is told of, `{"type": "function", "function": {…}}`. Its calls are in the
+                form that its template asks for.
 
         The rest is as in `generate`.
 
