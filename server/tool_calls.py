@@ -54,9 +54,10 @@ class ToolCallParser:
     A call is a JSON object with the function's `name` and its `arguments`, or `parameters`. Calls stand
     between `begin` and `end`, one or a list of them, or, where `bare`, are what an answer that begins with a
     brace consists of, with semicolons between them. Where `named`, `begin` may also stand before
-    each call's name, perhaps an id, and arguments, which alone are JSON then: `name[CALL_ID]id[ARGS]{…}`. One
-    whose name is none of `names`, or whose arguments are no object, is content. White space around calls is
-    not.
+    each call's name, perhaps an id, and arguments, which alone are JSON then: `name[CALL_ID]id[ARGS]{…}`.
+
+    One whose name is none of `names`, or whose arguments are no object, is content. White space around calls
+    is not.
 
     Once the name is known, arguments are passed on as they come: they are JSON only if the model wrote JSON.
 

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 LONG = (
     "test_end_to_end_features.py",
+    "engine/attention/test_triton.py",
     "test_end_to_end.py",
     "test_fake_cuda.py",
     "test_end_to_end_operations.py",
@@ -21,14 +22,17 @@ LONG = (
     "engine/test_engine_captured.py",
     "engine/test_engine.py",
     "engine/test_engine_ahead.py",
-    "engine/attention/test_triton.py",
     "engine/model/test_fused_triton.py",
     "engine/test_prefill_captured.py",
     "engine/test_random_serving.py",
     "engine/medusa/test_wrong_times.py",
     "engine/test_constrained.py",
 )
-"""Files that take longest, up to a minute: as the last one each would leave a core idle for that long."""
+"""Files that take longest, up to a minute: as the last one each would leave a core idle for that long.
+
+The second needs hardly a kernel of numba's: beside the first, which in a fresh clone compiles most of them,
+another file would compile the same.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

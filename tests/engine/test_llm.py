@@ -226,7 +226,7 @@ def test_a_stop_token_is_no_text(llm: LLM) -> None:
     assert output.finish_reason is FinishReason.STOP
 
 
-def test_an_output_says_what_stopped_it(llm: LLM) -> None:
+def test_an_output_says_what_stopped_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     full = llm.generate("t5 t6 t7", GREEDY)[0].token_ids
     by_string, by_token, by_length, by_none = llm.generate(
         ["t5 t6 t7"] * 4,
@@ -240,6 +240,9 @@ def test_an_output_says_what_stopped_it(llm: LLM) -> None:
     assert by_string.stop_reason == f"t{full[2]} "
     assert by_token.stop_reason == full[2]
     assert by_length.stop_reason is by_none.stop_reason is None
+    monkeypatch.setattr(llm._engine, "_eos", frozenset({full[2]}))
+    (by_end,) = llm.generate("t5 t6 t7", GREEDY)
+    assert (by_end.finish_reason, by_end.stop_reason) == (FinishReason.STOP, None)
 
 
 def test_what_stopped_it_may_be_in_its_text(llm: LLM) -> None:

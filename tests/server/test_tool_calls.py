@@ -239,10 +239,12 @@ def test_begun_text_is_not_told_and_what_it_leaves_open_is(
     content, calls = read(parser, [answer[:between], answer[between:]])
     whole, all_calls = read(FORMATS[form].parser(NAMES), [text])
     assert calls == all_calls[len(all_calls) - len(calls) :]
-    assert whole.endswith(content)
     assert is_within(content, answer)
     if not all_calls:
         assert content == answer
+    elif not calls:  # white space at its end is content, as of any answer without calls
+        content = content.rstrip()
+    assert whole.endswith(content)
     before = whole[: len(whole) - len(content)]
     assert is_within(before.rstrip(), begun)
 
