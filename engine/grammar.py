@@ -85,12 +85,18 @@ class Grammar:
         matcher: at its beginning.
         vocab_size: of the tokenizer.
         eos_token_ids: which end an answer.
+        answer: of what comes behind the spec's lead, where it has one.
     """
 
     def __init__(
-        self, spec: GrammarSpec, matcher: LLMatcher, vocab_size: int, eos_token_ids: frozenset[int]
+        self,
+        spec: GrammarSpec,
+        matcher: LLMatcher,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        answer: Grammar | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec, self._answer = spec, answer
         self._matcher, self._vocab_size, self._eos = matcher, vocab_size, eos_token_ids
 
     def __eq__(self, other: object) -> bool:
@@ -104,7 +110,9 @@ class Grammar:
         return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._eos)
 
     def may_begin(self, *, without: Iterable[int]) -> bool:
-        """Whether an answer may begin with another token than these, or be empty."""
+        """Whether what stands behind a lead may begin with another token than these, or be empty."""
+        if self._answer is not None:
+            return self._answer.may_begin(without=without)
         state = self.start()
         words = np.empty((1, state.words), np.int32)
         state.masks([0], [0], words)
@@ -250,6 +258,8 @@ class GrammarCompiler:
         if len(spec.text.encode(errors="surrogatepass")) > (most := MAX_GRAMMAR_BYTES[spec.kind]):
             raise RequestError(f"a {_NAMES[spec.kind]} may have {most} bytes of text", param=param)
         tokenizer = self._tokenizer(param)
+        # What is wrong with it by itself would be found behind the lead only, in the middle of an answer.
+        answer = self.compile(spec._replace(lead=""), param=param) if spec.lead else None
         try:
             matcher = self._matcher(tokenizer, spec)
         except ValueError as error:
@@ -262,7 +272,7 @@ class GrammarCompiler:
         if start.is_error():  # such as of a schema that refers to itself alone
             text = f"no answer of this model's tokens can follow this {_NAMES[spec.kind]}"
             raise RequestError(text, param=param)
-        return Grammar(spec, matcher, tokenizer.vocab_size, self._eos)
+        return Grammar(spec, matcher, tokenizer.vocab_size, self._eos, answer)
 
     def _matcher(self, tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
         """Made in a thread whose stack fits the text; of memory only what is needed is taken."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from engine.errors import RequestError
@@ -144,16 +144,20 @@ class SamplingParams:
         """Values as vLLM's users write them, in the form that the engine knows."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         biases = self.logit_bias or ()
-        words: list[Any] = list(self.bad_words or ())
-        known = {
+        given: Any = self.bad_words or ()
+        words = (given,) if isinstance(given, str) else given
+        known: dict[str, Any] = {
             "seed": None if self.seed == -1 else self.seed,
             "top_k": 0 if self.top_k == -1 else self.top_k,
             "stop": stop,
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "logit_bias": tuple(biases.items() if isinstance(biases, Mapping) else biases),
             "bad_words": tuple(tuple(word) for word in words if not isinstance(word, str)),
-            "bad_strings": (*self.bad_strings, *(word for word in words if isinstance(word, str))),
+            "bad_strings": (*(self.bad_strings or ()), *(word for word in words if isinstance(word, str))),
         }
+        for name, default in _DEFAULTS:
+            if getattr(self, name) is None:
+                known[name] = default
         for name, value in known.items():
             object.__setattr__(self, name, value)
 
@@ -200,3 +204,6 @@ class SamplingParams:
     def adjusts(self) -> bool:
         """True where logits are changed before they are filtered and drawn from."""
         return self.penalizes or bool(self.logit_bias or self.min_tokens or self.bad_words)
+
+
+_DEFAULTS = [(each.name, each.default) for each in fields(SamplingParams) if each.default is not None]

@@ -26,6 +26,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Whom a message of a conversation may be from."""
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte-fallback vocabularies spell a byte
+_CHANGED = (
+    "continue_final_message: the chat template does not write the last message as it is, so no answer can go "
+    "on with it; of one that begins with a thought, give that as its reasoning_content"
+)
 _SAMPLE = "Hé, wörld:  1 日本 😀\n\tx"
 
 
@@ -156,7 +160,8 @@ class TextProcessor:
 
         Raises:
             RequestError: no template, a variable that the template does not have (`param` is
-                "chat_template_kwargs"), or the template refuses the messages (`param` is "messages").
+                "chat_template_kwargs"), the template refuses the messages (`param` is "messages"), or writes
+                the last one so that nothing can go on with it ("continue_final_message").
         """
         from jinja2 import TemplateError  # transformers' own dependency, needed only here
 
@@ -198,6 +203,8 @@ class TextProcessor:
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # All but the first are what a template meets in messages it was not written for.
+            if str(error).startswith("continue_final_message"):  # transformers', of what it made of them
+                raise RequestError(_CHANGED, param="continue_final_message") from error
             reason = str(error) or type(error).__name__
             message = f"the chat template refuses the messages: {reason}"
             raise RequestError(message, param="messages") from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 
+from engine.errors import RequestError
 from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.reasoning import THOUGHT_FORMATS, thought_format_of
 from engine.text import TextProcessor
@@ -135,6 +136,7 @@ def test_a_template_that_knows_no_tools_gets_thoughts_beside_calls() -> None:
     assert '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "f"' in prompt
 
 
+Place = Literal["within", "before", "behind"]
 TOOLS = FORMATS["hermes"]
 ANSWERS: list[tuple[GrammarSpec, str, str]] = [
     (GrammarSpec("json_schema", '{"type": "object"}'), '{"a": 3}', "[3]"),
@@ -217,6 +219,23 @@ def test_a_schema_that_is_refused_is_refused_behind_a_thought() -> None:
         GrammarSpec("regex", "(", lead),
         GrammarSpec("grammar", '{"grammars": []}', lead),
         GrammarSpec("choice", "[]", lead),
+        # Which nothing can follow, and which names what it is called behind the lead.
+        GrammarSpec("json_schema", '{"$ref": "#"}', lead),
+        GrammarSpec("grammar", "start: start", lead),
+        GrammarSpec("grammar", 'start: "a" @answer?', lead),
     ):
-        with pytest.raises(Exception, match="not a valid"):
-            GrammarCompiler(TEXT.tokenizer, [EOS_ID]).compile(spec)
+        for each in (spec, spec._replace(lead="")):
+            with pytest.raises(RequestError, match=r"not a valid|no answer of") as found:
+                GrammarCompiler(TEXT.tokenizer, [EOS_ID]).compile(each, param="x")
+            assert found.value.param == "x"
+
+
+def test_bad_words_that_leave_an_answer_nothing_are_found_before_its_thought() -> None:
+    form = THOUGHT_FORMATS["think"]
+    compiler = GrammarCompiler(TEXT.tokenizer, [EOS_ID])
+    a, b = (TEXT.encode(letter)[0] for letter in "ab")
+    for place in get_args(Place):
+        lead = form.lead(Thought(form.begin, form.end, place))
+        grammar = compiler.compile(GrammarSpec("choice", '["a", "b"]', lead))
+        assert grammar.may_begin(without=[a])
+        assert not grammar.may_begin(without=[a, b])

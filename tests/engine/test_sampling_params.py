@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,13 @@ def test_values_may_be_as_vllm_has_them() -> None:
     assert SamplingParams(stop=None, stop_token_ids=None, logit_bias=None, bad_words=None) == SamplingParams()
     strings = SamplingParams(bad_words=["a"])
     assert replace(strings, n=2).bad_strings == ("a",)
+    assert SamplingParams(bad_words="no way").bad_strings == ("no way",)  # not its letters
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
+def test_none_is_as_good_as_the_default(name: str) -> None:
+    values: dict[str, Any] = {name: None}
+    assert SamplingParams(**values) == SamplingParams()
 
 
 def test_its_signature_is_that_of_its_fields() -> None:

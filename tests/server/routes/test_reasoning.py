@@ -165,6 +165,21 @@ def test_an_answer_that_goes_on(serve: Serve, begun: str, said: str, thought: st
     assert (message["reasoning_content"], message["content"]) == (thought, content)
 
 
+@pytest.mark.parametrize("text", [QWEN, R1], ids=["qwen3", "r1"])
+def test_an_answer_that_its_template_takes_apart_cannot_go_on(serve: Serve, text: TextProcessor) -> None:
+    """And what cannot be done is told in the request's terms; its thought apart, it can."""
+    server = serve(says("all!"), text=text)
+    begun = {"role": "assistant", "content": "<think>Hm.</think>Hello, "}
+    error = error_of(server.chat(messages=[*MESSAGES, begun], continue_final_message=True), 400)
+    assert error["param"] == "continue_final_message"
+    assert "reasoning_content" in error["message"]
+    assert "TAG" not in error["message"]
+    apart = {"role": "assistant", "content": "Hello, ", "reasoning_content": THOUGHT}
+    fields: dict[str, Any] = {"messages": [*MESSAGES, apart], "continue_final_message": True}
+    assert prompt_of(server, **fields).endswith("Hello, ")
+    assert whole(server, **fields)["content"] == "all!"
+
+
 @pytest.mark.parametrize("text", [QWEN, of(PLAIN)], ids=["none", "unknown"])
 def test_without_a_parser_all_is_content(serve: Serve, text: TextProcessor) -> None:
     server = serve(says(SAID), text=text, reasoning_parser="none" if text is QWEN else "auto")
@@ -299,6 +314,14 @@ def test_grammars_begin_behind_thoughts(serve: Serve, fields: dict[str, Any]) ->
     opened = serve(says("x"), text=R1)
     assert opened.chat(**fields).status_code == 200
     assert "start: thought" in lead_of(opened)
+
+
+def test_grammars_that_let_nothing_follow_are_refused_before_a_thought(serve: Serve) -> None:
+    server = serve(says("x"), text=R1)
+    error = error_of(server.chat(guided_json={"$ref": "#"}), 400)
+    assert (error["param"], server.engine.submitted) == ("guided_json", [])
+    error = error_of(server.chat(guided_choice=["a"], bad_words=["a"]), 400)
+    assert (error["param"], server.engine.submitted) == ("bad_words", [])
 
 
 def test_text_beside_calls_does_not_begin_as_a_thought_does(serve: Serve) -> None:
