@@ -471,7 +471,6 @@ class CapturedRunner(Runner):
         self._targets_accept_compact(bucket, anything)
         # Of a chunk that is not its prompt's last, too, whose slot is the spare one here.
         self._packed_rows(bucket)[:, 0] = verified.hidden.isfinite().all(1)
-        self._lengths[self._spare :].zero_()
 
     def _most_prompt_tokens(self) -> int:
         """Passes of so many tokens and fewer are worth capturing: the host takes most of their time."""

@@ -14,9 +14,10 @@ from engine.flight import HostTime
 from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree
+from engine.scheduler import Chunk
 from engine.stats import EngineStats
-from engine.step_results import Results
-from engine.types import Request, SamplingParams
+from engine.step_results import Prefilled, PromptResults, Results
+from engine.types import Request, SamplingParams, TokenDelta
 from tests.engine.conftest import TinyModel
 
 
@@ -112,6 +113,43 @@ def test_steps_that_follow_one_another_tell_it(
         simulated.step()
     assert len(seen) > 3
     assert not any(seen)
+
+
+def test_a_pass_over_prompts_that_is_waited_for_is_no_steps_time(
+    simulated: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has a grammar is: the step that was under way has long ended then."""
+    seen: list[float] = []
+    runner, wait, launch, clock = simulated._runner, HostTime.wait, simulated._runner.launch, _Clock()
+    simulated._host.clock = clock
+
+    def waited(host: HostTime, results: Results) -> float:
+        clock.now += 1.0
+        seen.append(wait(host, results))
+        return seen[-1]
+
+    def prefill(chunks: list[Chunk]) -> list[Prefilled]:
+        clock.now += 100.0
+        made = launch(chunks)
+        assert isinstance(made, PromptResults)
+        return made.read()
+
+    monkeypatch.setattr(HostTime, "wait", waited)
+    simulated.add(request("a", 12))
+    while len(seen) < 4:
+        simulated.step()
+    monkeypatch.setattr(runner, "launches", lambda _: False)
+    monkeypatch.setattr(runner, "launch", prefill)
+
+    def arrived() -> list[TokenDelta]:
+        simulated.add(request("b", 8))
+        return []
+
+    simulated.step(arrived)
+    while simulated.has_work:
+        simulated.step()
+    assert clock.now > 200.0
+    assert set(seen) == {0.0, 1.0}
 
 
 def test_what_the_host_takes_longer_the_device_is_idle() -> None:
