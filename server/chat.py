@@ -269,13 +269,10 @@ def _show(answer: Iterable[Piece], out: TextIO, notes: TextIO) -> None:
     thinks = False
     try:
         for text, is_thought in answer:
-            if is_thought != thinks:
-                print(
-                    dim if is_thought else f"{plain}\n",
-                    end="" if is_thought else "\n",
-                    file=notes,
-                    flush=True,
-                )
+            if is_thought and not thinks:
+                print(dim, end="", file=notes, flush=True)
+            elif thinks and not is_thought:
+                print(f"{plain}\n", file=notes, flush=True)
             thinks = is_thought
             print(text, end="", file=notes if thinks else out, flush=True)
     finally:

@@ -353,15 +353,15 @@ EFFORT = "{{ reasoning_effort }}|{{ enable_thinking }}|" + PLAIN
         (GPT_OSS, "none", "Reasoning: none|hi"),
         (QWEN3, "none", "<think>\n\n</think>\n\n"),
         (QWEN3, "low", "assistant\n"),
-        (EFFORT, "low", "low|True|"),
-        (EFFORT, "none", "|False|"),
+        (EFFORT, "low", "^low|True|"),
+        (EFFORT, "none", "^|False|"),  # for which a level may have no name
         ("{{ thinking }}|" + PLAIN, "max", "True|"),
         (PLAIN, "none", "user: hi\n"),
     ],
 )
 def test_an_effort_goes_to_the_template(serve: Serve, template: str, effort: str, prompt: str) -> None:
     server = serve(says("x"), text=of(template))
-    assert prompt in prompt_of(server, reasoning_effort=effort)
+    assert prompt in "^" + prompt_of(server, reasoning_effort=effort)
     assert prompt_of(server, reasoning_effort=None) == prompt_of(server)
 
 
@@ -391,7 +391,10 @@ def test_an_effort_that_cannot_be_told_is_refused(
     assert reason in error["message"]
 
 
-def test_an_effort_and_the_same_variable_agree(serve: Serve) -> None:
+def test_an_effort_and_variables_agree(serve: Serve) -> None:
+    server = serve(says("x"), text=of("{{ other }}" + EFFORT))
+    fields = {"reasoning_effort": "low", "chat_template_kwargs": {"other": 5, "enable_thinking": True}}
+    assert prompt_of(server, **fields).startswith("5low|True|")
     server = serve(says("x"), text=QWEN)
     off = {"chat_template_kwargs": {"enable_thinking": False}}
     assert prompt_of(server, reasoning_effort="none", **off) == prompt_of(server, **off)
