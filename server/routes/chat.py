@@ -175,10 +175,10 @@ class _Answer:
             message = self._calls.message(index, text)
         else:
             message = ResponseMessage(role="assistant", content=text, refusal=None)
-        if thought:
-            message.content = message.content or None
         if self._tells_thoughts and self._context.thought_format is not None:
             message.reasoning_content = message.reasoning = thought or None
+            if thought:
+                message.content = message.content or None
         return message
 
     def _render(self, found: dict[int, _Choice]) -> bytes:

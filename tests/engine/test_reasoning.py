@@ -173,6 +173,9 @@ def test_a_grammar_begins_behind_the_thought(
                     answer = f"{opening}{thought}</think>{space}"
                     assert follows(grammar, answer + right, text, by_letters=by_letters), answer
                     assert not follows(grammar, answer + wrong, text, by_letters=by_letters), answer
+                # Nor does a model go on with white space instead of its answer.
+                late = f"{opening}{thought}</think>{' ' * 5}{right}"
+                assert not follows(grammar, late, text, by_letters=by_letters)
             assert not follows(grammar, opening + THOUGHT, text, by_letters=by_letters)
         assert follows(grammar, right, text) == (place == "before")
         assert not follows(grammar, wrong, text)

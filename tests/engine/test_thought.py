@@ -94,6 +94,19 @@ def test_it_is_told_as_soon_as_it_is_certain() -> None:
     assert ThoughtReader(BEGIN, END, within=False).feed("Y") == ("", "Y")
 
 
+def test_white_space_that_may_yet_be_told_is_held() -> None:
+    reader = ThoughtReader(BEGIN, END, within=False)
+    assert reader.feed(" \n<thi") == ("", "")
+    assert reader.held == len(" \n<thi")
+    assert reader.feed("s") == ("", " \n<this")
+    assert reader.held == 0
+    reader = ThoughtReader(BEGIN, END, within=True)
+    assert reader.feed("a \n") == ("a", "")
+    assert reader.held == len(" \n")
+    assert reader.feed("b </think>") == (" \nb", "")
+    assert reader.held == 0
+
+
 @pytest.mark.parametrize("text", ["<", "a", "x\n", "\n", "x</think>"])
 def test_long_thoughts_take_time_in_proportion(text: str) -> None:
     text *= 100_000
@@ -156,3 +169,15 @@ def test_min_tokens_are_counted_through_a_thought(place: Literal["within", "befo
     least = len(tokens) - 3
     detokenizer = text.detokenizer([], stop=(".",), min_tokens=least, thought=Thought(BEGIN, END, place))
     assert detokenizer.push(tokens, final=True).text == "a.b"
+
+
+@pytest.mark.parametrize("said", [" \n<thin STOP", "<think> a </thin \n</think> \n Yes.STOP"])
+def test_tokens_are_told_with_their_text_and_those_of_a_stop_string_never(said: str) -> None:
+    """Log-probabilities wait for what a mark, white space or a stop string may hold back."""
+    text = smol()
+    letters = [text.encode(char)[0] for char in said]
+    detokenizer = text.detokenizer([], stop=("STOP",), aligned=True, thought=Thought(BEGIN, END, "before"))
+    starts = [detokenizer.push([letter]).starts for letter in letters]
+    assert [start for some in starts for start in some] == list(range(len(said) - len("STOP")))
+    early = [count for count, some in enumerate(starts[:7], 1) if some]
+    assert early == ([] if said.startswith(" ") else [7])  # no mark before it is whole, and no space yet

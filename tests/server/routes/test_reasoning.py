@@ -218,6 +218,10 @@ def test_reasoning_may_be_left_out(serve: Serve) -> None:
     assert message == {"role": "assistant", "content": "Hello!", "refusal": None}
     assert streamed(server, "reasoning_content", include_reasoning=False) == ""
     assert streamed(server, "content", include_reasoning=False) == "Hello!"
+    # Where nothing else is there the message is empty, and may come back all the same.
+    cut = whole(server, include_reasoning=False, max_tokens=15)
+    assert cut == {"role": "assistant", "content": "", "refusal": None}
+    assert prompt_of(server, messages=[*MESSAGES, cut, *MESSAGES])
     usage = server.chat(include_reasoning=False).json()["usage"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] > 0
 
