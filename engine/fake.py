@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence as SequenceOf
 from dataclasses import dataclass
 
+from engine.config import MAX_TREE_NODES
 from engine.errors import EngineStoppedError, QueueFullError, RequestError
 from engine.stats import EngineStats
 from engine.stream import DeltaStream
@@ -243,6 +244,11 @@ class FakeEngine:
             return self._finish(choice, FinishReason.ERROR, error=str(step), own_fault=own_fault)
         if not isinstance(step, FakeStep):
             step = FakeStep(step)
+        if len(step.tokens) > MAX_TREE_NODES:
+            error = (
+                f"a step of the script has {len(step.tokens)} tokens, and no tree more than {MAX_TREE_NODES}"
+            )
+            return self._finish(choice, FinishReason.ERROR, error=error)
         tokens, reason, stop_token_id = self._truncate(choice, list(step.tokens))
         prefill = choice.num_output == 0
         sampling = choice.request.sampling

@@ -10,7 +10,7 @@ import pytest
 
 from engine.client import EngineClient
 from engine.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
-from engine.fake import FakeEngine, FakeStep
+from engine.fake import FakeEngine, FakeStep, Step
 from engine.types import (
     DraftSource,
     FinishReason,
@@ -126,12 +126,19 @@ def test_abort_frees_at_once_and_ends_the_stream() -> None:
     run(work())
 
 
-def test_failed_step_ends_its_choice_only() -> None:
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        (ValueError("broken"), "broken"),
+        ([2] * 65, "a step of the script has 65 tokens, and no tree more than 64"),
+    ],
+)
+def test_failed_step_ends_its_choice_only(broken: Step, error: str) -> None:
     async def work() -> None:
-        engine = FakeEngine(lambda r, _i: [[1], ValueError("broken")] if r.request_id == "bad" else SCRIPT)
+        engine = FakeEngine(lambda r, _i: [[1], broken] if r.request_id == "bad" else SCRIPT)
         await engine.start()
         bad, good = await asyncio.gather(collect(engine, request("bad")), collect(engine, request("good")))
-        assert (bad[-1].finish_reason, bad[-1].error) == (FinishReason.ERROR, "broken")
+        assert (bad[-1].finish_reason, bad[-1].error) == (FinishReason.ERROR, error)
         assert outcome(good) == ([1, 2, 3, 4, 5, 6], FinishReason.STOP)
         await engine.stop()
 
