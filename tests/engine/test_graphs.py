@@ -13,10 +13,10 @@ from torch import Tensor
 from engine import warmup
 from engine.batch import Batch, Verified
 from engine.config import EngineConfig
-from engine.cuda_graphs import RecordedGraph
+from engine.cuda_graphs import Graph, RecordedGraph
 from engine.engine import Engine
 from engine.errors import CaptureError, ConfigError
-from engine.graphs import CapturedRunner
+from engine.graphs import Bucket, CapturedRunner
 from engine.loader import load
 from engine.medusa.adaptive import AdaptiveTree, FixedTree
 from engine.medusa.buckets import Buckets
@@ -151,6 +151,28 @@ def test_steps_that_are_alike_are_told_once(narrow: TinyModel, monkeypatch: pyte
         sampling, prompt = request.sampling, list(request.prompt_token_ids)
         expected = greedy_reference(narrow.reference, prompt, sampling.max_tokens or 0)
         assert outputs[request.request_id, 0] == expected
+
+
+def test_heads_draft_where_a_tree_has_nodes_of_theirs(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its bucket could hold: it would take as long as many nodes do."""
+    engine, drafts = make_engine(narrow.folder, tree=8, heads=str(narrow.heads)), list[bool]()
+    runner = runner_of(engine)
+    first_half = runner._first_half
+
+    def noted(bucket: Bucket, heads: bool) -> Graph:
+        drafts.append(heads)
+        return first_half(bucket, heads)
+
+    monkeypatch.setattr(runner, "_first_half", noted)
+    made = _sequences(engine._blocks, 2, 10)
+    assert made is not None
+    for heads, chain in ((0, 3), (2, 3), (0, 0), (4, 0)):
+        made[1].head_nodes, made[1].lookup_nodes = heads, chain
+        batch = runner.place(made)
+        runner.targets_accept_compact(batch, runner.draft_forward(batch)).rows()
+    assert drafts == [False, True, False, True]
 
 
 def test_a_step_outside_the_buckets_is_eager(narrow: TinyModel) -> None:
