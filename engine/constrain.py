@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.medusa.tree import TreeShape
+from engine.sampling_params import MAX_BAD_WORD_TOKENS
 from engine.types import Sequence
 
 __all__ = ["Masks", "follows", "forbid_", "masks_at_nodes", "masks_at_roots", "refusal"]
@@ -75,7 +76,8 @@ def follows(sequence: Sequence, tokens: list[int]) -> bool:
     grammar, bad_words = sequence.grammar, sequence.request.sampling.bad_words
     assert grammar is not None
     if bad_words:
-        output = [*sequence.token_ids[sequence.num_prompt :], *tokens]
+        begin = max(sequence.num_prompt, len(sequence.token_ids) - MAX_BAD_WORD_TOKENS)
+        output = [*sequence.token_ids[begin:], *tokens]
         if any(tuple(output[-len(word) :]) == word for word in bad_words):
             return False
     return grammar.advance(tokens[-1])

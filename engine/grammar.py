@@ -214,7 +214,7 @@ class KeptGrammars(Generic[_Made]):
     def put(self, spec: GrammarSpec, made: _Made) -> None:
         """Keep what was made of a grammar that is not kept, and forget what is then too much."""
         self._made[spec] = made
-        self._characters += len(spec.text)
+        self._characters += len(spec.text) + len(spec.lead)
         while len(self._made) > 1 and (len(self._made) > MAX_KEPT or self._characters > MAX_KEPT_TEXT):
             self._forget(next(iter(self._made)))
 
@@ -225,7 +225,7 @@ class KeptGrammars(Generic[_Made]):
 
     def _forget(self, spec: GrammarSpec) -> None:
         del self._made[spec]
-        self._characters -= len(spec.text)
+        self._characters -= len(spec.text) + len(spec.lead)
 
 
 class GrammarCompiler:

@@ -163,12 +163,14 @@ def test_logprobs_stay_raw(narrow: TinyModel, every: dict[str, Engine]) -> None:
 
 
 @pytest.mark.parametrize("drawn", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "seed": 1}])
+@pytest.mark.parametrize("before", [(), (3, 4)])
 def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(
-    every: dict[str, Engine], drawn: dict[str, float]
+    every: dict[str, Engine], drawn: dict[str, float], before: tuple[int, ...]
 ) -> None:
     for name, engine in every.items():
         params = SamplingParams(temperature=0.0, max_tokens=20)
-        barred = SamplingParams(**drawn, max_tokens=20, bad_words=((0,), (8,), (10,)))  # type: ignore[arg-type]
+        words = tuple((*before, token) for token in (0, 8, 10))
+        barred = SamplingParams(**drawn, max_tokens=20, bad_words=words)  # type: ignore[arg-type]
         found = deltas_of(engine, ask("r", 0, params, "(abcd)+"), ask("barred", 0, barred, "de(abc)+"))
         last = {delta.request_id: delta for delta in found}
         assert last["barred"].finish_reason is FinishReason.ERROR, name

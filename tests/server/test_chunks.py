@@ -99,6 +99,9 @@ def test_chunks_are_what_the_models_would_write(
     last = model_event(usage, index, ChatDelta(), None, reason, stop) if reason else b""
     assert writer.step(index, text, logprobs, reason, stop) == first + middle + last
     assert writer.step(index, text, logprobs, reason, stop) == middle + last  # the role is told once
+    if logprobs:  # of what is no text, or is left out of it
+        told = model_event(usage, index, ChatDelta(content=""), whole, None)
+        assert writer.step(index, "", logprobs, None) == told
     if thought:
         only = ChatDelta(reasoning_content=thought, reasoning=thought)
         alone = model_event(usage, index, only, whole, None)

@@ -13,7 +13,7 @@ import pytest
 from engine import grammar
 from engine.errors import RequestError
 from engine.fake import FakeEngine
-from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
+from engine.grammar import Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
 from server import grammars
 from server.grammars import Grammars
 from server.schemas.structured import JSON_OBJECT
@@ -122,6 +122,21 @@ def test_the_least_recently_used_is_forgotten(
     assert compiled_by(kept, compiler, c, a) == [c]  # b was the one to go
     assert compiled_by(kept, compiler, b, b) == [b]
     kept.close()
+
+
+def test_what_leads_to_an_answer_counts_as_its_grammar_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names every token that is text and not to a grammar, of which some vocabularies have thousands."""
+    monkeypatch.setattr(grammar, "MAX_KEPT_TEXT", 8)
+    kept: KeptGrammars[str] = KeptGrammars()
+    a, b, c = (GrammarSpec("regex", name, "led") for name in "abc")
+    for spec in (a, b):
+        kept.put(spec, spec.text)
+    assert [kept.get(spec) for spec in (a, b)] == ["a", "b"]
+    kept.put(c, "c")
+    assert [kept.get(spec) for spec in (a, b, c)] == [None, "b", "c"]
+    kept.drop(b, "b")
+    kept.put(a, "a")
+    assert [kept.get(spec) for spec in (a, b, c)] == ["a", None, "c"]
 
 
 def test_one_that_is_larger_than_all_that_is_kept_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
