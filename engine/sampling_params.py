@@ -131,9 +131,9 @@ class SamplingParams:
             "bad_words",
             f"at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
         )
-        for name in ("stop", "bad_strings"):
-            strings = getattr(self, name)
-            check(all(isinstance(each, str) and each for each in strings), name, "strings that are not empty")
+        for name, strings in (("stop", self.stop), ("bad_words", self.bad_strings)):
+            if not all(isinstance(each, str) and each for each in strings):
+                raise RequestError(f"{name} must be strings that are not empty, got {strings!r}", param=name)
         keep = self.truncate_prompt_tokens
         check(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", "at least 1, or -1")
         for name in ("logprobs", "prompt_logprobs"):

@@ -59,6 +59,13 @@ def test_none_is_as_good_as_the_default(name: str) -> None:
     assert SamplingParams(**values) == SamplingParams()
 
 
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_empty_strings_are_refused_by_the_name_that_they_were_given(name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name} must be") as found:
+        SamplingParams(**{name: ["a", ""]})
+    assert found.value.param == name
+
+
 def test_its_signature_is_that_of_its_fields() -> None:
     assert list(inspect.signature(SamplingParams).parameters) == [f.name for f in fields(SamplingParams)]
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
