@@ -111,7 +111,8 @@ def _take(sample: Sample, event: dict[str, Any]) -> None:
         sample.error = "error event"
         return
     for choice in event["choices"]:
-        if choice["delta"].get("content") or choice["delta"].get("reasoning_content"):
+        # A thought's text has both of the last names here, and in vLLM since 0.16 the last alone.
+        if any(map(choice["delta"].get, ("content", "reasoning_content", "reasoning"))):
             sample.last = time.monotonic()
             sample.first = sample.last if sample.first is None else sample.first
             sample.chunks += 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import http_load
 from benchmarks.common import new_client
 from benchmarks.http_load import Sample, check_usage, parse, percentile, run_level, summary, sweep
 from engine.fake import FakeEngine
@@ -60,6 +61,14 @@ def test_a_level_is_counted_and_timed(slow: RunningServer) -> None:
     # Four at once, then two: two rounds of 50 ms.
     assert row["seconds"] >= 0.1
     assert row["tokens_per_s"] == pytest.approx(78 / row["seconds"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
+def test_a_thought_is_text_by_each_of_its_names(name: str) -> None:
+    sample = Sample(0.0)
+    for text in ("", "a", "b"):
+        http_load._take(sample, {"choices": [{"delta": {name: text}}]})
+    assert (sample.chunks, sample.first is None) == (2, False)
 
 
 def test_arrivals_at_random_count_the_wait(slow: RunningServer) -> None:
