@@ -73,10 +73,17 @@ def begun_content(body: ChatRequest, form: ThoughtFormat | None) -> str:
 
 
 def with_thought(
-    constraint_of: Callable[[], Constraint] | None, form: ThoughtFormat | None, thought: Thought | None
+    constraint_of: Callable[[], Constraint] | None,
+    form: ThoughtFormat | None,
+    thought: Thought | None,
+    effort: str | None,
 ) -> Callable[[], Constraint] | None:
-    """What writes the grammar of answers, which begins behind their thoughts: these are free."""
-    lead = form.lead(thought) if form is not None and thought is not None else ""
+    """What writes the grammar of answers, which begins behind their thoughts: these are free.
+
+    Args:
+        effort: `reasoning_effort`; with "none" nothing may come before what follows the grammar.
+    """
+    lead = form.lead(thought) if form is not None and thought is not None and effort != "none" else ""
     if constraint_of is None or not lead:
         return constraint_of
     write = constraint_of

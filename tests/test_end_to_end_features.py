@@ -18,7 +18,6 @@ from engine.text import TextProcessor
 
 MODEL = "smollm2-135m"
 SIZES = ["--max-num-seqs", "4", "--max-model-len", "1024", "--kv-cache-tokens", "4500"]
-SIZES += ["--reasoning-parser", "think"]  # which the model's template does not show
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 ESSAY = "The harbour was quiet that morning, and the old boats lay on the sand as if they had been forgotten."
 COPY = [{"role": "user", "content": f"Repeat this text exactly, without any change:\n\n{ESSAY}"}]
@@ -40,6 +39,14 @@ def plain() -> Iterator[Server]:
 def lookup() -> Iterator[Server]:
     # A tree of a set size: to measure steps for `auto` takes a server longer than all that is asked here.
     with Server([MODEL, "--dtype", "float32", "--tree", "16", *SIZES]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def thinking() -> Iterator[Server]:
+    # Only where thoughts are wanted: where an answer has to follow a grammar, a thought may come before it.
+    parser = ["--reasoning-parser", "think"]  # which the model's template does not show
+    with Server([MODEL, "--dtype", "float32", "--tree", "16", *SIZES, *parser]) as server:
         yield server
 
 
@@ -291,17 +298,19 @@ def asked_with_thoughts(question: str) -> list[dict[str, str]]:
     ]
 
 
-def test_a_thought_is_told_from_the_answer_tree_on_or_off(plain: Server, lookup: Server) -> None:
+def test_a_thought_is_told_from_the_answer_tree_on_or_off(plain: Server, thinking: Server) -> None:
     asked: dict[str, Any] = {
         "messages": asked_with_thoughts("What is the capital of France?"),
         "max_tokens": 60,
     }
-    answer = ask(plain, **asked)
+    answer = ask(thinking, **asked)
     message, usage = answer.choices[0].message, answer.usage
     assert "Paris" in message.reasoning_content
     assert message.content == "Paris."
+    whole = ask(plain, **asked).choices[0].message.content
+    assert whole == f"<think>\n{message.reasoning_content}\n</think>\n\n{message.content}"
     assert 0 < usage.completion_tokens - usage.completion_tokens_details.reasoning_tokens < 6
-    *chunks, last = ask(lookup, **asked, stream=True, stream_options={"include_usage": True})
+    *chunks, last = ask(thinking, **asked, stream=True, stream_options={"include_usage": True})
     deltas = [chunk.choices[0].delta for chunk in chunks]
     thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
     assert thought == message.reasoning_content
@@ -310,6 +319,6 @@ def test_a_thought_is_told_from_the_answer_tree_on_or_off(plain: Server, lookup:
     # A grammar begins behind it, and changes nothing in it; nor do stop strings, and that it has begun.
     begun = [*asked["messages"], {"role": "assistant", "content": f"<think>\n{thought[:9]}"}]
     regex = {"guided_regex": "The city of [A-Z][a-z]+!", "continue_final_message": True}
-    led = ask(lookup, **asked | {"messages": begun}, stop=["capital"], extra_body=regex).choices[0].message
+    led = ask(thinking, **asked | {"messages": begun}, stop=["capital"], extra_body=regex).choices[0].message
     assert led.reasoning_content == thought[9:].strip()
     assert led.content == "The city of Paris!"

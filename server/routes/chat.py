@@ -96,7 +96,7 @@ def _constraint_of(
         opening = thought.begin if thought is not None and thought.place == "before" else ""
         begun = begun_content(body, context.thought_format)
         constraint_of = partial(calls_constraint, body, context.tool_format, begun, opening)
-    return with_thought(constraint_of, context.thought_format, thought)
+    return with_thought(constraint_of, context.thought_format, thought, body.reasoning_effort)
 
 
 @dataclass(slots=True)

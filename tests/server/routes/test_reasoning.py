@@ -315,6 +315,11 @@ def test_grammars_begin_behind_thoughts(serve: Serve, fields: dict[str, Any]) ->
     assert "start: (" in lead_of(server)
     assert server.chat(chat_template_kwargs={"enable_thinking": False}, **fields).status_code == 200
     assert lead_of(server) == ""
+    marked = serve(says("x"), reasoning_parser="think")  # by a template that thoughts cannot be turned off in
+    assert marked.chat(**fields).status_code == 200
+    assert "start: (" in lead_of(marked)
+    assert marked.chat(reasoning_effort="none", **fields).status_code == 200
+    assert lead_of(marked) == ""
     opened = serve(says("x"), text=R1)
     assert opened.chat(**fields).status_code == 200
     assert "start: thought" in lead_of(opened)
