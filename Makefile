@@ -8,7 +8,7 @@ ARGS ?=
 
 DATA ?= configs/smollm2-135m/data
 
-.PHONY: help install serve test test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu kernels docs clean
+.PHONY: help install serve test test-published test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu kernels docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,9 @@ serve: $(VENV)/.serve ## start the server; ARGS="--port 8011 --tree 8"
 # What Python has compiled is kept, whatever the environment says: each of a hundred processes would do it anew.
 test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-published: $(VENV)/.dev ## the same for real tokenizers, chat templates and GGUF vocabularies, fetched once (300 MB)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/published $(ARGS)
 
 test-system: PROGRAMS += debootstrap # for the image's steps
 test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour
