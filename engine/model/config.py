@@ -56,8 +56,9 @@ class ModelConfig:
         qk_norm: queries and keys are normed per head ("head"), over all heads ("projection") or not.
         fused: the checkpoint holds q, k, v in one matrix, and gate, up in another.
         windows: for each layer, how many positions a query sees, its own counted; None is all before it.
-        rope: of layers that see everything, or of all.
-        local_rope: of layers with a window, where theirs is another.
+        rope: of all layers but those in `local_rope`'s.
+        local_rope: of some layers, where theirs is another.
+        local_layers: for each layer, whether it is one of these; None is those with a window.
         attention_scale: factor on q k^T; None is head_dim ** -0.5.
         embedding_scale: factor on the embeddings.
         residual_scale: factor on what each block adds to the residual stream.
@@ -79,6 +80,7 @@ class ModelConfig:
     rope: RopeConfig
     dtype: torch.dtype
     local_rope: RopeConfig | None = None
+    local_layers: tuple[bool, ...] | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -96,6 +98,10 @@ class ModelConfig:
     def group(self) -> int:
         """Query heads per K/V head."""
         return self.num_heads // self.num_kv_heads
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer's rotary embedding is `local_rope`, where there is one."""
+        return self.windows[layer] is not None if self.local_layers is None else self.local_layers[layer]
 
     def windows_within(self, positions: int) -> tuple[int | None, ...] | None:
         """`windows` as sequences of up to `positions` feel them; None where no layer's window ever binds."""
@@ -178,6 +184,24 @@ def _mistral(config: Any) -> dict[str, Any]:
     return {"windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
+def _mistral3(config: Any) -> dict[str, Any]:
+    if config.model_type not in ("mistral", "ministral3"):
+        raise UnsupportedModelError(
+            f"a text part of type {config.model_type!r} is not supported in Mistral 3"
+        )
+    flags = _mistral(config)
+    rope = config.rope_parameters
+    if config.model_type == "ministral3" and rope.get("llama_4_scaling_beta"):
+        # Past this length queries are scaled by their positions. Up to it, by one.
+        flags["max_position"] = min(config.max_position_embeddings, rope["original_max_position_embeddings"])
+        log.warning(
+            "Ministral 3 is served up to the %d positions from which queries are scaled, of the model's %d",
+            flags["max_position"],
+            config.max_position_embeddings,
+        )
+    return flags
+
+
 def _qwen2(config: Any) -> dict[str, Any]:
     return {"windows": _layer_windows(config), "qkv_bias": True}
 
@@ -229,6 +253,35 @@ def _olmo2(config: Any) -> dict[str, Any]:
     return {**_llama(config), "norms": "post", "qk_norm": "projection"}
 
 
+def _olmo3(config: Any) -> dict[str, Any]:
+    ropes = config.rope_parameters
+    return {
+        **_olmo2(config),
+        "windows": _layer_windows(config),
+        "rope": _rope(config, ropes["full_attention"], layer_type="full_attention"),
+        "local_rope": _rope(config, ropes["sliding_attention"], layer_type="sliding_attention"),
+    }
+
+
+def _seed_oss(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": config.attention_bias,
+        "output_bias": config.attention_out_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+def _smollm3(config: Any) -> dict[str, Any]:
+    unrotated = torch.zeros(_head_dim(config) // 2)
+    window = config.sliding_window if config.use_sliding_window else None
+    return {
+        **_llama(config),
+        "windows": tuple(window if kind == "sliding_attention" else None for kind in config.layer_types),
+        "local_rope": RopeConfig(unrotated, 1.0),
+        "local_layers": tuple(not rotated for rotated in config.no_rope_layers),
+    }
+
+
 def _granite(config: Any) -> dict[str, Any]:
     return {
         **_llama(config),
@@ -243,17 +296,22 @@ _FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "LlamaForCausalLM": _llama,
     "LLaMAForCausalLM": _llama,  # as the first conversions of Llama 1 spell it
     "MistralForCausalLM": _mistral,
+    "Mistral3ForConditionalGeneration": _mistral3,
+    "Ministral3ForCausalLM": _mistral3,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
     "Gemma3ForCausalLM": _gemma3,
     "Gemma3ForConditionalGeneration": _gemma3,
     "Phi3ForCausalLM": _phi3,
     "Olmo2ForCausalLM": _olmo2,
+    "Olmo3ForCausalLM": _olmo3,
+    "SmolLM3ForCausalLM": _smollm3,
+    "SeedOssForCausalLM": _seed_oss,
     "GraniteForCausalLM": _granite,
 }
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
 
-_WITH_VISION = {"Gemma3ForConditionalGeneration"}
+_WITH_VISION = {"Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"}
 """Of these the text part is served; its config is within the model's."""
 
 

@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.mlp_output_norm = norm(after)
         self.activation: Callable[[Tensor], Tensor] = F.silu if config.activation == "silu" else _gelu_tanh
         self.residual_scale = config.residual_scale
-        self.local = config.windows[index] is not None
+        self.local = config.is_local(index)
         partial = 2 * len(config.rope.inv_freq) < config.head_dim
         self.rotate = apply_partial_rotary if partial else apply_rotary
 

@@ -48,7 +48,7 @@ class FusedLayers:
         layers: from the first to the last; they keep their weights.
         final_norm: after the last.
         embedding: [vocab, hidden]; embedding_scale: its factor.
-        table: of the layers without a window; local: of those with one, None where it is the same.
+        table: of the layers that are not local; local: of those that are, None where it is the same.
         offset: norms multiply by 1 + weight.
         activation: of the MLP's gate.
 

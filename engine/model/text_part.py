@@ -1,4 +1,4 @@
-"""The language model inside a checkpoint that holds a vision model too (Gemma 3 from 4B on)."""
+"""The language model inside a checkpoint that holds a vision model too (Gemma 3 from 4B on, Mistral 3)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, Ministral3Config, PreTrainedModel
 
 from engine.attention.base import AttentionInput
 from engine.attention.cpu import CpuAttention
@@ -68,6 +68,20 @@ LONGROPE = {
     "original_max_position_embeddings": 384,
 }
 
+OLMO3 = ropes(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, attention_factor=1.2)
+
+MINISTRAL3 = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
 # Windows are shorter than the prompts, and one is shorter than a branch of the tree is deep.
 FAMILIES = [
     ("mistral", {"sliding_window": None}),
@@ -99,6 +113,15 @@ FAMILIES = [
     ),
     ("olmo2", {}),
     ("olmo2", {"attention_bias": True, "num_key_value_heads": 4, "rope_parameters": ROPE["llama3"]}),
+    ("olmo3", {"num_hidden_layers": 4, "sliding_window": 21, "rope_parameters": OLMO3}),
+    ("olmo3", {"num_hidden_layers": 2, "sliding_window": 300, "num_key_value_heads": 4}),
+    ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    (
+        "smollm3",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 30, "attention_bias": True},
+    ),
+    ("seed_oss", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": True}),
+    ("ministral3", {"rope_parameters": MINISTRAL3}),
     (
         "granite",
         {
@@ -244,6 +267,16 @@ def check_against_transformers(
         rows = torch.cat((torch.tensor([prompt] * tree.size), tokens[index, nodes]), dim=1)
         reference = model(rows).logits[torch.arange(tree.size), len(prompt) + depth]
         torch.testing.assert_close(logits[index], reference, atol=1e-4, rtol=1e-4)
+
+
+def test_ministral_3_is_served_up_to_where_its_queries_are_scaled() -> None:
+    def most(**rope: Any) -> int:
+        config = Ministral3Config(rope_parameters=rope, architectures=["Ministral3ForCausalLM"])
+        assert config.max_position_embeddings > 384
+        return ModelConfig.from_hf(config).max_position
+
+    assert most(**MINISTRAL3) == 384
+    assert most(**(MINISTRAL3 | {"llama_4_scaling_beta": None})) > 384
 
 
 def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ CPU = torch.device("cpu")
         ("gemma3_text", {"tie_word_embeddings": True}),
         ("phi3", {"hidden_size": 64}),
         ("olmo2", {}),
+        ("olmo3", {}),
+        ("smollm3", {}),
+        ("seed_oss", {"attention_bias": True}),
         ("granite", {}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Gemma 3 with a vision model in its checkpoint: the text part is Gemma 3 text, token for token."""
+"""Gemma 3 and Mistral 3 with a vision model beside them: the text part is that model, token for token."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
-from engine.errors import WeightsError
+from engine.errors import UnsupportedModelError, WeightsError
 from engine.model.config import ModelConfig
 from engine.model.info import describe
 from engine.model.weights import Checkpoint
@@ -65,7 +72,21 @@ def gemma(*, tied: bool = True) -> Gemma3ForConditionalGeneration:
     return model
 
 
-def save(model: Gemma3ForConditionalGeneration, folder: Path, names: str = "published") -> Path:
+def mistral(text: str) -> Mistral3ForConditionalGeneration:
+    """With a text part of type `mistral` (Small 3.1) or `ministral3`."""
+    torch.manual_seed(11)
+    own = {"sliding_window": None, "tie_word_embeddings": False}
+    config = Mistral3Config(
+        text_config={"model_type": text, **TEXT, **own},
+        vision_config={"model_type": "pixtral", **VISION},
+        image_token_index=60,
+        tie_word_embeddings=False,
+        architectures=["Mistral3ForConditionalGeneration"],
+    )
+    return Mistral3ForConditionalGeneration(config).eval()
+
+
+def save(model: PreTrainedModel, folder: Path, names: str = "published") -> Path:
     model.config.vocab_size = TEXT["vocab_size"]  # for the tokenizer that is written beside it
     save_model(model, folder)
     stored = load_file(folder / "model.safetensors")
@@ -85,6 +106,23 @@ def test_the_text_part_decodes_as_in_transformers(tmp_path: Path, names: str, ti
     outputs = run_all(engine, [greedy(f"r{i}", prompt, 24) for i, prompt in enumerate(PROMPTS)])
     for i, prompt in enumerate(PROMPTS):
         assert outputs[f"r{i}", 0] == greedy_reference(model, prompt, 24)
+
+
+@pytest.mark.parametrize(("names", "text"), [("published", "mistral"), ("in memory", "ministral3")])
+def test_mistral_3s_does_too(tmp_path: Path, names: str, text: str) -> None:
+    model = mistral(text)
+    engine = make_engine(save(model, tmp_path, names), tree=12)
+    assert engine.info.architecture == "Mistral3ForConditionalGeneration"
+    outputs = run_all(engine, [greedy(f"r{i}", prompt, 24) for i, prompt in enumerate(PROMPTS)])
+    for i, prompt in enumerate(PROMPTS):
+        assert outputs[f"r{i}", 0] == greedy_reference(model, prompt, 24)
+
+
+def test_a_mistral_3_with_another_text_part_is_refused(tmp_path: Path) -> None:
+    model = mistral("mistral")
+    model.config.text_config = LlamaConfig(**TEXT)
+    with pytest.raises(UnsupportedModelError, match="text part of type 'llama'"):
+        ModelConfig.from_hf(model.config)
 
 
 def test_only_tensors_for_images_may_be_there_beside_the_text(tmp_path: Path) -> None:
