@@ -178,19 +178,39 @@ class TextSource(Protocol):
 
 
 class ByteText:
-    """Text of a byte-level vocabulary: the tokens' bytes joined and read as UTF-8."""
+    """Text of a vocabulary whose tokens spell bytes: these joined and read as UTF-8.
 
-    __slots__ = ("_decoder", "_skipped", "_token_bytes", "open")
+    One deviation from decoding the whole: a byte-fallback decoder (Llama 2, Gemma) turns all of a run of byte
+    tokens to U+FFFD when one of them is invalid; here the characters of the run stay, as some may be sent.
 
-    def __init__(self, token_bytes: Mapping[int, bytes], skipped: frozenset[int]) -> None:
+    Args:
+        token_bytes: of each token.
+        skipped: tokens that are left out.
+        errors: see `Spelling`.
+        drops_space: the text's first space, where it begins with one, is left out.
+    """
+
+    __slots__ = ("_decoder", "_drops_space", "_skipped", "_token_bytes", "open")
+
+    def __init__(
+        self,
+        token_bytes: Mapping[int, bytes],
+        skipped: frozenset[int],
+        errors: str = "replace",
+        *,
+        drops_space: bool = False,
+    ) -> None:
         self._token_bytes = token_bytes
         self._skipped = skipped
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._drops_space = drops_space
         self.open = False
 
     def feed(self, token_ids: Sequence[int], final: bool) -> str:
         known, skipped = self._token_bytes, self._skipped
         data = b"".join([known[token] for token in token_ids if token not in skipped])
+        if self._drops_space and data:
+            data, self._drops_space = data.removeprefix(b" "), False
         if not self.open and data.isascii():  # whole characters: the decoder has nothing to remember
             return data.decode("ascii")
         text = self._decoder.decode(data, final)
@@ -202,9 +222,9 @@ class WindowText:
     """Text of any other vocabulary, where a token's text may depend on its neighbours.
 
     A window of the last tokens is decoded and what of it was sent already is left out (the idea of vLLM's
-    prefix and read offsets, with characters for the second). One deviation from decoding the whole: a
-    byte-fallback decoder (Llama 2) turns a whole run of byte tokens to U+FFFD when a later one is invalid;
-    characters already sent stay. Tokens behind bytes that are no character may seem to begin where these do.
+    prefix and read offsets, with characters for the second). One deviation from decoding the whole: where a
+    decoder turns a whole run of byte tokens to U+FFFD when a later one is invalid, characters already sent
+    stay. Tokens behind bytes that are no character may seem to begin where these do.
     """
 
     __slots__ = ("_decode_ids", "_sent", "_skipped", "_window", "open")

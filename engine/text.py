@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, Wi
 from engine.errors import RequestError
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.thought import Thought
+from engine.token_bytes import FALLBACK_BYTE, Spelling, spelling_of
 from engine.tool_prompt import has_calls, in_plain_messages
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = ["ROLES", "TextProcessor", "TokenText"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Whom a message of a conversation may be from."""
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte-fallback vocabularies spell a byte
 _CHANGED = (
     "continue_final_message: the chat template does not write the last message as it is, so no answer can go "
     "on with it; of one that begins with a thought, give that as its reasoning_content"
@@ -272,10 +271,11 @@ class TextProcessor:
         return sorted(i for name, i in added if _is_bracketed(name) and i not in self._special_ids)
 
     def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token sequences to keep out of an output that must not hold these words, as in vLLM.
+        """The token sequences to keep out of an output that must not hold these words.
 
-        A word is encoded as it stands and with a space before it, since it is other tokens inside a
-        text; the second counts where it is as long and begins with another token.
+        A word is encoded as it stands and with a space before it, since it is other tokens inside a text;
+        the second counts where it does not end with the first. vLLM leaves it out where it is not as long,
+        and so lets ` Paris` pass, one token of Yi's, where `Paris` is two.
 
         Raises:
             RequestError: a word without a token or with too many, more sequences than a request may have,
@@ -293,7 +293,7 @@ class TextProcessor:
                     param="bad_words",
                 )
             sequences.append(bare)
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            if len(spaced) <= MAX_BAD_WORD_TOKENS and spaced[-len(bare) :] != bare:
                 sequences.append(spaced)
         if len(sequences) > MAX_BAD_WORDS:
             raise RequestError(
@@ -335,8 +335,11 @@ class TextProcessor:
             raise RequestError("a stop string must not be empty", param="stop")
         skipped = self._special_ids - shown if skip_special_tokens else frozenset()
         source: TextSource
-        if self._byte_level:
-            source = ByteText(self._token_bytes, skipped)
+        if (spelling := self._spelling) is not None:
+            drops = spelling.drops_space and not any(
+                self._token_bytes[token] for token in prompt_token_ids if token not in skipped
+            )
+            source = ByteText(self._token_bytes, skipped, spelling.errors, drops_space=drops)
         else:
             source = WindowText(self.decode, prompt_token_ids, skipped)
         stops = StopFinder(stop, include_stop) if stop else None
@@ -344,16 +347,17 @@ class TextProcessor:
         return Detokenizer(source, stops, min_tokens, aligned, reader)
 
     @cached_property
-    def _byte_level(self) -> bool:
-        """True where a text's bytes are its tokens' bytes joined, whatever their neighbours."""
-        from tokenizers.decoders import ByteLevel  # late, as transformers is
-
+    def _spelling(self) -> Spelling | None:
+        """How tokens spell bytes that, joined, are a text's; None where that is not all there is to it."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None or not isinstance(backend.decoder, ByteLevel):
-            return False
+        if backend is None or (spelling := spelling_of(backend.decoder)) is None:
+            return None
         # The tokenizer's class may decode in a way of its own.
         sample = self.encode(_SAMPLE, add_special_tokens=False)
-        return b"".join(map(_spelled_bytes, self.token_strings(sample))) == self.decode(sample).encode()
+        data = b"".join(map(spelling.bytes_of, self.token_strings(sample)))
+        if spelling.drops_space:
+            data = data.removeprefix(b" ")
+        return spelling if data == self.decode(sample).encode() else None
 
     @cached_property
     def _compiled(self) -> Callable[[str], Any] | None:
@@ -372,10 +376,10 @@ class TextProcessor:
         A tokenizer may drop a text's first space, so the first one may tell less.
         """
         spelling = self.token_strings([token_id])[0]
-        if self._byte_level:
-            return _spelled_bytes(spelling)
+        if self._spelling is not None:
+            return self._spelling.bytes_of(spelling)
         once = self.decode([token_id], skip_special_tokens=False)
-        if (byte := _BYTE.fullmatch(spelling)) and once != spelling:
+        if (byte := FALLBACK_BYTE.fullmatch(spelling)) and once != spelling:
             return bytes([int(byte[1], 16)])
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
 
@@ -417,21 +421,3 @@ class _TokenBytes(dict[int, bytes]):
     def __missing__(self, token_id: int) -> bytes:
         data = self[token_id] = self._find(token_id)
         return data
-
-
-def _spelled_bytes(spelling: str) -> bytes:
-    """The bytes of a byte-level token; one that is not spelled in that alphabet stands for itself."""
-    try:
-        return bytes([_BYTE_OF[char] for char in spelling])
-    except KeyError:
-        return spelling.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling: printable bytes are themselves, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
