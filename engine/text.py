@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from engine import faults
-from engine.chat_template import check_template, check_variables, reads_tools, variables, with_reasoning
+from engine.chat_template import (
+    check_template,
+    check_variables,
+    reads_tools,
+    variables,
+    with_reasoning,
+)
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import RequestError
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.thought import Thought
 from engine.token_bytes import FALLBACK_BYTE, Spelling, spelling_of
-from engine.tool_prompt import has_calls, in_plain_messages
+from engine.tool_prompt import (
+    A_CALL,
+    WITH_A_CALL,
+    has_calls,
+    in_other_forms,
+    in_plain_messages,
+    with_calls_as_text,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -121,8 +135,8 @@ class TextProcessor:
     ) -> list[int]:
         """Token ids of a conversation as the chat template writes it.
 
-        A role `developer` that the template does not know is written as `system`, and tools that it does
-        not know as `tool_prompt` says.
+        A role `developer` that the template does not know is written as `system`, and tools and calls that
+        it does not know, or not in this form, as `tool_prompt` says.
 
         Args:
             messages: `{"role", "content"}` with text as content; an assistant's may have `tool_calls` with
@@ -162,8 +176,6 @@ class TextProcessor:
                 "chat_template_kwargs"), the template refuses the messages (`param` is "messages"), or writes
                 the last one so that nothing can go on with it ("continue_final_message").
         """
-        from jinja2 import TemplateError  # transformers' own dependency, needed only here
-
         template = self.chat_template_for(tools=bool(tools))
         if not template:
             raise RequestError(
@@ -173,35 +185,33 @@ class TextProcessor:
             )
         if "developer" not in template:
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+        refusals = _refusals()
         try:
             if not reads_tools(template) and (tools or has_calls(messages)):
                 messages, tools = in_plain_messages(messages, tools), ()
+            elif has_calls(messages) and self._leaves_out_calls(template, tools):
+                messages = with_calls_as_text(messages, template)
             messages = with_reasoning(template, messages)
             if template_kwargs:
                 check_variables(template, template_kwargs)
-            # Rendered and encoded apart: the template writes BOS and the like itself.
-            usual = not (continue_final_message or template_kwargs or tools) and _are_usual(messages)
-            if usual and (compiled := self._compiled) is not None:
-                # What transformers does for all others takes as long again.
-                usual_text = compiled(template).render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.tokenizer.special_tokens_map,
-                )
-                return str(usual_text)
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) or None,
-                chat_template=template,
+            write = partial(
+                self._written,
+                template,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                tokenize=False,
-                **(template_kwargs or {}),
+                template_kwargs=template_kwargs,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            # All but the first are what a template meets in messages it was not written for.
+            try:
+                return write(messages)
+            except refusals:
+                if not has_calls(messages):
+                    raise
+                for changed in in_other_forms(messages):
+                    with suppress(*refusals):
+                        return write(changed)
+                raise
+        except refusals as error:
             if str(error).startswith("continue_final_message"):  # transformers', of what it made of them
                 raise RequestError(_CHANGED, param="continue_final_message") from error
             reason = str(error) or type(error).__name__
@@ -209,6 +219,47 @@ class TextProcessor:
             raise RequestError(message, param="messages") from error
         except RecursionError as error:  # a template writes tools and arguments as JSON
             raise RequestError("the messages or tools are nested too deeply", param="messages") from error
+
+    def _leaves_out_calls(self, template: str, tools: Sequence[Mapping[str, Any]]) -> bool:
+        if "tool_calls" in template:
+            return False
+        try:  # it may write messages as they are
+            return A_CALL not in self._written(template, WITH_A_CALL, tools=tools)
+        except _refusals():
+            return False
+
+    def _written(
+        self,
+        template: str,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What the template makes of these very messages."""
+        # Rendered and encoded apart: the template writes BOS and the like itself.
+        usual = not (continue_final_message or template_kwargs or tools) and _are_usual(messages)
+        if usual and (compiled := self._compiled) is not None:
+            # What transformers does for all others takes as long again.
+            usual_text = compiled(template).render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+            return str(usual_text)
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tools=list(tools) or None,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+            **(template_kwargs or {}),
+        )
         return str(text)
 
     @property
@@ -382,6 +433,13 @@ class TextProcessor:
         if (byte := FALLBACK_BYTE.fullmatch(spelling)) and once != spelling:
             return bytes([int(byte[1], 16)])
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a template raises: of its own, or where it meets messages that it was not written for."""
+    from jinja2 import TemplateError  # transformers' own dependency, needed only here
+
+    return (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def _is_bracketed(token: str) -> bool:

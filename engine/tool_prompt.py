@@ -1,20 +1,49 @@
-"""Tools in a conversation whose chat template knows none: told, called and answered in plain messages.
+"""Tools in a conversation whose chat template knows none, or takes them in one form only.
 
-The form is Hermes's, which most open models that call tools have seen: a call is JSON between `<tool_call>`
-and `</tool_call>`, what it returned stands between `<tool_response>` and `</tool_response>`.
+Where it knows none, they are told, called and answered in plain messages. The form is Hermes's, which most
+open models that call tools have seen: a call is JSON between `<tool_call>` and `</tool_call>`, what it
+returned stands between `<tool_response>` and `</tool_response>`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.chat_template import REASONING
 
-__all__ = ["CALL_BEGIN", "CALL_END", "has_calls", "in_plain_messages"]
+__all__ = [
+    "A_CALL",
+    "CALL_BEGIN",
+    "CALL_END",
+    "LISTED_BEGIN",
+    "WITH_A_CALL",
+    "has_calls",
+    "in_other_forms",
+    "in_plain_messages",
+    "with_calls_as_text",
+]
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+LISTED_BEGIN = "<|tool_call|>"
+"""What opens a list of calls: Granite 3's."""
+
+A_CALL = "called_for_a_sample"
+WITH_A_CALL: list[dict[str, Any]] = [
+    {"role": "user", "content": "Call."},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "abcdefghi", "type": "function", "function": {"name": A_CALL, "arguments": {}}}
+        ],
+    },
+]
+"""A conversation with a call of that function, to see what a template makes of it."""
 
 _TOLD = """\
 # Tools
@@ -56,8 +85,7 @@ def in_plain_messages(
         if behind and role == "user":  # as one message: some templates want an assistant's between two
             plain[-1]["content"] += f"\n{text}"
             continue
-        calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
-        plain.append({"role": role, "content": "\n".join([text, *calls] if text else calls or [text])})
+        plain.append({"role": role, "content": _with_calls(text, message.get("tool_calls") or (), "")})
         if REASONING in message:
             plain[-1][REASONING] = message[REASONING]
     if tools:
@@ -69,6 +97,98 @@ def in_plain_messages(
     return plain
 
 
-def _call(function: Mapping[str, Any]) -> str:
-    call = {"name": function["name"], "arguments": function["arguments"]}
-    return f"{CALL_BEGIN}\n{json.dumps(call, ensure_ascii=False)}\n{CALL_END}"
+def with_calls_as_text(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
+    """The conversation with calls as content, for a template that tells tools and writes no calls.
+
+    They have the form in which such a model writes them.
+    """
+    changed = []
+    for message in messages:
+        others = {name: value for name, value in message.items() if name != "tool_calls"}
+        if calls := message.get("tool_calls"):
+            others["content"] = _with_calls(message["content"], calls, template)
+        changed.append(others)
+    return changed
+
+
+def in_other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """What says the same to a template that refuses these messages, from what is least different on.
+
+    Llama 3's templates take one call a message, Mistral's ids of nine letters and digits, and a few
+    arguments as text. OpenAI's clients send several, ids of any form, and objects are what most take.
+    """
+    every = (_short_ids, _one_call_each, _arguments_as_text)
+    rewritings = [rewrite for rewrite in every if rewrite(messages) != messages]
+    for count in range(1, len(rewritings) + 1):
+        for several in itertools.combinations(rewritings, count):
+            changed = messages
+            for rewrite in several:
+                changed = rewrite(changed)
+            yield changed
+
+
+def _short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def changed(message: dict[str, Any]) -> dict[str, Any]:
+        told = dict(message)
+        if calls := message.get("tool_calls"):
+            told["tool_calls"] = [{**call, "id": _short(call["id"])} for call in calls]
+        if "tool_call_id" in message:
+            told["tool_call_id"] = _short(message["tool_call_id"])
+        return told
+
+    return [changed(message) for message in messages]
+
+
+def _short(call_id: str) -> str:
+    if re.fullmatch("[a-zA-Z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a message of its own, followed by what it returned."""
+    changed: list[dict[str, Any]] = []
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            changed.append(message)
+            continue
+        results = list(itertools.takewhile(lambda each: each["role"] == "tool", messages[at:]))
+        at += len(results)
+        for i, call in enumerate(calls):
+            said = message if i == 0 else {"role": message["role"], "content": ""}
+            changed.append({**said, "tool_calls": [call]})
+            changed += [each for each in results if each.get("tool_call_id") == call["id"]]
+        known = {call["id"] for call in calls}
+        changed += [each for each in results if each.get("tool_call_id") not in known]
+    return changed
+
+
+def _arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        if isinstance(arguments, str):
+            return call
+        text = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_calls(text: str, calls: Sequence[Mapping[str, Any]], template: str) -> str:
+    """A message's content, and its calls behind it."""
+    told = [{name: call["function"][name] for name in ("name", "arguments")} for call in calls]
+    written = [json.dumps(call, ensure_ascii=False) for call in told]
+    if LISTED_BEGIN in template:
+        written = [f"{LISTED_BEGIN}[{', '.join(written)}]"] if written else []
+    else:
+        written = [f"{CALL_BEGIN}\n{call}\n{CALL_END}" for call in written]
+    return "\n".join([text, *written] if text else written or [text])

@@ -1,4 +1,4 @@
-"""Chat templates of models that think, shortened: what concerns their thoughts is as they have it."""
+"""Chat templates of models, shortened: what concerns their thoughts, or their calls, is as they have it."""
 
 from __future__ import annotations
 
@@ -48,3 +48,57 @@ MAGISTRAL = """\
 GPT_OSS = """\
 Reasoning: {{ reasoning_effort }}{% for m in messages %}{{ m.thinking }}|{{ m.content }}{% endfor %}"""
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+MINISTRAL = """\
+{%- for message in messages %}{% if message['role'] == 'user' %}[INST]{{ message['content'] }}[/INST]
+    {%- elif message['content'] is string and message['content'] != '' %}{{ message['content'] + '</s>' }}
+    {%- else %}{% for block in message['content'] %}
+        {%- if block['type'] == 'text' %}{{ block['text'] }}
+        {%- elif block['type'] == 'thinking' %}{{ '[THINK]' + block['thinking'] + '[/THINK]' }}{% endif %}
+    {%- endfor %}{{ '</s>' }}{% endif %}
+{%- endfor %}"""
+LLAMA_3 = """\
+{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
+{%- if not date_string is defined %}{% set date_string = "26 Jul 2024" %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content']|trim %}
+{%- else %}{% set system_message = "" %}{% endif %}
+{{- date_string + system_message }}{{ '"parameters": ' + (tools | tojson) + 'ipython' }}
+{%- for message in messages %}
+    {%- if not (message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '\n<' + message.role + '>' + message['content'] }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls|length == 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '\n{"name": "' + tool_call.name + '", "parameters": ' + (tool_call.arguments | tojson) + '}' }}
+    {%- else %}{{ '\n<ipython>' + message.content }}{% endif %}
+{%- endfor %}"""
+MISTRAL_NEMO = """\
+{%- for message in messages %}
+    {%- if message["role"] == "user" %}
+        {{- "[AVAILABLE_TOOLS]" + (tools | tojson) + "[/AVAILABLE_TOOLS]" }}
+        {{- "[INST]" + message["content"] + "[/INST]" }}
+    {%- elif message.tool_calls is defined %}{{ "[TOOL_CALLS][" }}
+        {%- for tool_call in message.tool_calls %}{{ (tool_call.function|tojson)[:-1] }}
+            {%- if not tool_call.id is defined or tool_call.id|length != 9 %}
+                {{- raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}
+            {%- endif %}
+            {{- ', "id": "' + tool_call.id + '"}' + ("]" if loop.last else ", ") }}
+        {%- endfor %}
+    {%- elif message["role"] == "tool" %}
+        {%- if message.tool_call_id|length != 9 %}
+            {{- raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}
+        {%- endif %}
+        {{- '[TOOL_RESULTS]{"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}' }}
+    {%- else %}{{ message["content"] }}{% endif %}
+{%- endfor %}"""
+FUNCTIONARY = """\
+{{ tools | tojson }}{% for m in messages %}{% for call in m.tool_calls or [] %}
+    {{- '>>>' + call.function.name + '\n' + call.function.arguments }}{% endfor %}{{ m.content }}
+{%- endfor %}"""
+GRANITE_3 = """\
+{%- if tools and not available_tools -%}{%- set available_tools = tools -%}{%- endif -%}
+{{ "respond only with <|tool_call|> followed by a JSON list of tools used. " }}
+{%- if available_tools %}{{ available_tools | tojson }}{% endif %}
+{%- if documents %}{{ documents[0].text }}{% endif %}
+{%- for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"""

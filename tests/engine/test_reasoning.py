@@ -15,7 +15,7 @@ from engine.reasoning import THOUGHT_FORMATS, thought_format_of
 from engine.text import TextProcessor
 from engine.thought import Thought
 from server.tool_formats import FORMATS, format_of
-from tests.chat_templates import DEEPSEEK_R1, GPT_OSS, MAGISTRAL, PLAIN, QWEN3
+from tests.chat_templates import DEEPSEEK_R1, GPT_OSS, MAGISTRAL, MINISTRAL, PLAIN, QWEN3
 from tests.server.conftest import EOS_ID, TEXT
 from tests.server.test_tool_formats import FIRST, FUNCTIONS, follows, with_tokens, written
 
@@ -127,6 +127,19 @@ def test_thoughts_go_to_the_template_under_the_name_that_it_reads() -> None:
     assert of(DEEPSEEK_R1).render_chat([thought]) == of(DEEPSEEK_R1).render_chat(
         [{"role": "assistant", "content": "A."}]
     )
+
+
+def test_thoughts_are_blocks_where_the_template_reads_such() -> None:
+    text = of(MINISTRAL)
+    thought = {"role": "assistant", "content": "A.", "reasoning_content": "Hm."}
+    assert text.render_chat([USER, thought]).endswith("[/INST][THINK]Hm.[/THINK]A.</s>")
+    assert text.render_chat([USER, {**thought, "content": ""}]).endswith("[THINK]Hm.[/THINK]</s>")
+    assert text.render_chat([{"role": "assistant", "content": "A."}]) == "A.</s>"
+    left_open = {"add_generation_prompt": False, "continue_final_message": True}
+    assert text.render_chat([USER, thought], **left_open).endswith("[THINK]Hm.[/THINK]A.")
+    # One that reads names too has them.
+    both = MINISTRAL + "{{ messages[0].reasoning_content }}"
+    assert of(both).render_chat([thought]) == "A.</s>Hm."
 
 
 def test_a_template_that_knows_no_tools_gets_thoughts_beside_calls() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from engine.errors import RequestError
 from engine.model.embedded import ensure_converted
 from engine.model.weights import load_tokenizer
 from engine.text import TextProcessor
-from engine.tool_prompt import in_plain_messages
+from engine.tool_prompt import in_other_forms, in_plain_messages
+from tests.chat_templates import FUNCTIONARY, GRANITE_3, LLAMA_3, MISTRAL_NEMO
 
 TOOL = {
     "type": "function",
@@ -90,6 +93,108 @@ def test_a_template_for_tools_is_used_with_tools_only() -> None:
     text = TextProcessor(tokenizer)
     assert text.render_chat(CONVERSATION[:1]) == "plain"
     assert text.render_chat(CONVERSATION[:1], tools=[TOOL]) == "weather"
+
+
+@functools.cache
+def of(template: str) -> TextProcessor:
+    return TextProcessor(load_tokenizer(ensure_converted()), template)
+
+
+def called(*ids: str) -> list[dict[str, Any]]:
+    """A conversation with calls of these ids in one message, and what they returned, the last one first."""
+    calls = [{**CALL, "id": id_, "function": {"name": "weather", "arguments": {"n": id_}}} for id_ in ids]
+    results = [{"role": "tool", "content": f"of {id_}", "tool_call_id": id_} for id_ in reversed(ids)]
+    return [CONVERSATION[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+
+
+def test_a_template_of_one_call_a_message_has_each_beside_what_it_returned() -> None:
+    messages = [*called("a", "b"), {"role": "assistant", "content": "Done."}, CONVERSATION[0]]
+    assert of(LLAMA_3).render_chat(messages, tools=[TOOL]).splitlines()[1:] == [
+        "<user>How warm is it?",
+        '{"name": "weather", "parameters": {"n": "a"}}',
+        "<ipython>of a",
+        '{"name": "weather", "parameters": {"n": "b"}}',
+        "<ipython>of b",
+        "<assistant>Done.",
+        "<user>How warm is it?",
+    ]
+    assert messages[1:4] == called("a", "b")[1:]  # not changed
+
+
+def test_results_of_no_call_come_last_and_thoughts_first() -> None:
+    stray = {"role": "tool", "content": "stray", "tool_call_id": "z"}
+    user, assistant, *results = called("a", "b")
+    assistant = {**assistant, "content": "So:", "reasoning_content": "Hm."}
+    template = LLAMA_3.replace("{{- '\n{", "{{- message.content ~ message.reasoning_content ~ '\n{")
+    written = of(template).render_chat([user, assistant, stray, *results], tools=[TOOL])
+    assert written.splitlines()[1:] == [
+        "<user>How warm is it?So:Hm.",
+        '{"name": "weather", "parameters": {"n": "a"}}',
+        "<ipython>of a",
+        '{"name": "weather", "parameters": {"n": "b"}}',
+        "<ipython>of b",
+        "<ipython>stray",
+    ]
+
+
+def test_a_template_of_short_ids_has_the_others_shortened() -> None:
+    written = of(MISTRAL_NEMO).render_chat(called("abcDEF123", "call_0123456789"), tools=[TOOL])
+    ids = re.findall(r'"(?:call_)?id": "([^"]*)"', written)
+    assert ids == ["abcDEF123", ids[1], ids[1], "abcDEF123"]
+    assert re.fullmatch("[a-z0-9]{9}", ids[1])
+    again = of(MISTRAL_NEMO).render_chat([*called("call_9"), *called("call_0123456789")], tools=[TOOL])
+    assert len({*re.findall(r'"(?:call_)?id": "([^"]*)"', again), ids[1]}) == 2  # the same one each time
+    # A template that takes them has them as they are.
+    assert "call_9" in of("{{ tools }}{{ messages }}{# tool_calls #}").render_chat(called("call_9"))
+
+
+def test_a_template_that_puts_arguments_together_with_text_has_them_as_text() -> None:
+    written = of(FUNCTIONARY).render_chat(CONVERSATION, tools=[TOOL])
+    assert written.endswith('>>>weather\n{"city": "Zürich"}20')
+    # What the model wrote was no object, and is text already.
+    function = {"name": "weather", "arguments": '{"city":'}
+    broken = [{**CONVERSATION[1], "tool_calls": [{**CALL, "function": function}]}]
+    assert of(FUNCTIONARY).render_chat(broken, tools=[TOOL]).endswith('>>>weather\n{"city":')
+
+
+def test_a_template_that_refuses_in_several_ways_gets_messages_changed_in_all_of_them() -> None:
+    template = LLAMA_3.replace("(tool_call.arguments | tojson)", "tool_call.arguments")
+    template += (
+        "{% for c in messages[1].tool_calls if c.id | length != 9 %}{{ raise_exception('id') }}{% endfor %}"
+    )
+    assert '"parameters": {"n": "call_1"}}\n<ipython>of call_1\n' in of(template).render_chat(
+        called("call_1", "call_2"), tools=[TOOL]
+    )
+
+
+def test_what_a_template_refuses_in_every_form_is_refused_as_it_was_given() -> None:
+    template = MISTRAL_NEMO + "{{ raise_exception(messages[1].tool_calls[0].id) }}"
+    with pytest.raises(RequestError, match="length 9!"):
+        of(template).render_chat(called("call_1", "call_2"), tools=[TOOL])
+    with pytest.raises(RequestError, match="abcDEF123"):
+        of(template).render_chat(called("abcDEF123"), tools=[TOOL])
+
+
+def test_nothing_is_said_twice_alike() -> None:
+    forms = list(in_other_forms(called("abcDEF123", "abcDEF124")))
+    assert len(forms) == 3  # ids are as they should be
+    assert all(form != other for i, form in enumerate(forms) for other in forms[:i])
+    assert list(in_other_forms([{"role": "tool", "content": "", "tool_call_id": "abcDEF123"}])) == []
+
+
+def test_a_template_that_writes_no_calls_has_them_as_content() -> None:
+    """As Granite 3 writes them; else as Hermes."""
+    listed = '<|tool_call|>[{"name": "weather", "arguments": {"city": "Zürich"}}'
+    written = of(GRANITE_3).render_chat(CONVERSATION, tools=[TOOL])
+    assert written.endswith(f"<|assistant|>{listed}]<|tool|>20")
+    said = {**CONVERSATION[1], "content": "So:", "tool_calls": [CALL, CALL]}
+    assert (
+        of(GRANITE_3)
+        .render_chat([said])
+        .endswith(f"<|assistant|>So:\n{listed}, {listed.removeprefix('<|tool_call|>[')}]")
+    )
+    hermes = GRANITE_3.replace("<|tool_call|>", "calls")
+    assert of(hermes).render_chat(CONVERSATION).endswith(f"<|assistant|>{WRITTEN}<|tool|>20")
 
 
 def test_a_template_that_refuses_is_quoted() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+from engine.chat_template import check_variables, variables
+from engine.errors import RequestError
 from engine.text import TextProcessor
 from engine.types import Request
+from tests.chat_templates import GRANITE_3, LLAMA_3, QWEN3
 from tests.server.conftest import EOS_ID, TEXT, RunningServer, Serve, ids, says
 
 OPENED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -74,6 +78,35 @@ def test_the_templates_own_variables() -> None:
         with pytest.raises(Exception, match=name) as caught:
             text.encode_chat(messages, template_kwargs={name: 1})
         assert getattr(caught.value, "param", None) == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize(
+    ("template", "theirs", "not_theirs"),
+    [
+        (LLAMA_3, ["custom_tools", "date_string"], ["system_message", "tool_call", "documents"]),
+        (QWEN3, ["enable_thinking"], ["content", "reasoning_content", "parts", "message"]),
+        (GRANITE_3, ["available_tools", "documents"], ["tools", "message"]),
+        ("{% set x = x | default(3) %}{% for a in messages %}{{ a }}{{ b }}{% endfor %}{{ x }}", "xb", "a"),
+        ("{% macro f(a) %}{% set b %}{{ c }}{% endset %}{{ a + b }}{% endmacro %}{{ f(d) }}", "cd", "abf"),
+        ("{% if a %}{% set b = 1 %}{% elif b is undefined %}{% set b = 2 %}{% endif %}{{ b }}", "ab", ""),
+    ],
+)
+def test_a_variable_that_the_template_sets_itself_is_no_ones_to_give(
+    template: str, theirs: Iterable[str], not_theirs: Iterable[str]
+) -> None:
+    assert variables(template) == set(theirs)
+    for name in not_theirs:
+        with pytest.raises(RequestError, match=f"{name}: this model's chat template has no such variable"):
+            check_variables(template, [name])
+
+
+def test_documents_reach_a_template_that_reads_them() -> None:
+    text = TextProcessor(TEXT.tokenizer, GRANITE_3)
+    documents = [{"text": "In the beginning."}]
+    messages = [{"role": "user", "content": "q"}]
+    assert "In the beginning." in text.render_chat(messages, template_kwargs={"documents": documents})
+    with pytest.raises(RequestError, match="refuses"):
+        text.render_chat(messages, template_kwargs={"documents": [3]})
 
 
 def test_a_variable_that_the_template_does_not_read_is_refused(hello: RunningServer) -> None:
