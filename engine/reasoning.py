@@ -32,7 +32,7 @@ class ThoughtFormat:
         text_ids: other tokens that are no text to a grammar, and are text.
     """
 
-    name: Literal["think", "mistral"]
+    name: Literal["think", "mistral", "seed_oss"]
     begin: str
     end: str
     begin_id: int | None = None
@@ -106,9 +106,10 @@ THOUGHT_FORMATS: dict[str, ThoughtFormat] = {
     for each in (
         ThoughtFormat("think", "<think>", "</think>"),
         ThoughtFormat("mistral", "[THINK]", "[/THINK]"),
+        ThoughtFormat("seed_oss", "<seed:think>", "</seed:think>"),
     )
 }
-"""By name: of DeepSeek-R1, which nearly all others share, and of Magistral."""
+"""By name: of DeepSeek-R1, which nearly all others share, of Magistral, and of ByteDance's Seed-OSS."""
 
 
 def thought_format_of(text: TextProcessor, name: str = "auto") -> ThoughtFormat | None:

@@ -66,19 +66,22 @@ class Settings(EngineConfig, BaseSettings):
         description="File of API keys, one a line, that clients must send; keys can also be given in the "
         "environment as MEDUSA_API_KEY or, with commas, MEDUSA_API_KEYS.",
     )
-    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "granite"] = Field(
+    tool_call_parser: Literal[
+        "auto", "hermes", "llama3_json", "mistral", "granite", "nemotron", "apriel", "xlam", "phi4_mini_json"
+    ] = Field(
         "auto",
         description="How the model writes calls of tools: JSON between <tool_call> tags (hermes: Qwen), "
-        "as all of an answer (Llama 3.1 and later), as a list behind [TOOL_CALLS] (Mistral) or <|tool_call|> "
-        "(Granite 3). 'auto': as its chat template shows, else hermes, with which a template that knows no "
-        "tools is helped out.",
+        "as all of an answer (Llama 3.1 and later), as a list behind [TOOL_CALLS] (Mistral), <|tool_call|> "
+        "(Granite 3) or functools (phi4_mini_json), between <TOOLCALL> (nemotron) or <tool_calls> (apriel) "
+        "tags, or as all of an answer (xlam). 'auto': as its chat template shows, else hermes, with which a "
+        "template that knows no tools is helped out.",
     )
-    reasoning_parser: Literal["auto", "none", "think", "mistral"] = Field(
+    reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss"] = Field(
         "auto",
         description="How the model marks what it thinks before it answers, which chat completions tell from "
         "content: <think> and </think> (think: DeepSeek-R1, Qwen3 and most others), [THINK] and [/THINK] "
-        "(Mistral). 'auto': as its chat template shows, else as its vocabulary; where neither knows any, and "
-        "with 'none', all text is content.",
+        "(Mistral), <seed:think> and </seed:think> (Seed-OSS). 'auto': as its chat template shows, else as "
+        "its vocabulary; where neither knows any, and with 'none', all text is content.",
     )
     cors_origins: str | None = Field(
         None,

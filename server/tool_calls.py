@@ -52,8 +52,8 @@ class ToolCallParser:
     """Tells content from calls in one answer.
 
     A call is a JSON object with the function's `name` and its `arguments`, or `parameters`. Calls stand
-    between `begin` and `end`, one or a list of them, or, where `bare`, are what an answer that begins with a
-    brace consists of, with semicolons between them. Where `named`, `begin` may also stand before
+    between `begin` and `end`, one or a list of them, or are what an answer that begins with `bare` consists
+    of, with semicolons between them where that is no list. Where `named`, `begin` may also stand before
     each call's name, perhaps an id, and arguments, which alone are JSON then: `name[CALL_ID]id[ARGS]{…}`.
 
     One whose name is none of `names`, or whose arguments are no object, is content. White space around calls
@@ -62,14 +62,14 @@ class ToolCallParser:
     Once the name is known, arguments are passed on as they come: they are JSON only if the model wrote JSON.
 
     Args:
-        begin: what opens calls; not empty.
+        begin: what opens calls; may be empty.
         end: what closes them; may be empty.
-        bare: calls may come without either.
+        bare: what calls without either begin with: a brace, a bracket, or empty for none of them.
         names: of the functions that may be called.
         named: calls may come without an object around them.
     """
 
-    def __init__(self, begin: str, end: str, bare: bool, names: Set[str], named: bool = False) -> None:
+    def __init__(self, begin: str, end: str, bare: str, names: Set[str], named: bool = False) -> None:
         self._begin, self._end, self._bare, self._names = begin, end, bare, names
         self._named = named
         self._text = ""  # that came and is not read yet
@@ -148,10 +148,14 @@ class ToolCallParser:
             start = self._text.lstrip()
             if not start:
                 return False
-            self._bare = False
-            if start.startswith("{"):
+            bare, self._bare = self._bare, ""
+            if start.startswith(bare):
                 self._enter(self._text[: -len(start)], start)
                 return True
+        if not self._begin:
+            self._say(self._text)
+            self._text = ""
+            return False
         before, begin, after = self._text.partition(self._begin)
         if begin:
             self._say(before)

@@ -10,14 +10,17 @@ from uuid import uuid4
 
 from engine.chat_template import reads_tools
 from engine.grammar import GrammarSpec
-from engine.tool_prompt import CALL_BEGIN, CALL_END
+from engine.tool_prompt import CALL_BEGIN, CALL_END, LISTED_BEGIN
 from server.tool_calls import ToolCallParser
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
 
-__all__ = ["FORMATS", "Function", "ToolFormat", "format_of"]
+__all__ = ["FORMATS", "Function", "ToolFormat", "ToolFormatName", "format_of"]
 
+ToolFormatName = Literal[
+    "hermes", "llama3_json", "mistral", "granite", "nemotron", "apriel", "xlam", "phi4_mini_json"
+]
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
 
 _AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -45,9 +48,9 @@ class ToolFormat:
 
     Args:
         name: as the setting has it.
-        begin: what opens calls, text or a token of its own.
-        end: what closes them.
-        bare: an answer that begins with a brace is a call.
+        begin: what opens calls, text or a token of its own; empty where only `bare` does.
+        end: what closes them; may be empty.
+        bare: an answer that begins with this is calls; empty where none is without `begin`.
         listed: calls are a JSON list.
         marks: where a call is the function's name and its arguments, what stands between them, each with its
             id where it is a token of its own; empty where a call is an object of both.
@@ -57,10 +60,10 @@ class ToolFormat:
         text_ids: other tokens that are no text to a grammar, and are text.
     """
 
-    name: Literal["hermes", "llama3_json", "mistral", "granite"]
+    name: ToolFormatName
     begin: str
     end: str = ""
-    bare: bool = False
+    bare: Literal["", "{", "["] = ""
     listed: bool = False
     marks: tuple[tuple[str, int | None], ...] = ()
     parameters: str = "arguments"
@@ -117,7 +120,9 @@ class ToolFormat:
         """A call, with the rule of its arguments."""
         if not self.marks:
             opening = f'{{"name": {json.dumps(name)}, "{self.parameters}": '
-            return f'{json.dumps(opening)} {arguments} "}}"'
+            # Mistral's templates show the ids of calls, and its models write some.
+            id_ = r'(", \"id\": \"" ID "\"")? ' if self.name == "mistral" else ""
+            return f'{json.dumps(opening)} {arguments} {id_}"}}"'
         head = (_written(mark, token) + (" ID" if mark == _CALL_ID else "") for mark, token in self.marks)
         return " ".join((json.dumps(name), *head, arguments))
 
@@ -125,14 +130,19 @@ class ToolFormat:
         """The rules for all but `call`, a call's object, and `body`."""
         other = " | body" if body else " | FIRST" if text else ""
         unless = rf" & ~(/\s*/ {json.dumps(unlike)} /(.|\n)*/)" if unlike else ""
+        if self.listed:
+            more = '(", " call)*' if several else '""'
         if self.bare:
-            # Text that begins with a brace would be read as a call.
-            return [f"start: call{other}", rf"FIRST: /[^{{\s](.|\n)*/{unless}"]
+            # Text that begins so would be read as a call.
+            calls = '"[" call more "]"' if self.listed else "call"
+            first = [f"start: {calls}{other}", rf"FIRST: /[^\{self.bare}\s](.|\n)*/{unless}"]
+            return [*first, f"more: {more}"] if self.listed else first
         begin, end = _written(self.begin, self.begin_id), _written(self.end, self.end_id)
         if self.marks:
             behind, more = "call more", "one?" if several else '""'
         elif self.listed:
-            behind, more = '" "? "[" call more "]"', '(", " call)*' if several else '""'
+            opening = "" if self.begin.endswith("[") else '" "? "[" '
+            behind = f'{opening}call more "]" {end if self.end else ""}'
         else:
             behind, more = f'"\\n" call "\\n" {end} more', r'("\n" one)*' if several else '""'
         calls = "one"
@@ -158,21 +168,29 @@ class ToolFormat:
             rf"FIRST: /(.|\n)*/{unless}",
             rf"SOME: /\s*\S(.|\n)*/{unless}",
             r"TEXT: /(.|\n)*/",
-            *(["ID: /[a-zA-Z0-9]{9}/"] if self.marks else []),
+            *(["ID: /[a-zA-Z0-9]{9}/"] if self.name == "mistral" else []),
         ]
 
 
 FORMATS: dict[str, ToolFormat] = {
     each.name: each
     for each in (
+        ToolFormat("apriel", "<tool_calls>", "</tool_calls>", listed=True),
         ToolFormat("hermes", CALL_BEGIN, CALL_END),
-        ToolFormat("llama3_json", "<|python_tag|>", bare=True, parameters="parameters"),
+        ToolFormat("llama3_json", "<|python_tag|>", bare="{", parameters="parameters"),
         ToolFormat("mistral", "[TOOL_CALLS]", listed=True),
-        ToolFormat("granite", "<|tool_call|>", listed=True),
+        ToolFormat("granite", LISTED_BEGIN, listed=True),
+        ToolFormat("nemotron", "<TOOLCALL>", "</TOOLCALL>", listed=True),
+        ToolFormat("phi4_mini_json", "functools[", listed=True),
+        ToolFormat("xlam", "", bare="[", listed=True),
     )
 }
-"""By name: of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral, whose
-newer models have `marks`; of Granite 3, whose successor writes as Hermes."""
+"""By name: of ServiceNow's Apriel, whose template shows Hermes's too; of NousResearch's Hermes, which Qwen
+and SmolLM share; of Llama 3.1 and later; of Mistral, whose newer models have `marks`; of Granite 3, whose
+successor writes as Hermes; of NVIDIA's Nemotron; of Phi-4-mini as vLLM's template asks for it; of
+Salesforce's xLAM 2."""
+
+_XLAM_SHOWS = '[{"name": "tool_call_name"'
 
 
 def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
@@ -204,7 +222,7 @@ def _marks(template: str, text: TextProcessor) -> tuple[tuple[str, int | None], 
 def _shown_in(template: str) -> str:
     if template and reads_tools(template):
         for form in FORMATS.values():
-            if form.begin in template:
+            if (form.begin or _XLAM_SHOWS) in template:
                 return form.name
         if '"parameters"' in template and "ipython" in template:
             return "llama3_json"

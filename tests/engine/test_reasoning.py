@@ -34,6 +34,7 @@ def of(template: Any) -> TextProcessor:
         (QWEN3, "think"),
         (DEEPSEEK_R1, "think"),
         (MAGISTRAL, "mistral"),
+        ("{{ messages }}{% set think_begin_token = '<seed:think>' %}", "seed_oss"),
         (PLAIN, None),
         ("{{ messages }}</think>", "think"),
         ({"default": PLAIN, "tool_use": QWEN3}, "think"),

@@ -123,11 +123,30 @@ GRANITE: list[tuple[str, str, Calls]] = [
     ('<|tool_call|>[{"name": "time", "arguments": {"a": 1}}]', "", [("time", '{"a": 1}')]),
     ("<|tool_call|>time[ARGS]{}", "<|tool_call|>time[ARGS]{}", []),
 ]
+TWO = '{"name": "time", "arguments": {"a": "]"}}, {"name": "weather", "arguments": {}}'
+CALLED = [("time", '{"a": "]"}'), ("weather", "{}")]
+LISTED: list[tuple[str, str, str, Calls]] = [
+    ("apriel", f"\n<tool_calls>[{TWO}]</tool_calls>\n", "", CALLED),
+    ("apriel", f"Hm.\n<tool_calls>\n[{TWO}]\n</tool_calls> Done.", "Hm.Done.", CALLED),
+    ("apriel", "<tool_calls>[]</tool_calls>", "<tool_calls>[]</tool_calls>", []),
+    ("nemotron", f"<TOOLCALL>[{TWO}]</TOOLCALL>", "", CALLED),
+    ("nemotron", '<TOOLCALL>["time"]</TOOLCALL>', '<TOOLCALL>["time"]</TOOLCALL>', []),
+    ("phi4_mini_json", f"functools[{TWO}]", "", CALLED),
+    ("phi4_mini_json", "functools.cache, functools[0]", "functools.cache, functools[0]", []),
+    ("xlam", f"[{TWO}]", "", CALLED),
+    ("xlam", f" \n[{TWO}]\nDone.", "Done.", CALLED),
+    ("xlam", f"So: [{TWO}]", f"So: [{TWO}]", []),
+    ("xlam", "[]\n", "[]\n", []),
+    ("xlam", '[1, {"name": "time"}]', '[1, {"name": "time"}]', []),
+    ("xlam", '{"name": "time", "arguments": {}}', '{"name": "time", "arguments": {}}', []),
+    ("xlam", " [", " [", []),
+]
 CASES = [
     *(("hermes", *case) for case in HERMES),
     *(("llama3_json", *case) for case in LLAMA),
     *(("mistral", *case) for case in MISTRAL),
     *(("granite", *case) for case in GRANITE),
+    *LISTED,
 ]
 
 
@@ -167,6 +186,7 @@ def test_where_the_text_is_cut_does_not_matter(
 
 PARTS = [
     *("<tool_call>", "</tool_call>", "<tool_", "call>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL", "text"),
+    *("<TOOLCALL>", "</TOOLCALL>", "</TOOL"),
     *("[ARGS]", "[CALL_ID]", "[ARGS", "time", "rain", "abc123", '[TOOL_CALLS]time[ARGS]{"a": '),
     *("\n", " ", "{", "}", "[", "]", ",", ";", ":", '"', "\\", "1", "null", "\u2028", "é", "{}", '"{}"'),
     *('"name"', '"time"', '"rain"', '"arguments"', '"parameters"', '{"a": [1,"}"]}', '"x": 1'),
@@ -176,7 +196,7 @@ PARTS = [
 
 
 @given(
-    form=st.sampled_from(["hermes", "llama3_json", "mistral"]),
+    form=st.sampled_from(["hermes", "llama3_json", "mistral", "nemotron", "xlam"]),
     text=st.lists(st.sampled_from(PARTS), max_size=14).map("".join),
     data=st.data(),
 )
@@ -223,7 +243,7 @@ def test_an_answer_may_go_on_with_a_begun_call(begun: str, answer: str, content:
 
 
 @given(
-    form=st.sampled_from(["hermes", "llama3_json", "mistral"]),
+    form=st.sampled_from(["hermes", "llama3_json", "mistral", "nemotron", "xlam"]),
     parts=st.lists(st.sampled_from(PARTS), max_size=14),
     data=st.data(),
 )

@@ -57,10 +57,10 @@ def written(form: ToolFormat, *calls: str) -> str:
     match form.name:
         case "hermes":
             return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
-        case "mistral" | "granite":
-            return f"{form.begin}[{', '.join(calls)}]"
         case "llama3_json":
             return "; ".join(calls)
+        case _:
+            return f"{form.begin.removesuffix('[')}[{', '.join(calls)}]{form.end}"
 
 
 def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT, *, by_letters: bool = False) -> bool:
@@ -94,8 +94,8 @@ def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> No
     assert follows(spec, written(form, FIRST, SECOND)) == (form.name != "llama3_json")
     for right, wrong in WRONG:
         assert not follows(spec, one.replace(right, wrong))
-        # Behind text Llama's calls are text, and read as text.
-        assert follows(spec, "So: " + one.replace(right, wrong)) == (form.name == "llama3_json")
+        # Behind text calls without anything around them are text, and read as text.
+        assert follows(spec, "So: " + one.replace(right, wrong)) == bool(form.bare)
     assert follows(spec, "So: " + one)
     single = form.grammar(FUNCTIONS, text=True, schema=None, several=False)
     assert follows(single, "So: " + one)
@@ -221,6 +221,10 @@ LLAMA_LIKE = (
         (LLAMA_LIKE + "<|python_tag|>", "llama3_json"),
         ("{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}respond only with <|tool_call|> followed by a JSON list{% endif %}", "granite"),
+        ("{{ tools }} within <tool_call> tags as follows: <tool_calls>[{...}]</tool_calls>", "apriel"),
+        ("{{ tools }}<TOOLCALL>[{...}]</TOOLCALL>", "nemotron"),
+        ('{{ tools }} formatted as functools[{"name": [function name], ...}, ...]', "phi4_mini_json"),
+        ('{{ tools }} in a single JSON array: \n\n[{"name": "tool_call_name", ...}]', "xlam"),
         # These say nothing of tools, or nothing that is known.
         ("[TOOL_CALLS] {{ messages }}", "hermes"),
         ("{{ messages }} {# tools [TOOL_CALLS] #}", "hermes"),
@@ -271,6 +275,18 @@ def test_an_id_is_one_that_templates_take() -> None:
     assert follows(spec, one)
     for wrong in ("abc123XY", "abc123XYZ0", "abc-23XYZ", ""):
         assert not follows(spec, one.replace("abc123XYZ", wrong))
+
+
+def test_a_call_in_mistrals_list_may_have_its_id() -> None:
+    spec = FORMATS["mistral"].grammar(FUNCTIONS, text=False, schema=None, several=True)
+    calls = [call % "arguments" for call in (FIRST, SECOND)]
+    first, second = (
+        call[:-1] + f', "id": "{id_}"}}' for call, id_ in zip(calls, ("abc123XYZ", "d" * 9), strict=True)
+    )
+    for answer in (f"[{first}]", f"[{first}, {second}]", f"[{calls[0]}, {second}]"):
+        assert follows(spec, f"[TOOL_CALLS]{answer}")
+    assert not follows(spec, f"[TOOL_CALLS][{first}]".replace("abc", "ab"))
+    assert not follows(spec, f"[TOOL_CALLS][{first}]".replace('"id"', '"no"'))
 
 
 def test_ids_are_those_that_templates_take() -> None:
