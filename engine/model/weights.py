@@ -16,6 +16,7 @@ from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
 from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
 from engine.model.prequantized import DequantizedFile, stated_quantization
+from engine.model.tekken import convert, find_tekken, split_as_stated
 from engine.model.text_part import TextPartFile, has_vision_part
 from engine.types import SamplingParams
 
@@ -222,26 +223,32 @@ def _eos_token_ids(folder: Path, generation: dict[str, Any]) -> tuple[int, ...]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, exactly as its tokenizer.json says where there is one.
+    """The folder's tokenizer, exactly as its tokenizer.json, or else its tekken.json, says where it has one.
 
     Raises:
         ModelError: it cannot be read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    tekken = find_tekken(folder)
+    if tekken is not None and not (folder / "tokenizer.json").is_file():
+        return convert(tekken)
     load: Callable[..., PreTrainedTokenizerBase] = AutoTokenizer.from_pretrained
     if (folder / "tokenizer.json").is_file():
         # By name: for a `tokenizer_class` it knows (GPT2Tokenizer, LlamaTokenizer, …) transformers 5 takes
         # vocabulary and merges from the file but the splitting from the class, and splits digits wrong.
         load = PreTrainedTokenizerFast.from_pretrained
     try:
-        return load(folder, clean_up_tokenization_spaces=False, local_files_only=True)
+        tokenizer = load(folder, clean_up_tokenization_spaces=False, local_files_only=True)
     except (OSError, ValueError, TypeError, LookupError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of {folder}: {error}") from error
     except Exception as error:
         if type(error) is not Exception:  # `tokenizers` raises no subclass of its own
             raise
         raise ModelError(f"cannot read {folder / 'tokenizer.json'}: {error}") from error
+    if tekken is not None:
+        split_as_stated(tokenizer, tekken)
+    return tokenizer
 
 
 class Checkpoint:

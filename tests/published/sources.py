@@ -17,7 +17,7 @@ import httpx
 
 from engine.model.embedded import cache_root
 
-__all__ = ["TOKENIZERS", "templates", "tokenizer_dir", "vocabularies"]
+__all__ = ["TOKENIZERS", "nemos_tekken", "templates", "tokenizer_dir", "vocabularies"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,23 @@ _VLLM = _Archive(
     ("/examples/tool_chat_template_", "/examples/template_"),
 )
 
+_MISTRAL_COMMON = _Archive(
+    "https://files.pythonhosted.org/packages/be/1b/a0b95fe6ec635e8f3579cc680f7e2b414c49152852aed4b22e54e92ca748/"
+    "mistral_common-1.13.1.tar.gz",
+    "ad8d5b7e866e907925e31274c314fdaa7f7c45a0a43e7d2f543fd7fe65ddcea9",
+    ("/mistral_common/data/tekken_240718",),
+)
+
 
 def tokenizer_dir(name: str) -> Path:
     """Where the files of one of `TOKENIZERS` lie."""
     return _unpacked(TOKENIZERS[name]) / "package" / "models"
+
+
+def nemos_tekken() -> Path:
+    """The tekken.json of Mistral Nemo, of the form that leaves its special tokens to mistral-common."""
+    (path,) = _unpacked(_MISTRAL_COMMON).rglob("tekken_*.json")
+    return path
 
 
 def templates() -> dict[str, Path]:
