@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
+from engine.own_tokens import tokenizer_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -246,7 +247,7 @@ class GrammarCompiler:
         self._tokenizer(None)
 
     def compile(self, spec: GrammarSpec, *, param: str | None = None) -> Grammar:
-        """A grammar from its text. The first call takes half a second more: it reads the tokenizer.
+        """A grammar from its text. The first call takes one to three seconds more: it reads the tokenizer.
 
         Args:
             param: the request's field, for errors.
@@ -298,13 +299,16 @@ class GrammarCompiler:
     def _tokenizer(self, param: str | None) -> LLTokenizer:
         with self._lock:
             if self._made is None:
-                from llguidance.hf import from_tokenizer
+                from llguidance import LLTokenizer
 
+                eos = sorted(self._eos) or self._hf.eos_token_id
                 try:
-                    self._made = from_tokenizer(self._hf, eos_token=sorted(self._eos) or None)
+                    read = LLTokenizer(tokenizer_json(self._hf), eos_token=eos, slices=[])
                 except ValueError as error:
                     text = f"this model's tokenizer cannot be used with a grammar: {error}"
                     raise RequestError(text, param=param) from error
+                # In a call of its own: all threads wait for each of the two, for a second with 262k tokens.
+                self._made = read.with_slices(LLTokenizer.general_slices())
             return self._made
 
 

@@ -18,6 +18,7 @@ from engine.chat_template import (
 )
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import RequestError
+from engine.own_tokens import is_own, own_text_ids
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from engine.thought import Thought
 from engine.token_bytes import FALLBACK_BYTE, Spelling, spelling_of
@@ -307,19 +308,17 @@ class TextProcessor:
         return TokenText(data.decode("utf-8", "replace"), data)
 
     def own_token_id(self, name: str) -> int | None:
-        """The token that a grammar takes for this and for no text that is spelled so, or None.
-
-        For llguidance these are special tokens and, whatever the tokenizer calls them, added ones in angle
-        brackets, such as Qwen's `<tool_call>`.
-        """
+        """The token that a grammar takes for this and for no text that is spelled so, or None."""
         token_id = self.tokenizer.get_added_vocab().get(name)
-        return token_id if _is_bracketed(name) or token_id in self._special_ids else None
+        if token_id is None:
+            return None
+        own = is_own(self.tokenizer, name, special=token_id in self._special_ids)
+        return token_id if own else None
 
     @property
     def own_text_ids(self) -> list[int]:
         """Such tokens that are text all the same, as Qwen's `<think>`: a grammar of text has to name them."""
-        added = self.tokenizer.get_added_vocab().items()
-        return sorted(i for name, i in added if _is_bracketed(name) and i not in self._special_ids)
+        return own_text_ids(self.tokenizer, self._special_ids)
 
     def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """The token sequences to keep out of an output that must not hold these words.
@@ -440,10 +439,6 @@ def _refusals() -> tuple[type[Exception], ...]:
     from jinja2 import TemplateError  # transformers' own dependency, needed only here
 
     return (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-
-
-def _is_bracketed(token: str) -> bool:
-    return token.startswith("<") and token.endswith(">")
 
 
 def _are_usual(messages: list[dict[str, Any]]) -> bool:

@@ -48,8 +48,8 @@ class Grammars:
     async def prepare(self, idle: Callable[[], bool], spec: GrammarSpec) -> None:
         """Compile `spec` as soon as the server is idle, so that the first user does not wait for it.
 
-        The first grammar of all has the tokenizer read, half a second and more of it without letting any
-        other thread run. At the start that would delay the first answers, and with the first request for a
+        The first grammar of all has the tokenizer read, a second and more of it without letting any other
+        thread run. At the start that would delay the first answers, and with the first request for a
         grammar it would stall every stream beside it; between requests nobody notices.
 
         Args:
