@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 GGUF_INDEX = "gguf.json"
 """In a model folder made from a GGUF: the file's path and the place, type and shape of each tensor."""
 
-_VERSION = 1
+_VERSION = 2
 """Raised with every change to what is written: older folders are then left alone."""
 
 _ARCHITECTURES = {
@@ -62,10 +62,19 @@ _GEMMA_NAMES = _LAYER_NAMES | {
 
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3 divides its frequencies by; llama.cpp computes it ahead
 
-# What ends an answer in any model that has it as a control token, besides the stated end of text
+# What ends an answer in any model that has it as a token of its own, besides the stated end of text
 # (llama.cpp does the same).
-_END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
-_CONTROL = 3
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<eos>",
+    "<|end|>",
+    "<|endoftext|>",
+)
+_CONTROL, _USER_DEFINED = 3, 4  # older converters write added tokens, `<|im_end|>` too, as the latter
 
 _GEMMA3_27B_LAYERS = 62  # whose queries alone are scaled by hidden / heads; the metadata does not say so
 
@@ -319,7 +328,7 @@ def _end_tokens(fields: Mapping[str, Any]) -> list[int]:
     known = {
         token: index
         for index, token in enumerate(fields["tokenizer.ggml.tokens"])
-        if kinds[index] == _CONTROL
+        if kinds[index] in (_CONTROL, _USER_DEFINED)
     }
     stated = [fields.get("tokenizer.ggml.eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")]
     ends = [*stated, *(known.get(token) for token in _END_TOKENS)]

@@ -6,8 +6,9 @@ tokenizer.json follows from these, as llama.cpp's `llama-vocab.cpp` has it for e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import UnsupportedModelError
 
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["build_tokenizer", "tokenizer_config"]
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-"""Kinds of tokens (gguf.TokenType) that are not ordinary pieces."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+"""Kinds of tokens (gguf.TokenType)."""
 
 _SPACE = "\u2581"  # how sentencepiece writes one
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 
@@ -31,23 +33,41 @@ _LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_REST}"
 _TEKKEN = (
     rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGIT = r"\p{N}"
+_CHINESE_KOREAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
-_SPLITS: dict[str, str | None] = {
-    "llama-bpe": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": _TEKKEN,
-    "gpt-2": None,  # GPT-2's own pattern, which `ByteLevel` has built in
-    "smollm": None,  # the same, after every digit is set apart
+_SPLITS = {
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),  # Llama 3's as first published, without whole words
+    "dbrx": (_LLAMA3,),  # Phi-4 in Llama's form
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "tekken": (_TEKKEN,),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE_KOREAN, _DIGIT),
+    "gpt-2": (_GPT2,),
+    "smollm": (_DIGIT, _GPT2),
+    "refact": (_DIGIT, _GPT2),  # Granite code models
 }
-"""For each `tokenizer.ggml.pre` of a byte-level BPE, where text is cut before merging."""
+"""For each `tokenizer.ggml.pre` of a byte-level BPE, where text is cut before merging, one after another."""
 
-_WHOLE_WORDS = ("llama-bpe", "tekken")
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 """Where a word that is in the vocabulary is taken whole, whatever the merges would make of it."""
 
-_BOS_BY_DEFAULT = ("llama-bpe", "tekken")
+_BOS_BY_DEFAULT = _WHOLE_WORDS
+
+_COMPOSED = ("qwen2", "deepseek-r1-qwen")
+"""Where a letter and its accent are made one character first (Unicode's NFC)."""
+
+
+class _Token(NamedTuple):
+    id: int
+    text: str
+    kind: int
 
 
 def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
@@ -57,14 +77,21 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         UnsupportedModelError: the kind of tokenizer is not covered.
         LookupError, ValueError: metadata is missing or does not fit.
     """
-    kind = fields["tokenizer.ggml.model"]
-    if kind == "gpt2":
-        tokenizer = _byte_level(fields)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(fields, gemma=fields["general.architecture"].startswith("gemma"))
-    else:
+    kind, split = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "(none given)")
+    if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(f"GGUF tokenizer {kind!r} is not supported; supported: gpt2, llama")
-    _add_tokens(tokenizer, fields)
+    if kind == "gpt2" and split not in _SPLITS:
+        raise UnsupportedModelError(
+            f"GGUF pre-tokenizer {split!r} is not supported; supported: {', '.join(_SPLITS)}"
+        )
+    tokens = _tokens(fields)
+    if kind == "gpt2":
+        tokenizer = _byte_level(fields, tokens, split)
+    else:
+        gemma = fields["general.architecture"].startswith("gemma")
+        tokens = [_in_gemma(token) for token in tokens] if gemma else tokens
+        tokenizer = _sentencepiece(fields, tokens, gemma=gemma)
+    _add_tokens(tokenizer, tokens)
     bos = fields.get("tokenizer.ggml.bos_token_id")
     if _adds_bos(fields) and bos is not None:
         from tokenizers import processors
@@ -85,7 +112,7 @@ def tokenizer_config(fields: Mapping[str, Any], model_max_length: int) -> dict[s
         for name, short in names.items()
         if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None
     }
-    template = fields.get("tokenizer.chat_template")
+    template = _chat_template(fields)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -95,6 +122,21 @@ def tokenizer_config(fields: Mapping[str, Any], model_max_length: int) -> dict[s
     }
 
 
+def _chat_template(fields: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """As tokenizer_config.json has it: several by name, such as `tool_use`, beside the default one."""
+    default = fields.get("tokenizer.chat_template")
+    named = {
+        name: template
+        for name in fields.get("tokenizer.chat_templates", ())
+        if (template := fields.get(f"tokenizer.chat_template.{name}")) is not None
+    }
+    if not named:
+        return default
+    if default is not None:
+        named["default"] = default
+    return [{"name": name, "template": template} for name, template in named.items()]
+
+
 def _adds_bos(fields: Mapping[str, Any]) -> bool:
     stated = fields.get("tokenizer.ggml.add_bos_token")
     if stated is not None:
@@ -102,53 +144,46 @@ def _adds_bos(fields: Mapping[str, Any]) -> bool:
     return fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") in _BOS_BY_DEFAULT
 
 
-def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
+def _tokens(fields: Mapping[str, Any]) -> list[_Token]:
+    """All but what fills the embedding's rows up, which is no text whatever its kind."""
+    named = zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True)
+    return [
+        _Token(index, text, kind)
+        for index, (text, kind) in enumerate(named)
+        if kind == _NORMAL or text != f"[PAD{index}]"
+    ]
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: Sequence[_Token], name: str) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    name = fields.get("tokenizer.ggml.pre", "(none given)")
-    if name not in _SPLITS:
-        raise UnsupportedModelError(
-            f"GGUF pre-tokenizer {name!r} is not supported; supported: {', '.join(_SPLITS)}"
-        )
-    vocab = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    vocab = {token.text: token.id for token in tokens}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    for merge in merges:  # `tokenizers` panics at one that does not fit
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise ValueError(f"the merge {' '.join(merge)!r} does not fit the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in _WHOLE_WORDS))
-    split = _SPLITS[name]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
-    if split is not None:
-        steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if split == _QWEN2:
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[name]]
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, in_bytes])
+    if name in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(fields: Mapping[str, Any], *, gemma: bool) -> Tokenizer:
+def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[_Token], *, gemma: bool) -> Tokenizer:
     """Its BPE, with the merges that the vocabulary implies.
 
-    Pieces join in the order of their scores, in Gemma in that of their ids. Gemma's runs of spaces are
-    stored as spaces; its text is only respelled, while others put a space before it.
+    Gemma's text is only respelled, while others put a space before it.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    kinds: list[int] = fields["tokenizer.ggml.token_type"]
-    if gemma:
-        tokens = [_SPACE * len(token) if _is_spaces(token) else token for token in tokens]
-        ranks: Iterable[float] = (-index for index in range(len(tokens)))
-    else:
-        ranks = fields["tokenizer.ggml.scores"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    pieces = {
-        token: rank
-        for token, rank, kind in zip(tokens, ranks, kinds, strict=True)
-        if kind not in (_UNKNOWN, _CONTROL, _BYTE)
-    }
-    unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    vocab = {token.text: token.id for token in tokens}
+    unknown = fields["tokenizer.ggml.tokens"][fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    merges = _merges(_ranks(fields, tokens, gemma=gemma))
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     prefixed = not gemma and fields.get("tokenizer.ggml.add_space_prefix", True)
     respell = normalizers.Replace(" ", _SPACE)
@@ -162,34 +197,52 @@ def _sentencepiece(fields: Mapping[str, Any], *, gemma: bool) -> Tokenizer:
     return tokenizer
 
 
-def _merges(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
+def _ranks(fields: Mapping[str, Any], tokens: Sequence[_Token], *, gemma: bool) -> dict[str, float]:
+    """How early each piece is made of two others: the higher, the sooner."""
+    pieces = [token for token in tokens if token.kind not in (_UNKNOWN, _CONTROL, _BYTE)]
+    if gemma:
+        # Its runs of one character come before all else, though their scores in the file do not say so.
+        return {token.text: 1 if token.kind == _USER_DEFINED else -token.id for token in pieces}
+    scores = fields.get("tokenizer.ggml.scores")
+    if scores and len({scores[token.id] for token in pieces if token.kind == _NORMAL}) > 1:
+        return {token.text: scores[token.id] for token in pieces}
+    # A converter that found no sentencepiece model writes one score for all. In those of Llama 2 and Mistral
+    # the scores fall with the ids, and spaces join last.
+    return {token.text: -token.id if token.text.strip(_SPACE) else -math.inf for token in pieces}
+
+
+def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, the best ranked pieces first."""
     found = [
         (rank, piece[:cut], piece[cut:])
-        for piece, rank in pieces.items()
+        for piece, rank in ranks.items()
         for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
+        if piece[:cut] in ranks and piece[cut:] in ranks
     ]
-    found.sort(key=lambda merge: (merge[0], len(merge[1])), reverse=True)
+    found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     return [(left, right) for _, left, right in found]
 
 
-def _add_tokens(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[_Token]) -> None:
     """Tokens that are found in the text before it is split."""
     from tokenizers import AddedToken
 
-    named = list(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in named if kind == _CONTROL]
+        [
+            AddedToken(token.text, normalized=False, special=True)
+            for token in tokens
+            if token.kind in (_UNKNOWN, _CONTROL)
+        ]
     )
     tokenizer.add_tokens(
         [
-            AddedToken(token, normalized=False, special=False)
-            for token, kind in named
-            if kind == _USER_DEFINED and not _is_spaces(token)
+            AddedToken(token.text, normalized=False, special=False)
+            for token in tokens
+            if token.kind == _USER_DEFINED and token.text.strip(" ")
         ]
     )
 
 
-def _is_spaces(token: str) -> bool:
-    return bool(token) and not token.strip(" ")
+def _in_gemma(token: _Token) -> _Token:
+    """As its vocabulary has it; the converter writes runs of spaces as such."""
+    return token if token.text.strip(" ") else token._replace(text=_SPACE * len(token.text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tokenizers import pre_tokenizers
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.config import ModelConfig
-from engine.model.gguf_tokenizer import build_tokenizer
+from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from engine.model.weights import Checkpoint, load_generation_defaults, load_tokenizer, resolve_model
+from engine.text import TextProcessor
 from tests.support import greedy, greedy_reference, make_engine, run_all, tiny_model
 
 NAMES = {
@@ -110,8 +112,10 @@ def byte_level(writer: gguf.GGUFWriter, size: int, pre: str = "qwen2") -> None:
         "12",
         "<|im_start|>",
         "<|im_end|>",
+        "<|end_of_text|>",
+        "<eos>",
     ]
-    kinds = [1] * 259 + [3, 3] + [1] * (size - 261)
+    kinds = [1] * 259 + [3, 4, 3] + [1] * (size - 262)
     tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -248,33 +252,123 @@ def test_byte_level_text_and_end_tokens(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert tokenizer.tokenize("ab ab12<|im_end|>") == ["ab", "\u0120ab", "1", "2", "<|im_end|>"]
     assert tokenizer.chat_template == "{{ messages }}"
-    assert load_generation_defaults(folder).eos_token_ids == (
-        0,
-        tokenizer.convert_tokens_to_ids("<|im_end|>"),
-    )
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end_of_text|>"])  # "<eos>" is an ordinary piece
+    assert load_generation_defaults(folder).eos_token_ids == (0, *ends)
+
+
+def described(tokens: list[str], kinds: dict[str, int] | None = None, **fields: Any) -> dict[str, Any]:
+    """A GGUF's metadata of a byte-level tokenizer, or of sentencepiece's with `ggml={"model": "llama"}`."""
+    stated = {"model": "gpt2", "pre": "qwen2", "merges": []} | fields.pop("ggml", {})
+    return {
+        "general.architecture": fields.pop("architecture", "llama"),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [(kinds or {}).get(token, 1) for token in tokens],
+        **{f"tokenizer.ggml.{name}": value for name, value in stated.items()},
+        **fields,
+    }
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
         ("llama-bpe", ["ab", "\u0120", "123", "4", "'S"]),
+        ("dbrx", ["ab", "\u0120", "123", "4", "'S"]),
         ("qwen2", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
+        ("tekken", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
         ("smollm", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
+        ("refact", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
+        ("deepseek-coder", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
         ("gpt-2", ["ab", "\u01201234", "'", "S"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(pre: str, pieces: list[str]) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = build_tokenizer(
-        {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pre,
-            "tokenizer.ggml.tokens": alphabet,
-            "tokenizer.ggml.token_type": [1] * 256,
-            "tokenizer.ggml.merges": [],
-        }
-    )
+    tokenizer = build_tokenizer(described(ALPHABET, ggml={"pre": pre}))
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("ab 1234'S")] == pieces
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("llama3", ["<bos>", "abc"]),
+        ("tekken", ["<bos>", "abc"]),
+        ("smaug-bpe", ["ab", "c"]),
+        ("qwen2", ["ab", "c"]),
+    ],
+)
+def test_words_are_whole_and_texts_begin_as_the_file_says(pre: str, pieces: list[str]) -> None:
+    vocabulary = [*ALPHABET, "ab", "bc", "abc", "<bos>"]
+    stated = {"pre": pre, "merges": ["a b", "b c", "a bc"], "bos_token_id": 259}
+    fields = described(vocabulary, {"<bos>": 3}, ggml=stated)
+    assert build_tokenizer(fields).encode("abc").tokens == pieces
+    stated["add_bos_token"] = pre == "qwen2"
+    fields = described(vocabulary, {"<bos>": 3}, ggml=stated)
+    begins = build_tokenizer(fields).encode("abc").tokens[0] == "<bos>"
+    assert begins == (pre == "qwen2")
+
+
+def test_only_qwen_composes_letters_and_accents() -> None:
+    ids = {pre: build_tokenizer(described(ALPHABET, ggml={"pre": pre})) for pre in ("qwen2", "llama-bpe")}
+    assert ids["qwen2"].encode("e\u0301").ids == ids["qwen2"].encode("\u00e9").ids
+    assert ids["llama-bpe"].decode(ids["llama-bpe"].encode("e\u0301").ids) == "e\u0301"
+
+
+def test_what_fills_the_vocabulary_up_is_no_text() -> None:
+    """Whatever kind the converter gave it; the same name at another place is a token like any other."""
+    tokens = [*ALPHABET, "[PAD256]", "[PAD257]", "[PAD9]"]
+    kinds = dict(zip(tokens[256:], (4, 5, 4), strict=True))
+    tokenizer = build_tokenizer(described(tokens, kinds))
+    assert tokenizer.encode("[PAD256]").tokens == list("[PAD256]")
+    assert tokenizer.encode("[PAD9]").ids == [258]
+    assert tokenizer.id_to_token(257) is None
+
+
+def test_merges_that_do_not_fit_are_refused() -> None:
+    for merge in ("a b", "a zz", "a", "a b c"):
+        with pytest.raises(ValueError, match=f"the merge '{merge}' does not fit the vocabulary"):
+            build_tokenizer(described([*ALPHABET, "abc"], ggml={"merges": [merge]}))
+
+
+def test_sentencepiece_without_scores_joins_by_id() -> None:
+    """As where a converter found no sentencepiece model; spaces join last."""
+    tokens = ["<unk>", "\u2581\u2581", "\u2581", "a", "b", "\u2581a", "ab"]
+    for scores in ({}, {"scores": [-1000.0] * len(tokens)}):
+        fields = described(tokens, {"<unk>": 2}, ggml={"model": "llama"} | scores)
+        assert build_tokenizer(fields).encode(" ab").tokens == ["\u2581", "\u2581a", "b"]
+    scores = {"scores": [0, -9.0, -9.0, -9.0, -9.0, -2.0, -1.0]}
+    fields = described(tokens, {"<unk>": 2}, ggml={"model": "llama"} | scores)
+    assert build_tokenizer(fields).encode(" ab").tokens == ["\u2581\u2581", "ab"]
+    assert build_tokenizer(fields).encode("<unk>").ids == [0]  # spelled out
+
+
+def test_gemma_takes_the_longest_run_of_spaces_first() -> None:
+    runs = [" " * length for length in range(2, 8)]
+    tokens = ["<unk>", *runs, "\u2581", "a"]
+    stated = {"model": "llama", "scores": [-1000.0] * len(tokens)}
+    kinds = {"<unk>": 2} | dict.fromkeys(runs, 4)
+    tokenizer = build_tokenizer(described(tokens, kinds, architecture="gemma3", ggml=stated))
+    for spaces, lengths in {7: [7], 8: [7, 1], 11: [7, 4], 16: [7, 7, 2]}.items():
+        found = tokenizer.encode(f"a{' ' * spaces}a", add_special_tokens=False)
+        assert [len(piece) for piece in found.tokens[1:-1]] == lengths
+        assert tokenizer.decode(found.ids) == f"a{' ' * spaces}a"
+    assert tokenizer.encode("a \u2581\u2581a").tokens == ["a", "\u2581", "\u2581\u2581", "a"]
+
+
+def test_chat_templates_are_kept_by_name(tmp_path: Path) -> None:
+    fields = described(ALPHABET)
+    assert "chat_template" not in tokenizer_config(fields, 64)
+    fields["tokenizer.chat_template"] = "plain {{ messages }}"
+    assert tokenizer_config(fields, 64)["chat_template"] == "plain {{ messages }}"
+    fields["tokenizer.chat_templates"] = ["tool_use", "rag"]  # the second is not there
+    fields["tokenizer.chat_template.tool_use"] = "with tools {{ messages }}"
+    build_tokenizer(fields).save(str(tmp_path / "tokenizer.json"))
+    config = json.dumps(tokenizer_config(fields, 64))
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    text = TextProcessor(load_tokenizer(tmp_path))
+    assert text.chat_template_for(tools=False) == "plain {{ messages }}"
+    assert text.chat_template_for(tools=True) == "with tools {{ messages }}"
 
 
 def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
