@@ -47,7 +47,8 @@ _FORMATS: tuple[tuple[str, str, Callable[[Path], TensorFile]], ...] = (
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _CONFIG_FILES = ("config.json", "quantize_config.json")
 _HUB_BIN_FILES = ("pytorch_model*.bin",)
-_HUB_IGNORED = ("*/*", "consolidated*")  # other formats' folders; Mistral's second copy of the weights
+# Other formats' folders, though not the chat templates in theirs, and Mistral's second copy of the weights.
+_HUB_IGNORED = ("*/*.json", "*/*.safetensors", "*/*.bin", "consolidated*")
 _NOT_APPLIED = {"no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _MAX_NAMED = 8  # tensors an error names of each kind
 
@@ -228,6 +229,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be read.
     """
+    tokenizer = _tokenizer_of(folder)
+    path = folder / "chat_template.json"
+    if not tokenizer.chat_template and path.is_file():  # where some models of text and images have it alone
+        tokenizer.chat_template = _read_json(path).get("chat_template")
+    return tokenizer
+
+
+def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tekken = find_tekken(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -41,6 +42,26 @@ def test_text_comes_back_from_its_tokens(folder: Path, text: TextProcessor) -> N
         detokenizer = text.detokenizer([])
         streamed = "".join(detokenizer.push([token]).text for token in ids)
         assert streamed + detokenizer.push([], final=True).text == published.decode(ids)
+
+
+def test_it_is_what_its_files_say(folder: Path, text: TextProcessor) -> None:
+    """BOS as tokenizer.json has it, since transformers 5 no longer asks `add_bos_token`."""
+    published = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for sample in TEXTS:
+        assert text.encode(sample) == published.encode(sample).ids
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {named["name"]: named["template"] for named in template}
+    assert text.tokenizer.chat_template == template
+    special = {i for i, token in published.get_added_tokens_decoder().items() if token.special}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(name)
+        content = token["content"] if isinstance(token, dict) else token
+        assert getattr(text.tokenizer, name) == content
+        if content is not None:  # special by this alone in some
+            special.add(published.token_to_id(content))
+    assert {i for i in range(text.vocab_size) if text.token_text(i).data is None} == special
 
 
 def test_random_tokens_stream_as_their_bytes_whatever_the_cuts(text: TextProcessor) -> None:

@@ -25,7 +25,8 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
         self.asked: list[str] = []
         self.keys: set[str | None] = set()
 
@@ -51,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files]
             content = json.dumps(tree).encode()
         elif path.startswith(f"/someone/model/resolve/{COMMIT}/"):
-            name = path.rpartition("/")[2]
+            name = path.partition(f"{COMMIT}/")[2]
             self.server.asked.append(name)
             content = self.server.files[name]
         else:
@@ -71,7 +72,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub(save_model(tiny_llama(), tmp_path / "repository")) as server:
+    folder = save_model(tiny_llama(), tmp_path / "repository")
+    for name in ("additional_chat_templates/tool_use.jinja", "onnx/model.json", "original/params.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    with Hub(folder) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -110,6 +115,7 @@ def test_a_model_is_downloaded_at_its_revision_with_the_token(hub: Hub, tmp_path
     home = tmp_path / "home"
     assert run(hub, home, "-c", code, HF_TOKEN="hf_secret").split() == [COMMIT, "True"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.asked)
+    assert {name for name in hub.asked if "/" in name} == {"additional_chat_templates/tool_use.jinja"}
     assert hub.keys == {"Bearer hf_secret"}
     hub.asked.clear()
     assert run(hub, home, "-c", code, HF_HUB_OFFLINE="1").split() == [COMMIT, "True"]

@@ -23,6 +23,7 @@ from engine.model.weights import (
     load_weights,
     resolve_model,
 )
+from engine.text import TextProcessor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -360,6 +361,25 @@ def test_tokenizer_is_what_its_file_says_whatever_the_class(tmp_path: Path) -> N
     assert loaded.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]
     assert loaded.eos_token == "!"
     assert loaded.clean_up_tokenization_spaces is False
+
+
+def test_chat_templates_are_found_wherever_models_have_them(tmp_path: Path) -> None:
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+
+    def templates() -> tuple[str | None, str | None]:
+        text = TextProcessor(load_tokenizer(tmp_path))
+        return text.chat_template_for(tools=False), text.chat_template_for(tools=True)
+
+    assert templates() == (None, None)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    assert templates() == ("of a processor", "of a processor")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "of the tokenizer"}')
+    assert templates() == ("of the tokenizer", "of the tokenizer")
+    (tmp_path / "chat_template.jinja").write_text("by itself")
+    assert templates() == ("by itself", "by itself")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    assert templates() == ("by itself", "for tools")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}"])
