@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -26,8 +25,8 @@ from engine.tool_prompt import (
     A_CALL,
     WITH_A_CALL,
     has_calls,
-    in_other_forms,
     in_plain_messages,
+    in_some_form,
     with_calls_as_text,
 )
 
@@ -203,15 +202,7 @@ class TextProcessor:
                 continue_final_message=continue_final_message,
                 template_kwargs=template_kwargs,
             )
-            try:
-                return write(messages)
-            except refusals:
-                if not has_calls(messages):
-                    raise
-                for changed in in_other_forms(messages):
-                    with suppress(*refusals):
-                        return write(changed)
-                raise
+            return in_some_form(write, messages, refusals) if has_calls(messages) else write(messages)
         except refusals as error:
             if str(error).startswith("continue_final_message"):  # transformers', of what it made of them
                 raise RequestError(_CHANGED, param="continue_final_message") from error

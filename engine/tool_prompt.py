@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.chat_template import REASONING
@@ -23,8 +23,8 @@ __all__ = [
     "LISTED_BEGIN",
     "WITH_A_CALL",
     "has_calls",
-    "in_other_forms",
     "in_plain_messages",
+    "in_some_form",
     "with_calls_as_text",
 ]
 
@@ -111,20 +111,43 @@ def with_calls_as_text(messages: Sequence[Mapping[str, Any]], template: str) -> 
     return changed
 
 
-def in_other_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """What says the same to a template that refuses these messages, from what is least different on.
+def in_some_form(
+    write: Callable[[list[dict[str, Any]]], str],
+    messages: list[dict[str, Any]],
+    refusals: tuple[type[Exception], ...],
+) -> str:
+    """What a template makes of messages, or, if it refuses them, of others that say the same.
 
     Llama 3's templates take one call a message, Mistral's ids of nine letters and digits, and a few
     arguments as text. OpenAI's clients send several, ids of any form, and objects are what most take.
+
+    Args:
+        write: asks the template.
+        refusals: what it raises; this raises the one that is left when nothing helps.
     """
-    every = (_short_ids, _one_call_each, _arguments_as_text)
-    rewritings = [rewrite for rewrite in every if rewrite(messages) != messages]
-    for count in range(1, len(rewritings) + 1):
-        for several in itertools.combinations(rewritings, count):
-            changed = messages
-            for rewrite in several:
-                changed = rewrite(changed)
-            yield changed
+    try:
+        return write(messages)
+    except refusals as error:
+        refusal, reason = error, str(error)
+    left = [_short_ids, _one_call_each, _arguments_as_text]
+    while left:
+        for rewrite in left:
+            changed = rewrite(messages)
+            if changed == messages:
+                continue
+            try:
+                return write(changed)
+            except refusals as error:
+                if str(error) == reason:
+                    continue
+                # It took that, and refuses something else. As text most do not expect arguments, though.
+                messages, reason = changed, str(error)
+                refusal = refusal if rewrite is _arguments_as_text else error
+                left.remove(rewrite)
+                break
+        else:
+            break
+    raise refusal
 
 
 def _short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

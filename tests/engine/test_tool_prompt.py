@@ -13,7 +13,7 @@ from engine.errors import RequestError
 from engine.model.embedded import ensure_converted
 from engine.model.weights import load_tokenizer
 from engine.text import TextProcessor
-from engine.tool_prompt import in_other_forms, in_plain_messages
+from engine.tool_prompt import in_plain_messages, in_some_form
 from tests.chat_templates import FUNCTIONARY, GRANITE_3, LLAMA_3, MISTRAL_NEMO
 
 TOOL = {
@@ -167,19 +167,38 @@ def test_a_template_that_refuses_in_several_ways_gets_messages_changed_in_all_of
     )
 
 
-def test_what_a_template_refuses_in_every_form_is_refused_as_it_was_given() -> None:
-    template = MISTRAL_NEMO + "{{ raise_exception(messages[1].tool_calls[0].id) }}"
-    with pytest.raises(RequestError, match="length 9!"):
-        of(template).render_chat(called("call_1", "call_2"), tools=[TOOL])
-    with pytest.raises(RequestError, match="abcDEF123"):
-        of(template).render_chat(called("abcDEF123"), tools=[TOOL])
+def test_what_is_told_is_what_a_template_refuses_in_every_form() -> None:
+    refused = MISTRAL_NEMO + "{{ raise_exception('no ' ~ messages[-1].role) }}"
+    with pytest.raises(RequestError, match=r"the messages: no tool$"):
+        of(refused).render_chat(called("call_1", "call_2"), tools=[TOOL])
+    # That text is no object is no reason that a client could do something about.
+    refused = "{{ tools }}{% for c in messages[1].tool_calls %}{% for x in c.function.arguments.items() %}"
+    refused += "{{ raise_exception('not these') }}{% endfor %}{% endfor %}"
+    with pytest.raises(RequestError, match=r"the messages: not these$"):
+        of(refused).render_chat(called("abcDEF123"), tools=[TOOL])
 
 
-def test_nothing_is_said_twice_alike() -> None:
-    forms = list(in_other_forms(called("abcDEF123", "abcDEF124")))
-    assert len(forms) == 3  # ids are as they should be
-    assert all(form != other for i, form in enumerate(forms) for other in forms[:i])
-    assert list(in_other_forms([{"role": "tool", "content": "", "tool_call_id": "abcDEF123"}])) == []
+def test_each_form_is_tried_once() -> None:
+    messages, tried = called("abcDEF123", "abcDEF124"), []
+
+    def refuse(changed: list[dict[str, Any]]) -> str:
+        tried.append(changed)
+        raise ValueError(str(len(tried)))
+
+    with pytest.raises(ValueError, match="2"):  # the third is of arguments as text
+        in_some_form(refuse, messages, (ValueError,))
+    assert tried[0] == messages
+    assert len(tried) == 3  # ids are as they should be
+    assert all(changed != other for i, changed in enumerate(tried) for other in tried[:i])
+
+    def refuse_alike(changed: list[dict[str, Any]]) -> str:
+        tried.append(changed)
+        raise ValueError("no")
+
+    tried.clear()
+    with pytest.raises(ValueError, match="no"):
+        in_some_form(refuse_alike, called("a", "b"), (ValueError,))
+    assert len(tried) == 4
 
 
 def test_a_template_that_writes_no_calls_has_them_as_content() -> None:
