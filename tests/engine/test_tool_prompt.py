@@ -144,6 +144,8 @@ def test_a_template_of_short_ids_has_the_others_shortened() -> None:
     assert re.fullmatch("[a-z0-9]{9}", ids[1])
     again = of(MISTRAL_NEMO).render_chat([*called("call_9"), *called("call_0123456789")], tools=[TOOL])
     assert len({*re.findall(r'"(?:call_)?id": "([^"]*)"', again), ids[1]}) == 2  # the same one each time
+    odd = of(MISTRAL_NEMO).render_chat([*called("call_1234"), *called("call_9")], tools=[TOOL])
+    assert all(re.fullmatch("[a-z0-9]{9}", id_) for id_ in re.findall(r'"(?:call_)?id": "([^"]*)"', odd))
     # A template that takes them has them as they are.
     assert "call_9" in of("{{ tools }}{{ messages }}{# tool_calls #}").render_chat(called("call_9"))
 

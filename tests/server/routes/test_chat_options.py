@@ -87,6 +87,8 @@ def test_the_templates_own_variables() -> None:
         (QWEN3, ["enable_thinking"], ["content", "reasoning_content", "parts", "message"]),
         (GRANITE_3, ["available_tools", "documents"], ["tools", "message"]),
         ("{% set x = x | default(3) %}{% for a in messages %}{{ a }}{{ b }}{% endfor %}{{ x }}", "xb", "a"),
+        ("{% set x = x or 3 %}{% for a in a %}{{ a }}{% endfor %}{{ x }}", "ax", ""),
+        ("{% if a %}{% set b = 1 %}{% set c = 1 %}{% endif %}{{ b | default(2) }}{{ c }}", "ab", "c"),
         ("{% macro f(a) %}{% set b %}{{ c }}{% endset %}{{ a + b }}{% endmacro %}{{ f(d) }}", "cd", "abf"),
         ("{% if a %}{% set b = 1 %}{% elif b is undefined %}{% set b = 2 %}{% endif %}{{ b }}", "ab", ""),
     ],
