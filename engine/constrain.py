@@ -98,6 +98,21 @@ def forbid_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         rows: [R] int64, of them.
         bits: [R, bytes] uint8, see `Masks`.
     """
+    if logits.device.type == "cpu":
+        _forbid_in_place_(logits, rows, bits)
+    else:
+        _forbid_together_(logits, rows, bits)
+
+
+def _forbid_in_place_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Row by row, without a copy of any: on a CPU a quarter of the time."""
+    for row, data in zip(rows.tolist(), bits.numpy(), strict=True):
+        forbidden = np.unpackbits(~data, bitorder="little")[: logits.shape[1]].view(np.bool_)
+        logits[row, : len(forbidden)].masked_fill_(torch.from_numpy(forbidden), float("-inf"))
+        logits[row, len(forbidden) :] = float("-inf")
+
+
+def _forbid_together_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     bit = torch.arange(8, dtype=torch.uint8, device=bits.device)
     for some, masks in zip(torch.split(rows, _ROWS), torch.split(bits, _ROWS), strict=True):
         allowed = ((masks.unsqueeze(2) >> bit) & 1).bool().flatten(1)[:, : logits.shape[1]]

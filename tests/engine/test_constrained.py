@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from engine.batch import Batch, Verified
-from engine.constrain import forbid_
+from engine.constrain import _forbid_together_, forbid_
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
@@ -238,18 +238,22 @@ def test_time_spent_on_grammars_is_not_the_trees(narrow: TinyModel, monkeypatch:
     assert all(seconds < 0 for seconds in seen)
 
 
+@pytest.mark.parametrize("forbid", [forbid_, _forbid_together_])
+@pytest.mark.parametrize("vocab", [70, 61])  # more than the masks have, and less
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_forbidden_where_they_lie(dtype: torch.dtype) -> None:
+def test_rows_are_forbidden_where_they_lie(
+    dtype: torch.dtype, vocab: int, forbid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(300, 70, generator=generator).to(dtype)
+    logits = torch.randn(300, vocab, generator=generator).to(dtype)
     rows = torch.randperm(300, generator=generator)[:290]
     allowed = torch.rand(290, 64, generator=generator) < 0.5
     bits = torch.from_numpy(np.packbits(allowed.numpy(), axis=1, bitorder="little"))
     wanted = logits.clone()
     for row, mask in zip(rows, allowed, strict=True):
-        wanted[row, :64][~mask] = -math.inf
+        wanted[row, :64][~mask[:vocab]] = -math.inf
         wanted[row, 64:] = -math.inf  # the tokenizer knows no such tokens
-    forbid_(logits, rows, bits)
+    forbid(logits, rows, bits)
     assert torch.equal(logits, wanted)
 
 
