@@ -18,7 +18,7 @@ from tests.letters import letter_tokenizer, sentencepiece_tokenizer
 BYTE = 3
 """The token of the byte 0 of a sentencepiece-like vocabulary."""
 
-WORDS = ["▁", "▁▁", *"Paris", "ar", "is", "▁P", "▁Par", "▁Paris", "é", "日本"]
+WORDS = ["▁", "▁▁", *"Parisxy", "▁x", "xy", "ar", "is", "▁P", "▁Par", "▁Paris", "é", "日本"]
 
 
 @functools.cache
@@ -85,6 +85,20 @@ def test_a_byte_that_is_no_character_is_one_replacement_each() -> None:
     assert {streamed(of, [], broken, places, skip=True) for places in ([], [1], [2], [1, 2])} == {"é\ufffd"}
 
 
+def test_the_first_space_goes_where_nothing_was_before_it() -> None:
+    of = processor(drops_space=True)
+    word, special = of.tokenizer.convert_tokens_to_ids("▁P"), 1
+    for prompt, ids, shown, hidden in (
+        ([], [word, word], "P P", "P P"),
+        ([special], [word], " P", "P"),
+        ([word], [word], " P", " P"),
+        ([], [special, word], "<s> P", "P"),
+    ):
+        for places in ([], [1]):
+            assert streamed(of, prompt, ids, places, skip=False) == shown
+            assert streamed(of, prompt, ids, places, skip=True) == hidden
+
+
 def test_which_decoders_join_bytes() -> None:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = decoders.Strip(" ", 1, 0)
@@ -142,3 +156,5 @@ def test_a_space_that_is_a_token_before_the_word_adds_nothing() -> None:
     assert [len(sequence) for sequence in of.encode_bad_words([long])] == [MAX_BAD_WORD_TOKENS]
     longer = processor(drops_space=False).encode_bad_words(["P" + long[1:]])
     assert [re.sub("é+", "é", "".join(of.token_strings(s))) for s in longer] == ["Pé", "▁Pé"]
+    [only] = of.encode_bad_words(["xy" + long[1:]])  # with a space it has a token more, too many
+    assert of.token_strings(only)[:2] == ["xy", "é"]
