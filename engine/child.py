@@ -198,7 +198,7 @@ class _Child:
             each()
         try:
             loaded = load(set_up.config, progress=set_up.progress)
-            _check_text(loaded.text)
+            text = _packed_text(loaded.text)
             self._engine = Engine(loaded)
         except BaseException as error:
             self.outlet.say(_refused(error))
@@ -206,7 +206,7 @@ class _Child:
         self._worker = EngineWorker(self._engine, self._report)
         compiler = GrammarCompiler(loaded.text.tokenizer, loaded.generation_defaults.eos_token_ids)
         self._grammars = GrammarQueue(compiler, self._worker)
-        self.outlet.say(Made(loaded.info, loaded.text, loaded.generation_defaults, self._engine.stats))
+        self.outlet.say(Made(loaded.info, text, loaded.generation_defaults, self._engine.stats))
         # While the server makes itself ready: what would stop every stream at the first grammar, and what the
         # server does with all that it has loaded (see `server.lifecycle.Server.run`).
         # Where it cannot be read, the server says so, and requests without a grammar go on.
@@ -262,9 +262,9 @@ class _Child:
                 self._worker.put(None)
 
 
-def _check_text(text: TextProcessor) -> None:
+def _packed_text(text: TextProcessor) -> bytes:
     try:
-        pickle.dumps(text)
+        return pickle.dumps(text)
     except Exception as error:
         raise ConfigError(
             f"this model's tokenizer cannot be sent to another process ({error}); pass --engine-process off"

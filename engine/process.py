@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from engine.config import EngineConfig
 from engine.errors import EngineStoppedError, MedusaError
@@ -41,6 +41,9 @@ from engine.wire import (
     row_of,
     taken,
 )
+
+if TYPE_CHECKING:
+    from engine.text import TextProcessor
 
 __all__ = ["EngineProcess", "cuda_is_used"]
 
@@ -91,7 +94,8 @@ class EngineProcess(EngineFront):
             self._process.kill()
             self._process.wait()
             raise
-        self._info, self.text, self.generation_defaults, self._stats = made
+        self._info, text, self.generation_defaults, self._stats = made
+        self.text: TextProcessor = pickle.loads(text)
 
     @classmethod
     def load(

@@ -21,7 +21,6 @@ from engine.types import EngineInfo, MedusaParams, Request, SamplingParams, Toke
 
 if TYPE_CHECKING:
     from engine.model.weights import GenerationDefaults
-    from engine.text import TextProcessor
 
 __all__ = [
     "READ_BYTES",
@@ -100,10 +99,13 @@ class End(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The model is loaded: what `Loaded` has of these names, and the engine's first statistics."""
+    """The model is loaded: what `Loaded` has of these names, and the engine's first statistics.
+
+    The text processor is pickled by itself: whether it can be has to be known before the engine is made.
+    """
 
     info: EngineInfo
-    text: TextProcessor
+    text: bytes
     generation_defaults: GenerationDefaults
     stats: EngineStats
 

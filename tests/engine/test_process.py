@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import children
-from engine.child import Outlet, _check_text
+from engine.child import Outlet, _packed_text
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineStoppedError, ModelError
 from engine.front import EngineFront
@@ -176,10 +176,10 @@ def _runs(pid: int) -> bool:
 
 def test_a_tokenizer_that_cannot_be_sent_is_refused_in_words() -> None:
     text = TextProcessor(letter_tokenizer("abc"))
-    _check_text(text)
+    assert pickle.loads(_packed_text(text)).encode("abc") == text.encode("abc")
     text.tokenizer.of_its_own = lambda: None
     with pytest.raises(ConfigError, match=r"tokenizer cannot be sent.*--engine-process off"):
-        _check_text(text)
+        _packed_text(text)
 
 
 def test_a_model_that_cannot_be_loaded_is_told_as_by_the_thread() -> None:
