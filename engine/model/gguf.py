@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 GGUF_INDEX = "gguf.json"
 """In a model folder made from a GGUF: the file's path and the place, type and shape of each tensor."""
 
-_VERSION = 2
+_VERSION = 3
 """Raised with every change to what is written: older folders are then left alone."""
 
 _ARCHITECTURES = {
@@ -36,8 +36,15 @@ _ARCHITECTURES = {
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
+    "phi3": ("Phi3ForCausalLM", "phi3"),  # Phi-3.5 and Phi-4 too
+    "granite": ("GraniteForCausalLM", "granite"),  # also those of Granite 4 with attention in all layers
+    "olmo2": ("Olmo2ForCausalLM", "olmo2"),  # OLMo 3 where it has windows
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3"),  # whose every fourth layer is not rotated in either
 }
 """For each `general.architecture` the Hugging Face architecture and model type."""
+
+_NEIGHBOURS_ROTATED = ("llama", "granite", "smollm3")
+"""Those of which llama.cpp rotates neighbouring channels, where transformers rotates halves."""
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -54,13 +61,19 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA_NAMES = _LAYER_NAMES | {
+_POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_NAMES = {
+    "gemma3": _LAYER_NAMES | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
+    "olmo2": _LAYER_NAMES | _POST_NORMS,
+    "phi3": _LAYER_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+}
+"""Where an architecture's layers have others than `_LAYER_NAMES`."""
 
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3 divides its frequencies by; llama.cpp computes it ahead
+_LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"  # LongRoPE's
 
 # What ends an answer in any model that has it as a token of its own, besides the stated end of text
 # (llama.cpp does the same).
@@ -76,7 +89,11 @@ _END_TOKENS = (
 )
 _CONTROL, _USER_DEFINED = 3, 4  # older converters write added tokens, `<|im_end|>` too, as the latter
 
-_GEMMA3_27B_LAYERS = 62  # whose queries alone are scaled by hidden / heads; the metadata does not say so
+# What the metadata does not say, as llama.cpp has it.
+_GEMMA3_27B_LAYERS = 62  # whose queries alone are scaled by hidden / heads
+_GEMMA3_PERIOD = 6  # every sixth layer sees all
+_OLMO3_PERIOD = 4  # likewise, where the file does not name the layers
+_PHI3_4K_WINDOW = 2047  # which the first converters left out
 
 
 def gguf_folder(source: Path) -> Path:
@@ -182,7 +199,7 @@ def _describe(source: Path, folder: Path) -> None:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = _config(fields, reader)
         tokenizer = build_tokenizer(fields)
-        index = _index(source, reader, config)
+        index = _index(source, fields["general.architecture"], reader, config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"{source} cannot be read as a GGUF model: {reason}") from error
@@ -206,13 +223,10 @@ def _config(fields: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
             "a GGUF in several files is not supported; join them: llama-gguf-split --merge"
         )
     architecture, model_type = _ARCHITECTURES[arch]
-
-    def value(key: str, default: Any = None) -> Any:
-        return fields[f"{arch}.{key}"] if default is None else fields.get(f"{arch}.{key}", default)
-
+    own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
     names = {tensor.name for tensor in reader.tensors}
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    head_dim = value("attention.key_length", hidden // heads)
+    heads, hidden = own["attention.head_count"], own["embedding_length"]
+    head_dim = own.get("attention.key_length", hidden // heads)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -222,29 +236,29 @@ def _config(fields: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
         "dtype": "bfloat16",
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "head_dim": head_dim,
+        "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": value("feed_forward_length"),
-        "max_position_embeddings": value("context_length"),
+        "intermediate_size": own["feed_forward_length"],
+        "max_position_embeddings": own["context_length"],
+        "mlp_bias": "blk.0.ffn_up.bias" in names,
         "num_attention_heads": heads,
-        "num_hidden_layers": value("block_count"),
-        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "num_hidden_layers": own["block_count"],
+        "num_key_value_heads": _same_in_all_layers(own.get("attention.head_count_kv", heads)),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
-        "rms_norm_eps": shortest(value("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": _rope(own, arch, reader, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "vocab_size": _vocab_size(reader),
     }
-    rope = _rope(fields, arch, reader, head_dim)
-    if arch != "gemma3":
-        return config | {"hidden_act": "silu", "rope_parameters": rope}
-    scalar = hidden // heads if config["num_hidden_layers"] == _GEMMA3_27B_LAYERS else head_dim
-    local = {"rope_type": "default", "rope_theta": 10000.0}
-    return config | {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": scalar,
-        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
-        "sliding_window": value("attention.sliding_window"),
-        "sliding_window_pattern": 6,
-    }
+    return config | _OF_FAMILY[arch](own, config) if arch in _OF_FAMILY else config
+
+
+def _same_in_all_layers(heads: int | list[int]) -> int:
+    # A list where a converter knows models in which layers differ.
+    counts = set(heads) if isinstance(heads, list) else {heads}
+    if len(counts) > 1:
+        raise UnsupportedModelError("a GGUF whose layers differ in K/V heads is not supported")
+    return counts.pop()
 
 
 def _vocab_size(reader: GGUFReader) -> int:
@@ -252,24 +266,117 @@ def _vocab_size(reader: GGUFReader) -> int:
     return next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight")
 
 
-def _rope(fields: Mapping[str, Any], arch: str, reader: GGUFReader, head_dim: int) -> dict[str, Any]:
-    default_theta = 1e6 if arch == "gemma3" else 1e4
-    theta = shortest(fields.get(f"{arch}.rope.freq_base", default_theta))
-    if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
+def _gemma3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    large = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS
+    local = {"rope_type": "default", "rope_theta": 10000.0}
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": per_head if large else config["head_dim"],
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+        "sliding_window": own["attention.sliding_window"],
+        "sliding_window_pattern": _GEMMA3_PERIOD,
+    }
+
+
+def _phi3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    context = config["max_position_embeddings"]
+    window = own.get("attention.sliding_window", _PHI3_4K_WINDOW if context == 4096 else 0)
+    return {
+        "original_max_position_embeddings": own.get("rope.scaling.original_context_length", context),
+        "sliding_window": window or None,  # 0 in Phi-4
+    }
+
+
+def _granite(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    if not own.get("rope.scaling.finetuned", True):
+        raise UnsupportedModelError("a GGUF of Granite without rotation is not supported")
+    return {
+        "attention_multiplier": shortest(own.get("attention.scale", config["head_dim"] ** -0.5)),
+        "embedding_multiplier": shortest(own.get("embedding_scale", 1.0)),
+        "logits_scaling": shortest(own["logit_scale"]),
+        "residual_multiplier": shortest(own.get("residual_scale", 1.0)),
+    }
+
+
+def _olmo2(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    window = own.get("attention.sliding_window")
+    if not window:
+        return {}
+    layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    local = own.get("attention.sliding_window_pattern", _OLMO3_PERIOD)
+    if isinstance(local, int):
+        local = [(layer + 1) % local != 0 for layer in range(layers)]
+    if len(local) != layers:
+        raise ValueError(f"sliding_window_pattern names {len(local)} layers of {layers}")
+    theta = shortest(own.get("rope.freq_base_swa", rope["rope_theta"]))
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in local],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        },
+        "sliding_window": window,
+    }
+
+
+_OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "granite": _granite,
+    "olmo2": _olmo2,
+}
+"""For an architecture the entries of a config in which it differs, from its metadata and the rest."""
+
+
+def _rope(own: Mapping[str, Any], arch: str, reader: GGUFReader, head_dim: int) -> dict[str, Any]:
+    rotated = own.get("rope.dimension_count", head_dim)
+    if rotated != head_dim and arch != "phi3":
         raise UnsupportedModelError("a GGUF in which only a part of each head is rotated is not supported")
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS), None)
-    if factors is not None:
-        return _llama3_rope(theta, torch.tensor(factors.tolist()))
-    kind = fields.get(f"{arch}.rope.scaling.type", "none")
-    factor = fields.get(f"{arch}.rope.scaling.factor")
-    if kind == "none" or factor is None:
-        return {"rope_type": "default", "rope_theta": theta}
+    theta = shortest(own.get("rope.freq_base", 1e6 if arch == "gemma3" else 1e4))
+    held = (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
+    factors = {tensor.name: tensor.data.tolist() for tensor in reader.tensors if tensor.name in held}
+    if _ROPE_FACTORS in factors:
+        return _llama3_rope(theta, torch.tensor(factors[_ROPE_FACTORS]))
+    part = {"partial_rotary_factor": rotated / head_dim} if rotated != head_dim else {}
+    return {"rope_theta": theta, **part, **_rope_scaling(own, factors)}
+
+
+def _rope_scaling(own: Mapping[str, Any], factors: Mapping[str, list[float]]) -> dict[str, Any]:
+    scaling = {
+        key.removeprefix("rope.scaling."): value
+        for key, value in own.items()
+        if key.startswith("rope.scaling.")
+    }
+    kind = scaling.get("type", "none")
+    original = "original_context_length"
+    if factors:  # of which the first converters told by nothing else
+        return {
+            "rope_type": "longrope",
+            "long_factor": [shortest(factor) for factor in factors[_LONG_FACTORS]],
+            "short_factor": [shortest(factor) for factor in factors[_SHORT_FACTORS]],
+            "original_max_position_embeddings": scaling[original],
+            **({"attention_factor": shortest(scaling["attn_factor"])} if "attn_factor" in scaling else {}),
+        }
+    if kind == "none" or "factor" not in scaling:
+        return {"rope_type": "default"}
+    factor = shortest(scaling["factor"])
     if kind == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": shortest(factor)}
+        return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        original = fields[f"{arch}.rope.scaling.original_context_length"]
-        scaling = {"factor": shortest(factor), "original_max_position_embeddings": original}
-        return {"rope_type": "yarn", "rope_theta": theta, **scaling}
+        stated = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": scaling[original],
+            **{
+                name: shortest(scaling[f"yarn_{key}"])
+                for name, key in stated.items()
+                if f"yarn_{key}" in scaling
+            },
+        }
     raise UnsupportedModelError(f"GGUF RoPE scaling {kind!r} is not supported; supported: linear, yarn")
 
 
@@ -292,13 +399,12 @@ def _llama3_rope(theta: float, factors: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _index(source: Path, reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, Any]:
+def _index(source: Path, arch: str, reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, Any]:
     """Where each tensor lies; one of no known use keeps its own name, and is reported at load."""
-    gemma = config["model_type"] == "gemma3_text"
-    layer_names = _GEMMA_NAMES if gemma else _LAYER_NAMES
+    layer_names = _NAMES.get(arch, _LAYER_NAMES)
     tensors = {}
     for tensor in reader.tensors:
-        if tensor.name == _ROPE_FACTORS:
+        if tensor.name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             continue
         module, _, kind = tensor.name.rpartition(".")
         if module.startswith("blk."):
@@ -316,9 +422,8 @@ def _index(source: Path, reader: GGUFReader, config: Mapping[str, Any]) -> dict[
     return {
         "path": str(source),
         "bytes": source.stat().st_size,
-        # llama.cpp rotates neighbouring channels in this architecture, halves in the others.
-        "permuted_heads": heads if config["model_type"] == "llama" else {},
-        "norm_offset": 1.0 if gemma else 0.0,  # it stores 1 + weight
+        "permuted_heads": heads if arch in _NEIGHBOURS_ROTATED else {},
+        "norm_offset": 1.0 if arch == "gemma3" else 0.0,  # it stores 1 + weight
         "tensors": tensors,
     }
 

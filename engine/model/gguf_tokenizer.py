@@ -63,6 +63,9 @@ _BOS_BY_DEFAULT = _WHOLE_WORDS
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")
 """Where a letter and its accent are made one character first (Unicode's NFC)."""
 
+_PHI3_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
+"""Tokens of Phi-3 that leave white space behind them where it is; the file does not say so of any."""
+
 
 class _Token(NamedTuple):
     id: int
@@ -91,7 +94,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         gemma = fields["general.architecture"].startswith("gemma")
         tokens = [_in_gemma(token) for token in tokens] if gemma else tokens
         tokenizer = _sentencepiece(fields, tokens, gemma=gemma)
-    _add_tokens(tokenizer, tokens)
+    _add_tokens(tokenizer, tokens, phi3=kind == "llama" and fields["general.architecture"] == "phi3")
     bos = fields.get("tokenizer.ggml.bos_token_id")
     if _adds_bos(fields) and bos is not None:
         from tokenizers import processors
@@ -223,20 +226,20 @@ def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in found]
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[_Token]) -> None:
-    """Tokens that are found in the text before it is split."""
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[_Token], *, phi3: bool) -> None:
+    """Tokens that are found in the text before it is split, in Phi-3 most with the space behind them."""
     from tokenizers import AddedToken
 
+    def added(token: _Token, *, special: bool) -> AddedToken:
+        strips = phi3 and token.text not in _PHI3_KEEP_SPACES
+        return AddedToken(token.text, normalized=False, special=special, rstrip=strips)
+
     tokenizer.add_special_tokens(
-        [
-            AddedToken(token.text, normalized=False, special=True)
-            for token in tokens
-            if token.kind in (_UNKNOWN, _CONTROL)
-        ]
+        [added(token, special=True) for token in tokens if token.kind in (_UNKNOWN, _CONTROL)]
     )
     tokenizer.add_tokens(
         [
-            AddedToken(token.text, normalized=False, special=False)
+            added(token, special=False)
             for token in tokens
             if token.kind == _USER_DEFINED and token.text.strip(" ")
         ]

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, RopeConfig
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from engine.model.weights import Checkpoint, load_generation_defaults, load_tokenizer, resolve_model
 from engine.text import TextProcessor
-from tests.support import greedy, greedy_reference, make_engine, run_all, tiny_model
+from tests.engine.model.gguf_files import config_of, write
+from tests.support import greedy, greedy_reference, make_engine, run_all
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-GEMMA_NAMES = NAMES | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
 CASES = {
     "llama": ("llama", {}),
     "llama-3": (
@@ -58,140 +38,71 @@ CASES = {
     ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
-    "gemma3": ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 5, "tie_word_embeddings": True}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 5, "original_max_position_embeddings": 512}),
+    "phi4": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 512}),
+    "phi4-mini": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 384,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+                "original_max_position_embeddings": 384,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 64,
+                    "attention_factor": 1.2,
+                    "beta_fast": 30.0,
+                    "beta_slow": 2.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
 }
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
-
-
-def q8_0(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of 32: a float16 scale and 32 bytes. Returns the bytes and what they stand for."""
-    rows, restored = [], np.zeros_like(values)
-    for number, row in enumerate(values):
-        packed = b""
-        for start in range(0, len(row), 32):
-            block = row[start : start + 32]
-            scale = np.float16(np.abs(block).max() / 127)
-            q = np.round(block / np.float32(scale)).clip(-127, 127).astype(np.int8)
-            packed += scale.tobytes() + q.tobytes()
-            restored[number, start : start + 32] = q.astype(np.float32) * np.float32(scale)
-        rows.append(np.frombuffer(packed, dtype=np.uint8))
-    return np.stack(rows), restored
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """`LlamaModel.permute` of convert_hf_to_gguf.py."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def sentencepiece(writer: gguf.GGUFWriter, size: int) -> None:
-    pieces = ["\u2581", "a", "b", "c", "ab", "\u2581ab", "abc", "  "]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 1), 4]
-    scores = [0.0] * 259 + [-9.0, -10.0, -11.0, -12.0, -3.0, -2.0, -1.0, -20.0]
-    tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores + [-99.0] * (size - len(scores)))
-    writer.add_token_types(kinds + [1] * (size - len(kinds)))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-
-
-def byte_level(writer: gguf.GGUFWriter, size: int, pre: str = "qwen2") -> None:
-    tokens = [
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "ab",
-        "\u0120ab",
-        "12",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|end_of_text|>",
-        "<eos>",
-    ]
-    kinds = [1] * 259 + [3, 4, 3] + [1] * (size - 262)
-    tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(["a b", "\u0120 ab", "1 2"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{{ messages }}")
-
-
-def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) -> Any:
-    """A tiny model as a GGUF, its matrices in Q8_0 or F16; returns it with the weights it stands for."""
-    arch = changes.get("arch", {"gemma3_text": "gemma3"}.get(family, family))
-    model = tiny_model(family, **(SHAPE | overrides))
-    config = model.config
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if family == "gemma3_text":
-        writer.add_sliding_window(config.sliding_window)
-    if rope.get("rope_type") == "llama3":
-        scaled = ModelConfig.from_hf(config_of(model)).rope.inv_freq
-        plain = rope["rope_theta"] ** -(torch.arange(0, 16, 2) / 16)
-        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
-    (byte_level if family.startswith("qwen") else sentencepiece)(writer, config.vocab_size)
-    state = model.state_dict()
-    names = GEMMA_NAMES if family == "gemma3_text" else NAMES
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name in state:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        module, _, kind = name.rpartition(".")
-        layer = module.split(".")[2] if module.startswith("model.layers.") else None
-        part = module.split(".", 3)[3] if layer else module
-        target = f"blk.{layer}.{names[part]}.{kind}" if layer else f"{names[part]}.{kind}"
-        values = state[name].numpy().copy()
-        if arch == "llama" and (count := heads.get(part.rpartition(".")[2])):
-            values = permuted(values, count)
-        if arch == "gemma3" and part.endswith("norm"):
-            values += 1
-        if values.ndim == 1:
-            writer.add_tensor(target, values)
-            continue
-        if part.endswith(("v_proj", "down_proj")):
-            restored = values.astype(np.float16)
-            writer.add_tensor(target, restored)
-        else:
-            packed, restored = q8_0(values)
-            kind_of = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(target, packed, raw_dtype=kind_of)
-        restored = torch.from_numpy(restored.astype(np.float32))
-        if arch == "llama" and (count := heads.get(part.rpartition(".")[2])):
-            dim = len(restored) // count // 2  # the other way round, row by row
-            order = [h * 2 * dim + (i % dim) * 2 + i // dim for h in range(count) for i in range(2 * dim)]
-            restored = restored[order]
-        state[name].copy_(restored)
-    for name in changes.get("extra", ()):
-        writer.add_tensor(name, np.zeros(4, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
-
-
-def config_of(model: Any) -> Any:
-    model.config.architectures = [type(model).__name__]
-    return model.config
 
 
 @pytest.mark.parametrize(("family", "overrides"), CASES.values(), ids=CASES)
@@ -211,6 +122,84 @@ def test_a_gguf_computes_what_its_numbers_stand_for(
     prompt = [3, 141, 59, 26, 53, 58, 97]
     outputs = run_all(make_engine(path), [greedy("r", prompt, 10, ignore_eos=True)])
     assert outputs["r", 0] == greedy_reference(model, prompt, 10)
+
+
+@pytest.mark.parametrize(("family", "overrides"), CASES.values(), ids=CASES)
+def test_a_gguf_says_what_the_models_config_does(
+    tmp_path: Path, family: str, overrides: dict[str, Any]
+) -> None:
+    """What greedy tokens would not show, too: how many positions there are, by what logits are divided."""
+    path = tmp_path / "tiny.gguf"
+    model = write(path, family, overrides)
+    found, wanted = ModelConfig.from_folder(resolve_model(str(path))), ModelConfig.from_hf(config_of(model))
+    for field in dataclasses.fields(ModelConfig):
+        value, expected = getattr(found, field.name), getattr(wanted, field.name)
+        if isinstance(expected, RopeConfig):
+            torch.testing.assert_close(value.inv_freq, expected.inv_freq)
+            assert value.scale == pytest.approx(expected.scale)
+        elif field.name != "dtype":
+            assert value == expected, field.name
+
+
+def test_transformers_reads_the_same_from_a_phi3_gguf(tmp_path: Path) -> None:
+    """Its own reader, which knows nothing of windows and factors."""
+    path = tmp_path / "tiny.gguf"
+    write(path, "phi3", {"sliding_window": None, "original_max_position_embeddings": 512})
+    config = load_gguf_checkpoint(path)["config"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, pad_token_id=None)).eval()
+    model.load_state_dict(load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"])
+    prompt = [3, 141, 59, 26, 53, 58, 97]
+    outputs = run_all(make_engine(path), [greedy("r", prompt, 10, ignore_eos=True)])
+    assert outputs["r", 0] == greedy_reference(model, prompt, 10)
+
+
+def described_config(path: Path, family: str, overrides: dict[str, Any], **stated: Any) -> ModelConfig:
+    write(path, family, overrides, stated={key.replace("__", "."): value for key, value in stated.items()})
+    return ModelConfig.from_folder(resolve_model(str(path)))
+
+
+def test_what_files_leave_to_the_reader(tmp_path: Path) -> None:
+    """As converters wrote them at another time, or for a kin of the model."""
+    path = tmp_path / "tiny.gguf"
+    of_4k = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+    assert described_config(path, "phi3", of_4k, attention__sliding_window=None).windows == (2047, 2047)
+    of_8k = {"max_position_embeddings": 8192, "original_max_position_embeddings": 8192}
+    assert described_config(path, "phi3", of_8k, attention__sliding_window=None).windows == (None, None)
+    family, longrope = CASES["phi4-mini"]
+    wanted = described_config(path, family, longrope).rope.scale
+    unstated = described_config(path, family, longrope, rope__scaling__attn_factor=None)
+    assert unstated.rope.scale == pytest.approx(wanted)
+    _, olmo3 = CASES["olmo3"]
+    olmo3 = olmo3 | {"num_hidden_layers": 5, "layer_types": None}
+    for pattern, windows in ((None, (5, 5, 5, None, 5)), (2, (5, None, 5, None, 5))):
+        config = described_config(path, "olmo3", olmo3, attention__sliding_window_pattern=pattern)
+        assert config.architecture == "Olmo3ForCausalLM"
+        assert config.windows == windows
+    config = described_config(path, "olmo3", olmo3, rope__freq_base_swa=None)
+    assert config.local_rope is not None
+    assert float(config.local_rope.inv_freq[1]) == pytest.approx(10000.0 ** (-1 / 8))
+    granite = described_config(
+        path, "granite", {}, attention__head_count_kv=[2, 2], attention__scale=None, residual_scale=None
+    )  # the list is Granite 4's
+    assert (granite.num_kv_heads, granite.attention_scale, granite.residual_scale) == (2, 0.25, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "message"),
+    [
+        ("granite", {"rope__scaling__finetuned": False}, "Granite without rotation is not supported"),
+        ("granite", {"attention__head_count_kv": [2, 4]}, "layers differ in K/V heads is not supported"),
+        ("granite", {"logit_scale": None}, "no 'logit_scale'"),
+        ("llama", {"rope__dimension_count": 8}, "a part of each head is rotated is not supported"),
+        ("llama", {"rope__scaling__type": "su", "rope__scaling__factor": 2.0}, "RoPE scaling 'su' is not"),
+        ("olmo3", {"attention__sliding_window_pattern": [True]}, "pattern names 1 layers of 2"),
+    ],
+)
+def test_metadata_that_is_not_covered_is_refused(
+    tmp_path: Path, family: str, stated: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        described_config(tmp_path / "tiny.gguf", family, {}, **stated)
 
 
 def test_the_description_is_made_once_and_noticed_when_stale(tmp_path: Path) -> None:
@@ -343,6 +332,20 @@ def test_sentencepiece_without_scores_joins_by_id() -> None:
     assert build_tokenizer(fields).encode("<unk>").ids == [0]  # spelled out
 
 
+def test_phi3_takes_spaces_behind_its_tokens_along() -> None:
+    """As its template has them, `<|user|>` and a newline; not behind what begins and ends texts."""
+    tokens = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>", "\u2581", "a", "\n"]
+    kinds = {"<unk>": 3, "<s>": 3, "</s>": 4, "<|endoftext|>": 3, "<|user|>": 3, "<|end|>": 3}
+    stated = {"model": "llama", "scores": [float(-i) for i in range(len(tokens))]}
+    text = "<|user|>\na<|end|> \n</s> a<s>\n<|endoftext|>\na"
+    found = {}
+    for architecture in ("phi3", "llama"):
+        tokenizer = build_tokenizer(described(tokens, kinds, architecture=architecture, ggml=stated))
+        found[architecture] = [tokens[index].replace("\u2581", "_") for index in tokenizer.encode(text).ids]
+    assert "".join(found["phi3"]) == "<|user|>_a<|end|></s>_a<s>_\n<|endoftext|>_\na"
+    assert "".join(found["llama"]) == "<|user|>_\na<|end|>__\n</s>__a<s>_\n<|endoftext|>_\na"
+
+
 def test_gemma_takes_the_longest_run_of_spaces_first() -> None:
     runs = [" " * length for length in range(2, 8)]
     tokens = ["<unk>", *runs, "\u2581", "a"]
@@ -374,8 +377,12 @@ def test_chat_templates_are_kept_by_name(tmp_path: Path) -> None:
 def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     write(path, "llama", {}, arch="mamba")
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; supported: llama, qwen2"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; supported: ") as refusal:
         resolve_model(str(path))
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    supported = str(refusal.value).rpartition(": ")[2].split(", ")
+    assert len(supported) == 8
+    assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})
     with pytest.raises(UnsupportedModelError, match=r"'viking' is not supported; supported: llama-bpe"):

@@ -1,0 +1,219 @@
+"""Tiny models as GGUF files, written as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+
+from engine.model.config import ModelConfig
+from tests.support import tiny_model
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OTHER_NAMES = {
+    "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
+    "olmo2": POST_NORMS,
+    "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+}
+ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2"}
+PERMUTED = ("llama", "granite", "smollm3")
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
+
+
+def q8_0(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of 32: a float16 scale and 32 bytes. Returns the bytes and what they stand for."""
+    rows, restored = [], np.zeros_like(values)
+    for number, row in enumerate(values):
+        packed = b""
+        for start in range(0, len(row), 32):
+            block = row[start : start + 32]
+            scale = np.float16(np.abs(block).max() / 127)
+            q = np.round(block / np.float32(scale)).clip(-127, 127).astype(np.int8)
+            packed += scale.tobytes() + q.tobytes()
+            restored[number, start : start + 32] = q.astype(np.float32) * np.float32(scale)
+        rows.append(np.frombuffer(packed, dtype=np.uint8))
+    return np.stack(rows), restored
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """`LlamaModel.permute` of convert_hf_to_gguf.py."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def sentencepiece(writer: gguf.GGUFWriter, size: int) -> None:
+    pieces = ["\u2581", "a", "b", "c", "ab", "\u2581ab", "abc", "  "]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 1), 4]
+    scores = [0.0] * 259 + [-9.0, -10.0, -11.0, -12.0, -3.0, -2.0, -1.0, -20.0]
+    tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores + [-99.0] * (size - len(scores)))
+    writer.add_token_types(kinds + [1] * (size - len(kinds)))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def byte_level(writer: gguf.GGUFWriter, size: int, pre: str = "qwen2") -> None:
+    tokens = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        "\u0120ab",
+        "12",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|end_of_text|>",
+        "<eos>",
+    ]
+    kinds = [1] * 259 + [3, 4, 3] + [1] * (size - 262)
+    tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["a b", "\u0120 ab", "1 2"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages }}")
+
+
+def describe(writer: gguf.GGUFWriter, model: Any) -> None:
+    """The metadata of the architecture, and the tensors that stand for some of it."""
+    config, arch = model.config, writer.arch
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if arch not in ("phi3", "granite"):
+        writer.add_key_length(config.head_dim)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if arch in PERMUTED:
+        writer.add_rope_dimension_count(config.head_dim)
+    if rope["rope_type"] == "llama3":
+        scaled = ModelConfig.from_hf(config_of(model)).rope.inv_freq
+        plain = rope["rope_theta"] ** -(torch.arange(0, 16, 2) / 16)
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    elif arch == "phi3":
+        original = config.original_max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_dimension_count(int(16 * rope["partial_rotary_factor"]))
+        writer.add_sliding_window(config.sliding_window or 0)
+        if rope["rope_type"] == "longrope":
+            ratio = config.max_position_embeddings / original
+            writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(ratio) / math.log(original)))
+            for kind in ("long", "short"):
+                factors = np.array(rope[f"{kind}_factor"], dtype=np.float32)
+                writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+    elif arch == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    elif config.model_type == "olmo3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) -> Any:
+    """A tiny model as a GGUF, its matrices in Q8_0 or F16; returns it with the weights it stands for.
+
+    Args:
+        path: the file.
+        family: transformers' model type.
+        overrides: of `tiny_model`'s config.
+        changes: `arch`, another architecture; `stated`, entries of its metadata that are other ones, or None
+            for none; `extra`, names of further tensors.
+    """
+    arch = changes.get("arch", ARCHITECTURES.get(family, family))
+    model = tiny_model(family, **(SHAPE | overrides))
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    describe(writer, model)
+    for key, value in changes.get("stated", {}).items():
+        writer.kv_data[0].pop(f"{arch}.{key}", None)
+        if value is not None:
+            writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
+    (byte_level if family.startswith("qwen") else sentencepiece)(writer, config.vocab_size)
+    state = model.state_dict()
+    names = NAMES | OTHER_NAMES.get(arch, {})
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name in state:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, kind = name.rpartition(".")
+        layer = module.split(".")[2] if module.startswith("model.layers.") else None
+        part = module.split(".", 3)[3] if layer else module
+        target = f"blk.{layer}.{names[part]}.{kind}" if layer else f"{names[part]}.{kind}"
+        values = state[name].numpy().copy()
+        if arch in PERMUTED and (count := heads.get(part.rpartition(".")[2])):
+            values = permuted(values, count)
+        if arch == "gemma3" and part.endswith("norm"):
+            values += 1
+        if values.ndim == 1:
+            writer.add_tensor(target, values)
+            continue
+        if part.endswith(("v_proj", "down_proj")):
+            restored = values.astype(np.float16)
+            writer.add_tensor(target, restored)
+        else:
+            packed, restored = q8_0(values)
+            kind_of = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(target, packed, raw_dtype=kind_of)
+        restored = torch.from_numpy(restored.astype(np.float32))
+        if arch in PERMUTED and (count := heads.get(part.rpartition(".")[2])):
+            dim = len(restored) // count // 2  # the other way round, row by row
+            order = [h * 2 * dim + (i % dim) * 2 + i // dim for h in range(count) for i in range(2 * dim)]
+            restored = restored[order]
+        state[name].copy_(restored)
+    for name in changes.get("extra", ()):
+        writer.add_tensor(name, np.zeros(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def config_of(model: Any) -> Any:
+    model.config.architectures = [type(model).__name__]
+    return model.config
