@@ -154,10 +154,11 @@ def _short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def changed(message: dict[str, Any]) -> dict[str, Any]:
         told = dict(message)
         if calls := message.get("tool_calls"):
-            told["tool_calls"] = [{**call, "id": _short(call["id"])} for call in calls]
-        if "tool_call_id" in message:
-            told["tool_call_id"] = _short(message["tool_call_id"])
-        return told
+            told["tool_calls"] = [with_short(call, "id") for call in calls]
+        return with_short(told, "tool_call_id")
+
+    def with_short(told: dict[str, Any], name: str) -> dict[str, Any]:
+        return {**told, name: _short(told[name])} if isinstance(told.get(name), str) else told
 
     return [changed(message) for message in messages]
 
@@ -184,9 +185,12 @@ def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for i, call in enumerate(calls):
             said = message if i == 0 else {"role": message["role"], "content": ""}
             changed.append({**said, "tool_calls": [call]})
-            changed += [each for each in results if each.get("tool_call_id") == call["id"]]
-        known = {call["id"] for call in calls}
-        changed += [each for each in results if each.get("tool_call_id") not in known]
+            # One each: clients may give two calls the same id, or, of `LLM.chat`, none.
+            for place, result in enumerate(results):
+                if result.get("tool_call_id") == call.get("id"):
+                    changed.append(results.pop(place))
+                    break
+        changed += results
     return changed
 
 

@@ -137,6 +137,23 @@ def test_results_of_no_call_come_last_and_thoughts_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("id_", ["same", None])
+def test_calls_of_one_id_and_of_none_have_one_result_each(id_: str | None) -> None:
+    own, of_result = ({"id": id_}, {"tool_call_id": id_}) if id_ else ({}, {})
+    calls = [{**own, "type": "function", "function": {"name": "f", "arguments": {"n": n}}} for n in (1, 2)]
+    results = [{"role": "tool", "content": f"of {n}", **of_result} for n in (1, 2)]
+    messages = [CONVERSATION[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    assert of(LLAMA_3).render_chat(messages, tools=[TOOL]).splitlines()[2:] == [
+        '{"name": "f", "parameters": {"n": 1}}',
+        "<ipython>of 1",
+        '{"name": "f", "parameters": {"n": 2}}',
+        "<ipython>of 2",
+    ]
+    if id_ is None:  # what the template says, not what the rewriting lacked
+        with pytest.raises(RequestError, match="should be alphanumeric strings with length 9"):
+            of(MISTRAL_NEMO).render_chat(messages, tools=[TOOL])
+
+
 def test_a_template_of_short_ids_has_the_others_shortened() -> None:
     written = of(MISTRAL_NEMO).render_chat(called("abcDEF123", "call_0123456789"), tools=[TOOL])
     ids = re.findall(r'"(?:call_)?id": "([^"]*)"', written)
