@@ -37,6 +37,7 @@ ARCHITECTURE_REFUSED = ("baichuan",)  # whose tokenizer is of a known kind
 
 CONVERTED = {
     "gemma3": ("gemma3", None),
+    "gpt-4o": ("phi3", "gpt-4o"),  # which Phi-4-mini has too
     "llama3.2": ("llama", "llama-bpe"),
     "mistral-nemo": ("llama", "tekken"),
     "qwen2.5": ("qwen2", "qwen2"),
