@@ -127,7 +127,8 @@ def _its_own(parsed: nodes.Template) -> set[str]:
 
     first: dict[str, str] = {}
     for name in _in_order(parsed):
-        first.setdefault(name.name, name.ctx)
+        if name.ctx != "param":  # a macro's, which outside of it has no value
+            first.setdefault(name.name, name.ctx)
     asking = ("defined", "undefined", "default", "d")
     asked = [test.node for test in parsed.find_all((nodes.Test, nodes.Filter)) if test.name in asking]
     asked_for = {node.name for node in asked if isinstance(node, nodes.Name)}

@@ -102,6 +102,13 @@ def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> No
     assert not follows(single, written(form, FIRST, SECOND))
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_text_beside_calls_may_have_to_begin_with_something_else(form: ToolFormat) -> None:
+    spec = form.grammar(FUNCTIONS, text=True, schema=None, several=True, unlike="<think>")
+    assert all(follows(spec, answer) for answer in ("No.", "<thin", "So <think>", written(form, FIRST)))
+    assert not any(follows(spec, answer) for answer in ("<think>", "<think>Hm.</think>No."))
+
+
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "llama3_json"])
 def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
     form = FORMS[name]

@@ -91,6 +91,8 @@ def test_the_templates_own_variables() -> None:
         ("{% if a %}{% set b = 1 %}{% set c = 1 %}{% endif %}{{ b | default(2) }}{{ c }}", "ab", "c"),
         ("{% macro f(a) %}{% set b %}{{ c }}{% endset %}{{ a + b }}{% endmacro %}{{ f(d) }}", "cd", "abf"),
         ("{% if a %}{% set b = 1 %}{% elif b is undefined %}{% set b = 2 %}{% endif %}{{ b }}", "ab", ""),
+        ("{% macro f(a, b) %}{{ a + b }}{% endmacro %}{{ f(1, 2) }}{{ a }}", "a", "bf"),
+        ("{% set a = a | d(3) %}{{ a }}{% if c %}{% set b = 1 %}{% endif %}{{ b | d(2) }}", "abc", ""),
     ],
 )
 def test_a_variable_that_the_template_sets_itself_is_no_ones_to_give(
