@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "EngineBackbone",
     "QuantizedBackbone",
     "make_backbone",
+    "model_class",
     "pack_size",
     "packs",
     "read_lm_head",
@@ -98,6 +100,14 @@ class EngineBackbone:
         return states
 
 
+def model_class(folder: Path) -> Any:
+    """Of transformers' the one that reads a model, of those that see images with that part, too."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    return AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+
+
 class QuantizedBackbone:
     """transformers' model with its linear layers in 8 or 4 bits by bitsandbytes, for a small GPU.
 
@@ -111,7 +121,7 @@ class QuantizedBackbone:
             importlib.import_module("bitsandbytes")  # transformers asks for it late, with a poorer message
         except ImportError as error:
             raise ConfigError("a backbone in 8 or 4 bits needs: pip install 'bitsandbytes>=0.46'") from error
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         options = (
             BitsAndBytesConfig(load_in_8bit=True)
@@ -120,8 +130,9 @@ class QuantizedBackbone:
                 load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
             )
         )
-        whole: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=dtype, quantization_config=options, device_map={"": device}
+        folder = resolve_model(model)
+        whole = model_class(folder).from_pretrained(
+            folder, dtype=dtype, quantization_config=options, device_map={"": device}
         )
         self._model = whole.base_model.eval()
         self.device, self.dtype = device, dtype

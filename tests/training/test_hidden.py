@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from engine.errors import ConfigError
+from tests.engine.model.test_text_part import gemma, mistral, save
 from tests.support import save_model, tiny_llama
 from tests.training.support import random_rows
-from training.backbone import Backbone, make_backbone, packs, read_lm_head
+from training.backbone import Backbone, make_backbone, model_class, packs, read_lm_head
 from training.batches import OnlineBatches, ResidentBatches
 from training.data import Row
 from training.hidden import HiddenCache, cache_hidden, missing_rows
@@ -221,6 +222,18 @@ def test_a_pack_that_does_not_fit_the_pool_is_split(model: tuple[LlamaForCausalL
     sequences = [row.prompt.tolist() for row in random_rows(20, VOCAB, prompt=17)]
     together = small.hidden(sequences)
     torch.testing.assert_close(together, torch.cat([small.hidden([one]) for one in sequences]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "mistral"])
+@torch.inference_mode()
+def test_what_is_quantised_for_training_is_read_as_the_engine_reads_it(tmp_path: Path, kind: str) -> None:
+    """Also the text part of models that see images; the quantising itself needs a GPU."""
+    models = {"llama": tiny_llama, "gemma": gemma, "mistral": lambda: mistral("ministral3")}
+    folder = save_model(models[kind](), tmp_path) if kind == "llama" else save(models[kind](), tmp_path)
+    whole = model_class(folder).from_pretrained(folder).eval()
+    tokens = list(range(1, 30))
+    states = whole.base_model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(backbone(folder).hidden([tokens]), states, rtol=1e-4, atol=1e-4)
 
 
 def test_packs_hold_what_fits_and_a_longer_sequence_alone() -> None:
