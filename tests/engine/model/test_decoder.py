@@ -270,13 +270,17 @@ def check_against_transformers(
 
 
 def test_ministral_3_is_served_up_to_where_its_queries_are_scaled() -> None:
-    def most(**rope: Any) -> int:
-        config = Ministral3Config(rope_parameters=rope, architectures=["Ministral3ForCausalLM"])
-        assert config.max_position_embeddings > 384
+    def most(positions: int = 8192, **rope: Any) -> int:
+        config = Ministral3Config(
+            rope_parameters=rope,
+            architectures=["Ministral3ForCausalLM"],
+            max_position_embeddings=positions,
+        )
         return ModelConfig.from_hf(config).max_position
 
     assert most(**MINISTRAL3) == 384
-    assert most(**(MINISTRAL3 | {"llama_4_scaling_beta": None})) > 384
+    assert most(256, **MINISTRAL3) == 256
+    assert most(**(MINISTRAL3 | {"llama_4_scaling_beta": None})) == 8192
 
 
 def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:
