@@ -398,7 +398,8 @@ class TextProcessor:
         data = b"".join(map(spelling.bytes_of, self.token_strings(sample)))
         if spelling.drops_space:
             data = data.removeprefix(b" ")
-        return spelling if data == self.decode(sample).encode() else None
+        # Bytes that are no character too: DeepSeek Coder's has tokens for `ö` that stand for a byte.
+        return spelling if data.decode("utf-8", spelling.errors) == self.decode(sample) else None
 
     @cached_property
     def _compiled(self) -> Callable[[str], Any] | None:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import decoders
+from tokenizers import AddedToken, decoders
 
 from engine.sampling_params import MAX_BAD_WORD_TOKENS
 from engine.text import TextProcessor
@@ -140,6 +140,15 @@ def test_a_tokenizer_that_decodes_otherwise_is_asked() -> None:
             return str(super()._decode(*args, **options)).upper()
 
     assert TextProcessor(Loud(tokenizer_object=tokenizer.backend_tokenizer))._spelling is None
+
+
+def test_a_token_that_is_no_character_may_be_in_the_sample_that_is_tried() -> None:
+    """DeepSeek Coder has letters of the byte alphabet that are no bytes of any text as tokens of their own."""
+    tokenizer = letter_tokenizer("x")
+    tokenizer.add_tokens([AddedToken("ö", normalized=False, special=False)])
+    of = TextProcessor(tokenizer)
+    assert of._spelling is not None
+    assert streamed(of, [], of.encode("xöx"), [1], skip=True) == of.decode(of.encode("xöx")) == "x\ufffdx"
 
 
 @pytest.mark.parametrize("word", ["Paris", " Paris"])
