@@ -143,7 +143,7 @@ def test_a_tokenizer_that_decodes_otherwise_is_asked() -> None:
 
 
 def test_a_token_that_is_no_character_may_be_in_the_sample_that_is_tried() -> None:
-    """DeepSeek Coder has letters of the byte alphabet that are no bytes of any text as tokens of their own."""
+    """DeepSeek Coder has letters of the byte alphabet that are no bytes of any text as tokens of its."""
     tokenizer = letter_tokenizer("x")
     tokenizer.add_tokens([AddedToken("ö", normalized=False, special=False)])
     of = TextProcessor(tokenizer)
