@@ -56,12 +56,24 @@ def _mix(x):
 
 
 @triton.jit
-def _uniform(seed, choice, position):
-    """`engine.sampler.uniform` of int64 scalars."""
-    state = _mix(seed)
-    state = _mix(state ^ (choice * -7046029254386353131))
-    state = _mix(state ^ (position * -4658895280553007687))
-    return ((state >> 40) & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
+def _key_of(seed, choice, position):
+    """The key of a draw's numbers, see `engine.sampler.exponential`; of int64 scalars."""
+    key = _mix(seed)
+    key = _mix(key ^ (choice * -7046029254386353131))
+    return _mix(key ^ (position * -4658895280553007687))
+
+
+@triton.jit
+def _exponential(token, low, high):
+    """The numbers of tokens (int32) for a key's halves, of which the upper one is odd."""
+    x = (token * high) ^ low
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    x = x ^ ((x >> 16) & 0xFFFF)
+    u = (x & 0x7FFFFFFF).to(tl.float32) + tl.where(x < 0, 2147483648.0, 0.0)
+    u = tl.minimum((u + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    small = (((u * 0.25 + 0.3333333333333333) * u + 0.5) * u + 1.0) * u
+    return tl.where(u < 0.015625, small, -tl.log(1.0 - u))
 
 
 @triton.jit
@@ -222,26 +234,30 @@ def _sums(row_ptr, size, best, temperature, cut, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pick(row_ptr, size, best, temperature, cut, point, BLOCK: tl.constexpr):
-    """The place of the token at which the weights of those up to key `cut`, summed in order, pass `point`."""
+def _pick(
+    row_ptr, token_ptr, collected, size, best, temperature, cut, key, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The place of the token that wins the race of those up to key `cut`.
+
+    Args:
+        token_ptr: the tokens of the places, unless `collected` is 0 and they are the places.
+        key: of the draw's numbers.
+    """
+    low, high = key.to(tl.int32), (key >> 32).to(tl.int32) | 1
     lane = tl.arange(0, BLOCK)
-    # The block in which the sum passes the point; the last with any weight where rounding keeps it below.
-    passed = tl.full([], 0.0, tl.float32)
-    before = tl.full([], 0.0, tl.float32)
-    at = tl.full([], 0, tl.int32)
+    most = tl.full([BLOCK], -1.0, tl.float32)
+    where = lane
     for start in tl.range(0, size, BLOCK, num_stages=_STAGES):
-        weight, _ = _weights(row_ptr, start + lane, size, best, temperature, cut)
-        here = tl.sum(weight, 0)
-        if (here > 0.0) & (passed <= point):
-            at = start
-            before = passed
-        passed += here
-    column = at + lane
-    weight, _ = _weights(row_ptr, column, size, best, temperature, cut)
-    reached = (before + tl.cumsum(weight, 0) > point) & (weight > 0.0)
-    place = tl.min(tl.where(reached, column, size), 0)
-    last = tl.max(tl.where(weight > 0.0, column, 0), 0)
-    return tl.where(place < size, place, last)
+        column = start + lane
+        weight, _ = _weights(row_ptr, column, size, best, temperature, cut)
+        token = tl.load(token_ptr + column, mask=(column < size) & (collected != 0), other=0)
+        token = tl.where(collected != 0, token.to(tl.int32), column)
+        value = weight / _exponential(token, low, high)
+        better = value > most
+        most = tl.where(better, value, most)
+        where = tl.where(better, column, where)
+    largest = tl.max(most, 0)
+    return tl.minimum(tl.min(tl.where(most == largest, where, size - 1), 0), size - 1)
 
 
 @triton.jit
@@ -389,20 +405,21 @@ def _draw_kernel(
                         if top_k > 0:
                             weight, _ = _sums(source_ptr, size, best, heat, cut, BLOCK)
                         cut = _least_key(source_ptr, size, best, heat, cut, top_p * weight, True, BLOCK // 2)
-                uniform = _uniform(tl.load(seed_ptr + slot), tl.load(choice_ptr + slot), position)
-                total, moment = _sums(source_ptr, size, best, heat, cut, BLOCK)
-                place = _pick(source_ptr, size, best, heat, cut, uniform * total, BLOCK)
+                key = _key_of(tl.load(seed_ptr + slot), tl.load(choice_ptr + slot), position)
+                tokens_at = kept_token_ptr + sequence * ROOM
+                place = _pick(source_ptr, tokens_at, number, size, best, heat, cut, key, BLOCK)
                 target = place.to(tl.int64)
                 if number > 0:
-                    target = tl.load(kept_token_ptr + sequence * ROOM + place).to(tl.int64)
+                    target = tl.load(tokens_at + place).to(tl.int64)
                 follows = children & (token == target)
                 if typical:
+                    total, moment = _sums(source_ptr, size, best, heat, cut, BLOCK)
                     entropy = tl.log(total) - moment / total
                     bound = tl.load(delta_ptr + slot) * tl.exp(-entropy)
                     bound = tl.minimum(tl.load(epsilon_ptr + slot), bound)
                     value = tl.load(row_ptr + token, mask=children, other=float("-inf"))
-                    key, scaled = _key(value, best, heat)
-                    p = tl.where(key <= cut, tl.exp(scaled) / total, 0.0)
+                    order, scaled = _key(value, best, heat)
+                    p = tl.where(order <= cut, tl.exp(scaled) / total, 0.0)
                     follows = children & (p > bound)
                     log_p = tl.where(follows, tl.log(tl.where(follows, p, 1.0)), log_p)
             drawn = tl.where(here, target, drawn)
