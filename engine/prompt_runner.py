@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence as Items
 from dataclasses import replace
+from importlib import import_module
 from itertools import accumulate
 
 import torch
@@ -86,6 +87,8 @@ class PromptRunner:
             eos_token_ids=eos_token_ids,
             device=self._device,
         )
+        if self._device.type == "cpu":
+            import_module("engine.race_cpu")  # compile it now, not under the first request that draws
         self._lookup: Lookup | None = None
         if lookup_size:
             made = Lookup

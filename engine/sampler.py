@@ -15,7 +15,6 @@ from torch import Tensor
 from engine.adjust import Adjustment, Place
 from engine.medusa.accept import Targets
 from engine.medusa.tree import Topology
-from engine.race_cpu import winners
 
 __all__ = [
     "Adjusting",
@@ -234,6 +233,8 @@ def _pick(p: Tensor, greedy: Tensor, rows: SamplingRows) -> Tensor:
     """[R] int64: the token that each row's numbers choose of p [R, vocab], or `greedy` [R]."""
     # NaN logits give some token; the runner finds them, but an id must exist until then.
     if p.device.type == "cpu":
+        from engine.race_cpu import winners  # compiled when it is imported
+
         drawn = winners(p, _key(rows.seed, rows.choice, rows.position))
     else:
         numbers = exponential(rows.seed, rows.choice, rows.position, p.shape[-1])
