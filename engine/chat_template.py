@@ -14,14 +14,7 @@ if TYPE_CHECKING:
     from jinja2.ext import Extension
     from jinja2.parser import Parser
 
-__all__ = [
-    "REASONING",
-    "check_template",
-    "check_variables",
-    "reads_tools",
-    "variables",
-    "with_reasoning",
-]
+__all__ = ["REASONING", "check_template", "check_variables", "reads_tools", "variables", "with_reasoning"]
 
 REASONING = "reasoning_content"
 """What an assistant's message calls its thought."""

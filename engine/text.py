@@ -8,13 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from engine import faults
-from engine.chat_template import (
-    check_template,
-    check_variables,
-    reads_tools,
-    variables,
-    with_reasoning,
-)
+from engine.chat_template import check_template, check_variables, reads_tools, variables, with_reasoning
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import RequestError
 from engine.own_tokens import is_own, own_text_ids

@@ -20,7 +20,13 @@ FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 EACH_BYTE = "medusa_each_byte"
 """Name of a handler for `bytes.decode`: U+FFFD for each byte that is part of no character."""
 
-codecs.register_error(EACH_BYTE, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
+
+def _replace_each(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(EACH_BYTE, _replace_each)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,8 @@ from server.tool_calls import ToolCallParser
 if TYPE_CHECKING:
     from engine.text import TextProcessor
 
-__all__ = ["FORMATS", "Function", "ToolFormat", "ToolFormatName", "format_of"]
+__all__ = ["FORMATS", "Function", "ToolFormat", "format_of"]
 
-ToolFormatName = Literal[
-    "hermes", "llama3_json", "mistral", "granite", "nemotron", "apriel", "xlam", "phi4_mini_json"
-]
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
 
 _AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -60,7 +57,7 @@ class ToolFormat:
         text_ids: other tokens that are no text to a grammar, and are text.
     """
 
-    name: ToolFormatName
+    name: str
     begin: str
     end: str = ""
     bare: Literal["", "{", "["] = ""

@@ -214,12 +214,9 @@ def _gemma3(config: Any) -> dict[str, Any]:
     for unused in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, unused, None):
             raise UnsupportedModelError(f"{unused} is not supported in {config.model_type}")
-    ropes = config.rope_parameters
     return {
         **_llama(config),
-        "windows": _layer_windows(config),
-        "rope": _rope(config, ropes["full_attention"], layer_type="full_attention"),
-        "local_rope": _rope(config, ropes["sliding_attention"], layer_type="sliding_attention"),
+        **_two_kinds_of_layers(config),
         "norms": "both",
         "norm_offset": True,
         "qk_norm": "head",
@@ -254,12 +251,9 @@ def _olmo2(config: Any) -> dict[str, Any]:
 
 
 def _olmo3(config: Any) -> dict[str, Any]:
-    ropes = config.rope_parameters
     return {
         **_olmo2(config),
-        "windows": _layer_windows(config),
-        "rope": _rope(config, ropes["full_attention"], layer_type="full_attention"),
-        "local_rope": _rope(config, ropes["sliding_attention"], layer_type="sliding_attention"),
+        **_two_kinds_of_layers(config),
     }
 
 
@@ -273,10 +267,10 @@ def _seed_oss(config: Any) -> dict[str, Any]:
 
 def _smollm3(config: Any) -> dict[str, Any]:
     unrotated = torch.zeros(_head_dim(config) // 2)
-    window = config.sliding_window if config.use_sliding_window else None
+    no_windows = (None,) * config.num_hidden_layers
     return {
         **_llama(config),
-        "windows": tuple(window if kind == "sliding_attention" else None for kind in config.layer_types),
+        "windows": _layer_windows(config) if config.use_sliding_window else no_windows,
         "local_rope": RopeConfig(unrotated, 1.0),
         "local_layers": tuple(not rotated for rotated in config.no_rope_layers),
     }
@@ -331,6 +325,16 @@ def _layer_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(
         config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
     )
+
+
+def _two_kinds_of_layers(config: Any) -> dict[str, Any]:
+    """With a window and without, each kind with a rotary embedding of its own."""
+    ropes = config.rope_parameters
+    return {
+        "windows": _layer_windows(config),
+        "rope": _rope(config, ropes["full_attention"], layer_type="full_attention"),
+        "local_rope": _rope(config, ropes["sliding_attention"], layer_type="sliding_attention"),
+    }
 
 
 def _rope(

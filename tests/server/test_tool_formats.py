@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from llguidance.hf import from_tokenizer
@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders
 
 from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.text import TextProcessor
+from server.settings import Settings
 from server.tool_formats import FORMATS, Function, ToolFormat, format_of
 from tests.server.conftest import EOS_ID, TEXT
 
@@ -308,3 +309,8 @@ def test_a_grammar_of_many_tools_is_compiled() -> None:
     spec = FORMATS["hermes"].grammar(functions, text=True, schema=None, several=True)
     call = json.dumps({"name": "tool_127", "arguments": {"city": "x"}})
     assert follows(spec, f"<tool_call>\n{call}\n</tool_call>")
+
+
+def test_the_setting_takes_every_format() -> None:
+    choices = get_args(Settings.model_fields["tool_call_parser"].annotation)
+    assert sorted(choices) == sorted(["auto", *FORMATS])

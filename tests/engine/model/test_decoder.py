@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Ministral3Config, PreTrainedModel
+from transformers import LlamaConfig, Ministral3Config, PreTrainedModel, SmolLM3Config
 
 from engine.attention.base import AttentionInput
 from engine.attention.cpu import CpuAttention
@@ -281,6 +281,18 @@ def test_ministral_3_is_served_up_to_where_its_queries_are_scaled() -> None:
     assert most(**MINISTRAL3) == 384
     assert most(256, **MINISTRAL3) == 256
     assert most(**(MINISTRAL3 | {"llama_4_scaling_beta": None})) == 8192
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_windows_that_smollm3_does_not_use_are_none(used: bool) -> None:
+    config = SmolLM3Config(
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=3,
+        use_sliding_window=used,
+        architectures=["SmolLM3ForCausalLM"],
+    )
+    assert ModelConfig.from_hf(config).windows == (3 if used else None, None)
 
 
 def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:

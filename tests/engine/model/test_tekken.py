@@ -79,7 +79,7 @@ def test_tokenizers_of_another_kind_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}}'])
 def test_what_is_none_is_named(content: str, beside: bool, tmp_path: Path) -> None:
     if beside:
-        load_tokenizer(write(tmp_path)).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))  # type: ignore[attr-defined]
+        load_tokenizer(write(tmp_path)).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tekken.json").write_text(content)
     with pytest.raises(ModelError, match=r"cannot read .*tekken\.json"):
         load_tokenizer(tmp_path)
