@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from engine import faults
 from engine.errors import ModelError
+from engine.model.gguf_header import GgufTensor, dequantized, read_header
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
 
 __all__ = [
@@ -178,16 +178,14 @@ def convert(source: Path, folder: Path) -> None:
         ModelError: not a GGUF, damaged, or not of this model's kind.
         OSError: the folder cannot be written.
     """
-    from gguf import GGUFReader
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
-        reader = GGUFReader(source)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        config = _config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+        fields, stored = read_header(source)
+        config = _config(fields, tied="output.weight" not in stored)
         tokenizer = _tokenizer(fields)
-        tensors = dict(_tensors(reader, config))
+        tensors = dict(_tensors(source, stored, config))
     except (ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"cannot read {source} ({error}); "
@@ -297,31 +295,32 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+def _tensors(
+    source: Path, stored: dict[str, GgufTensor], config: dict[str, Any]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Checkpoint names and float32 values, [out_features, in_features] for a projection."""
     import numpy as np
-    from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from tqdm import tqdm
 
     layers = range(config["num_hidden_layers"])
     names = ["model.embed_tokens", "model.norm", *([] if config["tie_word_embeddings"] else ["lm_head"])]
     names += [f"model.layers.{layer}.{tensor}" for layer in layers for tensor in _LAYER_TENSORS]
     name_map = get_tensor_name_map(MODEL_ARCH.LLAMA, len(layers))
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    data, left = np.memmap(source, mode="r"), dict(stored)
     heads = {
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config["num_key_value_heads"],
     }
     # disable=None: no bar where stderr is not a terminal.
     for name in tqdm(names, desc=f"converting {EMBEDDED_MODEL} (once)", unit="tensor", disable=None):
-        tensor = stored.pop(f"{name_map.get_name(name)}.weight")
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        values = dequantized(data, left.pop(f"{name_map.get_name(name)}.weight"))
         for suffix, count in heads.items():
             if name.endswith(suffix):
                 values = undo_rope_interleaving(values, count)
         yield f"{name}.weight", np.ascontiguousarray(values)
-    if stored:
-        raise ModelError(f"the embedded model's file holds tensors of no known use: {sorted(stored)[:8]}")
+    if left:
+        raise ModelError(f"the embedded model's file holds tensors of no known use: {sorted(left)[:8]}")
 
 
 def undo_rope_interleaving(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

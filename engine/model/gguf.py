@@ -10,16 +10,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.embedded import cache_root, shortest, undo_rope_interleaving, write_json
+from engine.model.gguf_header import GgufHeader, GgufTensor, dequantized, read_header
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 __all__ = ["GGUF_INDEX", "GgufFile", "gguf_folder"]
 
@@ -150,10 +148,10 @@ class GgufFile:
         if not source.is_file() or source.stat().st_size != stated["bytes"]:
             raise WeightsError(f"{source} is not the file that {index.parent} was made from; name it anew")
         self._data = np.memmap(source, mode="r")
-        self._tensors: dict[str, dict[str, Any]] = stated["tensors"]
+        self._tensors = {name: GgufTensor(**tensor) for name, tensor in stated["tensors"].items()}
         self._heads: dict[str, int] = stated["permuted_heads"]
         self._norm_offset: float = stated["norm_offset"]
-        kinds = sorted({tensor["type"] for tensor in self._tensors.values()} - {"F32", "F16", "BF16"})
+        kinds = sorted({tensor.type for tensor in self._tensors.values()} - {"F32", "F16", "BF16"})
         if kinds:
             log.warning(
                 "%s is dequantised at load (%s): it takes the memory of full-precision weights",
@@ -165,19 +163,14 @@ class GgufFile:
         return self._tensors
 
     def get(self, name: str) -> torch.Tensor:
-        """Float32, dequantised."""
-        import numpy as np
-        from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
+        """Float32, dequantised.
 
-        tensor = self._tensors[name]
-        kind, shape = GGMLQuantizationType[tensor["type"]], tuple(tensor["shape"])
-        raw = self._data[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
-        plain = {"F32": np.float32, "F16": np.float16}.get(tensor["type"])
-        if plain is not None:
-            values = raw.view(plain).reshape(shape)
-        else:
-            values = dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
-        values = values.astype(np.float32)
+        Raises:
+            UnsupportedModelError: it is of a type that is not covered.
+        """
+        import numpy as np
+
+        values = dequantized(self._data, self._tensors[name])
         module = name.rpartition(".")[0].rpartition(".")[2]
         if heads := self._heads.get(module):
             values = undo_rope_interleaving(values, heads)
@@ -186,23 +179,23 @@ class GgufFile:
         return torch.from_numpy(np.ascontiguousarray(values))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name]["shape"])
+        return tuple(self._tensors[name].shape)
 
 
 def _describe(source: Path, folder: Path) -> None:
     """Write everything about `source` but its tensors."""
-    from gguf import GGUFReader
-
     log.info("reading %s; its description is kept, so the next start is faster", source.name)
     try:
-        reader = GGUFReader(source)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        config = _config(fields, reader)
-        tokenizer = build_tokenizer(fields)
-        index = _index(source, fields["general.architecture"], reader, config)
+        header = read_header(source)
+        config = _config(source, header)
+        tokenizer = build_tokenizer(header.fields)
+        index = _index(source, header, config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"{source} cannot be read as a GGUF model: {reason}") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {source}: {error.strerror or error}") from error
+    fields = header.fields
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"eos_token_id": _end_tokens(fields)})
     write_json(folder / "tokenizer_config.json", tokenizer_config(fields, config["max_position_embeddings"]))
@@ -211,8 +204,9 @@ def _describe(source: Path, folder: Path) -> None:
     os.chmod(folder, 0o755)  # mkdtemp's is readable to its owner only
 
 
-def _config(fields: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
+def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
     """The transformers config that says the same."""
+    fields, tensors = header
     arch = fields["general.architecture"]
     if arch not in _ARCHITECTURES:
         raise UnsupportedModelError(
@@ -224,13 +218,12 @@ def _config(fields: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
         )
     architecture, model_type = _ARCHITECTURES[arch]
     own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
-    names = {tensor.name for tensor in reader.tensors}
     heads, hidden = own["attention.head_count"], own["embedding_length"]
     head_dim = own.get("attention.key_length", hidden // heads)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
-        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in names,
+        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         # Wide enough for any model's activations; the quantised weights have fewer bits anyway.
         "dtype": "bfloat16",
@@ -240,15 +233,15 @@ def _config(fields: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
         "hidden_size": hidden,
         "intermediate_size": own["feed_forward_length"],
         "max_position_embeddings": own["context_length"],
-        "mlp_bias": "blk.0.ffn_up.bias" in names,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "num_attention_heads": heads,
         "num_hidden_layers": own["block_count"],
         "num_key_value_heads": _same_in_all_layers(own.get("attention.head_count_kv", heads)),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": _rope(own, arch, reader, head_dim),
-        "tie_word_embeddings": "output.weight" not in names,
-        "vocab_size": _vocab_size(reader),
+        "rope_parameters": _rope(own, arch, head_dim, _rope_factors(source, tensors)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "vocab_size": tensors["token_embd.weight"].shape[0],  # some models have more rows than tokens
     }
     return config | _OF_FAMILY[arch](own, config) if arch in _OF_FAMILY else config
 
@@ -259,11 +252,6 @@ def _same_in_all_layers(heads: int | list[int]) -> int:
     if len(counts) > 1:
         raise UnsupportedModelError("a GGUF whose layers differ in K/V heads is not supported")
     return counts.pop()
-
-
-def _vocab_size(reader: GGUFReader) -> int:
-    # Rows of the embedding: some models have more than tokens.
-    return next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight")
 
 
 def _gemma3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,13 +319,21 @@ _OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str,
 """For an architecture the entries of a config in which it differs, from its metadata and the rest."""
 
 
-def _rope(own: Mapping[str, Any], arch: str, reader: GGUFReader, head_dim: int) -> dict[str, Any]:
+def _rope_factors(source: Path, tensors: Mapping[str, GgufTensor]) -> dict[str, list[float]]:
+    import numpy as np
+
+    data = np.memmap(source, mode="r")
+    held = (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
+    return {name: dequantized(data, tensors[name]).tolist() for name in held if name in tensors}
+
+
+def _rope(
+    own: Mapping[str, Any], arch: str, head_dim: int, factors: Mapping[str, list[float]]
+) -> dict[str, Any]:
     rotated = own.get("rope.dimension_count", head_dim)
     if rotated != head_dim and arch != "phi3":
         raise UnsupportedModelError("a GGUF in which only a part of each head is rotated is not supported")
     theta = shortest(own.get("rope.freq_base", 1e6 if arch == "gemma3" else 1e4))
-    held = (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
-    factors = {tensor.name: tensor.data.tolist() for tensor in reader.tensors if tensor.name in held}
     if _ROPE_FACTORS in factors:
         return _llama3_rope(theta, torch.tensor(factors[_ROPE_FACTORS]))
     part = {"partial_rotary_factor": rotated / head_dim} if rotated != head_dim else {}
@@ -399,25 +395,21 @@ def _llama3_rope(theta: float, factors: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _index(source: Path, arch: str, reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, Any]:
+def _index(source: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any]:
     """Where each tensor lies; one of no known use keeps its own name, and is reported at load."""
+    arch = header.fields["general.architecture"]
     layer_names = _NAMES.get(arch, _LAYER_NAMES)
     tensors = {}
-    for tensor in reader.tensors:
-        if tensor.name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
+    for name, tensor in header.tensors.items():
+        if name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             continue
-        module, _, kind = tensor.name.rpartition(".")
+        module, _, kind = name.rpartition(".")
         if module.startswith("blk."):
             _, layer, part = module.split(".", 2)
             module = f"model.layers.{layer}.{layer_names[part]}" if part in layer_names else module
         else:
             module = _TOP_NAMES.get(module, module)
-        tensors[f"{module}.{kind}"] = {
-            "offset": int(tensor.data_offset),
-            "bytes": int(tensor.n_bytes),
-            "type": tensor.tensor_type.name,
-            "shape": [int(size) for size in reversed(tensor.shape.tolist())],
-        }
+        tensors[f"{module}.{kind}"] = tensor._asdict()
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     return {
         "path": str(source),

@@ -271,12 +271,31 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
         ("smollm", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
         ("refact", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
         ("deepseek-coder", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
+        ("deepseek-llm", ["ab", "\u0120", "1", "2", "3", "4", "'", "S"]),
+        ("qwen35", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
+        ("seed-coder", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
         ("gpt-2", ["ab", "\u01201234", "'", "S"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(pre: str, pieces: list[str]) -> None:
     tokenizer = build_tokenizer(described(ALPHABET, ggml={"pre": pre}))
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("ab 1234'S")] == pieces
+
+
+def test_where_kin_cut_otherwise() -> None:
+    """Qwen3.5 leaves marks with their letters, Seed's lines end apart, DeepSeek's words are cased letters."""
+    for pre, text, pieces in [
+        ("qwen2", "q\u0303a", ["q", "\u00cc\u0125a"]),
+        ("qwen35", "q\u0303a", ["q\u00cc\u0125a"]),
+        ("qwen2", "a!\n", ["a", "!\u010a"]),
+        ("seed-coder", "a!\n", ["a", "!", "\u010a"]),
+        ("deepseek-coder", "a \u05d0b", ["a", "\u0120\u00d7\u0132b"]),
+        ("deepseek-llm", "a \u05d0\u00e9", ["a", "\u0120\u00d7\u0132", "\u00c3\u00a9"]),
+        ("deepseek-llm", "\u05d0\U00010400", ["\u00d7\u0132", "\u00f0\u0132\u0132\u0122"]),
+        ("deepseek-llm", "\u05d0 \uff0b", ["\u00d7\u0132", "\u0120\u00ef\u00bc\u012d"]),
+    ]:
+        tokenizer = build_tokenizer(described(ALPHABET, ggml={"pre": pre}))
+        assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces, pre
 
 
 @pytest.mark.parametrize(
