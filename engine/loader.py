@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.adjust import table_bytes
 from engine.attention.base import AttentionBackend
@@ -22,7 +23,7 @@ from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.devices import device_named, not_emulated
-from engine.errors import ConfigError
+from engine.errors import ConfigError, WeightsError
 from engine.limits import available_bytes
 from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
 from engine.medusa.head_files import JOINT_PREFIX, joint_heads, read_heads
@@ -280,7 +281,18 @@ def _decoder(
         ),
         progress=progress,
     )
+    _check_output_layer(decoder.lm_head.weight)
     return decoder
+
+
+def _check_output_layer(weight: Tensor) -> None:
+    """Raise WeightsError if it holds NaN or infinities. Those of other layers reach the hidden states, and so
+    fail whoever they reach; these would make tokens of nothing, the same ones again and again."""
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():  # which makes no copy
+        raise WeightsError(
+            "the output layer's weights (lm_head) hold values that are not finite: the checkpoint is damaged "
+            f"or {str(weight.dtype).removeprefix('torch.')} too narrow for it"
+        )
 
 
 def _pool(

@@ -45,7 +45,7 @@ class SamplingParams:
     renormalise.
 
     Args:
-        temperature: 0 is greedy; at most 2 over HTTP, not bounded here.
+        temperature: 0 is greedy; at most 2 over HTTP, here 3e38 (what float32 holds).
         top_p: nucleus mass in (0, 1].
         top_k: candidates kept; 0 keeps all.
         min_p: keep tokens with p >= min_p * max(p), in [0, 1].
@@ -110,7 +110,7 @@ class SamplingParams:
                 raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
 
         self._take_as_vllm_does()
-        check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number, at least 0")
+        check(0.0 <= self.temperature <= 3e38, "temperature", "in [0, 3e+38]")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
         check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")

@@ -13,7 +13,7 @@ from engine.adjust import table_bytes
 from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError, ModelError, WeightsError
 from engine.loader import _device, _dtype, _why_not_triton, load
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
@@ -107,6 +107,23 @@ def test_attention_is_the_devices_own_unless_it_is_named(tmp_path: Path) -> None
 def test_attention_that_cannot_run_is_refused_before_a_model_is_looked_for() -> None:
     with pytest.raises(ConfigError, match="attention triton needs an NVIDIA GPU and the device is cpu; set"):
         load(EngineConfig(model="/no/such/folder", device="cpu", attention="triton"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("tied", "value", "dtype"),
+    [(False, float("nan"), "float32"), (True, -float("inf"), "bfloat16"), (False, 1e5, "float16")],
+)
+def test_an_output_layer_that_is_not_finite_is_refused(
+    tied: bool, value: float, dtype: str, tmp_path: Path
+) -> None:
+    """Or every answer would be one token again and again, without a word."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.lm_head.weight[17, 3] = value
+    folder = save_model(model, tmp_path)
+    config = EngineConfig(model=str(folder), device="cpu", dtype=dtype, kv_cache_tokens=1024)
+    with pytest.raises(WeightsError, match=rf"lm_head\) hold values that are not finite: .*{dtype}"):
+        load(config, progress=False)
 
 
 def test_weights_that_the_memory_does_not_hold_are_refused(

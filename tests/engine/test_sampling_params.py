@@ -59,6 +59,14 @@ def test_none_is_as_good_as_the_default(name: str) -> None:
     assert SamplingParams(**values) == SamplingParams()
 
 
+def test_a_temperature_is_what_float32_holds() -> None:
+    """As an infinity it would make NaN of what is forbidden, and token 0 of every draw."""
+    assert SamplingParams(temperature=3e38).temperature == 3e38
+    for value in (1e39, float("inf"), float("nan"), -1e-9):
+        with pytest.raises(RequestError, match=r"^temperature must be in \[0, 3e\+38\], got "):
+            SamplingParams(temperature=value)
+
+
 @pytest.mark.parametrize("name", ["stop", "bad_words"])
 def test_empty_strings_are_refused_by_the_name_that_they_were_given(name: str) -> None:
     with pytest.raises(RequestError, match=f"^{name} must be") as found:
