@@ -178,12 +178,13 @@ def _likely(described: dict[str, Any], model: str, stream: bool) -> dict[str, An
             for name in ("prompt",) if stream else _OF_MESSAGES:
                 fields.pop(name, None)
             required.add("messages" if stream else "prompt")
-        for name in set(fields) & set(_LIKELY):
-            fields[name] = copy.deepcopy(_LIKELY[name])
+        values = {**_LIKELY, **_LIKELY_IN.get(body["title"], {})}
+        for name in set(fields) & set(values):
+            fields[name] = copy.deepcopy(values[name])
         if "stream" in fields:
             fields["stream"] = {"type": "boolean", "enum": [stream]}
             required.add("stream")
-        if "top_logprobs" in fields:
+        if {"top_logprobs", "logprobs"} <= set(fields):
             fields["logprobs"] = {"type": "boolean", "enum": [True]}
             required.add("logprobs")
         body["required"] = sorted(required)
@@ -301,6 +302,44 @@ _LIKELY: dict[str, dict[str, Any]] = {
     "top_p": _number(0.01, 1),
     "truncate_prompt_tokens": _integer(1, 50),
 }
+_THOUGHT = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "c"}], "summary": []}
+_OF_CALL = {"call_id": "c", "type": "function_call"}
+_LIKELY_IN: dict[str, dict[str, Any]] = {
+    "CallInput": {"name": {"enum": ["f"]}},
+    "FunctionTool": {"name": {"enum": ["f"]}},
+    "MessageInput": {"id": {"enum": [None, "m"]}, "status": {"enum": [None, "completed"]}},
+    "ResponsesRequest": {
+        "include": {"enum": [None, [], ["reasoning.encrypted_content"]]},
+        "input": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"$ref": "#/components/schemas/MessageInput"}, "minItems": 1},
+                {
+                    "enum": [
+                        [
+                            _THOUGHT,
+                            {**_OF_CALL, "name": "f", "arguments": "{}"},
+                            {**_OF_CALL, "type": "function_call_output", "output": "b"},
+                        ]
+                    ]
+                },
+            ]
+        },
+        "max_output_tokens": _integer(1, LONGEST),
+        "reasoning": {"enum": [None, {}, {"effort": "none"}]},
+        "stream_options": {"enum": [None]},
+        "text": {"enum": [None, {}, {"format": {"type": "text"}}]},
+        "tools": {
+            "enum": [
+                [],
+                [{"type": "function", **_FUNCTION}],
+                [{"type": "function", **_FUNCTION, "strict": True}],
+            ]
+        },
+        "top_logprobs": {"enum": [None, 0]},
+    },
+}
+"""Where a field is another one than elsewhere."""
 # Fields that exclude each other, told apart by whether the answer is streamed.
 _GUIDED = ("guided_choice", "guided_grammar", "guided_json", "guided_regex")
 _STREAMED = (

@@ -19,7 +19,7 @@ from server.context import ServerContext
 from server.errors import add_error_handlers
 from server.metrics import Metrics
 from server.middleware import HeadMiddleware, ReadinessMiddleware, RequestMiddleware
-from server.routes import chat, completions, health, models, tokenize
+from server.routes import chat, completions, health, models, responses, tokenize
 from server.routes.body_route import ShortWay
 from server.schemas.base import GenerationDefaults
 from server.schemas.structured import JSON_OBJECT
@@ -78,9 +78,8 @@ def create_app(
     app.state.needs_key = keys is not None
     # The routes themselves: FastAPI looks through an included router, of which ours use nothing, twice. And
     # before those of the documentation: the first that fits is taken.
-    ours = [
-        route for routes in (chat, completions, models, tokenize, health) for route in routes.router.routes
-    ]
+    modules = (chat, completions, responses, models, tokenize, health)
+    ours = [route for module in modules for route in module.router.routes]
     app.router.routes[:0] = ours
     add_error_handlers(app)
     # Each wraps the ones before: a refusal has its log line, and browsers may read it.

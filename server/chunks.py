@@ -39,6 +39,7 @@ __all__ = [
     "chat_logprobs",
     "completion_logprobs",
     "event",
+    "in_one_line",
     "prompt_logprobs",
     "to_json",
 ]
@@ -49,16 +50,18 @@ LEAST_LOGPROB = -9999.0
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
-def event(data: str) -> bytes:
-    """A server-sent event of data without line breaks.
+def event(data: str, name: str = "") -> bytes:
+    """A server-sent event of data without line breaks, with a name where it is given one.
 
     Those that only Unicode counts as such are escaped, so the data must be JSON: clients that split a
     stream by `str.splitlines` (httpx does) would cut an event at them.
     """
-    return b"data: %b\n\n" % _in_one_line(data).encode()
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {in_one_line(data)}\n\n".encode()
 
 
-def _in_one_line(json: str) -> str:
+def in_one_line(json: str) -> str:
+    """JSON without what some clients take for the end of a line."""
     return json if json.isascii() else json.translate(_LINE_BREAKS)
 
 
@@ -140,11 +143,11 @@ class _EventWriter:
         first, *others = parts
         whole = [f"data: {self._head}[{first}", *others]
         whole[-1] += f"]{self._tail}\n\n"
-        return tuple(map(_in_one_line, whole))
+        return tuple(map(in_one_line, whole))
 
     def _event_of(self, text: str, around: tuple[str, ...]) -> bytes:
         """An event of text alone; none where there is no text."""
-        return _in_one_line(encode_basestring(text)).join(around).encode() if text else b""
+        return in_one_line(encode_basestring(text)).join(around).encode() if text else b""
 
     def _event(self, choice: str) -> bytes:
         tail = self._tail

@@ -25,9 +25,11 @@ from engine.errors import (
 
 __all__ = [
     "CLIENT_CLOSED_REQUEST",
+    "UNSEEN",
     "ErrorResponse",
     "ModelNotFoundError",
     "RequestTimeoutError",
+    "ResponseNotFoundError",
     "UnsupportedFieldError",
     "add_error_handlers",
     "error_body",
@@ -39,6 +41,9 @@ __all__ = [
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for logs and metrics, where nobody is left to answer."""
+
+UNSEEN = "\0"
+"""Begins a part of a place in a body that clients know nothing of: which form of several is meant there."""
 
 _JSON_WORDS = {
     "Value error, ": "",
@@ -57,6 +62,10 @@ class ModelNotFoundError(RequestError):
     """The request names a model this server does not serve (HTTP 404)."""
 
 
+class ResponseNotFoundError(RequestError):
+    """An earlier response is asked for, and the server keeps none (HTTP 404)."""
+
+
 class UnsupportedFieldError(RequestError):
     """A field that is unknown, or known and not supported (HTTP 400)."""
 
@@ -71,6 +80,8 @@ def to_status(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     match error:
         case ModelNotFoundError():
             status, code = 404, "model_not_found"
+        case ResponseNotFoundError():
+            status, code = 404, "response_not_found"
         case ContextLengthError():
             status, code = 400, "context_length_exceeded"
         case UnsupportedFieldError():
@@ -118,6 +129,8 @@ def field_path(location: Sequence[str | int]) -> str:
     """A field as a user would write it: `("messages", 0, "role")` is `messages[0].role`."""
     path = ""
     for part in location:
+        if isinstance(part, str) and part.startswith(UNSEEN):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
 

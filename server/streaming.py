@@ -51,6 +51,7 @@ class TextPiece:
         starts: for each of these, the character of the choice's text at which it begins.
         stop_reason: with `finish_reason`, the request's stop string or stop token id that ended the choice.
         thought: more of what the choice's text does not begin with: see `TextOptions.thought`.
+        thought_logprobs: how many of the logprobs are of tokens of a thought and its marks.
     """
 
     index: int
@@ -60,6 +61,7 @@ class TextPiece:
     starts: tuple[int, ...] = ()
     stop_reason: StopReason = None
     thought: str = ""
+    thought_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class _Choice:
     """What is counted about one choice, and the logprobs of tokens whose text is still held."""
 
     logprobs: deque[TokenLogprobs] = field(default_factory=deque)
+    told_logprobs: int = 0
     accepted_prediction_tokens: int = 0
     tokens: int = 0
     decode_tokens: int = 0
@@ -262,15 +265,20 @@ class Generation:
         self._time(choice, delta)
         if finish_reason is not None:
             self._end(choice, finish_reason)
-        logprobs = None
+        logprobs, of_thought = None, 0
         if self._wants_logprobs:
             choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
             logprobs = [choice.logprobs.popleft() for _ in text.starts]
+            thought_tokens = self._detokenizers[delta.index].thought_tokens
+            of_thought = min(max(thought_tokens - choice.told_logprobs, 0), len(logprobs))
+            choice.told_logprobs += len(logprobs)
         stop_reason: StopReason = text.stop
         if stop_reason is None and delta.stop_token_id in self._request.sampling.stop_token_ids:
             stop_reason = delta.stop_token_id  # the model's own end of text is none, as in vLLM
         index = self._offset + delta.index
-        return TextPiece(index, text.text, finish_reason, logprobs, text.starts, stop_reason, text.thought)
+        return TextPiece(
+            index, text.text, finish_reason, logprobs, text.starts, stop_reason, text.thought, of_thought
+        )
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:
         now, metrics = time.monotonic(), self._context.metrics

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from engine.thought import overlap
@@ -42,10 +43,11 @@ class CallDelta:
 
 @dataclass(slots=True)
 class Parsed:
-    """What a piece of text came to: content, and calls."""
+    """What a piece of text came to: content, calls, and both in the order in which they came."""
 
     content: str
     calls: list[CallDelta]
+    order: list[str | CallDelta] = field(default_factory=list, compare=False)
 
 
 class ToolCallParser:
@@ -81,6 +83,7 @@ class ToolCallParser:
         self._call: _Call | None = None
         self._content: list[str] = []  # and calls, of one `feed`
         self._deltas: list[CallDelta] = []
+        self._places: list[int] = []  # how many of the content's parts came before each of these
         self._begun: list[CallDelta] = []  # for the next one
         self._given = ""  # at the beginning of what is held: text that is not the answer's
         self.calls = 0
@@ -112,6 +115,7 @@ class ToolCallParser:
             final: nothing follows: text held back is let go.
         """
         self._content, self._deltas, self._begun = [], self._begun, []
+        self._places = [0] * len(self._deltas)
         for start in range(0, len(text), _AT_ONCE):
             self._text += text[start : start + _AT_ONCE]
             more = bool(self._text)
@@ -125,7 +129,18 @@ class ToolCallParser:
                 self._content.append(self._spaces)
             self._text = self._raw = self._spaces = ""
             self._leave_out_given()
-        return Parsed("".join(self._content), self._deltas)
+        return Parsed("".join(self._content), self._deltas, self._in_order())
+
+    def _in_order(self) -> list[str | CallDelta]:
+        """What one `feed` came to: content, of which there is some, and calls."""
+        order: list[str | CallDelta] = []
+        places = [0, *self._places, len(self._content)]
+        for (start, end), call in zip(pairwise(places), [*self._deltas, None], strict=True):
+            if content := "".join(self._content[start:end]):
+                order.append(content)
+            if call is not None:
+                order.append(call)
+        return order
 
     def _leave_out_given(self) -> None:
         """After a step, which gives content or a call: what was held before the answer was one of these."""
@@ -212,6 +227,7 @@ class ToolCallParser:
                 self._called = self._behind = True
                 self.calls += 1
             self._raw = ""
+            self._places.append(len(self._content))
             self._deltas.append(CallDelta(self.calls - 1, None if known else call.name, call.arguments))
         if call.state == "ended":
             self._call, self._raw = None, ""

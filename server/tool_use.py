@@ -20,7 +20,7 @@ from server.responses import (
 from server.schemas.chat import ChatRequest
 from server.schemas.structured import Constraint
 from server.schemas.tools import Tool
-from server.tool_calls import CallDelta, ToolCallParser
+from server.tool_calls import CallDelta, Parsed, ToolCallParser
 from server.tool_formats import Function, ToolFormat
 
 __all__ = ["CallReader", "calls_constraint", "with_place"]
@@ -108,11 +108,19 @@ class CallReader:
 
     def read(self, choice: int, text: str, *, final: bool) -> tuple[str, list[ToolCallDelta]]:
         """Content and calls of a choice's next piece of text; `final` if nothing follows."""
+        parsed = self._parsed(choice, text, final)
+        return parsed.content, [self._delta(call) for call in parsed.calls]
+
+    def in_order(self, choice: int, text: str, *, final: bool) -> list[str | ToolCallDelta]:
+        """The same in the order in which they came; no content is empty."""
+        order = self._parsed(choice, text, final).order
+        return [part if isinstance(part, str) else self._delta(part) for part in order]
+
+    def _parsed(self, choice: int, text: str, final: bool) -> Parsed:
         if choice not in self._parsers:
             self._parsers[choice] = self._form.parser(self._names)
             self._parsers[choice].begin(self._begun)
-        parsed = self._parsers[choice].feed(text, final)
-        return parsed.content, [self._delta(call) for call in parsed.calls]
+        return self._parsers[choice].feed(text, final)
 
     def finish_reason(self, choice: int, reason: FinishReasonName) -> ChatFinishReasonName:
         """Why a choice ended, in whose text calls may have been."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from fastapi import APIRouter, Request as HttpRequest
 from starlette.responses import Response
 
-from engine.errors import RequestError
-from engine.thought import Thought
 from engine.types import TokenLogprobs
 from server.chunks import ChatWriter, Heading, chat_logprobs, prompt_logprobs, to_json
 from server.context import Context, RequestRecord, ServerContext, record_of
-from server.reasoning_use import begun_content, template_variables, thought_of, with_thought
+from server.reasoning_use import begun_content
 from server.responses import (
     ChatChoice,
     ChatCompletion,
@@ -25,19 +22,10 @@ from server.responses import (
     StopReason,
 )
 from server.routes.body_route import BodyRoute
-from server.routes.generate import (
-    ERRORS,
-    STREAMED,
-    engine_request,
-    grammar_of,
-    respond,
-    sampling_of,
-    text_options,
-)
+from server.routes.generate import ERRORS, STREAMED, Chunks, chat_generation, respond, sampling_of
 from server.schemas.chat import ChatRequest
-from server.schemas.structured import Constraint
 from server.streaming import Generation, TextPiece, take_all
-from server.tool_use import CallReader, calls_constraint, with_place
+from server.tool_use import CallReader
 
 __all__ = ["router"]
 
@@ -50,53 +38,10 @@ async def chat_completions(body: ChatRequest, http: HttpRequest, context: Contex
     record = record_of(http)
     record.fields["model"] = model = context.name_of(body.model)
     context.check_model(model)
-    generation = await _submit(body, context, record)
+    sampling = await sampling_of(body, context)
+    generation = await chat_generation(body, context, record, sampling)
     answer = partial(_Answer, body, context, record, generation)
     return await respond(http, context, generation, answer, bool(body.stream))
-
-
-async def _submit(body: ChatRequest, context: ServerContext, record: RequestRecord) -> Generation:
-    """Everything that can be refused is refused here, before a status is sent."""
-    text = context.text
-    sampling = await sampling_of(body, context)
-    prediction: list[int] = []
-    if body.prediction_text:
-        prediction = await context.encoded(
-            record, text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
-        )
-    options = body.template_options()
-    special = options.pop("add_special_tokens")
-    known = text.template_variables(tools=bool(options["tools"]))
-    options["template_kwargs"] = template_variables(body, known)
-    write = partial(text.render_chat, body.template_input(), **options)
-    prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
-    thought = thought_of(body, context.thought_format, text, prompt)
-    try:
-        grammar = await grammar_of(_constraint_of(body, context, thought), context, record)
-    except RequestError as error:
-        raise with_place(error, body) from error
-    request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
-    shown = context.tool_format.shown if body.callable_tools else frozenset()
-    if context.thought_format is not None:
-        shown |= context.thought_format.shown
-    try:
-        return Generation(context, record, request, text_options(body, shown, thought))
-    except RequestError as error:
-        if error.param == "prompt":
-            error.param = "messages"  # the client gave no tokens, only these
-        raise
-
-
-def _constraint_of(
-    body: ChatRequest, context: ServerContext, thought: Thought | None
-) -> Callable[[], Constraint] | None:
-    """What writes the grammar of an answer that has to follow one."""
-    constraint_of = body.constraint_of
-    if body.calls_follow_grammar:
-        opening = thought.begin if thought is not None and thought.place == "before" else ""
-        begun = begun_content(body, context.thought_format)
-        constraint_of = partial(calls_constraint, body, context.tool_format, begun, opening)
-    return with_thought(constraint_of, context.thought_format, thought, body.reasoning_effort)
 
 
 @dataclass(slots=True)
@@ -110,7 +55,7 @@ class _Choice:
     stop_reason: StopReason = None
 
 
-class _Answer:
+class _Answer(Chunks):
     """Writes one generation in OpenAI's form."""
 
     def __init__(

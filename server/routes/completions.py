@@ -27,6 +27,7 @@ from server.routes.body_route import BodyRoute
 from server.routes.generate import (
     ERRORS,
     STREAMED,
+    Chunks,
     engine_request,
     grammar_of,
     respond,
@@ -119,7 +120,7 @@ class _Choice:
     stop_reason: StopReason = None
 
 
-class _Answer:
+class _Answer(Chunks):
     """Writes a batch in OpenAI's form."""
 
     def __init__(

@@ -1,9 +1,10 @@
-"""What chat and text completions have in common: from a body to the engine, and to an answer or a stream."""
+"""What the endpoints that generate text share: from a body to the engine, and to an answer or a stream."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -19,15 +20,20 @@ from server.chunks import event
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.events import EventStream
+from server.reasoning_use import begun_content, template_variables, thought_of, with_thought
 from server.responses import ErrorBody
 from server.schemas.base import GenerationBody
+from server.schemas.chat import ChatRequest
 from server.schemas.structured import Constraint
-from server.streaming import Pieces, TextOptions, TextPiece, unless_disconnected
+from server.streaming import Generation, Pieces, TextOptions, TextPiece, unless_disconnected
+from server.tool_use import calls_constraint, with_place
 
 __all__ = [
     "ERRORS",
     "STREAMED",
     "Answer",
+    "Chunks",
+    "chat_generation",
     "engine_request",
     "grammar_of",
     "respond",
@@ -67,14 +73,32 @@ class Answer(Protocol):
     @property
     def completion_id(self) -> str: ...
 
+    def begin(self) -> bytes:
+        """The events before any piece; may be none."""
+
     def write(self, piece: TextPiece) -> bytes | Awaitable[bytes]:
         """The events of one piece; may be none. Awaitable where writing them takes long."""
 
     def end(self) -> bytes:
         """The stream's last events."""
 
+    def failed(self, error: Exception) -> bytes:
+        """The stream's last events where it ends with an error."""
+
     def whole(self) -> Coroutine[Any, Any, bytes]:
         """The answer in JSON when it is complete. Raises what `Pieces.waiting` raises."""
+
+
+class Chunks:
+    """An `Answer` whose stream is of chunks alone; an error is one of them."""
+
+    def begin(self) -> bytes:
+        """See `Answer.begin`."""
+        return b""
+
+    def failed(self, error: Exception) -> bytes:
+        """See `Answer.failed`."""
+        return event(json.dumps(to_status(error)[1]))
 
 
 async def sampling_of(body: GenerationBody, context: ServerContext) -> SamplingParams:
@@ -148,6 +172,55 @@ def engine_request(
     )
 
 
+async def chat_generation(
+    body: ChatRequest, context: ServerContext, record: RequestRecord, sampling: SamplingParams
+) -> Generation:
+    """The answers to a conversation. Everything that can be refused is refused here, before a status is sent.
+
+    Raises:
+        RequestError, QueueFullError, EngineStoppedError: as `Generation`.
+    """
+    text = context.text
+    prediction: list[int] = []
+    if body.prediction_text:
+        prediction = await context.encoded(
+            record, text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
+        )
+    options = body.template_options()
+    special = options.pop("add_special_tokens")
+    known = text.template_variables(tools=bool(options["tools"]))
+    options["template_kwargs"] = template_variables(body, known)
+    write = partial(text.render_chat, body.template_input(), **options)
+    prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
+    thought = thought_of(body, context.thought_format, text, prompt)
+    try:
+        grammar = await grammar_of(_constraint_of(body, context, thought), context, record)
+    except RequestError as error:
+        raise with_place(error, body) from error
+    request = engine_request(body, context, record.engine_id, prompt, sampling, grammar, prediction)
+    shown = context.tool_format.shown if body.callable_tools else frozenset()
+    if context.thought_format is not None:
+        shown |= context.thought_format.shown
+    try:
+        return Generation(context, record, request, text_options(body, shown, thought))
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = "messages"  # the client gave no tokens, only these
+        raise
+
+
+def _constraint_of(
+    body: ChatRequest, context: ServerContext, thought: Thought | None
+) -> Callable[[], Constraint] | None:
+    """What writes the grammar of an answer that has to follow one."""
+    constraint_of = body.constraint_of
+    if body.calls_follow_grammar:
+        opening = thought.begin if thought is not None and thought.place == "before" else ""
+        begun = begun_content(body, context.thought_format)
+        constraint_of = partial(calls_constraint, body, context.tool_format, begun, opening)
+    return with_thought(constraint_of, context.thought_format, thought, body.reasoning_effort)
+
+
 async def respond(
     http: HttpRequest, context: ServerContext, generation: Pieces, answer: Callable[[], Answer], stream: bool
 ) -> Response:
@@ -172,6 +245,7 @@ class _Events:
     def __init__(self, generation: Pieces, answer: Answer) -> None:
         self._generation = generation
         self._answer = answer
+        self._begun = answer.begin()
         self._writing: Awaitable[bytes] | None = None
         self.ended = False
 
@@ -182,7 +256,7 @@ class _Events:
     def take(self) -> bytes:
         if self._writing is not None or self.ended:
             return b""
-        events = b""
+        events, self._begun = self._begun, b""
         try:
             for piece in self._generation.waiting():
                 written = self._answer.write(piece)
@@ -208,7 +282,7 @@ class _Events:
 
     def _failed(self, error: Exception) -> bytes:
         self.ended = True
-        status, body, _ = to_status(error)
+        status, _, _ = to_status(error)
         unexpected = not isinstance(error, MedusaError)
         log.error("stream_failed", id=self._answer.completion_id, status=status, exc_info=unexpected)
-        return event(json.dumps(body))
+        return self._answer.failed(error)

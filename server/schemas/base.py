@@ -26,6 +26,7 @@ __all__ = [
     "GenerationBody",
     "GenerationDefaults",
     "MedusaOptions",
+    "SamplingBody",
     "StreamOptions",
     "TextPart",
     "at_most",
@@ -224,13 +225,11 @@ class MedusaOptions(Body):
         return params
 
 
-class GenerationBody(Body):
-    """The fields that chat and text completions share."""
+class SamplingBody(Body):
+    """The fields of every request that generates text, by whatever API."""
 
     model: str | None = Field(None, description="None: the served one.")
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0.0, le=MAX_TEMPERATURE)
     top_p: float | None = None
     top_k: int | None = Field(None, ge=-1, description="0 or -1 keeps all tokens.")
@@ -241,21 +240,28 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: LogitBias | None = None
     bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=MAX_BAD_WORDS)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT64)
     priority: int | None = Field(None, ge=-MAX_INT64 - 1, le=MAX_INT64)
     cache_salt: str | None = Field(None, min_length=1)
     medusa: MedusaOptions | None = None
 
     user: str | None = Field(None, description="No effect.")
+
+
+class GenerationBody(SamplingBody):
+    """The fields that chat and text completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT64)
 
     @model_validator(mode="after")
     def _stream_combinations(self) -> Self:

@@ -26,7 +26,7 @@ from server.schemas.base import (
 from server.schemas.structured import ConstrainedBody
 from server.schemas.tools import MAX_CALLS, MAX_TOOLS, MessageToolCall, Tool, ToolChoice
 
-__all__ = ["ChatMessage", "ChatRequest", "Conversation", "Prediction"]
+__all__ = ["ChatMessage", "ChatRequest", "Conversation", "Metadata", "Prediction"]
 
 _Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 Content = Annotated[_Parts, BeforeValidator(parts, json_schema_input_type=str | _Parts)]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from engine.errors import RequestError
 from server.schemas.base import Body
 
-__all__ = ["MAX_TOOLS", "MessageToolCall", "Tool", "ToolChoice"]
+__all__ = ["MAX_TOOLS", "FunctionName", "MessageToolCall", "Part", "Tool", "ToolChoice"]
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -18,13 +18,13 @@ MAX_CALLS = 128
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """Strict as a `Body`; pydantic names the place where something is wrong."""
 
     model_config = Body.model_config
 
 
-class FunctionDefinition(_Part):
+class FunctionDefinition(Part):
     """A function that the model may call."""
 
     name: FunctionName
@@ -37,7 +37,7 @@ class FunctionDefinition(_Part):
     )
 
 
-class Tool(_Part):
+class Tool(Part):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -51,23 +51,23 @@ class Tool(_Part):
         return {"type": "function", "function": told}
 
 
-class _Named(_Part):
+class _Named(Part):
     name: FunctionName
 
 
-class NamedTool(_Part):
+class NamedTool(Part):
     """A function by its name: the one that has to be called, or one that may be."""
 
     type: Literal["function"]
     function: _Named
 
 
-class _Allowed(_Part):
+class _Allowed(Part):
     mode: Literal["auto", "required"]
     tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS, description="All are told of.")
 
 
-class AllowedTools(_Part):
+class AllowedTools(Part):
     """A choice of some of the tools."""
 
     type: Literal["allowed_tools"]
@@ -86,7 +86,7 @@ def _as_object(value: object) -> object:
     raise ValueError("must be 'none', 'auto', 'required', or an object of type 'function' or 'allowed_tools'")
 
 
-class _ToolChoice(_Part):
+class _ToolChoice(Part):
     type: Literal["none", "auto", "required", "function", "allowed_tools"]
     function: _Named | None = None
     allowed_tools: _Allowed | None = None
@@ -120,13 +120,13 @@ ToolChoice = Annotated[
 ]
 
 
-class _CalledFunction(_Part):
+class _CalledFunction(Part):
     name: str = Field(min_length=1)
     arguments: str
     parsed_arguments: Any = Field(None, description="No effect: OpenAI's client puts it there.")
 
 
-class MessageToolCall(_Part):
+class MessageToolCall(Part):
     """A call that an assistant's message made."""
 
     id: str

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types import completion_create_params as text_params
+from openai.types import completion_create_params as text_params, responses, shared_params
 from openai.types.chat import (
     chat_completion_assistant_message_param as assistant,
     chat_completion_developer_message_param as developer,
@@ -21,13 +21,16 @@ from openai.types.chat import (
     chat_completion_user_message_param as user,
     completion_create_params as chat_params,
 )
+from openai.types.responses import response_create_params as response_params
 
 from engine.fake import FakeEngine
 from server.app import create_app
 from server.routes.generate import ERRORS
-from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, GenerationBody, StreamOptions
+from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, GenerationBody, SamplingBody, StreamOptions
 from server.schemas.chat import ChatMessage, ChatRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.response_items import CallInput, CallOutputInput, MessageInput, TextInput, ThoughtInput
+from server.schemas.responses import FunctionTool, Reasoning, ResponsesRequest, TextConfig, TextFormat
 from server.schemas.structured import StructuredOutputs
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings
@@ -41,6 +44,7 @@ COMMON = SECTIONS["Fields of both completions"]
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -72,6 +76,7 @@ def written(values: tuple[object, ...]) -> str:
 def test_every_field_is_documented_once(path: str) -> None:
     body, section = BODIES[path], SECTIONS[f"POST {path}"]
     shared = fields_in(COMMON) if issubclass(body, GenerationBody) else []
+    shared += re.findall(r"`(\w+)`", after(section, "As in both completions:"))
     documented = shared + fields_in(section)
     assert len(documented) == len(set(documented))
     assert set(documented) == set(body.model_fields) - body.NO_EFFECT
@@ -84,7 +89,7 @@ def test_every_refusal_is_documented_with_what_passes(path: str) -> None:
     body, section = BODIES[path], SECTIONS[f"POST {path}"]
     told = refused_in(after(section, "Refused:"))
     unsupported = dict(body.UNSUPPORTED)
-    if issubclass(body, GenerationBody):
+    if issubclass(body, SamplingBody):
         both = refused_in(after(SECTIONS["POST /v1/completions"], "Both refuse:").partition(" Of ")[0])
         assert both == {name: written(values) for name, values in UNSUPPORTED_EVERYWHERE.items()}
         unsupported = {name: unsupported[name] for name in unsupported if name not in UNSUPPORTED_EVERYWHERE}
@@ -133,6 +138,19 @@ OPENAI: list[tuple[type[Body], Any]] = [
     (ChatRequest, chat_params.CompletionCreateParamsNonStreaming),
     (CompletionRequest, text_params.CompletionCreateParamsStreaming),
     (CompletionRequest, text_params.CompletionCreateParamsNonStreaming),
+    (ResponsesRequest, response_params.ResponseCreateParamsStreaming),
+    (ResponsesRequest, response_params.ResponseCreateParamsNonStreaming),
+    (TextConfig, responses.ResponseTextConfigParam),
+    (TextFormat, responses.ResponseFormatTextJSONSchemaConfigParam),
+    (Reasoning, shared_params.Reasoning),
+    (FunctionTool, responses.FunctionToolParam),
+    (MessageInput, responses.EasyInputMessageParam),
+    (MessageInput, responses.ResponseOutputMessageParam),
+    (TextInput, responses.ResponseInputTextParam),
+    (TextInput, responses.ResponseOutputTextParam),
+    (CallInput, responses.ResponseFunctionToolCallParam),
+    (CallOutputInput, responses.response_input_item_param.FunctionCallOutput),
+    (ThoughtInput, responses.ResponseReasoningItemParam),
     (StreamOptions, stream_options.ChatCompletionStreamOptionsParam),
     *(
         (ChatMessage, one)
@@ -159,7 +177,8 @@ OPENAI: list[tuple[type[Body], Any]] = [
 def test_every_field_of_openais_types_is_supported_refused_by_name_or_without_effect(
     body: type[Body], field: str
 ) -> None:
-    assert (field in body.model_fields) != (field in body.UNSUPPORTED)
+    fields = {one.alias or name for name, one in body.model_fields.items()}
+    assert (field in fields) != (field in body.UNSUPPORTED)
 
 
 @pytest.mark.parametrize(
