@@ -38,10 +38,12 @@ _ARCHITECTURES = {
     "granite": ("GraniteForCausalLM", "granite"),  # also those of Granite 4 with attention in all layers
     "olmo2": ("Olmo2ForCausalLM", "olmo2"),  # OLMo 3 where it has windows
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),  # whose every fourth layer is not rotated in either
+    "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
+    "mistral3": ("MistralForCausalLM", "mistral"),  # Mistral Small 3.1; Ministral 3 where queries are scaled
 }
 """For each `general.architecture` the Hugging Face architecture and model type."""
 
-_NEIGHBOURS_ROTATED = ("llama", "granite", "smollm3")
+_NEIGHBOURS_ROTATED = ("llama", "granite", "smollm3", "mistral3")
 """Those of which llama.cpp rotates neighbouring channels, where transformers rotates halves."""
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -66,6 +68,7 @@ _POST_NORMS = {
 _NAMES = {
     "gemma3": _LAYER_NAMES | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
     "olmo2": _LAYER_NAMES | _POST_NORMS,
+    "seed_oss": _LAYER_NAMES | {"post_attention_norm": "post_attention_layernorm"},
     "phi3": _LAYER_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
 }
 """Where an architecture's layers have others than `_LAYER_NAMES`."""
@@ -310,11 +313,27 @@ def _olmo2(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _mistral3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {"sliding_window": own.get("attention.sliding_window")}  # else transformers takes Mistral 7B's
+    beta, rope = own.get("attention.temperature_scale"), config["rope_parameters"]
+    if not beta:
+        return plain
+    if rope["rope_type"] != "yarn":
+        raise UnsupportedModelError("a GGUF of Ministral 3 without YaRN is not supported")
+    return {
+        **plain,
+        "architectures": ["Ministral3ForCausalLM"],
+        "model_type": "ministral3",
+        "rope_parameters": rope | {"llama_4_scaling_beta": shortest(beta)},
+    }
+
+
 _OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
     "gemma3": _gemma3,
     "phi3": _phi3,
     "granite": _granite,
     "olmo2": _olmo2,
+    "mistral3": _mistral3,
 }
 """For an architecture the entries of a config in which it differs, from its metadata and the rest."""
 
@@ -362,7 +381,12 @@ def _rope_scaling(own: Mapping[str, Any], factors: Mapping[str, list[float]]) ->
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
+        if shortest(scaling.get("yarn_ext_factor", 1.0)) != 1.0:
+            raise UnsupportedModelError(
+                "GGUF RoPE scaling with a yarn_ext_factor other than 1 is not supported"
+            )
         stated = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+        multiplier = scaling.get("yarn_log_multiplier")  # 0 is none
         return {
             "rope_type": "yarn",
             "factor": factor,
@@ -372,6 +396,7 @@ def _rope_scaling(own: Mapping[str, Any], factors: Mapping[str, list[float]]) ->
                 for name, key in stated.items()
                 if f"yarn_{key}" in scaling
             },
+            **({"mscale": 1.0, "mscale_all_dim": shortest(multiplier)} if multiplier else {}),
         }
     raise UnsupportedModelError(f"GGUF RoPE scaling {kind!r} is not supported; supported: linear, yarn")
 

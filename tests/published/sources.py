@@ -6,6 +6,7 @@ in the cache (`engine.model.embedded.cache_root`, so $MEDUSA_CACHE moves it).
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import shutil
@@ -17,7 +18,7 @@ import httpx
 
 from engine.model.embedded import cache_root
 
-__all__ = ["TOKENIZERS", "nemos_tekken", "templates", "tokenizer_dir", "vocabularies"]
+__all__ = ["TOKENIZERS", "converter", "nemos_tekken", "templates", "tokenizer_dir", "vocabularies"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,13 @@ class _Archive:
     Args:
         url, sha256: of the file.
         wanted: what is unpacked: files with one of these in their paths.
+        part: tells apart what is unpacked of the same file.
     """
 
     url: str
     sha256: str
     wanted: tuple[str, ...]
+    part: str = ""
 
 
 def _npm(name: str, sha256: str) -> _Archive:
@@ -72,6 +75,11 @@ _LLAMA_CPP = _Archive(
     "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
     ("/models/templates/", "/models/ggml-vocab-"),
 )
+_CONVERTER = dataclasses.replace(
+    _LLAMA_CPP,
+    wanted=("/llama.cpp/convert_hf_to_gguf.py", "/llama.cpp/conversion/", "/llama.cpp/gguf-py/gguf/"),
+    part="-converter",
+)
 _VLLM = _Archive(
     "https://files.pythonhosted.org/packages/f7/25/aa5684e9c59d6fc75f78926b7f15e8d9adc7de2d9e6e7575b80776ad8169/"
     "vllm-0.33.0.tar.gz",
@@ -85,6 +93,12 @@ _MISTRAL_COMMON = _Archive(
     "ad8d5b7e866e907925e31274c314fdaa7f7c45a0a43e7d2f543fd7fe65ddcea9",
     ("/mistral_common/data/tekken_240718",),
 )
+
+
+def converter() -> Path:
+    """llama.cpp's convert_hf_to_gguf.py, with what it imports beside it."""
+    (path,) = _unpacked(_CONVERTER).rglob("convert_hf_to_gguf.py")
+    return path
 
 
 def tokenizer_dir(name: str) -> Path:
@@ -119,7 +133,7 @@ def _unpacked(archive: _Archive) -> Path:
     """The folder of its files; fetched if it is not there yet, by one process at a time."""
     parent = cache_root() / "published"
     parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / archive.sha256[:16]
+    folder = parent / f"{archive.sha256[:16]}{archive.part}"
     with (parent / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():

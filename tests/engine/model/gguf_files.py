@@ -37,10 +37,11 @@ POST_NORMS = {
 OTHER_NAMES = {
     "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "olmo2": POST_NORMS,
+    "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
-ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2"}
-PERMUTED = ("llama", "granite", "smollm3")
+ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mistral": "mistral3", "ministral3": "mistral3"}
+PERMUTED = ("llama", "granite", "smollm3", "mistral3")
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
 
 
@@ -127,9 +128,13 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+        if "attention_factor" in rope:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if config.model_type == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if arch == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     elif arch == "phi3":

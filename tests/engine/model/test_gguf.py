@@ -97,6 +97,24 @@ CASES = {
         },
     ),
     "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "seed_oss": ("seed_oss", {}),
+    "mistral3": ("mistral", {"sliding_window": None}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
 }
 
 
@@ -193,6 +211,16 @@ def test_what_files_leave_to_the_reader(tmp_path: Path) -> None:
         ("llama", {"rope__dimension_count": 8}, "a part of each head is rotated is not supported"),
         ("llama", {"rope__scaling__type": "su", "rope__scaling__factor": 2.0}, "RoPE scaling 'su' is not"),
         ("olmo3", {"attention__sliding_window_pattern": [True]}, "pattern names 1 layers of 2"),
+        ("mistral", {"attention__temperature_scale": 0.1}, "Ministral 3 without YaRN is not supported"),
+        (
+            "llama",
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 2.0,
+                "rope__scaling__yarn_ext_factor": 0.5,
+            },
+            "yarn_ext_factor other than 1 is not supported",
+        ),
     ],
 )
 def test_metadata_that_is_not_covered_is_refused(
@@ -292,6 +320,7 @@ def test_where_kin_cut_otherwise() -> None:
         ("deepseek-coder", "a \u05d0b", ["a", "\u0120\u00d7\u0132b"]),
         ("deepseek-llm", "a \u05d0\u00e9", ["a", "\u0120\u00d7\u0132", "\u00c3\u00a9"]),
         ("deepseek-llm", "\u05d0\U00010400", ["\u00d7\u0132", "\u00f0\u0132\u0132\u0122"]),
+        ("deepseek-llm", "\u05d0  ", ["\u00d7\u0132", "\u0120\u0120"]),
         ("deepseek-llm", "\u05d0 \uff0b", ["\u00d7\u0132", "\u0120\u00ef\u00bc\u012d"]),
     ]:
         tokenizer = build_tokenizer(described(ALPHABET, ggml={"pre": pre}))
@@ -401,7 +430,7 @@ def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path))
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     supported = str(refusal.value).rpartition(": ")[2].split(", ")
-    assert len(supported) == 8
+    assert len(supported) == 10
     assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})
