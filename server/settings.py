@@ -67,13 +67,24 @@ class Settings(EngineConfig, BaseSettings):
         "environment as MEDUSA_API_KEY or, with commas, MEDUSA_API_KEYS.",
     )
     tool_call_parser: Literal[
-        "auto", "hermes", "llama3_json", "mistral", "granite", "nemotron", "apriel", "xlam", "phi4_mini_json"
+        "auto",
+        "hermes",
+        "llama3_json",
+        "mistral",
+        "granite",
+        "nemotron",
+        "apriel",
+        "xlam",
+        "phi4_mini_json",
+        "qwen3_coder",
+        "seed_oss",
     ] = Field(
         "auto",
         description="How the model writes calls of tools: JSON between <tool_call> tags (hermes: Qwen), "
         "as all of an answer (Llama 3.1 and later), as a list behind [TOOL_CALLS] (Mistral), <|tool_call|> "
         "(Granite 3) or functools (phi4_mini_json), between <TOOLCALL> (nemotron) or <tool_calls> (apriel) "
-        "tags, or as all of an answer (xlam). 'auto': as its chat template shows, else hermes, with which a "
+        "tags, or as all of an answer (xlam); or each parameter between tags of its own (qwen3_coder, "
+        "seed_oss). 'auto': as its chat template shows, else hermes, with which a "
         "template that knows no tools is helped out.",
     )
     reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -11,7 +11,11 @@ from uuid import uuid4
 from engine.chat_template import reads_tools
 from engine.grammar import GrammarSpec
 from engine.tool_prompt import CALL_BEGIN, CALL_END, LISTED_BEGIN
+from server.calls import Call, Functions
+from server.json_calls import JsonCall, NamedCall
 from server.tool_calls import ToolCallParser
+from server.tool_grammars import Function, json_schema, xml_call
+from server.xml_calls import PaddedXmlCall, XmlCall
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
@@ -19,24 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Function", "ToolFormat", "format_of"]
 
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
-
-_AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as `json.dumps` writes it: what models were shown, and no tokens for white space."""
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """A function that may be called.
-
-    Args:
-        name: its name.
-        parameters: the JSON schema of its arguments, which are an object; None if it has none.
-        strict: what llguidance knows nothing of in the schema is an error, and not left to the model.
-    """
-
-    name: str
-    parameters: Mapping[str, Any] | None
-    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +33,7 @@ class ToolFormat:
         name: as the setting has it.
         begin: what opens calls, text or a token of its own; empty where only `bare` does.
         end: what closes them; may be empty.
+        form: of each call.
         bare: an answer that begins with this is calls; empty where none is without `begin`.
         listed: calls are a JSON list.
         marks: where a call is the function's name and its arguments, what stands between them, each with its
@@ -60,6 +47,7 @@ class ToolFormat:
     name: str
     begin: str
     end: str = ""
+    form: type[Call] = JsonCall
     bare: Literal["", "{", "["] = ""
     listed: bool = False
     marks: tuple[tuple[str, int | None], ...] = ()
@@ -78,9 +66,9 @@ class ToolFormat:
         """Of a call, as OpenAI's look; Mistral's templates take nine letters and digits only."""
         return uuid4().hex[:9] if self.name == "mistral" else f"call_{uuid4().hex[:24]}"
 
-    def parser(self, names: Set[str]) -> ToolCallParser:
-        """For one answer that may call the functions of these names."""
-        return ToolCallParser(self.begin, self.end, self.bare, names, named=self.name == "mistral")
+    def parser(self, functions: Functions) -> ToolCallParser:
+        """For one answer that may call these."""
+        return ToolCallParser(self.begin, self.end, self.bare, self.form, functions)
 
     def grammar(
         self,
@@ -103,18 +91,24 @@ class ToolFormat:
 
         Raises:
             RecursionError: a schema is nested too deeply to be written.
+            FormError: the form has no room for a function's schema.
         """
         rules = ["%llguidance {}", *self._answers(text, schema is not None, several, unlike)]
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
         for i, function in enumerate(functions):
             rules.append(f"call_{i}: {self._around(f'arguments_{i}', function.name)}")
-            rules.append(f"arguments_{i}: %json {_schema(function)}")
+            if issubclass(self.form, XmlCall):
+                rules += xml_call(i, function, self.form.padding)
+            else:
+                rules.append(f"arguments_{i}: %json {_schema(function)}")
         if schema is not None:
             rules.append(f"body: %json {json.dumps(schema)}")
         return GrammarSpec("tools", "\n".join(rules))
 
     def _around(self, arguments: str, name: str) -> str:
         """A call, with the rule of its arguments."""
+        if issubclass(self.form, XmlCall):
+            return f'{json.dumps(f"<function={name}>" + chr(10))} {arguments} "</function>"'
         if not self.marks:
             opening = f'{{"name": {json.dumps(name)}, "{self.parameters}": '
             # Mistral's templates show the ids of calls, and its models write some.
@@ -127,6 +121,10 @@ class ToolFormat:
         """The rules for all but `call`, a call's object, and `body`."""
         other = " | body" if body else " | FIRST" if text else ""
         unless = rf" & ~(/\s*/ {json.dumps(unlike)} /(.|\n)*/)" if unlike else ""
+        not_opened = (
+            rf" & ~(/(.|\n)*/ {json.dumps(self.form.opening)} /(.|\n)*/)" if self.form.opening else ""
+        )
+        unless += not_opened
         if self.listed:
             more = '(", " call)*' if several else '""'
         if self.bare:
@@ -161,10 +159,10 @@ class ToolFormat:
             f"more: {more}",
             f"said: (TEXT {_any_of(self.text_ids)})*" if self.text_ids else 'said: ""',
             rf"opened[lazy]: (/(.|\n)*/ {json.dumps(self.begin)}){unless}",
-            rf"opening[lazy]: /(.|\n)*/ {json.dumps(self.begin)}",
+            rf"opening[lazy]: (/(.|\n)*/ {json.dumps(self.begin)}){not_opened}",
             rf"FIRST: /(.|\n)*/{unless}",
             rf"SOME: /\s*\S(.|\n)*/{unless}",
-            r"TEXT: /(.|\n)*/",
+            rf"TEXT: /(.|\n)*/{not_opened}",
             *(["ID: /[a-zA-Z0-9]{9}/"] if self.name == "mistral" else []),
         ]
 
@@ -173,21 +171,27 @@ FORMATS: dict[str, ToolFormat] = {
     each.name: each
     for each in (
         ToolFormat("apriel", "<tool_calls>", "</tool_calls>", listed=True),
+        ToolFormat("qwen3_coder", CALL_BEGIN, CALL_END, PaddedXmlCall),
+        ToolFormat("seed_oss", "<seed:tool_call>", "</seed:tool_call>", XmlCall),
         ToolFormat("hermes", CALL_BEGIN, CALL_END),
         ToolFormat("llama3_json", "<|python_tag|>", bare="{", parameters="parameters"),
-        ToolFormat("mistral", "[TOOL_CALLS]", listed=True),
+        ToolFormat("mistral", "[TOOL_CALLS]", form=NamedCall, listed=True),
         ToolFormat("granite", LISTED_BEGIN, listed=True),
         ToolFormat("nemotron", "<TOOLCALL>", "</TOOLCALL>", listed=True),
         ToolFormat("phi4_mini_json", "functools[", listed=True),
         ToolFormat("xlam", "", bare="[", listed=True),
     )
 }
-"""By name: of ServiceNow's Apriel, whose template shows Hermes's too; of NousResearch's Hermes, which Qwen
-and SmolLM share; of Llama 3.1 and later; of Mistral, whose newer models have `marks`; of Granite 3, whose
-successor writes as Hermes; of NVIDIA's Nemotron; of Phi-4-mini as vLLM's template asks for it; of
-Salesforce's xLAM 2."""
+"""By name: of ServiceNow's Apriel, whose template shows Hermes's too; of Qwen3-Coder and later ones of Qwen;
+of Seed-OSS; of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral, whose
+newer models have `marks`; of Granite 3, whose successor writes as Hermes; of NVIDIA's Nemotron; of Phi-4-mini
+as vLLM's template asks for it; of Salesforce's xLAM 2."""
 
-_XLAM_SHOWS = '[{"name": "tool_call_name"'
+_SHOWN = {
+    "qwen3_coder": (CALL_BEGIN, "<function=", "<parameter="),
+    "xlam": ('[{"name": "tool_call_name"',),
+}
+"""What a template has in it that shows a format, where that is not what opens its calls."""
 
 
 def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
@@ -219,7 +223,7 @@ def _marks(template: str, text: TextProcessor) -> tuple[tuple[str, int | None], 
 def _shown_in(template: str) -> str:
     if template and reads_tools(template):
         for form in FORMATS.values():
-            if (form.begin or _XLAM_SHOWS) in template:
+            if all(text in template for text in _SHOWN.get(form.name, (form.begin,))):
                 return form.name
         if '"parameters"' in template and "ipython" in template:
             return "llama3_json"
@@ -239,7 +243,6 @@ def _schema(function: Function) -> str:
     """Of arguments, which are an object whatever else the schema says."""
     parameters = function.parameters
     schema: dict[str, Any] = {"additionalProperties": False} if parameters is None else dict(parameters)
-    schema["x-guidance"] = {**_AS_TEMPLATES_WRITE, "lenient": not function.strict}
     if "$ref" not in schema or "type" in schema:
         schema["type"] = "object"
-    return json.dumps(schema)
+    return json_schema(schema, strict=function.strict)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import RequestError
+from server.calls import Functions
 from server.responses import (
     ChatFinishReasonName,
     FinishReasonName,
@@ -22,6 +23,7 @@ from server.schemas.structured import Constraint
 from server.schemas.tools import Tool
 from server.tool_calls import CallDelta, Parsed, ToolCallParser
 from server.tool_formats import Function, ToolFormat
+from server.tool_grammars import FormError
 
 __all__ = ["CallReader", "calls_constraint", "with_place"]
 
@@ -38,7 +40,7 @@ def calls_constraint(body: ChatRequest, form: ToolFormat, begun: str = "", unlik
         RequestError: a schema is nested too deeply to be written, or is of no object, or another form of
             answer cannot be told from a call, or the message that is continued has begun one.
     """
-    parser = form.parser({tool.function.name for tool in body.callable_tools})
+    parser = form.parser(_by_name(body.callable_tools))
     parser.begin(begun)
     if parser.open:
         raise RequestError(
@@ -67,6 +69,9 @@ def calls_constraint(body: ChatRequest, form: ToolFormat, begun: str = "", unlik
     ]
     try:
         spec = form.grammar(functions, text=not body.must_call, schema=schema, several=several, unlike=unlike)
+    except FormError as error:
+        place = _place(body, body.callable_tools[error.index]) + error.path
+        raise RequestError(f"{place}: {error}", param=place) from None
     except RecursionError:
         raise RequestError("tools: nested too deeply", param="tools") from None
     return Constraint(spec, "tools", "tools")
@@ -77,7 +82,7 @@ def with_place(error: RequestError, body: ChatRequest) -> RequestError:
     if error.param != "tools" or (found := _IN_GRAMMAR.search(str(error))) is None:
         return error
     line, reason = found.groups()
-    rule = re.search(rf"^ *{line} \| (?:arguments_(\d+)|body):", str(error), re.MULTILINE)
+    rule = re.search(rf"^ *{line} \| (?:[A-Za-z]+_(\d+)\w*|body):", str(error), re.MULTILINE)
     if rule is None:
         return error
     place = "response_format" if rule[1] is None else _place(body, body.callable_tools[int(rule[1])])
@@ -92,6 +97,10 @@ def _place(body: ChatRequest, tool: Tool) -> str:
     return f"tools[{(body.tools or []).index(tool)}].function.parameters"
 
 
+def _by_name(tools: Sequence[Tool]) -> Functions:
+    return {tool.function.name: tool.function.parameters for tool in tools}
+
+
 class CallReader:
     """Tells content from calls in the answers to one request.
 
@@ -103,7 +112,7 @@ class CallReader:
 
     def __init__(self, form: ToolFormat, tools: Sequence[Tool], begun: str = "") -> None:
         self._form, self._begun = form, begun
-        self._names = frozenset(tool.function.name for tool in tools)
+        self._functions = _by_name(tools)
         self._parsers: dict[int, ToolCallParser] = {}
 
     def read(self, choice: int, text: str, *, final: bool) -> tuple[str, list[ToolCallDelta]]:
@@ -118,7 +127,7 @@ class CallReader:
 
     def _parsed(self, choice: int, text: str, final: bool) -> Parsed:
         if choice not in self._parsers:
-            self._parsers[choice] = self._form.parser(self._names)
+            self._parsers[choice] = self._form.parser(self._functions)
             self._parsers[choice].begin(self._begun)
         return self._parsers[choice].feed(text, final)
 

@@ -102,3 +102,40 @@ GRANITE_3 = """\
 {%- if available_tools %}{{ available_tools | tojson }}{% endif %}
 {%- if documents %}{{ documents[0].text }}{% endif %}
 {%- for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"""
+QWEN3_CODER = """\
+{%- if tools %}{{ '<tool_call>\\n<function=example>\\n<parameter=x>\\nvalue\\n</parameter>' }}{% endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content is string and message.content | trim | length > 0 %}
+            {{- '\\n' + message.content | trim + '\\n' }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}{% set tool_call = tool_call.function %}
+            {{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n' }}
+            {%- for args_name, args_value in tool_call.arguments|items %}
+                {{- '<parameter=' + args_name + '>\\n' }}
+                {%- set listed = args_value is sequence and args_value is not string %}
+                {%- set nested = listed or args_value is mapping %}
+                {{- args_value | tojson | safe if nested else args_value | string }}
+                {{- '\\n</parameter>\\n' }}
+            {%- endfor %}
+            {{- '</function>\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}"""
+SEED_OSS = """\
+{%- if tools %}{{ tools }}<seed:tool_call>\\n<function=example>{% endif %}
+{%- for message in messages %}{{ '<seed:bos>' + message.role }}
+    {%- if message.tool_calls %}
+        {%- for tool_call in message.tool_calls %}{% set tool_call = tool_call.function %}
+            {{- "\\n<seed:tool_call>\\n<function=" + tool_call.name + ">\\n" }}
+            {%- for arg_name, arg_value in tool_call.arguments | items %}
+                {{- "<parameter=" + arg_name + ">" }}
+                {%- set arg_value = arg_value if arg_value is string else arg_value | string %}
+                {{- arg_value+"</parameter>\\n" }}
+            {%- endfor %}
+            {{- "</function>\\n</seed:tool_call>" }}
+        {%- endfor %}
+    {%- else %}{{ '\\n' + message.content }}{% endif %}{{ '<seed:eos>' }}
+{%- endfor %}"""

@@ -48,7 +48,7 @@ TOKENS = {
 
 SERVED = {
     "Bielik-11B-v3.0-Instruct": Found("llama", "hermes", "think"),
-    "ByteDance-Seed-OSS": Found("other", None, "seed_oss"),
+    "ByteDance-Seed-OSS": Found("other", "seed_oss", "seed_oss"),
     "HuggingFaceTB-SmolLM3-3B": Found("other", "hermes", "think"),
     "MiMo-VL": Found("qwen", "hermes", "think"),
     "Mistral-Small-3.2-24B-Instruct-2506": Found("mistral", "mistral"),
@@ -109,13 +109,13 @@ OTHERS = {
     "MiniMax-M1": Found("other", "apriel"),
     "MiniMax-M2": Found("other", None, "think"),
     "MiniMax-M3": Found("other", None),
-    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": Found("other", None, "think"),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": Found("other", "qwen3_coder", "think"),
     "NVIDIA-Nemotron-Nano-v2": Found("other", "nemotron", "think"),
-    "Qwen3-Coder": Found("qwen", None, "think"),
-    "Qwen3.5-4B": Found("qwen", None, "think"),
+    "Qwen3-Coder": Found("qwen", "qwen3_coder", "think"),
+    "Qwen3.5-4B": Found("qwen", "qwen3_coder", "think"),
     "Reka-Edge": Found("other", "hermes", "think"),
     "Spark2.5": Found("other", None, "think"),
-    "StepFun3.5-Flash": Found("other", None, "think"),
+    "StepFun3.5-Flash": Found("other", "qwen3_coder", "think"),
     "deepseek-ai-DeepSeek-V3.1": Found("deepseek", "hermes", "think"),
     "deepseek-ai-DeepSeek-V3.2": Found("deepseek", None, "think"),
     "deepseek-ai-DeepSeek-V4-Flash-0731": Found("deepseek", None, "think"),
@@ -155,7 +155,7 @@ OTHERS = {
     "tool_chat_template_llama4_json": Found("other", "llama3_json"),
     "tool_chat_template_llama4_pythonic": Found("other", None),
     "tool_chat_template_muse_glimmer": Found("other", None),
-    "tool_chat_template_qwen3coder": Found("qwen", None, "think"),
+    "tool_chat_template_qwen3coder": Found("qwen", "qwen3_coder", "think"),
 }
 """Of other models."""
 

@@ -251,6 +251,7 @@ def test_a_call_that_follows_its_grammar_is_what_the_template_writes(name: str) 
         "<|end_of_text|>",
         "<|end|>",
         "<｜end▁of▁sentence｜>",
+        "<seed:eos>",
     ):
         answer = answer.removesuffix(end).strip()
     start = min(at for mark in (form.begin, form.bare) if mark and (at := answer.find(mark)) >= 0)

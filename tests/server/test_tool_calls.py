@@ -11,7 +11,7 @@ from hypothesis import example, given, settings, strategies as st
 from server.tool_calls import ToolCallParser
 from server.tool_formats import FORMATS
 
-NAMES = {"weather", "time"}
+NAMES = {"weather": None, "time": None}
 Calls = list[tuple[str, str]]
 
 HERMES: list[tuple[str, str, Calls]] = [

@@ -15,6 +15,7 @@ from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.text import TextProcessor
 from server.settings import Settings
 from server.tool_formats import FORMATS, Function, ToolFormat, format_of
+from server.xml_calls import XmlCall
 from tests.server.conftest import EOS_ID, TEXT
 
 PARAMETERS = {
@@ -39,6 +40,20 @@ WRONG = [
     (': "Paris"', ':"Paris"'),
     (', "days": 3', ', "x": 3'),
 ]
+WRONG_XML = [
+    ("weather", "rain"),
+    ("city", "town"),
+    ("3", "three"),
+    ("</function>\n", ""),
+    ("=days", "=x"),
+]
+
+
+def wrong(form: ToolFormat, call: str) -> list[str]:
+    """What a grammar does not let through, like the call that it does."""
+    found = [call.replace(*pair) for pair in (WRONG_XML if issubclass(form.form, XmlCall) else WRONG)]
+    assert call not in found
+    return found
 
 
 def with_tokens(*names: str, special: bool = True) -> TextProcessor:
@@ -55,6 +70,8 @@ def written(form: ToolFormat, *calls: str) -> str:
         id_ = "[CALL_ID]abc123XYZ" if len(form.marks) == 2 else ""
         loaded = [json.loads(call) for call in calls]
         return "".join(f"[TOOL_CALLS]{c['name']}{id_}[ARGS]{json.dumps(c['arguments'])}" for c in loaded)
+    if issubclass(form.form, XmlCall):
+        return "\n".join(in_xml(form, json.loads(call)) for call in calls)
     match form.name:
         case "hermes":
             return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
@@ -62,6 +79,15 @@ def written(form: ToolFormat, *calls: str) -> str:
             return "; ".join(calls)
         case _:
             return f"{form.begin.removesuffix('[')}[{', '.join(calls)}]{form.end}"
+
+
+def in_xml(form: ToolFormat, call: dict[str, Any]) -> str:
+    pad = "\n" if form.name == "qwen3_coder" else ""
+    lines = [f"{form.begin}\n<function={call['name']}>"]
+    lines += [
+        f"<parameter={key}>{pad}{value}{pad}</parameter>" for key, value in call[form.parameters].items()
+    ]
+    return "\n".join([*lines, f"</function>\n{form.end}"])
 
 
 def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT, *, by_letters: bool = False) -> bool:
@@ -82,8 +108,7 @@ def test_an_answer_that_must_call_is_nothing_else(form: ToolFormat) -> None:
         assert follows(spec, written(form, FIRST, SECOND)) == (several and form.name != "llama3_json")
         for other in ("", "No.", "No. " + one, one + " Done.", '{"q": 1}', one[:-1]):
             assert not follows(spec, other)
-        for right, wrong in WRONG:
-            assert not follows(spec, one.replace(right, wrong))
+        assert not any(follows(spec, other) for other in wrong(form, one))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -93,10 +118,10 @@ def test_an_answer_that_may_call_is_text_or_a_right_call(form: ToolFormat) -> No
     for answer in (one, "No.\n\nAnd <tool", "2 > 1"):
         assert follows(spec, answer)
     assert follows(spec, written(form, FIRST, SECOND)) == (form.name != "llama3_json")
-    for right, wrong in WRONG:
-        assert not follows(spec, one.replace(right, wrong))
+    for other in wrong(form, one):
+        assert not follows(spec, other)
         # Behind text calls without anything around them are text, and read as text.
-        assert follows(spec, "So: " + one.replace(right, wrong)) == bool(form.bare)
+        assert follows(spec, "So: " + other) == bool(form.bare)
     assert follows(spec, "So: " + one)
     single = form.grammar(FUNCTIONS, text=True, schema=None, several=False)
     assert follows(single, "So: " + one)
@@ -126,6 +151,8 @@ def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
         ("hermes", ["<tool_call>"], True),
         ("hermes", ["<tool_call>", "</tool_call>"], True),
         ("hermes", ["<tool_call>", "</tool_call>"], False),  # as Qwen's
+        ("qwen3_coder", ["<tool_call>", "</tool_call>"], False),
+        ("seed_oss", ["<seed:tool_call>", "</seed:tool_call>"], True),
         ("mistral", ["[TOOL_CALLS]"], True),
         ("mistral", ["[TOOL_CALLS]"], False),
         ("mistral", ["[TOOL_CALLS]", "[ARGS]"], True),
@@ -229,6 +256,9 @@ LLAMA_LIKE = (
         (LLAMA_LIKE + "<|python_tag|>", "llama3_json"),
         ("{% for tool in tools %}[AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}respond only with <|tool_call|> followed by a JSON list{% endif %}", "granite"),
+        ("{{ tools }}<tool_call>\n<function=f>\n<parameter=x>\nvalue\n</parameter>", "qwen3_coder"),
+        ("{{ tools }}<tool_call>\n<function=f>{}", "hermes"),
+        ("{{ tools }}{% set toolcall_begin_token = '<seed:tool_call>' %}", "seed_oss"),
         ("{{ tools }} within <tool_call> tags as follows: <tool_calls>[{...}]</tool_calls>", "apriel"),
         ("{{ tools }}<TOOLCALL>[{...}]</TOOLCALL>", "nemotron"),
         ('{{ tools }} formatted as functools[{"name": [function name], ...}, ...]', "phi4_mini_json"),

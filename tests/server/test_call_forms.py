@@ -1,0 +1,212 @@
+"""Calls in forms other than JSON: what templates write is read, and what grammars let through is right."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from engine.grammar import GrammarCompiler, GrammarState
+from engine.text import TextProcessor
+from server.tool_formats import FORMATS, Function
+from tests import chat_templates
+from tests.server.conftest import EOS_ID, TEXT
+from tests.server.test_tool_calls import read
+
+ITEM = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "s": {"type": "string"}},
+    "required": ["n"],
+}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "count": {"type": "integer"},
+        "size": {"type": "number"},
+        "on": {"type": "boolean"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "items": {"type": "array", "items": {"$ref": "#/$defs/item"}},
+        "extra": {"type": "object"},
+        "any": {},
+    },
+    "required": ["text", "count"],
+    "additionalProperties": False,
+    "$defs": {"item": ITEM},
+}
+FUNCTIONS = {"save": SCHEMA, "time": None, "get-it": {"properties": {"q": {"type": ["integer", "string"]}}}}
+TEMPLATES = {"qwen3_coder": chat_templates.QWEN3_CODER, "seed_oss": chat_templates.SEED_OSS}
+PARTS = [
+    *(
+        "</parameter>",
+        "\n",
+        "</parameter",
+        "<parameter=text>",
+        "</function>",
+        "<tool_call>",
+        "</tool_call>",
+        "a",
+    ),
+    *("'", '"', '"""', "\\", "\\n", "\\u00e9", "é", "日", "😀", "{", "}", "[", "]", "(", ")", ",", "=", ": "),
+    *(" ", "\t", "True", "None", "null", "12", "</seed:tool_call>", "text=", "#", "<", "```", "\r"),
+]
+texts = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
+numbers = st.one_of(st.integers(-(10**20), 10**20), st.floats(allow_nan=False, allow_infinity=False))
+nested = st.recursive(
+    st.one_of(texts, numbers, st.booleans(), st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
+    max_leaves=6,
+)
+VALUES = {
+    "text": texts,
+    "count": st.integers(-(10**20), 10**20),
+    "size": numbers,
+    "on": st.booleans(),
+    "note": st.one_of(st.none(), texts.filter(lambda text: text not in ("null", "None"))),
+    "items": st.lists(nested, max_size=2),
+    "extra": st.dictionaries(texts, nested, max_size=2),
+    "any": st.one_of(st.none(), st.booleans(), st.lists(nested, max_size=2), st.just("some words")),
+}
+calls_of = st.one_of(
+    st.just(("time", {})),
+    st.tuples(st.just("get-it"), st.fixed_dictionaries({"q": st.one_of(st.integers(), st.just("a b"))})),
+    st.tuples(
+        st.just("save"),
+        st.fixed_dictionaries({}, optional=VALUES).flatmap(
+            lambda a: st.permutations(list(a.items())).map(dict)
+        ),
+    ),
+)
+ENDS = re.compile(r"</parameter>\s*(<parameter=|</function>|</tool_call>|</seed:tool_call>)")
+
+
+@functools.cache
+def text_of(name: str) -> TextProcessor:
+    return TextProcessor(TEXT.tokenizer, TEMPLATES[name])
+
+
+def rendered(name: str, calls: list[tuple[str, Any]], content: str = "") -> str:
+    """The calls, as a model's template writes them."""
+    told = [{"function": {"name": function, "arguments": arguments}} for function, arguments in calls]
+    message = {"role": "assistant", "content": content, "tool_calls": told}
+    text = text_of(name).render_chat(
+        [message], tools=[{"type": "function", "function": {"name": "f"}}], add_generation_prompt=False
+    )
+    _, _, written = text.partition("assistant")
+    return re.sub(r"(<\|im_end\|>\n|<seed:eos>)\Z", "", written).lstrip("\n")
+
+
+def right(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether no text has in it what closes a value."""
+    return not any(
+        isinstance(value, str) and ENDS.search(f"{value}</parameter>\n") for value in arguments.values()
+    )
+
+
+def found(parsed: tuple[str, list[tuple[str, str]]]) -> tuple[str, list[tuple[str, Any]]]:
+    content, calls = parsed
+    return content, [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(data=st.data(), calls=st.lists(calls_of, min_size=1, max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_what_a_template_writes_is_read_however_it_is_cut(
+    name: str, data: st.DataObject, calls: list[tuple[str, dict[str, Any]]]
+) -> None:
+    calls = [(function, arguments) for function, arguments in calls if right(name, arguments)]
+    text = rendered(name, calls)
+    form = FORMATS[name]
+    whole = read(form.parser(FUNCTIONS), [text])
+    assert found(whole) == ("", calls)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(form.parser(FUNCTIONS), pieces) == whole
+    assert read(form.parser(FUNCTIONS), [*text, ""]) == whole
+
+
+LETTERS = TEXT.encode("ab1{}[]\",:\n</>=é .-T'", add_special_tokens=False)
+
+
+def walk(state: GrammarState, draw: random.Random, pieces: list[str], closing: list[str]) -> str:
+    """A random answer that a grammar lets through, of letters and pieces; it soon takes those that close."""
+    text = ""
+    words = np.empty((1, state.words), np.int32)
+
+    def taken(piece: str) -> bool:
+        nonlocal state, text
+        trial = GrammarState(state._matcher.deep_copy(), state.words * 32, state._eos)
+        if not all(map(trial.advance, TEXT.encode(piece, add_special_tokens=False))):
+            return False
+        state, text = trial, text + piece
+        return True
+
+    while not state.ended:
+        assert len(text) < 2000, text
+        late = len(text) > 150
+        if (late and any(map(taken, closing))) or (draw.random() < 0.4 and taken(draw.choice(pieces))):
+            continue
+        state.masks([0], [0], words)
+        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        if EOS_ID in allowed and (late or len(allowed) == 1 or draw.random() < 0.2):
+            assert state.advance(EOS_ID)
+            return text
+        some = [token for token in LETTERS if token in allowed] or [t for t in allowed if t != EOS_ID]
+        token = int(draw.choice(some))
+        assert state.advance(token)
+        text += TEXT.decode([token])
+    return text
+
+
+HARD: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "word": {"enum": ["red", "a b", 'q"', "1", 1, None, True]},
+        "code": {"type": "string", "pattern": "^[ab/]{2,3}$", "maxLength": 3},
+        "some": {"type": "string", "minLength": 1, "maxLength": 4},
+        "day": {"type": "string", "format": "date"},
+        "mixed": {"anyOf": [{"type": "integer", "minimum": 10}, {"$ref": "#/$defs/name"}, {"type": "null"}]},
+        "list": {"type": ["array", "null"], "items": {"type": "string"}},
+        "one": {"const": "x</par"},
+        "free": True,
+        "long": {"minLength": 3},
+        "sized": {"minimum": 3},
+        "whole": {"type": "integer", "minimum": 3, "maximum": 12},
+        "flag": {"type": "boolean"},
+        "deep": {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]},
+    },
+    "required": ["word", "mixed", "missing"],
+    "$defs": {"name": {"type": "string", "minLength": 2}},
+}
+OPEN: dict[str, Any] = {"type": "object", "additionalProperties": {"type": ["integer", "string"]}}
+CLOSING = {
+    "qwen3_coder": ["\n</parameter>\n", '"', "}", "]", "</function>\n</tool_call>"],
+    "seed_oss": ["</parameter>\n", '"', "}", "]", "</function>\n</seed:tool_call>"],
+}
+WITHIN = ["</parameter>", '{"t": "</parameter><parameter=x>', "2024-01-02", "null"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_a_grammar_lets_through_is_a_right_call(name: str) -> None:
+    form = FORMATS[name]
+    schemas = {"save": SCHEMA, "hard": HARD, "open": OPEN, "time": None}
+    pieces = [form.begin, *CLOSING[name], *WITHIN, *(f"<function={each}>\n" for each in schemas)]
+    for may_call in (*([each] for each in schemas), list(schemas)):
+        functions = [Function(each, schemas[each]) for each in may_call]
+        spec = form.grammar(functions, text=len(functions) > 1, schema=None, several=True)
+        grammar = GrammarCompiler(TEXT.tokenizer, [EOS_ID]).compile(spec)
+        for seed in range(3):
+            text = walk(grammar.start(), random.Random(seed), pieces, CLOSING[name])
+            _, calls = read(form.parser(schemas), [text])
+            assert calls or len(functions) > 1
+            for function, arguments in calls:
+                assert function in may_call
+                told = json.loads(arguments)
+                jsonschema.validate(told, schemas[function] or {"additionalProperties": False})
