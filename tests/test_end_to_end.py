@@ -146,22 +146,25 @@ def test_a_seed_gives_the_same_text_tree_on_or_off_alone_or_batched(
     assert len(texts[0]) > 40
 
 
-def test_four_choices_are_four_texts_and_the_same_four_again(tree: Server, plain: Server) -> None:
+def test_four_choices_are_four_texts_and_the_same_four_with_a_tree(plain: Server, shipped: Server) -> None:
+    """At temperature 1 over 160 tokens. Drawn by one number put through the distribution function, the second
+    was another with the tree from its 39th token on."""
+
     def four(server: Server) -> list[str | None]:
         with client(server) as openai_client:
             answer = openai_client.chat.completions.create(
                 model=MODEL,
                 messages=[{"role": "user", "content": "Tell me a story."}],
-                temperature=0.8,
-                seed=7,
+                temperature=1.0,
+                seed=9,
                 n=4,
-                max_tokens=12,
+                max_tokens=40,
             )
         return [choice.message.content for choice in sorted(answer.choices, key=lambda choice: choice.index)]
 
-    first = four(tree)
+    first = four(plain)
     assert len(set(first)) == 4
-    assert first == four(tree) == four(plain)
+    assert first == four(shipped)
 
 
 def test_extreme_values_harm_nobody(tree: Server) -> None:

@@ -143,6 +143,16 @@ def test_the_winner_on_a_cpu_is_the_best_by_the_numbers() -> None:
             assert draw(p.log(), parameters).tolist() == (p / numbers).argmax(-1).tolist()
 
 
+def test_the_only_token_is_drawn_though_its_number_is_the_largest_there_is() -> None:
+    """Token 3 of this draw has 32 bits of ones: as an infinity it would leave the draw to forbidden ones."""
+    parameters = rows(1, position=570360)
+    numbers = exponential(parameters.seed, parameters.choice, parameters.position, 5)
+    assert numbers[0, 3] == pytest.approx(24 * np.log(2))
+    p = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0]])
+    assert (p / numbers).argmax(-1).item() == 3
+    assert draw(p.log(), parameters).item() == 3
+
+
 def test_rounding_errors_of_logits_hardly_change_a_draw() -> None:
     """So a tree, which computes other rows together, leaves the text as it is. Of a distribution like a
     language model's one draw in 200 would be another by one number in the distribution function."""

@@ -132,6 +132,17 @@ def test_roots_over_many_tokens(
     assert (sampler.matched == 1).all()
 
 
+def test_the_only_token_is_drawn_though_its_number_is_the_largest_there_is() -> None:
+    """See test_sampler.py."""
+    each = sequence(SamplingParams(), prompt=[4], output=[0])
+    logits = torch.full((1, VOCAB), float("-inf"))
+    logits[0, 3] = 0.0
+    topology, tokens = Tree(()).topology(CPU), torch.tensor([[0]])
+    step = Step([each], slots_for(each), topology, [-1], tokens, logits, torch.tensor([[0]]))
+    step.slots.position[0] = 570360
+    assert drawn(step).tokens.tolist() == [[3]]
+
+
 def test_a_bad_word_begun_before_the_tree_and_in_it() -> None:
     """(1, 2, 3) is forbidden, 1 was emitted and 2 is drafted, twice: below it the draw is not 3."""
     sampling = SamplingParams(temperature=0.0, bad_words=((1, 2, 3), (0, 2, 5)))
