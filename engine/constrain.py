@@ -90,6 +90,13 @@ def refusal(sequence: Sequence) -> str:
     return "of the tokens that the grammar allows here, bad_words or min_tokens left none"
 
 
+def refused_param(sequence: Sequence) -> str | None:
+    """The field to blame for it; None where that is the grammar itself."""
+    if sequence.grammar is not None and sequence.grammar.error:
+        return None
+    return "bad_words" if sequence.request.sampling.bad_words else "min_tokens"
+
+
 def forbid_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     """Set what may not follow to -inf, in place.
 

@@ -12,7 +12,7 @@ import torch
 
 from engine import faults
 from engine.batch import Batch, Verified
-from engine.constrain import follows, refusal
+from engine.constrain import follows, refusal, refused_param
 from engine.cuda_graphs import Graph
 from engine.errors import told
 from engine.flight import Flight, HostTime, Pace, PromptFlight
@@ -439,7 +439,7 @@ class Engine:
             for count, token in enumerate(tokens, start=1):
                 if grammar is not None and not follows(sequence, tokens[:count]):
                     failed = self._fail(sequence, refusal(sequence))
-                    failed.own_fault = True
+                    failed.own_fault, failed.fault_param = True, refused_param(sequence)
                     return failed
                 if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
                     tokens, reason, stop_id = tokens[:count], FinishReason.STOP, token

@@ -240,8 +240,7 @@ class FakeEngine:
         step = choice.script[choice.position]
         choice.position += 1
         if isinstance(step, Exception):
-            own_fault = isinstance(step, RequestError)
-            return self._finish(choice, FinishReason.ERROR, error=str(step), own_fault=own_fault)
+            return self._finish(choice, FinishReason.ERROR, step)
         if not isinstance(step, FakeStep):
             step = FakeStep(step)
         if len(step.tokens) > MAX_TREE_NODES:
@@ -332,13 +331,14 @@ class FakeEngine:
             stats.accepted("prediction", predicted)
             stats.accepted("head", len(delta.token_ids) - 1 - predicted, above=predicted)
 
-    def _finish(
-        self, choice: _Choice, reason: FinishReason, error: str | None = None, own_fault: bool = False
-    ) -> None:
+    def _finish(self, choice: _Choice, reason: FinishReason, error: str | Exception | None = None) -> None:
         self._remove(choice)
         request_id = choice.request.request_id
         now = time.monotonic()
-        last = TokenDelta(request_id, choice.index, [], reason, time_s=now, error=error, own_fault=own_fault)
+        last = TokenDelta(request_id, choice.index, [], reason, time_s=now)
+        if error is not None:
+            last.error, last.own_fault = str(error), isinstance(error, RequestError)
+            last.fault_param = getattr(error, "param", None)
         if choice.stream.put(last):
             assert self._loop is not None
             self._loop.call_soon_threadsafe(choice.stream.tell)  # later: whoever reads may have aborted it

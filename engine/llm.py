@@ -22,6 +22,7 @@ from engine.output import Output, StopSearch
 from engine.sampling_params import SamplingParams
 from engine.stats import EngineStats
 from engine.text import ROLES, TextProcessor
+from engine.tool_prompt import with_arguments_told
 from engine.types import EngineInfo, MedusaParams, Request, TokenDelta
 from engine.vllm_names import CALLS, SETTINGS, explaining, without_vllms
 
@@ -152,7 +153,8 @@ class LLM:
 
         Args:
             messages: one conversation, a list of `{"role": …, "content": …}`, or a list of conversations; see
-                `TextProcessor.encode_chat` for those of calls. What the model thinks before it answers is a
+                `TextProcessor.encode_chat` for those of calls, whose arguments may also be the text of an
+                object's JSON, as in OpenAI's API. What the model thinks before it answers is a
                 part of the text, as calls are, and earlier thoughts may be given as `reasoning_content`.
             tools: that the model is told of, `{"type": "function", "function": {…}}`. Its calls are in the
                 form that its template asks for.
@@ -167,9 +169,7 @@ class LLM:
         conversations = cast("Sequence[Messages]", [messages] if single else messages)
         for i, turns in enumerate(conversations):
             _check_messages(turns, "messages" if single else f"messages[{i}]")
-        tokens = [
-            self.text.encode_chat([dict(each) for each in turns], tools=tools) for turns in conversations
-        ]
+        tokens = [self.text.encode_chat(with_arguments_told(turns), tools=tools) for turns in conversations]
         return self._run(self._requests(tokens, sampling, medusa, grammar), stop, progress=progress)
 
     @property
@@ -369,3 +369,9 @@ def _check_messages(messages: Sequence[Any], place: str) -> None:
         if (role := message.get("role")) not in ROLES:
             where, known = f"{place}[{i}].role", ", ".join(map(repr, ROLES))
             raise RequestError(f"{where} must be one of {known}, got {role!r}", param=where)
+        for j, call in enumerate(message.get("tool_calls") or ()):
+            function = call.get("function") if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                where = f"{place}[{i}].tool_calls[{j}]"
+                told = f"must be a dict with a function, which has name and arguments, got {call!r}"
+                raise RequestError(f"{where} {told}", param=where)

@@ -22,9 +22,11 @@ __all__ = [
     "CALL_END",
     "LISTED_BEGIN",
     "WITH_A_CALL",
+    "arguments_told",
     "has_calls",
     "in_plain_messages",
     "in_some_form",
+    "with_arguments_told",
     "with_calls_as_text",
 ]
 
@@ -57,6 +59,37 @@ To call one, answer with its name and its arguments in JSON between tags, with o
 <tool_call>
 {{"name": "the function's name", "arguments": {{"the argument's name": "its value"}}}}
 </tool_call>"""
+
+
+def arguments_told(arguments: Any) -> Any:
+    """A call's arguments as templates know them: the object whose JSON they are, as in OpenAI's messages.
+
+    Where a model's mistake comes back, they are the text that it wrote.
+    """
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def with_arguments_told(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with what `arguments_told` makes of calls' arguments, and a content beside calls."""
+    told = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            content = message.get("content")
+            text = "" if content is None else content
+            message = {**message, "content": text, "tool_calls": [_told(call) for call in calls]}
+        told.append(dict(message))
+    return told
+
+
+def _told(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": arguments_told(function.get("arguments", ""))}}
 
 
 def has_calls(messages: Sequence[Mapping[str, Any]]) -> bool:

@@ -181,6 +181,7 @@ class TokenDelta:
         trace: the step's record, where the request asked for it.
         error: what to tell the user, with `FinishReason.ERROR`.
         own_fault: the request's own, which asks for what there is not.
+        fault_param: the field that is at fault then, where one is.
         logprobs: one entry per token of `token_ids`, where the request asked for them.
         prompt_logprobs: on the first delta of choice 0, where asked for: one entry per prompt token, None
             for the first, which nothing predicts.
@@ -204,6 +205,7 @@ class TokenDelta:
     accepted_prediction_tokens: int = 0
     queue_s: float = 0.0
     own_fault: bool = False
+    fault_param: str | None = None
 
 
 class SequenceState(StrEnum):

@@ -9,16 +9,16 @@ from engine.reasoning import ThoughtFormat
 from engine.text import TextProcessor
 from engine.thought import Thought
 from server.errors import UnsupportedFieldError
-from server.schemas.chat import ChatRequest
+from server.schemas.chat import ChatRequest, Conversation
 from server.schemas.structured import Constraint
 
-__all__ = ["begun_content", "template_variables", "thought_of", "with_thought"]
+__all__ = ["begun_content", "check_effort", "template_variables", "thought_of", "with_thought"]
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn thinking on and off: Qwen3's and most others, Granite's, DeepSeek's."""
 
 
-def template_variables(body: ChatRequest, known: Set[str]) -> dict[str, Any]:
+def template_variables(body: Conversation, known: Set[str]) -> dict[str, Any]:
     """The request's variables of the chat template, those that `reasoning_effort` stands for among them.
 
     Args:
@@ -60,10 +60,15 @@ def thought_of(
             )
         return None
     thought = form.thought(text, prompt, body.begun_text)
+    check_effort(body, thought)
+    return thought
+
+
+def check_effort(body: Conversation, thought: Thought) -> None:
+    """Raises UnsupportedFieldError where there is to be no thought, and the prompt has opened one."""
     if body.reasoning_effort == "none" and thought.place == "within":
         message = "reasoning_effort: this model's chat template opens a thought whatever is asked for"
         raise UnsupportedFieldError(message, param="reasoning_effort")
-    return thought
 
 
 def begun_content(body: ChatRequest, form: ThoughtFormat | None) -> str:

@@ -203,8 +203,8 @@ class Generation:
                 continue  # a step that was under way when the choice's stop string ended it
             if delta.finish_reason is FinishReason.ERROR:
                 self._end(self._choices[delta.index], "error")
-                kind = RequestError if delta.own_fault else StepError
-                raise kind(delta.error or "a step failed")
+                told = delta.error or "a step failed"
+                raise RequestError(told, param=delta.fault_param) if delta.own_fault else StepError(told)
             if delta.finish_reason is FinishReason.ABORT:
                 raise EngineStoppedError("the server is shutting down")
             yield self._take(delta)

@@ -232,8 +232,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = _tokenizer_of(folder)
     path = folder / "chat_template.json"
     if not tokenizer.chat_template and path.is_file():  # where some models of text and images have it alone
-        tokenizer.chat_template = _read_json(path).get("chat_template")
+        tokenizer.chat_template = _named_templates(_read_json(path).get("chat_template"), path)
     return tokenizer
+
+
+def _named_templates(stated: Any, path: Path) -> Any:
+    """One template, or several by name: `transformers` itself reads lists in tokenizer_config.json alone."""
+    if not isinstance(stated, list):
+        return stated
+    try:
+        return {each["name"]: each["template"] for each in stated}
+    except (LookupError, TypeError) as error:
+        raise ModelError(f"{path}: each template of chat_template must have a name and a template") from error
 
 
 def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from engine.errors import RequestError
 from server.context import Context
+from server.reasoning_use import check_effort, template_variables
 from server.responses import DetokenizeResponse, TokenizeResponse
 from server.routes.generate import ERRORS
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
@@ -20,8 +21,12 @@ async def tokenize(body: TokenizeRequest, context: Context) -> TokenizeResponse:
     """Token ids of a prompt or of a conversation, as a completion would see it."""
     context.check_model(context.name_of(body.model))
     if body.prompt is None:
-        options = body.template_options()
+        options, form = body.template_options(), context.thought_format
+        known = context.text.template_variables(tools=bool(options["tools"]))
+        options["template_kwargs"] = template_variables(body, known)
         tokens = await context.in_thread(context.text.encode_chat, body.template_input(), **options)
+        if form is not None:
+            check_effort(body, form.thought(context.text, tokens, body.begun_text))
     else:
         special = body.add_special_tokens is not False
         tokens = await context.in_thread(

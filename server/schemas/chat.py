@@ -116,6 +116,7 @@ class Conversation(Body):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -234,7 +235,6 @@ class ChatRequest(ConstrainedBody, Conversation):
     prediction: Prediction | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     include_reasoning: bool | None = None
 
     metadata: Metadata | None = Field(None, description="No effect.")

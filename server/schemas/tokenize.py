@@ -13,7 +13,9 @@ from server.schemas.chat import Conversation
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest"]
 
-_ONLY_WITH_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
+_ONLY_WITH_MESSAGES = (
+    *("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "reasoning_effort", "tools"),
+)
 
 
 class TokenizeRequest(Conversation):

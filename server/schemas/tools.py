@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from engine.errors import RequestError
+from engine.tool_prompt import arguments_told
 from server.schemas.base import Body
 
 __all__ = ["MAX_TOOLS", "FunctionName", "MessageToolCall", "Part", "Tool", "ToolChoice"]
@@ -135,14 +135,6 @@ class MessageToolCall(Part):
     index: int | None = Field(None, description="No effect: it comes from a stream's chunks.")
 
     def as_template_input(self) -> dict[str, Any]:
-        """The call as chat templates know it: with an object of arguments.
-
-        Where a model's mistake comes back, they are the text that it wrote.
-        """
-        arguments = self.function.arguments
-        try:
-            value = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            value = None
-        told = value if isinstance(value, dict) else arguments
+        """The call as chat templates know it: with an object of arguments."""
+        told = arguments_told(self.function.arguments)
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": told}}

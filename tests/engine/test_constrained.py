@@ -176,6 +176,7 @@ def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(
         assert last["barred"].finish_reason is FinishReason.ERROR, name
         assert "grammar" in (last["barred"].error or ""), name
         assert last["barred"].own_fault, name
+        assert last["barred"].fault_param == "bad_words", name
         assert engine.stats.acceptance_counts[0] == 0, name
         assert last["r"].finish_reason is not FinishReason.ERROR
         together = [token for delta in found if delta.request_id == "r" for token in delta.token_ids]

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, ContextLengthError, ModelError, RequestError
 from engine.llm import LLM
 from engine.output import Output
+from engine.tool_prompt import arguments_told
 from engine.types import FinishReason, MedusaParams, Request, SamplingParams, TokenDelta
 from engine.vllm_names import CALLS, SETTINGS
 from tests.support import greedy, greedy_reference, save_model, tiny_llama
@@ -362,6 +363,31 @@ def test_chat_tells_the_model_of_tools(llm: LLM, monkeypatch: pytest.MonkeyPatch
     told = [{"type": "function", "function": {"name": "t8"}}]
     (output,) = llm.chat([{"role": "user", "content": "t5"}], GREEDY, tools=told)
     assert output.prompt_token_ids == (5, 8)
+
+
+WRITES_CALLS = (
+    "{% if tools %}{% endif %}{% for m in messages %}"
+    "{% for c in m.tool_calls or () %}{{ c.function.name }} "
+    "{{ c.function.arguments.x or c.function.arguments }} {% endfor %}{{ m.content }} {% endfor %}"
+)
+
+
+def test_chat_takes_calls_as_openais_messages_have_them(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments as text, which is JSON or what a model wrote instead, and no content beside them."""
+    monkeypatch.setattr(llm.text.tokenizer, "chat_template", WRITES_CALLS)
+    for arguments, token in ({"x": "t5"}, 5), ('{"x": "t5"}', 5), ("t6", 6), ("", None):
+        function = {"name": "t4", "arguments": arguments}
+        call = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+        for content in ({}, {"content": None}, {"content": "t8"}):
+            (output,) = llm.chat([{**call, **content}, {"role": "user", "content": "t9"}], GREEDY)
+            expected = [4, token, 8 if content.get("content") else None, 9]
+            assert [i for i in output.prompt_token_ids if i > 1] == [i for i in expected if i is not None]
+        assert function["arguments"] == arguments
+    assert arguments_told('"x"') == '"x"'  # JSON, and of no object
+    for wrong in ("f", {"name": "f"}, {"function": {"arguments": "{}"}}):
+        with pytest.raises(RequestError, match="a dict with a function, which has name") as caught:
+            llm.chat([{"role": "assistant", "content": "", "tool_calls": [wrong]}], GREEDY)
+        assert caught.value.param == "messages[0].tool_calls[0]"
 
 
 def test_a_chat_template_may_come_from_a_file(folder: Path, tmp_path: Path) -> None:

@@ -164,11 +164,15 @@ def test_bad_words_that_leave_nothing_later_are_the_requests_own_fault(serve: Se
     """What the engine says of them, and not of a step that failed: a 400, or a stream's last event."""
 
     def reply(request: Request, _index: int) -> list[Any]:
-        failed = [RequestError("nothing is left")] if request.grammar is not None else [ids("b"), [EOS_ID]]
+        failed = (
+            [RequestError("nothing is left", param="bad_words")]
+            if request.grammar is not None
+            else [ids("b"), [EOS_ID]]
+        )
         return [ids("a"), *failed]
 
     server = serve(reply)
-    told = {"message": "nothing is left", "type": "invalid_request_error", "param": None}
+    told = {"message": "nothing is left", "type": "invalid_request_error", "param": "bad_words"}
     told["code"] = "invalid_value"
     assert error_of(send(server, path, guided_regex="ab", n=2), 400) == told
     events = send(server, path, guided_regex="ab", stream=True).text.split("\n\n")

@@ -373,6 +373,14 @@ def test_chat_templates_are_found_wherever_models_have_them(tmp_path: Path) -> N
     assert templates() == (None, None)
     (tmp_path / "chat_template.json").write_text('{"chat_template": "of a processor"}')
     assert templates() == ("of a processor", "of a processor")
+    named = [{"name": name, "template": f"of a processor, {name}"} for name in ("default", "tool_use")]
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    assert templates() == ("of a processor, default", "of a processor, tool_use")
+    (tmp_path / "chat_template.json").write_text('{"chat_template": [{"name": "default"}]}')
+    with pytest.raises(
+        ModelError, match=r"chat_template.json: each template .* must have a name and a template"
+    ):
+        templates()
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "of the tokenizer"}')
     assert templates() == ("of the tokenizer", "of the tokenizer")
     (tmp_path / "chat_template.jinja").write_text("by itself")

@@ -371,6 +371,8 @@ EFFORT = "{{ reasoning_effort }}|{{ enable_thinking }}|" + PLAIN
 def test_an_effort_goes_to_the_template(serve: Serve, template: str, effort: str, prompt: str) -> None:
     server = serve(says("x"), text=of(template))
     assert prompt in "^" + prompt_of(server, reasoning_effort=effort)
+    counted = server.http.post("/tokenize", json={"messages": MESSAGES, "reasoning_effort": effort}).json()
+    assert tuple(counted["tokens"]) == server.engine.submitted[-1].prompt_token_ids
     assert prompt_of(server, reasoning_effort=None) == prompt_of(server)
 
 
@@ -395,9 +397,11 @@ def test_an_effort_goes_to_the_template(serve: Serve, template: str, effort: str
 def test_an_effort_that_cannot_be_told_is_refused(
     serve: Serve, template: str, fields: dict[str, Any], reason: str
 ) -> None:
-    error = error_of(serve(says("x"), text=of(template)).chat(**fields), 400)
+    server = serve(says("x"), text=of(template))
+    error = error_of(server.chat(**fields), 400)
     assert (error["param"], error["code"]) == ("reasoning_effort", "unsupported_parameter")
     assert reason in error["message"]
+    assert error_of(server.http.post("/tokenize", json={"messages": MESSAGES, **fields}), 400) == error
 
 
 def test_an_effort_and_variables_agree(serve: Serve) -> None:

@@ -60,6 +60,7 @@ def test_refusals(hello: RunningServer) -> None:
         {"prompt": 5},
         {"messages": []},
         {"prompt": "x", "continue_final_message": False},
+        {"prompt": "x", "reasoning_effort": "none"},
         {"prompt": "x", "messages": [{}]},
     ):
         assert hello.http.post("/tokenize", json=body).status_code == 400
