@@ -70,8 +70,8 @@ def follows(sequence: Sequence, tokens: list[int]) -> bool:
     """Take the last of these tokens, which a sequence with a grammar emits, as the next of it.
 
     Returns:
-        False where it may not come: where bad_words or min_tokens leave none of those that the grammar
-        allows, what is drawn means nothing.
+        False where it may not come: where bad_words leave none of those that the grammar allows, what is
+        drawn means nothing.
     """
     grammar, bad_words = sequence.grammar, sequence.request.sampling.bad_words
     assert grammar is not None
@@ -87,7 +87,7 @@ def refusal(sequence: Sequence) -> str:
     """Why what was drawn may not follow, for the user."""
     if sequence.grammar is not None and sequence.grammar.error:
         return f"the grammar asks too much of its parser: {sequence.grammar.error}"
-    return "of the tokens that the grammar allows here, bad_words or min_tokens left none"
+    return "of the tokens that the grammar allows here, bad_words left none"
 
 
 def refused_param(sequence: Sequence) -> str | None:

@@ -346,8 +346,8 @@ class EngineInfo:
 
         Raises:
             ContextLengthError: the prompt leaves no room, or prompt plus max_tokens do not fit.
-            RequestError: an empty prompt, a token id outside the vocabulary, what is about text, or bad_words
-                that leave the grammar nothing to begin with.
+            RequestError: an empty prompt, a token id outside the vocabulary, what is about text, min_tokens
+                with a grammar, or bad_words that leave this nothing to begin with.
         """
         prompt, sampling = request.prompt_token_ids, request.sampling
         wanted = sampling.max_tokens
@@ -365,6 +365,9 @@ class EngineInfo:
         ):
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
                 raise RequestError(f"{name} token ids must be in [0, {self.vocab_size})", param=name)
+        if request.grammar is not None and sampling.min_tokens:
+            reason = "where the grammar ends, so does the answer"
+            raise RequestError(f"min_tokens cannot be set with a grammar: {reason}", param="min_tokens")
         barred = {word[0] for word in sampling.bad_words if len(word) == 1}
         if request.grammar is not None and barred and not request.grammar.may_begin(without=barred):
             reason = "they leave none of the tokens that an answer of this grammar may begin with"

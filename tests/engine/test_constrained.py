@@ -270,6 +270,8 @@ def test_from_python(narrow: TinyModel, tmp_path_factory: pytest.TempPathFactory
     assert {output.text for output in outputs} <= {"abcd", "dcba", "fgh"}
     with pytest.raises(RequestError, match="regular expression"):
         llm.generate("ab", grammar=GrammarSpec("regex", "("), progress=False)
+    with pytest.raises(RequestError, match="min_tokens cannot be set with a grammar"):
+        llm.generate("ab", SamplingParams(min_tokens=9), grammar=grammar, progress=False)
     with pytest.raises(RequestError, match="beside them"):
         llm.generate([Request("r", (1,))], grammar=grammar)  # type: ignore[call-overload]
 
