@@ -123,6 +123,14 @@ def _tools(rng: random.Random) -> Body:
     }
 
 
+def _responses(rng: random.Random) -> Body:
+    """By OpenAI's newer API, a call that the answer has to make or not."""
+    pier = {"type": "object", "properties": {"pier": {"enum": ["north", "south"]}}, "required": ["pier"]}
+    tool = {"type": "function", "name": "berth", "parameters": pier, "strict": True}
+    called = {"tools": [tool], "tool_choice": "required"}
+    return {"input": word_prompt(40, rng), **(called if rng.random() < 0.5 else {})}
+
+
 _PATTERN = "[a-z]{3,9}-[0-9]{2}"
 
 _REFUSED: list[Body] = [
@@ -149,6 +157,7 @@ KINDS: dict[str, Callable[[random.Random], Body]] = {
     "schema": _schema,
     "pattern": lambda _: {"structured_outputs": {"regex": _PATTERN}},
     "tools": _tools,
+    "responses": _responses,
     "prompt logprobs": lambda rng: {"prompt_logprobs": rng.randint(0, 5), "stream": False},
     "refused": lambda rng: rng.choice(_REFUSED),
 }
@@ -164,7 +173,11 @@ def make_body(kind: str, model: str, rng: random.Random) -> Body:
         "max_tokens": rng.randint(16, 120),
         "stream": rng.random() < 0.5,
     }
-    return body | KINDS[kind](rng)
+    body |= KINDS[kind](rng)
+    if "input" in body:
+        body["max_output_tokens"] = body.pop("max_tokens")
+        del body["messages"]
+    return body
 
 
 def broken(body: Body, choice: Body) -> str | None:
@@ -247,6 +260,8 @@ class Soak:
             return text
 
     async def _send(self, client: aiohttp.ClientSession, body: Body, refused: bool) -> str:
+        if "input" in body:
+            return await _respond(client, body)
         if refused:
             async with client.post("v1/chat/completions", json=body) as answer:
                 text = await answer.text()
@@ -278,6 +293,26 @@ class Soak:
         if "[DONE]" not in last:
             raise RuntimeError("the stream ended early")
         return "".join(parts)
+
+
+async def _respond(client: aiohttp.ClientSession, body: Body) -> str:
+    """What a response holds, in JSON. Raises RuntimeError where it is not what was asked for."""
+    async with client.post("v1/responses", json=body) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
+        if body["stream"]:
+            events = [json.loads(data) async for data in data_of(answer)]
+            response = events[-1].get("response", events[-1])
+            if [event["sequence_number"] for event in events] != list(range(len(events))):
+                raise RuntimeError("events are missing")
+        else:
+            response = await answer.json()
+    if response.get("status") not in ("completed", "incomplete"):
+        raise RuntimeError(f"the response ended as {response}")
+    for item in response["output"]:
+        if "tools" in body and item["status"] == "completed" and not json.loads(item["arguments"])["pier"]:
+            raise RuntimeError(f"a call of {item}")
+    return json.dumps(response["output"])
 
 
 def rss_mib(pid: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Any, Literal
@@ -73,7 +73,7 @@ class _Item:
         kind: its type.
         id: its id.
         index: its place in the output.
-        call_id, name: of a call.
+        call_id, name, namespace: of a call.
         call: of a call, its number in the answer.
         texts: of the thought, the message or the arguments.
         logprobs: of the message.
@@ -85,6 +85,7 @@ class _Item:
     index: int
     call_id: str = ""
     name: str = ""
+    namespace: str | None = None
     call: int = -1
     texts: list[str] = field(default_factory=list)
     logprobs: list[LogprobEntry] = field(default_factory=list)
@@ -103,7 +104,7 @@ class _Item:
     def model(self, *, parts: bool = True, encrypted: bool = False) -> OutputItem:
         """The item; without its content before that is begun."""
         if self.kind == "function_call":
-            return CallItem(
+            call = CallItem(
                 id=self.id,
                 type="function_call",
                 status=self.status,
@@ -111,6 +112,9 @@ class _Item:
                 name=self.name,
                 arguments=self.text,
             )
+            if self.namespace is not None:
+                call.namespace = self.namespace
+            return call
         content: Any = [self.part()] if parts else []
         if self.kind == "message":
             return MessageItem(
@@ -129,12 +133,19 @@ class ResponseWriter:
         heading: what it has from its beginning.
         usage: of the response so far.
         read: reads token ids for logprobs.
+        functions: namespace and name of those that the model knows by other names.
         encrypted: thoughts come in the form that is to be sent back, too.
     """
 
     def __init__(
-        self, heading: ResponseHeading, usage: Callable[[], Usage], read: ReadToken, encrypted: bool
+        self,
+        heading: ResponseHeading,
+        usage: Callable[[], Usage],
+        read: ReadToken,
+        functions: Mapping[str, tuple[str, str]],
+        encrypted: bool,
     ) -> None:
+        self._functions = functions
         self._heading = heading
         self._usage = usage
         self._read = read
@@ -219,15 +230,19 @@ class ResponseWriter:
     def _call(self, delta: ToolCallDelta) -> None:
         item = self._open
         if item is None or item.call != delta.index:
-            item = self._start("function_call", delta.id or "", delta.function.name or "", delta.index)
+            item = self._start("function_call", delta)
         if delta.function.arguments:
             self._tell(delta.function.arguments, item)
 
-    def _start(self, kind: _ItemKind, call_id: str = "", name: str = "", call: int = -1) -> _Item:
+    def _start(self, kind: _ItemKind, call: ToolCallDelta | None = None) -> _Item:
         """Open another item behind the one that is open now, which ends."""
         self._close("completed")
         index = len(self._items)
-        item = _Item(kind, f"{_PREFIX[kind]}_{self._heading.engine_id}_{index}", index, call_id, name, call)
+        item = _Item(kind, f"{_PREFIX[kind]}_{self._heading.engine_id}_{index}", index)
+        if call is not None:
+            name = call.function.name or ""
+            item.call, item.call_id = call.index, call.id or ""
+            item.namespace, item.name = self._functions.get(name, (None, name))
         self._items.append(item)
         self._open = item
         added = to_json(item.model(parts=False))

@@ -80,6 +80,7 @@ class CallItem(BaseModel):
     status: ItemStatus
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 

@@ -322,3 +322,18 @@ def test_a_thought_is_told_from_the_answer_tree_on_or_off(plain: Server, thinkin
     led = ask(thinking, **asked | {"messages": begun}, stop=["capital"], extra_body=regex).choices[0].message
     assert led.reasoning_content == thought[9:].strip()
     assert led.content == "The city of Paris!"
+
+
+def test_a_response_is_the_chat_completion_that_it_stands_for(lookup: Server) -> None:
+    place = {"type": "object", "properties": {"to": {"enum": ["Paris"]}}, "required": ["to"]}
+    tool: Any = {"type": "function", "name": "go", "parameters": {**place, "additionalProperties": False}}
+    asked: dict[str, Any] = {"model": MODEL, "input": PARIS, "temperature": 0, "max_output_tokens": 16}
+    with openai.OpenAI(base_url=f"{lookup.url}/v1", api_key="none", max_retries=0) as client:
+        with client.responses.stream(**asked) as stream:
+            deltas = [one.delta for one in stream if one.type == "response.output_text.delta"]
+        forced: dict[str, Any] = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+        called = client.responses.create(**{**asked, "max_output_tokens": 40}, **forced)
+        (call,) = called.output
+    assert "".join(deltas) == ask(lookup).choices[0].message.content
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("go", {"to": "Paris"})

@@ -20,19 +20,28 @@ from server.response_events import ResponseHeading, ResponseWriter
 from server.response_objects import ResponseError, ResponseObject
 from server.responses import FinishReasonName, ToolCallDelta
 from server.routes.body_route import BodyRoute
-from server.routes.generate import ERRORS, STREAMED, chat_generation, respond, sampling_of
+from server.routes.generate import ERRORS, chat_generation, respond, sampling_of
 from server.schemas.chat import ChatRequest
-from server.schemas.responses import ResponsesRequest, in_response_terms
+from server.schemas.responses import ResponsesRequest
 from server.streaming import Generation, TextPiece, take_all
 from server.tool_use import CallReader
 
 __all__ = ["router"]
 
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "The event's type, as in its data."},
+        "data": {"type": "string", "description": "An event of OpenAI's Responses API in JSON."},
+    },
+}
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+
 router = APIRouter()
 _bodies = APIRouter(route_class=BodyRoute)
 
 
-@_bodies.post("/v1/responses", response_model=ResponseObject, responses={**ERRORS, **STREAMED})
+@_bodies.post("/v1/responses", response_model=ResponseObject, responses={**ERRORS, **_STREAMED})
 async def create_response(body: ResponsesRequest, http: HttpRequest, context: Context) -> Response:
     """Answer a conversation, whole or as server-sent events. Nothing is kept of it."""
     record = record_of(http)
@@ -44,7 +53,7 @@ async def create_response(body: ResponsesRequest, http: HttpRequest, context: Co
         echo = _echo(body, sampling, model)
         generation = await chat_generation(chat, context, record, sampling)
     except RequestError as error:
-        in_response_terms(error)
+        body.in_own_terms(error)
         raise
     answer = partial(_Answer, body, chat, context, record, generation, echo)
     return await respond(http, context, generation, answer, bool(body.stream))
@@ -119,7 +128,10 @@ class _Answer:
         self._context = context
         self._generation = generation
         read = partial(context.text.token_text, special_is_text=body.skip_special_tokens is False)
-        self._writer = ResponseWriter(heading, lambda: generation.usage, read, body.wants_encrypted)
+        functions = {one.name: (one.namespace, one.tool.name) for one in body.functions if one.namespace}
+        self._writer = ResponseWriter(
+            heading, lambda: generation.usage, read, functions, body.wants_encrypted
+        )
         tools = chat.callable_tools
         begun = "" if chat.calls_follow_grammar else begun_content(chat, context.thought_format)
         self._calls = CallReader(context.tool_format, tools, begun) if tools else None

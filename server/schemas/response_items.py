@@ -14,7 +14,7 @@ from server.errors import UNSEEN, UnsupportedFieldError, field_path
 from server.schemas.base import without_unsupported
 from server.schemas.tools import Part
 
-__all__ = ["InputItem", "as_messages", "encoded_thought", "goes_on", "plain_items"]
+__all__ = ["InputItem", "as_messages", "encoded_thought", "full_name", "goes_on", "plain_items"]
 
 _Status = Literal["in_progress", "completed", "incomplete"]
 _THOUGHT = "medusa-thought."
@@ -76,12 +76,12 @@ class CallInput(_Strict):
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "async": (False,),
         "caller": ({"type": "direct"},),
-        "namespace": (),
     }
 
     type: Literal["function_call"]
     call_id: str
     name: str = Field(min_length=1)
+    namespace: str | None = None
     arguments: str
     id: str | None = Field(None, description="No effect.")
     status: _Status | None = Field(None, description="No effect.")
@@ -93,7 +93,6 @@ class CallOutputInput(_Strict):
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "caller": ({"type": "direct"},),
-        "namespace": (),
     }
     PARTS = "output"
 
@@ -101,6 +100,7 @@ class CallOutputInput(_Strict):
     call_id: str
     output: Texts
     name: str | None = None
+    namespace: str | None = Field(None, description="Goes with the name.")
     id: str | None = Field(None, description="No effect.")
     status: _Status | None = Field(None, description="No effect.")
 
@@ -217,6 +217,11 @@ def goes_on(items: Sequence[Any]) -> bool:
     return isinstance(last, MessageInput) and last.role == "assistant" and last.status in cut
 
 
+def full_name(namespace: str | None, name: str) -> str:
+    """By which the model knows a function in a namespace, as in vLLM."""
+    return f"{namespace}__{name}" if namespace else name
+
+
 def as_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
     """The items as messages of a chat completion.
 
@@ -240,12 +245,13 @@ def as_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
             case CallInput():
                 if answer is None:
                     messages.append(answer := _answer())
-                function = {"name": item.name, "arguments": item.arguments}
+                function = {"name": full_name(item.namespace, item.name), "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 answer.setdefault("tool_calls", []).append(call)
             case CallOutputInput():
                 told = {"role": "tool", "content": _chat_parts(item.output), "tool_call_id": item.call_id}
-                messages.append(told if item.name is None else {**told, "name": item.name})
+                name = item.name and full_name(item.namespace, item.name)
+                messages.append({**told, "name": name} if name else told)
                 answer = None
             case ThoughtInput():
                 if thought := item.text(f"input[{i}]"):

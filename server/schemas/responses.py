@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from engine.errors import RequestError
 from engine.sampling_params import MAX_LOGPROBS
-from server.errors import UnsupportedFieldError, field_path
+from server.errors import UNSEEN, UnsupportedFieldError, field_path
 from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, SamplingBody, without_unsupported
 from server.schemas.chat import ChatRequest, Metadata
-from server.schemas.response_items import InputItem, as_messages, goes_on, plain_items
+from server.schemas.response_items import InputItem, as_messages, full_name, goes_on, plain_items
 from server.schemas.structured import StructuredOutputs
 from server.schemas.tools import MAX_TOOLS, FunctionName, Part
 
-__all__ = ["ENCRYPTED", "LOGPROBS", "ResponsesRequest", "in_response_terms"]
+__all__ = ["ENCRYPTED", "LOGPROBS", "ResponsesRequest"]
 
 MAX_ITEMS = 8192
+MAX_NAME = 64
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
 
@@ -59,35 +60,87 @@ class FunctionTool(Part):
         None, description="The arguments follow the schema, also where the model may choose not to call."
     )
 
-    def as_chat(self) -> dict[str, Any]:
-        """The tool as chat completions have it."""
-        function = self.model_dump(exclude={"type"}, exclude_none=True)
-        return {"type": "function", "function": function}
-
     def as_told(self) -> dict[str, Any]:
         """The tool as answers repeat it."""
         return {**self.model_dump(), "strict": bool(self.strict)}
+
+
+class NamespaceTool(Part):
+    """Functions under a common name, as Codex has them."""
+
+    type: Literal["namespace"]
+    name: FunctionName
+    description: str | None = Field(None, description="No effect: the model is told of the functions.")
+    tools: list[FunctionTool] = Field(max_length=MAX_TOOLS)
+
+    def as_told(self) -> dict[str, Any]:
+        """The tool as answers repeat it."""
+        return {**self.model_dump(exclude={"tools"}), "tools": [tool.as_told() for tool in self.tools]}
+
+
+class PlacedTool(NamedTuple):
+    """A function of a request.
+
+    Args:
+        place: in the request.
+        tool: the function.
+        namespace: that it is in, if it is in one.
+    """
+
+    place: str
+    tool: FunctionTool
+    namespace: str | None = None
+
+    @property
+    def name(self) -> str:
+        """By which the model knows it."""
+        return full_name(self.namespace, self.tool.name)
+
+    def as_chat(self) -> dict[str, Any]:
+        """The tool as chat completions have it. Raises RequestError for a name that is too long."""
+        if len(self.name) > MAX_NAME:
+            param = f"{self.place}.name"
+            message = f"{param}: {self.name!r}, by which the model is to know it, is longer than {MAX_NAME}"
+            raise RequestError(message, param=param)
+        function = self.tool.model_dump(exclude={"type"}, exclude_none=True)
+        return {"type": "function", "function": {**function, "name": self.name}}
 
 
 def _tools(value: object) -> object:
     """Each without the fields that pass by being empty, and hosted ones refused by their names."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         return value
-    return [_plain_tool(tool, i) for i, tool in enumerate(value)]
+    return [_plain_tool(tool, "tools", i) for i, tool in enumerate(value)]
 
 
-def _plain_tool(tool: Any, index: int) -> Any:
+def _plain_tool(tool: Any, *place: str | int) -> Any:
     kind = tool.get("type") if isinstance(tool, dict) else None
-    if isinstance(kind, str) and kind != "function":
-        param = f"tools[{index}].type"
-        raise UnsupportedFieldError(
-            f"{param}: tools of type {kind!r} are not supported, only 'function': this server runs none",
-            param=param,
-        )
-    return without_unsupported(FunctionTool, tool, FunctionTool.UNSUPPORTED, "tools", index)
+    if not isinstance(kind, str):
+        param = field_path(place if not isinstance(tool, dict) else [*place, "type"])
+        needed = "a string" if isinstance(tool, dict) else "an object"
+        raise RequestError(f"{param}: must be {needed}", param=param)
+    if kind == "namespace" and len(place) == 2:
+        tools = tool.get("tools")
+        plain = without_unsupported(NamespaceTool, tool, {}, *place)
+        if isinstance(tools, list) and len(tools) <= MAX_TOOLS:
+            plain = {**plain, "tools": [_plain_tool(one, *place, "tools", i) for i, one in enumerate(tools)]}
+        return plain
+    if kind != "function":
+        param = field_path([*place, "type"])
+        message = f"{param}: tools of type {kind!r} are not supported, only 'function': this server runs none"
+        raise UnsupportedFieldError(message, param=param)
+    return without_unsupported(FunctionTool, tool, FunctionTool.UNSUPPORTED, *place)
 
 
-_Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+def _tool_tag(tool: Any) -> str:
+    return UNSEEN + str(tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None))
+
+
+_Tool = Annotated[
+    Annotated[FunctionTool, Tag(f"{UNSEEN}function")] | Annotated[NamespaceTool, Tag(f"{UNSEEN}namespace")],
+    Discriminator(_tool_tag),
+]
+_Tools = Annotated[list[_Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Tools = Annotated[_Tools, BeforeValidator(_tools, json_schema_input_type=_Tools)]
 
 _Word = Literal["none", "auto", "required"]
@@ -264,7 +317,7 @@ class ResponsesRequest(SamplingBody):
         "return_mm_kwargs": (),
     }
     NO_EFFECT: ClassVar[frozenset[str]] = frozenset(
-        {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"}
+        {"client_metadata", "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"}
     )
 
     input: Input
@@ -282,6 +335,7 @@ class ResponsesRequest(SamplingBody):
     structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    client_metadata: dict[str, str] | None = Field(None, description="No effect: Codex sends it.")
     metadata: Metadata | None = Field(None, description="No effect.")
     safety_identifier: str | None = Field(None, description="No effect.")
     prompt_cache_key: str | None = Field(None, description="No effect.")
@@ -320,11 +374,37 @@ class ResponsesRequest(SamplingBody):
     def wants_encrypted(self) -> bool:
         return ENCRYPTED in (self.include or ())
 
+    @property
+    def functions(self) -> list[PlacedTool]:
+        """The functions that may be called, in the order in which the model is told of them."""
+        found: list[PlacedTool] = []
+        for i, tool in enumerate(self.tools or ()):
+            place = f"tools[{i}]"
+            if isinstance(tool, NamespaceTool):
+                inside = enumerate(tool.tools)
+                found += [PlacedTool(f"{place}.tools[{j}]", one, tool.name) for j, one in inside]
+            else:
+                found.append(PlacedTool(place, tool))
+        return found
+
+    def in_own_terms(self, error: RequestError) -> RequestError:
+        """An error about the chat completion that this stands for, told by the names of this API's fields."""
+        places = [tool.place for tool in self.functions]
+
+        def told(text: str) -> str:
+            for pattern, ours in _TERMS:
+                text = pattern.sub(ours, text)
+            return _TOOL.sub(lambda found: places[int(found[1])], text)
+
+        error.args = (told(str(error)), *error.args[1:])
+        error.param = error.param and told(error.param)
+        return error
+
     def as_chat(self) -> ChatRequest:
         """The chat completion that answers it.
 
         Raises:
-            RequestError: fields that do not go together, or a value out of range: see `in_response_terms`.
+            RequestError: fields that do not go together, or a value out of range: see `in_own_terms`.
         """
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         told_format = self.text and self.text.format
@@ -335,7 +415,7 @@ class ResponsesRequest(SamplingBody):
             "max_completion_tokens": self.max_output_tokens,
             "logprobs": self.wants_logprobs,
             "top_logprobs": self.top_logprobs if self.wants_logprobs else None,
-            "tools": self.tools and [tool.as_chat() for tool in self.tools],
+            "tools": [tool.as_chat() for tool in self.functions],
             "tool_choice": self.tool_choice and self.tool_choice.as_chat(),
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "response_format": told_format and told_format.as_chat(),
@@ -365,19 +445,9 @@ _TERMS = [
         (r"\bresponse_format\b", "text.format"),
         (r"\breasoning_effort\b", "reasoning.effort"),
         (r"\btool_choice\.allowed_tools\b", "tool_choice"),
-        (r"\b(tools\[\d+\]|tool_choice)\.function\b", r"\1"),
+        (r"\btool_choice\.function\b", "tool_choice"),
         (r"^(?:messages(?:\[\d+\])?[\w.\[\]]*|prompt)(?=:|$)", "input"),
         (r"^continue_final_message(?=:|$)", "input"),
     )
 ]
-
-
-def in_response_terms(error: RequestError) -> RequestError:
-    """An error about the chat completion that a body stands for, told by this body's names of fields."""
-    message = str(error)
-    for pattern, ours in _TERMS:
-        message = pattern.sub(ours, message)
-        if error.param is not None:
-            error.param = pattern.sub(ours, error.param)
-    error.args = (message, *error.args[1:])
-    return error
+_TOOL = re.compile(r"\btools\[(\d+)\](?:\.function\b|(?=:|$))")

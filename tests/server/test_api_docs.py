@@ -144,6 +144,7 @@ OPENAI: list[tuple[type[Body], Any]] = [
     (TextFormat, responses.ResponseFormatTextJSONSchemaConfigParam),
     (Reasoning, shared_params.Reasoning),
     (FunctionTool, responses.FunctionToolParam),
+    (FunctionTool, responses.namespace_tool_param.ToolFunction),
     (MessageInput, responses.EasyInputMessageParam),
     (MessageInput, responses.ResponseOutputMessageParam),
     (TextInput, responses.ResponseInputTextParam),

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import MODEL, RunningServer
-from tests.server.routes.test_responses import TOOLS, post
+from tests.server.routes.test_responses import NAMESPACE, TOOLS, post
 from tests.server.test_errors import error_of
 
+WRONG: dict[str, Any] = {"parameters": {"type": 3}, "strict": True}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
@@ -49,8 +50,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [*TOOLS, {"type": "function", "name": "time"}]}, "tools[2].name"),
     ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
     (
-        {"tools": [{"type": "function", "name": "f", "parameters": {"type": 3}, "strict": True}]},
+        {"tools": [{"type": "function", "name": "f", **WRONG}]},
         "tools[0].parameters.type",
+    ),
+    ({"tools": [1]}, "tools[0]"),
+    ({"tools": [{"name": "f"}]}, "tools[0].type"),
+    ({"tools": [NAMESPACE | {"x": 1}]}, "tools[0].x"),
+    ({"tools": [NAMESPACE | {"tools": [NAMESPACE]}]}, "tools[0].tools[0].type"),
+    ({"tools": [NAMESPACE | {"tools": [{"type": "custom", "name": "f"}]}]}, "tools[0].tools[0].type"),
+    ({"tools": [NAMESPACE | {"name": "n" * 60}]}, "tools[0].tools[0].name"),
+    ({"tools": [NAMESPACE, *TOOLS, NAMESPACE]}, "tools[3].tools[0].name"),
+    (
+        {"tools": [*TOOLS, NAMESPACE | {"tools": [{"type": "function", "name": "f", **WRONG}]}]},
+        "tools[2].tools[0].parameters.type",
     ),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.type"),

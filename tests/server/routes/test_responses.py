@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -11,7 +10,6 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
-from engine.fake import FakeEngine
 from server.response_objects import ResponseObject
 from tests.server.conftest import (
     EOS,
@@ -19,10 +17,8 @@ from tests.server.conftest import (
     TEXT,
     RunningServer,
     Serve,
-    endless,
     ids,
     says,
-    wait_until,
 )
 from tests.server.routes.test_reasoning import QWEN, SAID, THOUGHT
 from tests.server.routes.test_tools import PARIS, TIME, WEATHER
@@ -52,6 +48,7 @@ def events(server: RunningServer, **body: Any) -> list[dict[str, Any]]:
     answer = post(server, stream=True, **body)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "\u2028" not in answer.text  # at which some clients would cut an event
     found = []
     for block in answer.text.removesuffix("\n\n").split("\n\n"):
         name, data = block.split("\n")
@@ -78,7 +75,14 @@ def prompt_of(server: RunningServer) -> str:
 
 
 def test_text_in_text_out(hello: RunningServer) -> None:
-    response = whole(hello, instructions="Be kind.", metadata={"a": "b"}, user="u", temperature=0.5)
+    response = whole(
+        hello,
+        instructions="Be kind.",
+        metadata={"a": "b"},
+        user="u",
+        temperature=0.5,
+        client_metadata={"c": "d"},
+    )
     assert response["status"] == "completed"
     (message,) = response["output"]
     assert message["content"] == [
@@ -353,6 +357,47 @@ def test_what_reaches_the_engine(serve: Serve) -> None:
     assert server.engine.submitted[-1].grammar.spec.kind == "regex"  # type: ignore[union-attr]
 
 
+NAMESPACE: Any = {
+    "type": "namespace",
+    "name": "agents",
+    "description": "Others who help.",
+    "tools": [
+        {"type": "function", "name": "weather", "parameters": WEATHER["parameters"], "strict": False},
+        {"type": "function", "name": "ask"},
+    ],
+}
+
+
+@pytest.mark.parametrize("size", [2, 60])
+def test_functions_in_a_namespace_are_called_by_both_names(serve: Serve, size: int) -> None:
+    """As Codex has them: the model knows one name, as in vLLM; clients see two, and send two back."""
+    server = serve(says(f"{PARIS.replace('weather', 'agents__weather')}\n{TIME}", size))
+    tools = [NAMESPACE, *TOOLS]
+    response = whole(server, tools=tools)
+    first, second = response["output"]
+    assert (first["namespace"], first["name"]) == ("agents", "weather")
+    assert second["name"] == "time"
+    assert "namespace" not in second
+    assert response["tools"][0] == {
+        **NAMESPACE,
+        "tools": [
+            {"description": None, "parameters": None, **one, "strict": False} for one in NAMESPACE["tools"]
+        ],
+    }
+    prompt = prompt_of(server)
+    assert '"name": "agents__weather"' in prompt
+    assert '"name": "weather"' in prompt
+    assert without_ids(events(server, tools=tools)[-1]["response"]) == without_ids(response)
+    result = {"type": "function_call_output", "call_id": first["call_id"], "output": "ok"}
+    named = {**result, "name": "weather", "namespace": "agents"}
+    for output in (result, named):
+        assert post(server, input=[{"role": "user", "content": "a"}, first, output]).status_code == 200
+        assert '"name": "agents__weather", "arguments"' in prompt_of(server)
+    choice = {"type": "function", "name": "agents__ask"}
+    assert whole(server, tools=tools, tool_choice=choice)["tool_choice"] == choice
+    assert "agents__ask" in server.engine.submitted[-1].grammar.spec.text  # type: ignore[union-attr]
+
+
 def test_reasoning_effort_goes_to_the_template(serve: Serve) -> None:
     server = serve(says("x"), text=QWEN)
     response = whole(server, reasoning={"effort": "none", "summary": "auto"})
@@ -382,83 +427,3 @@ def test_logprobs_are_the_answers(serve: Serve) -> None:
     (done,) = (event for event in found if event["type"] == "response.output_text.done")
     assert done["logprobs"] == told
     assert whole(server)["output"][1]["content"][0]["logprobs"] == []
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("HEAD", "")],
-)
-def test_nothing_is_kept(hello: RunningServer, method: str, path: str) -> None:
-    answer = hello.http.request(method, f"/v1/responses/resp_1{path}")
-    assert answer.status_code == 404
-    if method != "HEAD":
-        assert error_of(answer, 404)["code"] == "response_not_found"
-    assert hello.http.request(method, "/v1/responses").status_code == (405 if method != "POST" else 415)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_errors_after_the_start(serve: Serve, stream: bool) -> None:
-    server = serve(lambda _request, _index: [ids("Hel"), RuntimeError("boom")])
-    if not stream:
-        answer = post(server)
-        assert error_of(answer, 500)["code"] == "step_failed"
-        return
-    *_, delta, last = events(server)
-    assert (delta["delta"], last["type"]) == ("Hel", "response.failed")
-    response = last["response"]
-    assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
-    assert response["output"][0]["status"] == "incomplete"
-    assert response["output"][0]["content"][0]["text"] == "Hel"
-    assert response["usage"]["output_tokens"] == 3
-    kinds = [event.type for event in server.openai.responses.create(model=MODEL, input="hi", stream=True)]
-    assert kinds[-1] == "response.failed"
-
-
-def test_an_error_of_the_server_itself_ends_the_stream(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.response_events import ResponseWriter
-
-    server = serve(says("Hello"))
-
-    def end(_self: ResponseWriter, _reason: str) -> bytes:
-        raise KeyError("told to nobody")
-
-    monkeypatch.setattr(ResponseWriter, "end", end)
-    last = events(server)[-1]
-    assert (last["type"], last["code"]) == ("error", "internal_error")
-    assert "told" not in last["message"]
-
-
-def test_a_client_that_leaves_frees_its_slot(serve: Serve) -> None:
-    server = serve(FakeEngine(endless, vocab_size=TEXT.vocab_size, step_s=0.002))
-    with server.openai.responses.create(model=MODEL, input="hi", stream=True) as stream:
-        assert next(iter(stream)).type == "response.created"
-        wait_until(lambda: server.engine.stats.running == 1)
-    wait_until(lambda: server.engine.stats.running == 0)
-
-
-def test_the_first_events_come_before_any_token(serve: Serve) -> None:
-    """A client sees that its request, which waits for another, has been taken."""
-    engine = FakeEngine(endless, vocab_size=TEXT.vocab_size, step_s=0.002, max_num_seqs=1)
-    create = serve(engine).openai.responses.create
-    with (
-        create(model=MODEL, input="hi", stream=True) as running,
-        create(model=MODEL, input="hi", stream=True) as waiting,
-    ):
-        first = iter(running), iter(waiting)
-        for events_of in first:
-            assert [next(events_of).type for _ in range(2)] == ["response.created", "response.in_progress"]
-        assert (engine.stats.running, engine.stats.waiting) == (1, 1)
-
-
-def test_it_is_counted_as_its_own_endpoint(
-    serve: Serve, log_lines: Callable[[], list[dict[str, Any]]]
-) -> None:
-    server = serve(says("Hello"))
-    answer = server.http.post("/v1/responses", json={"input": "hi"}, headers={"X-Request-Id": 'my "id"'})
-    assert answer.headers["X-Request-Id"] == 'my "id"'
-    assert answer.json()["id"].startswith('resp_my "id"-')
-    server.http.get("/v1/responses/resp_1")
-    labels = "[('method', 'POST'), ('path', '/v1/responses'), ('status', '200')]"
-    wait_until(lambda: server.metrics().get(f"medusa_http_requests_total{labels}") == 1)
-    (line,) = (line for line in log_lines() if line.get("path") == "/v1/responses")
-    assert (line["model"], line["completion_tokens"], line["finish_reasons"]) == (MODEL, 6, ["stop"])
