@@ -9,11 +9,20 @@ from typing import Any, Literal, Self
 
 from server.calls import Call, Functions
 
-__all__ = ["JsonCall", "NamedCall", "loaded"]
+__all__ = ["DEEPSEEK_MARKS", "DeepSeekCall", "JsonCall", "NamedCall", "loaded"]
 
 _ARGUMENTS = ("arguments", "parameters")
 _HEAD = re.compile(r"(?P<name>[\w-]{1,64})(?:\[CALL_ID]\w{0,64})?(?:\[ARGS])?\s{0,9}")
 _IN_HEAD = ("[CALL_ID]", "[ARGS]")
+DEEPSEEK_MARKS = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+"""What opens a call of DeepSeek's, stands before its name or arguments, and closes it."""
+
+_OPENS, _PARTS, _CLOSES = DEEPSEEK_MARKS
+_MOST_IN_HEAD = 256
+_DEEPSEEK_HEAD = re.compile(
+    rf"{_OPENS}\s*(?:function{_PARTS})?\s*(?P<name>[\w-]{{1,64}})\s*(?:{_PARTS})?\s*(?:```(?:json)?)?\s*"
+)
+_DEEPSEEK_TAIL = re.compile(rf"\s*(?:```)?\s*({_CLOSES})?")
 _END_OF_STRING = re.compile(r'["\\]')
 _END_OF_SCALAR = re.compile(r"[^\w.+-]")
 _OF_NESTED = re.compile(r'["{}\[\]]')
@@ -34,7 +43,7 @@ class JsonCall(Call):
         self._key = ""
         self._value: _Value | None = None
         self._state: Literal["brace", "key", "colon", "value"] = "brace"
-        self.alone = bool(name)
+        self.alone = self._named = bool(name)
         if name:
             self._values["name"], self._key, self._state = json.dumps(name), _ARGUMENTS[0], "value"
 
@@ -68,7 +77,7 @@ class JsonCall(Call):
             self._value = None
             if self._state == "value":
                 self._values[self._key], self._state = value.text, "key"
-                self.ended = self.alone
+                self.ended = self._named
             elif isinstance(key := loaded(value.text), str):
                 self._key, self._state = key, "colon"
             else:
@@ -130,6 +139,39 @@ class NamedCall(JsonCall):
         if rest.startswith("{") and head["name"] in functions:
             return cls(functions, head["name"]), head.end()
         return any(mark[:-1].startswith(rest) for mark in _IN_HEAD)
+
+
+class DeepSeekCall(JsonCall):
+    """Arguments between marks, perhaps as a block of code, behind a name: DeepSeek's."""
+
+    opening = _OPENS
+
+    def __init__(self, names: Container[str], name: str) -> None:
+        super().__init__(names, name)
+        self.alone = self._whole = False
+
+    @classmethod
+    def begun(cls, text: str, functions: Functions) -> tuple[Self, int] | bool:
+        if not text.startswith(_OPENS):
+            return _OPENS.startswith(text)
+        if (start := text.find("{", 0, _MOST_IN_HEAD)) < 0:
+            return len(text) < _MOST_IN_HEAD
+        head = _DEEPSEEK_HEAD.fullmatch(text, 0, start)
+        known = head is not None and head["name"] in functions
+        return (cls(functions, head["name"]), start) if head is not None and known else False
+
+    def feed(self, text: str) -> int:
+        at, self.arguments = 0, ""
+        if not self._whole:
+            at = super().feed(text)
+            if not self.ended:
+                return at
+            self.ended, self._whole = False, True
+        tail = _DEEPSEEK_TAIL.match(text, at)
+        assert tail is not None  # it may be empty
+        rest = text[tail.end() :]
+        self.ended = bool(tail[1]) or not any(mark.startswith(rest) for mark in ("```", _CLOSES))
+        return tail.end()
 
 
 class _Value:

@@ -78,13 +78,19 @@ class Settings(EngineConfig, BaseSettings):
         "phi4_mini_json",
         "qwen3_coder",
         "seed_oss",
+        "olmo3",
+        "pythonic",
+        "llama4_pythonic",
+        "deepseek_v3",
+        "deepseek_v31",
     ] = Field(
         "auto",
         description="How the model writes calls of tools: JSON between <tool_call> tags (hermes: Qwen), "
         "as all of an answer (Llama 3.1 and later), as a list behind [TOOL_CALLS] (Mistral), <|tool_call|> "
         "(Granite 3) or functools (phi4_mini_json), between <TOOLCALL> (nemotron) or <tool_calls> (apriel) "
         "tags, or as all of an answer (xlam); or each parameter between tags of its own (qwen3_coder, "
-        "seed_oss). 'auto': as its chat template shows, else hermes, with which a "
+        "seed_oss), in Python (olmo3; pythonic: ToolACE; llama4_pythonic), or between DeepSeek's marks "
+        "(deepseek_v3: R1, too; deepseek_v31). 'auto': as its chat template shows, else hermes, with which a "
         "template that knows no tools is helped out.",
     )
     reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss"] = Field(

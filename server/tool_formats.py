@@ -12,9 +12,10 @@ from engine.chat_template import reads_tools
 from engine.grammar import GrammarSpec
 from engine.tool_prompt import CALL_BEGIN, CALL_END, LISTED_BEGIN
 from server.calls import Call, Functions
-from server.json_calls import JsonCall, NamedCall
+from server.json_calls import DEEPSEEK_MARKS, DeepSeekCall, JsonCall, NamedCall
+from server.python_calls import PythonCall
 from server.tool_calls import ToolCallParser
-from server.tool_grammars import Function, json_schema, xml_call
+from server.tool_grammars import Function, json_schema, python_call, xml_call
 from server.xml_calls import PaddedXmlCall, XmlCall
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class ToolFormat:
         form: of each call.
         bare: an answer that begins with this is calls; empty where none is without `begin`.
         listed: calls are a JSON list.
-        marks: where a call is the function's name and its arguments, what stands between them, each with its
-            id where it is a token of its own; empty where a call is an object of both.
+        marks: what stands around or between a call's name and its arguments, each with its id where it is a
+            token of its own; empty where a call is an object of both.
+        between: what stands between calls, where `begin` and `end` stand around all of them and no list.
         parameters: the arguments' key.
         begin_id, end_id: of `begin` and `end`, where they are tokens of their own, which are no text to
             a grammar and, where they are special, are left out of texts otherwise.
@@ -51,6 +53,7 @@ class ToolFormat:
     bare: Literal["", "{", "["] = ""
     listed: bool = False
     marks: tuple[tuple[str, int | None], ...] = ()
+    between: str | None = None
     parameters: str = "arguments"
     begin_id: int | None = None
     end_id: int | None = None
@@ -61,6 +64,11 @@ class ToolFormat:
         """Tokens that have to be in the text for calls to be found there, also where they are special."""
         own = (self.begin_id, self.end_id, *(token for _, token in self.marks))
         return frozenset(token for token in own if token is not None)
+
+    @property
+    def like_json(self) -> bool:
+        """Whether an answer in JSON may look like calls."""
+        return bool(self.bare) and issubclass(self.form, JsonCall)
 
     def new_id(self) -> str:
         """Of a call, as OpenAI's look; Mistral's templates take nine letters and digits only."""
@@ -99,6 +107,8 @@ class ToolFormat:
             rules.append(f"call_{i}: {self._around(f'arguments_{i}', function.name)}")
             if issubclass(self.form, XmlCall):
                 rules += xml_call(i, function, self.form.padding)
+            elif issubclass(self.form, PythonCall):
+                rules += python_call(i, function, words=self.name != "olmo3")
             else:
                 rules.append(f"arguments_{i}: %json {_schema(function)}")
         if schema is not None:
@@ -109,6 +119,14 @@ class ToolFormat:
         """A call, with the rule of its arguments."""
         if issubclass(self.form, XmlCall):
             return f'{json.dumps(f"<function={name}>" + chr(10))} {arguments} "</function>"'
+        if issubclass(self.form, PythonCall):
+            return f'{json.dumps(f"{name}(")} {arguments} ")"'
+        if issubclass(self.form, DeepSeekCall):
+            opens, parts, closes = [_written(*mark) for mark in self.marks]
+            if self.name == "deepseek_v31":
+                return f"{opens} {json.dumps(name)} {parts} {arguments} {closes}"
+            name = json.dumps(f"{name}\n```json\n")
+            return f'{opens} "function" {parts} {name} {arguments} "\\n```" {closes}'
         if not self.marks:
             opening = f'{{"name": {json.dumps(name)}, "{self.parameters}": '
             # Mistral's templates show the ids of calls, and its models write some.
@@ -121,9 +139,8 @@ class ToolFormat:
         """The rules for all but `call`, a call's object, and `body`."""
         other = " | body" if body else " | FIRST" if text else ""
         unless = rf" & ~(/\s*/ {json.dumps(unlike)} /(.|\n)*/)" if unlike else ""
-        not_opened = (
-            rf" & ~(/(.|\n)*/ {json.dumps(self.form.opening)} /(.|\n)*/)" if self.form.opening else ""
-        )
+        openings = [self.form.opening, self.begin if self.bare and self.begin_id is None else ""]
+        not_opened = "".join(rf" & ~(/(.|\n)*/ {json.dumps(each)} /(.|\n)*/)" for each in openings if each)
         unless += not_opened
         if self.listed:
             more = '(", " call)*' if several else '""'
@@ -133,8 +150,10 @@ class ToolFormat:
             first = [f"start: {calls}{other}", rf"FIRST: /[^\{self.bare}\s](.|\n)*/{unless}"]
             return [*first, f"more: {more}"] if self.listed else first
         begin, end = _written(self.begin, self.begin_id), _written(self.end, self.end_id)
-        if self.marks:
+        if issubclass(self.form, NamedCall) and self.marks:
             behind, more = "call more", "one?" if several else '""'
+        elif self.between is not None:
+            behind, more = f"call more {end}", f"({json.dumps(self.between)} call)*" if several else '""'
         elif self.listed:
             opening = "" if self.begin.endswith("[") else '" "? "[" '
             behind = f'{opening}call more "]" {end if self.end else ""}'
@@ -167,6 +186,9 @@ class ToolFormat:
         ]
 
 
+_DEEPSEEK = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_DEEPSEEK_TEXT = tuple((mark, None) for mark in DEEPSEEK_MARKS)
+
 FORMATS: dict[str, ToolFormat] = {
     each.name: each
     for each in (
@@ -180,15 +202,27 @@ FORMATS: dict[str, ToolFormat] = {
         ToolFormat("nemotron", "<TOOLCALL>", "</TOOLCALL>", listed=True),
         ToolFormat("phi4_mini_json", "functools[", listed=True),
         ToolFormat("xlam", "", bare="[", listed=True),
+        ToolFormat("olmo3", "<function_calls>", "</function_calls>", PythonCall, between="\n"),
+        ToolFormat(
+            "llama4_pythonic", "<|python_start|>", "<|python_end|>", PythonCall, bare="[", listed=True
+        ),
+        ToolFormat("pythonic", "", form=PythonCall, bare="[", listed=True),
+        ToolFormat("deepseek_v3", *_DEEPSEEK, DeepSeekCall, marks=_DEEPSEEK_TEXT, between="\n"),
+        ToolFormat("deepseek_v31", *_DEEPSEEK, DeepSeekCall, marks=_DEEPSEEK_TEXT, between=""),
     )
 }
 """By name: of ServiceNow's Apriel, whose template shows Hermes's too; of Qwen3-Coder and later ones of Qwen;
 of Seed-OSS; of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral, whose
 newer models have `marks`; of Granite 3, whose successor writes as Hermes; of NVIDIA's Nemotron; of Phi-4-mini
-as vLLM's template asks for it; of Salesforce's xLAM 2."""
+as vLLM's template asks for it; of Salesforce's xLAM 2; of OLMo 3; of Llama 4 and of others that write Python,
+such as ToolACE; of DeepSeek-V3 and R1, and of V3.1."""
 
+_IN_PYTHON = "[func_name1("
 _SHOWN = {
     "qwen3_coder": (CALL_BEGIN, "<function=", "<parameter="),
+    "deepseek_v3": (_DEEPSEEK[0], "```json"),
+    "llama4_pythonic": (_IN_PYTHON, "<|header_start|>"),
+    "pythonic": (_IN_PYTHON,),
     "xlam": ('[{"name": "tool_call_name"',),
 }
 """What a template has in it that shows a format, where that is not what opens its calls."""
@@ -206,9 +240,10 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
     chosen = FORMATS[_shown_in(template) if name == "auto" else name]
     if chosen.name == "mistral":
         chosen = replace(chosen, marks=_marks(template, text))
+    marks = tuple((mark, text.own_token_id(mark)) for mark, _ in chosen.marks)
     begin, end = text.own_token_id(chosen.begin), text.own_token_id(chosen.end)
-    others = tuple(token for token in text.own_text_ids if token not in (begin, end))
-    return replace(chosen, begin_id=begin, end_id=end, text_ids=others)
+    chosen = replace(chosen, marks=marks, begin_id=begin, end_id=end)
+    return replace(chosen, text_ids=tuple(id_ for id_ in text.own_text_ids if id_ not in chosen.shown))
 
 
 def _marks(template: str, text: TextProcessor) -> tuple[tuple[str, int | None], ...]:

@@ -139,9 +139,9 @@ def python_call(index: int, function: Function, words: bool) -> list[str]:
     parameters = list(_parameters(index, function, re.compile(r"[^\W\d]\w{0,255}")))
     for at, parameter in enumerate(parameters):
         schema = parameter.schema
-        kinds = set(_PYTHON_WORDS) & {schema.get("type")} if isinstance(schema, Mapping) else set()
-        if words and kinds and not set(schema) - _ANNOTATIONS - {"type"}:
-            value = _one_of(_PYTHON_WORDS[kinds.pop()])
+        kind = schema.get("type") if isinstance(schema, Mapping) else None
+        if words and kind in ("boolean", "null") and not set(schema) - _ANNOTATIONS - {"type"}:
+            value = f"({_one_of(_PYTHON_WORDS[kind])})"
         else:
             value = f"json_{index}_{at}"
             rules.append(f"{value}: %json {json_schema(_within(parameter), strict=function.strict)}")

@@ -55,7 +55,7 @@ def calls_constraint(body: ChatRequest, form: ToolFormat, begun: str = "", unlik
             raise RequestError(f"{place}: must be 'object' where calls follow a grammar", param=place)
     schema: dict[str, Any] | None = None
     if body.constrained_by and not body.must_call:
-        if form.bare:  # an answer that begins with it would begin a call
+        if form.like_json:  # an answer that begins with it would begin a call
             raise RequestError(
                 "response_format does not go with tools here: this model's calls are JSON like it",
                 param="response_format",

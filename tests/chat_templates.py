@@ -139,3 +139,36 @@ SEED_OSS = """\
         {%- endfor %}
     {%- else %}{{ '\\n' + message.content }}{% endif %}{{ '<seed:eos>' }}
 {%- endfor %}"""
+OLMO_3 = """\
+{%- if tools %}<function_calls></function_calls>{% endif %}
+{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message.get('content', none) is not none -%}{{- message['content'] -}}{%- endif -%}
+    {%- if message.get('tool_calls', none) is not none %}{{- '<function_calls>' -}}
+        {%- for tool_call in message['tool_calls'] %}{%- set args = tool_call['function']['arguments'] -%}
+            {%- set ns = namespace(arguments_list=[]) -%}
+            {%- for key, value in args.items() -%}
+                {%- set ns.arguments_list = ns.arguments_list + [key ~ '=' ~ (value | tojson)] -%}
+            {%- endfor -%}
+            {{- tool_call['function']['name'] + '(' + ns.arguments_list | join(', ') + ')' -}}
+            {%- if not loop.last -%}{{ '\\n' }}{%- endif -%}
+        {%- endfor %}{{- '</function_calls>' -}}
+    {%- endif -%}{{- '<|im_end|>\\n' -}}
+{%- endfor %}"""
+DEEPSEEK_V31 = """\
+{%- if tools %}<｜tool▁calls▁begin｜>{% endif %}
+{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + message['content'] -}}
+    {%- for tool in message['tool_calls'] %}{{ '<｜tool▁calls▁begin｜>' if loop.first }}
+        {{- '<｜tool▁call▁begin｜>'+ tool['function']['name'] + '<｜tool▁sep｜>' }}
+        {{- tool['function']['arguments']|tojson + '<｜tool▁call▁end｜>'}}
+        {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' if loop.last }}
+    {%- endfor %}
+{%- endfor %}"""
+DEEPSEEK_R1_WITH_TOOLS = """\
+{%- if tools %}{{ '<｜tool▁calls▁begin｜>\\n```json\\n' }}{% endif %}
+{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + message['content'] -}}
+    {%- for tool in message['tool_calls'] %}{{ '<｜tool▁calls▁begin｜>' if loop.first else '\\n' }}
+        {{- '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' + tool['function']['name'] + '\\n```json\\n' }}
+        {{- tool['function']['arguments']|tojson + '\\n' + '```' + '<｜tool▁call▁end｜>' }}
+        {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' if loop.last }}
+    {%- endfor %}
+{%- endfor %}"""

@@ -73,16 +73,16 @@ SERVED = {
     "mistralai-Mistral-Nemo-Instruct-2407": Found("mistral", "mistral"),
     "openbmb-MiniCPM5-1B": Found("llama", None, "think"),
     "template_chatml": Found("other", "hermes"),
-    "tool_chat_template_gemma3_pythonic": Found("gemma", None),
+    "tool_chat_template_gemma3_pythonic": Found("gemma", "pythonic"),
     "tool_chat_template_granite": Found("other", "granite"),
     "tool_chat_template_hermes": Found("llama", "hermes"),
     "tool_chat_template_llama3.1_json": Found("llama", "llama3_json"),
     "tool_chat_template_llama3.2_json": Found("llama", "llama3_json"),
-    "tool_chat_template_llama3.2_pythonic": Found("llama", None),
+    "tool_chat_template_llama3.2_pythonic": Found("llama", "pythonic"),
     "tool_chat_template_mistral": Found("mistral", "mistral"),
     "tool_chat_template_mistral3": Found("mistral", "mistral"),
     "tool_chat_template_mistral_parallel": Found("mistral", "mistral"),
-    "tool_chat_template_toolace": Found("llama", None),
+    "tool_chat_template_toolace": Found("llama", "pythonic"),
     "tool_chat_template_xlam_llama": Found("llama", "xlam"),
     "tool_chat_template_xlam_qwen": Found("qwen", "xlam", "think"),
     "tool_chat_template_phi4_mini": Found("other", "phi4_mini_json"),
@@ -125,7 +125,7 @@ OTHERS = {
     "google-gemma-4-31B-it-interleaved": Found("gemma", None),
     "google-gemma-4-31B-it": Found("gemma", None),
     "inclusionai-ling-3.0-flash": Found("other", None, "think"),
-    "llama-cpp-deepseek-r1": Found("other", None, "think"),
+    "llama-cpp-deepseek-r1": Found("other", "deepseek_v3", "think"),
     "llama-cpp-rwkv-world": Found("other", "hermes", "think"),
     "moonshotai-Kimi-K2": Found("other", None),
     "muse-glimmer": Found("other", None),
@@ -143,9 +143,9 @@ OTHERS = {
     "template_inkbot": Found("other", "hermes"),
     "template_teleflm": Found("other", "hermes"),
     "tool_chat_template_apertus": Found("other", None),
-    "tool_chat_template_deepseekr1": Found("deepseek", None, "think"),
-    "tool_chat_template_deepseekv3": Found("deepseek", None),
-    "tool_chat_template_deepseekv31": Found("deepseek", None, "think"),
+    "tool_chat_template_deepseekr1": Found("deepseek", "deepseek_v3", "think"),
+    "tool_chat_template_deepseekv3": Found("deepseek", "deepseek_v3"),
+    "tool_chat_template_deepseekv31": Found("deepseek", "deepseek_v31", "think"),
     "tool_chat_template_functiongemma": Found("gemma", None),
     "tool_chat_template_gemma4": Found("gemma", None),
     "tool_chat_template_glm4": Found("other", "hermes"),
@@ -153,7 +153,7 @@ OTHERS = {
     "tool_chat_template_hunyuan_a13b": Found("other", "apriel", "think"),
     "tool_chat_template_internlm2_tool": Found("other", None),
     "tool_chat_template_llama4_json": Found("other", "llama3_json"),
-    "tool_chat_template_llama4_pythonic": Found("other", None),
+    "tool_chat_template_llama4_pythonic": Found("other", "llama4_pythonic"),
     "tool_chat_template_muse_glimmer": Found("other", None),
     "tool_chat_template_qwen3coder": Found("qwen", "qwen3_coder", "think"),
 }
@@ -167,8 +167,12 @@ ONE_CALL = {name for name, found in EXPECTED.items() if found.calls == "llama3_j
 ONLY_WITH_TOOLS = {name for name in EXPECTED if name.startswith("NousResearch")}
 """Their tokenizers have another template for the rest."""
 
-UNLIKE_ITSELF = {"tool_chat_template_phi4_mini"}
-"""It asks for calls in one form and writes them in another."""
+UNLIKE_ITSELF = {
+    *("tool_chat_template_phi4_mini", "tool_chat_template_toolace", "tool_chat_template_llama3.2_pythonic"),
+    "tool_chat_template_llama4_pythonic",
+}
+"""They ask for calls in one form and write them in another: without what Python wants around texts, or with
+quotation marks around everything and within it."""
 
-INDENTED = {"tool_chat_template_granite"}
-"""It writes calls over several lines; Granite's models do not."""
+INDENTED = {"tool_chat_template_granite", "tool_chat_template_gemma3_pythonic"}
+"""They write calls over several lines, which Granite's models do not, or forget commas."""

@@ -135,9 +135,17 @@ def read(text: TextProcessor, answer: str, thought: Thought | None = None) -> tu
         arguments = [""] * len(names)
         for delta in deltas:
             arguments[delta.index] += delta.function.arguments
-        found.append((said, content, list(zip(names, map(json.loads, arguments), strict=True))))
+        found.append((said, content, list(zip(names, map(as_json, arguments), strict=True))))
     assert found[0] == found[1]
     return found[0]
+
+
+def as_json(arguments: str) -> Any:
+    """Their value, or, of a call that was none in the end, themselves."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
 
 
 def test_every_published_template_is_here() -> None:
@@ -214,7 +222,10 @@ def test_calls_are_read_as_the_template_writes_them(name: str) -> None:
         assert name in OTHERS
         return
     _, content, calls = read(text, answer)
-    if expected.calls is None or name in UNLIKE_ITSELF:
+    if name in UNLIKE_ITSELF:
+        assert calls != CALLS
+        return
+    if expected.calls is None:
         assert calls == []
         assert "weather" in content
         return

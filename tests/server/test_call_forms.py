@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.text import TextProcessor
 from server.tool_formats import FORMATS, Function
+from server.xml_calls import XmlCall
 from tests import chat_templates
 from tests.server.conftest import EOS_ID, TEXT
 from tests.server.test_tool_calls import read
@@ -42,7 +43,15 @@ SCHEMA: dict[str, Any] = {
     "$defs": {"item": ITEM},
 }
 FUNCTIONS = {"save": SCHEMA, "time": None, "get-it": {"properties": {"q": {"type": ["integer", "string"]}}}}
-TEMPLATES = {"qwen3_coder": chat_templates.QWEN3_CODER, "seed_oss": chat_templates.SEED_OSS}
+TEMPLATES = {
+    "qwen3_coder": chat_templates.QWEN3_CODER,
+    "seed_oss": chat_templates.SEED_OSS,
+    "olmo3": chat_templates.OLMO_3,
+    "deepseek_v31": chat_templates.DEEPSEEK_V31,
+    "deepseek_v3": chat_templates.DEEPSEEK_R1_WITH_TOOLS,
+}
+WRITTEN = ("pythonic", "llama4_pythonic")
+"""Their templates write no literals; these tests do."""
 PARTS = [
     *(
         "</parameter>",
@@ -94,16 +103,21 @@ def text_of(name: str) -> TextProcessor:
 
 def rendered(name: str, calls: list[tuple[str, Any]], content: str = "") -> str:
     """The calls, as a model's template writes them."""
+    if name in WRITTEN:
+        some = ", ".join(
+            f"{f}({', '.join(f'{key}={value!r}' for key, value in a.items())})" for f, a in calls
+        )
+        return f"[{some}]" if name == "pythonic" else f"<|python_start|>[{some}]<|python_end|>"
     told = [{"function": {"name": function, "arguments": arguments}} for function, arguments in calls]
     message = {"role": "assistant", "content": content, "tool_calls": told}
     text = text_of(name).render_chat(
         [message], tools=[{"type": "function", "function": {"name": "f"}}], add_generation_prompt=False
     )
     _, _, written = text.partition("assistant")
-    return re.sub(r"(<\|im_end\|>\n|<seed:eos>)\Z", "", written).lstrip("\n")
+    return re.sub(r"(<\|im_end\|>\n|<seed:eos>|<｜end▁of▁sentence｜>)\Z", "", written).lstrip("\n")
 
 
-def right(name: str, arguments: dict[str, Any]) -> bool:
+def right(arguments: dict[str, Any]) -> bool:
     """Whether no text has in it what closes a value."""
     return not any(
         isinstance(value, str) and ENDS.search(f"{value}</parameter>\n") for value in arguments.values()
@@ -115,13 +129,14 @@ def found(parsed: tuple[str, list[tuple[str, str]]]) -> tuple[str, list[tuple[st
     return content, [(name, json.loads(arguments)) for name, arguments in calls]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [*TEMPLATES, *WRITTEN])
 @given(data=st.data(), calls=st.lists(calls_of, min_size=1, max_size=3))
 @settings(deadline=None, max_examples=40)
 def test_what_a_template_writes_is_read_however_it_is_cut(
     name: str, data: st.DataObject, calls: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    calls = [(function, arguments) for function, arguments in calls if right(name, arguments)]
+    if issubclass(FORMATS[name].form, XmlCall):
+        calls = [call for call in calls if right(call[1])]
     text = rendered(name, calls)
     form = FORMATS[name]
     whole = read(form.parser(FUNCTIONS), [text])
@@ -137,32 +152,33 @@ LETTERS = TEXT.encode("ab1{}[]\",:\n</>=é .-T'", add_special_tokens=False)
 
 def walk(state: GrammarState, draw: random.Random, pieces: list[str], closing: list[str]) -> str:
     """A random answer that a grammar lets through, of letters and pieces; it soon takes those that close."""
-    text = ""
+    tokens: list[int] = []
     words = np.empty((1, state.words), np.int32)
 
     def taken(piece: str) -> bool:
-        nonlocal state, text
+        nonlocal state, tokens
+        new = TEXT.encode(piece, add_special_tokens=False)
         trial = GrammarState(state._matcher.deep_copy(), state.words * 32, state._eos)
-        if not all(map(trial.advance, TEXT.encode(piece, add_special_tokens=False))):
+        if not all(map(trial.advance, new)):
             return False
-        state, text = trial, text + piece
+        state, tokens = trial, tokens + new
         return True
 
     while not state.ended:
-        assert len(text) < 2000, text
-        late = len(text) > 150
+        assert len(tokens) < 2000, TEXT.decode(tokens)
+        late = len(tokens) > 150
         if (late and any(map(taken, closing))) or (draw.random() < 0.4 and taken(draw.choice(pieces))):
             continue
         state.masks([0], [0], words)
         allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
         if EOS_ID in allowed and (late or len(allowed) == 1 or draw.random() < 0.2):
             assert state.advance(EOS_ID)
-            return text
+            break
         some = [token for token in LETTERS if token in allowed] or [t for t in allowed if t != EOS_ID]
         token = int(draw.choice(some))
         assert state.advance(token)
-        text += TEXT.decode([token])
-    return text
+        tokens.append(token)
+    return TEXT.decode(tokens)
 
 
 HARD: dict[str, Any] = {
@@ -189,11 +205,14 @@ OPEN: dict[str, Any] = {"type": "object", "additionalProperties": {"type": ["int
 CLOSING = {
     "qwen3_coder": ["\n</parameter>\n", '"', "}", "]", "</function>\n</tool_call>"],
     "seed_oss": ["</parameter>\n", '"', "}", "]", "</function>\n</seed:tool_call>"],
+    "olmo3": ['"', "}", "]", ")", "</function_calls>"],
+    "pythonic": ['"', "}", ")", "]"],
+    "deepseek_v3": ['"', "}", "]", "\n```<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"],
 }
 WITHIN = ["</parameter>", '{"t": "</parameter><parameter=x>', "2024-01-02", "null"]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", CLOSING)
 def test_what_a_grammar_lets_through_is_a_right_call(name: str) -> None:
     form = FORMATS[name]
     schemas = {"save": SCHEMA, "hard": HARD, "open": OPEN, "time": None}

@@ -123,6 +123,87 @@ GRANITE: list[tuple[str, str, Calls]] = [
     ('<|tool_call|>[{"name": "time", "arguments": {"a": 1}}]', "", [("time", '{"a": 1}')]),
     ("<|tool_call|>time[ARGS]{}", "<|tool_call|>time[ARGS]{}", []),
 ]
+XML: list[tuple[str, str, str, Calls]] = [
+    (
+        "qwen3_coder",
+        "Well.\n<tool_call>\n<function=weather>\n<parameter=a>\nx\n\n</parameter> y\n</parameter>\n"
+        "<parameter=b>\n[1, {'c': None}]\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n"
+        "<function=time>\n</function>\n</tool_call>",
+        "Well.",
+        [("weather", '{"a": "x\\n\\n</parameter> y", "b": [1, {"c": null}]}'), ("time", "{}")],
+    ),
+    # What is forgotten: the tag before, the one behind, a line's end, what closes the function.
+    (
+        "qwen3_coder",
+        "So <function=time><parameter=a>True</parameter></tool_call> Done.",
+        "SoDone.",
+        [("time", '{"a": true}')],
+    ),
+    ("qwen3_coder", "<function=time>\n<parameter=a>\nx", "", [("time", '{"a": ')]),
+    ("qwen3_coder", "<function=time>\n<parameter=a>\nx\n</parameter>", "", [("time", '{"a": "x"')]),
+    ("qwen3_coder", "<function=rain>\n</function>", "<function=rain>\n</function>", []),
+    ("qwen3_coder", "<function=time> flies", "<function=time> flies", []),
+    ("qwen3_coder", "<function=time>\n<parameter=", "<function=time>\n<parameter=", []),
+    ("qwen3_coder", "<tool_call>\n<function=ti", "<tool_call>\n<function=ti", []),
+    ("qwen3_coder", "<function=time" + "e" * 300, "<function=time" + "e" * 300, []),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=time>\n</function>\n<function=rain>\n</function>\n</tool_call>",
+        "<function=rain>\n</function>\n</tool_call>",
+        [("time", "{}")],
+    ),
+    (
+        "seed_oss",
+        "<seed:tool_call>\n<function=time>\n<parameter=a>\n1 é\n</parameter>\n</function></seed:tool_call>",
+        "",
+        [("time", '{"a": "\\n1 é\\n"}')],
+    ),
+]
+PYTHON: list[tuple[str, str, str, Calls]] = [
+    (
+        "olmo3",
+        "Hm. <function_calls>weather(a='it\\'s', b=[1.5, None, {\"k\": True}])\ntime()</function_calls>",
+        "Hm.",
+        [("weather", '{"a": "it\'s", "b": [1.5, null, {"k": true}]}'), ("time", "{}")],
+    ),
+    ("olmo3", "<function_calls>rain()</function_calls>", "<function_calls>rain()</function_calls>", []),
+    ("pythonic", '[time(a=1), weather(b="x")]', "", [("time", '{"a": 1}'), ("weather", '{"b": "x"}')]),
+    ("pythonic", "[time(a=1, b=2,)] Done.", "Done.", [("time", '{"a": 1, "b": 2}')]),
+    ("pythonic", "So: [time()]", "So: [time()]", []),
+    ("pythonic", "[time (", "[time (", []),
+    ("pythonic", "[time(a=now())]", "[time(a=now())]", []),
+    ("pythonic", "[time('x')]", "[time('x')]", []),
+    ("pythonic", "[time(a=1, b=now())]", "now())]", [("time", '{"a": 1')]),
+    ("pythonic", "[1, 2]", "[1, 2]", []),
+    ("pythonic", "[time, weather]", "[time, weather]", []),
+    ("pythonic", "[time(a='x", "", [("time", '{"a": "x')]),
+    ("llama4_pythonic", "So: <|python_start|>[time()]<|python_end|>", "So:", [("time", "{}")]),
+    ("llama4_pythonic", "[time()]", "", [("time", "{}")]),
+]
+BEGINS, OPENS, PARTS_OF, CLOSES, ENDS = (
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    "<｜tool▁calls▁end｜>",
+)
+DEEPSEEK: list[tuple[str, str, str, Calls]] = [
+    (
+        "deepseek_v3",
+        f'So.{BEGINS}{OPENS}function{PARTS_OF}time\n```json\n{{"a": 1}}\n```{CLOSES}\n'
+        f"{OPENS}function{PARTS_OF}weather\n```json\n{{}}\n```{CLOSES}{ENDS}",
+        "So.",
+        [("time", '{"a": 1}'), ("weather", "{}")],
+    ),
+    (
+        "deepseek_v31",
+        f"{BEGINS}{OPENS}time{PARTS_OF}{{}}{CLOSES}{OPENS}time{PARTS_OF}{{}}",
+        "",
+        [("time", "{}")] * 2,
+    ),
+    ("deepseek_v3", f"{OPENS}time{PARTS_OF}{{}}", "", [("time", "{}")]),
+    ("deepseek_v3", f"{BEGINS}{OPENS}rain{PARTS_OF}{{}}", f"{BEGINS}{OPENS}rain{PARTS_OF}{{}}", []),
+    ("deepseek_v3", f"{BEGINS}{OPENS}time", f"{BEGINS}{OPENS}time", []),
+    ("deepseek_v3", f"{OPENS}{'time' * 70}{{}}", f"{OPENS}{'time' * 70}{{}}", []),
+    ("deepseek_v3", f"{BEGINS}{OPENS}time{PARTS_OF}{{}} Done.", "Done.", [("time", "{}")]),
+]
 TWO = '{"name": "time", "arguments": {"a": "]"}}, {"name": "weather", "arguments": {}}'
 CALLED = [("time", '{"a": "]"}'), ("weather", "{}")]
 LISTED: list[tuple[str, str, str, Calls]] = [
@@ -147,6 +228,9 @@ CASES = [
     *(("mistral", *case) for case in MISTRAL),
     *(("granite", *case) for case in GRANITE),
     *LISTED,
+    *XML,
+    *PYTHON,
+    *DEEPSEEK,
 ]
 
 
@@ -184,7 +268,18 @@ def test_where_the_text_is_cut_does_not_matter(
     assert read(FORMATS[form].parser(NAMES), pieces) == (content, calls)
 
 
+READ_ALIKE = [
+    *("hermes", "llama3_json", "mistral", "nemotron", "xlam", "qwen3_coder", "seed_oss"),
+    *("olmo3", "llama4_pythonic", "deepseek_v3"),
+]
 PARTS = [
+    *("<function=time>", "<function=rain>", "<function=", "<parameter=a>", "<parameter=", "</parameter>"),
+    *("</parameter>\n</function>", "</function>", "</function", "<seed:tool_call>", "</seed:tool_call>"),
+    *("<function_calls>", "</function_calls>", "<|python_start|>", "<|python_end|>", "time(", "a=", ")"),
+    *("[time(a=", "'", '"""', "r'", "True", "None", "\\u00", "[1, {'b': ", "weather(b='x'a=2)", "\\"),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "```"),
+    *("<｜tool▁calls▁end｜>", "json", "<｜tool▁call▁begin｜>time<｜tool▁sep｜>{}", "<｜tool"),
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n{",
     *("<tool_call>", "</tool_call>", "<tool_", "call>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL", "text"),
     *("<TOOLCALL>", "</TOOLCALL>", "</TOOL"),
     *("[ARGS]", "[CALL_ID]", "[ARGS", "time", "rain", "abc123", '[TOOL_CALLS]time[ARGS]{"a": '),
@@ -196,7 +291,7 @@ PARTS = [
 
 
 @given(
-    form=st.sampled_from(["hermes", "llama3_json", "mistral", "nemotron", "xlam"]),
+    form=st.sampled_from(READ_ALIKE),
     text=st.lists(st.sampled_from(PARTS), max_size=14).map("".join),
     data=st.data(),
 )
@@ -243,7 +338,7 @@ def test_an_answer_may_go_on_with_a_begun_call(begun: str, answer: str, content:
 
 
 @given(
-    form=st.sampled_from(["hermes", "llama3_json", "mistral", "nemotron", "xlam"]),
+    form=st.sampled_from(READ_ALIKE),
     parts=st.lists(st.sampled_from(PARTS), max_size=14),
     data=st.data(),
 )

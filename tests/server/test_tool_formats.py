@@ -13,9 +13,11 @@ from tokenizers import AddedToken, decoders
 
 from engine.grammar import GrammarCompiler, GrammarSpec
 from engine.text import TextProcessor
+from server.json_calls import DEEPSEEK_MARKS, DeepSeekCall
+from server.python_calls import PythonCall
 from server.settings import Settings
 from server.tool_formats import FORMATS, Function, ToolFormat, format_of
-from server.xml_calls import XmlCall
+from server.xml_calls import PaddedXmlCall, XmlCall
 from tests.server.conftest import EOS_ID, TEXT
 
 PARAMETERS = {
@@ -48,10 +50,13 @@ WRONG_XML = [
     ("=days", "=x"),
 ]
 
+WRONG_PYTHON = [("weather", "rain"), ("city", "town"), ("=3", "='3'"), ("=3", "=x"), (", days=3", ", x=3")]
+
 
 def wrong(form: ToolFormat, call: str) -> list[str]:
     """What a grammar does not let through, like the call that it does."""
-    found = [call.replace(*pair) for pair in (WRONG_XML if issubclass(form.form, XmlCall) else WRONG)]
+    others = {XmlCall: WRONG_XML, PaddedXmlCall: WRONG_XML, PythonCall: WRONG_PYTHON}.get(form.form, WRONG)
+    found = [call.replace(*pair) for pair in others]
     assert call not in found
     return found
 
@@ -66,6 +71,12 @@ def with_tokens(*names: str, special: bool = True) -> TextProcessor:
 def written(form: ToolFormat, *calls: str) -> str:
     """The calls as such a model writes them."""
     calls = tuple(call % form.parameters for call in calls)
+    if issubclass(form.form, PythonCall):
+        all_ = (form.between or ", ").join(in_python(json.loads(call)) for call in calls)
+        return f"[{all_}]" if form.listed else f"{form.begin}{all_}{form.end}"
+    if issubclass(form.form, DeepSeekCall):
+        all_ = (form.between or "").join(in_deepseeks(form, json.loads(call)) for call in calls)
+        return form.begin + all_ + form.end
     if form.marks:
         id_ = "[CALL_ID]abc123XYZ" if len(form.marks) == 2 else ""
         loaded = [json.loads(call) for call in calls]
@@ -88,6 +99,19 @@ def in_xml(form: ToolFormat, call: dict[str, Any]) -> str:
         f"<parameter={key}>{pad}{value}{pad}</parameter>" for key, value in call[form.parameters].items()
     ]
     return "\n".join([*lines, f"</function>\n{form.end}"])
+
+
+def in_python(call: dict[str, Any]) -> str:
+    values = [f"{key}={json.dumps(value)}" for key, value in call["arguments"].items()]
+    return f"{call['name']}({', '.join(values)})"
+
+
+def in_deepseeks(form: ToolFormat, call: dict[str, Any]) -> str:
+    (opens, _), (parts, _), (closes, _) = form.marks
+    name, arguments = call["name"], json.dumps(call["arguments"])
+    if form.name == "deepseek_v31":
+        return f"{opens}{name}{parts}{arguments}{closes}"
+    return f"{opens}function{parts}{name}\n```json\n{arguments}\n```{closes}"
 
 
 def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT, *, by_letters: bool = False) -> bool:
@@ -153,6 +177,9 @@ def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
         ("hermes", ["<tool_call>", "</tool_call>"], False),  # as Qwen's
         ("qwen3_coder", ["<tool_call>", "</tool_call>"], False),
         ("seed_oss", ["<seed:tool_call>", "</seed:tool_call>"], True),
+        ("olmo3", ["<function_calls>", "</function_calls>"], False),
+        ("deepseek_v3", ["<｜tool▁calls▁begin｜>", *DEEPSEEK_MARKS], False),
+        ("deepseek_v31", ["<｜tool▁calls▁begin｜>", *DEEPSEEK_MARKS, "<｜tool▁calls▁end｜>"], True),
         ("mistral", ["[TOOL_CALLS]"], True),
         ("mistral", ["[TOOL_CALLS]"], False),
         ("mistral", ["[TOOL_CALLS]", "[ARGS]"], True),
@@ -165,7 +192,8 @@ def test_what_opens_and_closes_calls_may_be_tokens_of_their_own(
     text = with_tokens(*tokens, special=special)
     form = format_of(text, name)
     one = written(form, FIRST)
-    assert len(text.encode(one)) == len(one) - sum(map(len, tokens)) + len(tokens)
+    letters = len(one.encode()) - sum(len(token.encode()) for token in tokens)
+    assert len(text.encode(one)) == letters + len(tokens)
     assert text.detokenizer([], shown=form.shown).push(text.encode(one), final=True).text == one
     required, maybe, json_or = (
         form.grammar(FUNCTIONS, text=may, schema=schema, several=True)
@@ -259,6 +287,12 @@ LLAMA_LIKE = (
         ("{{ tools }}<tool_call>\n<function=f>\n<parameter=x>\nvalue\n</parameter>", "qwen3_coder"),
         ("{{ tools }}<tool_call>\n<function=f>{}", "hermes"),
         ("{{ tools }}{% set toolcall_begin_token = '<seed:tool_call>' %}", "seed_oss"),
+        ("{{ tools }} within <function_calls></function_calls> XML tags", "olmo3"),
+        ("{{ tools }}[func_name1(params_name1=params_value1, ...), func_name2(params)]", "pythonic"),
+        ("{{ tools }}[func_name1(param1=value1), ...]<|header_start|>", "llama4_pythonic"),
+        ("{{ tools }}<｜tool▁calls▁begin｜>\n```json\n", "deepseek_v3"),
+        ("{{ tools }}<｜tool▁calls▁begin｜>", "deepseek_v31"),
+        ("<｜tool▁calls▁begin｜>{{ messages }}", "hermes"),
         ("{{ tools }} within <tool_call> tags as follows: <tool_calls>[{...}]</tool_calls>", "apriel"),
         ("{{ tools }}<TOOLCALL>[{...}]</TOOLCALL>", "nemotron"),
         ('{{ tools }} formatted as functools[{"name": [function name], ...}, ...]', "phi4_mini_json"),

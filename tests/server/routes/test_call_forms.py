@@ -83,3 +83,22 @@ def test_a_schema_without_room_is_refused_where_it_would_be_followed(
     assert "\n" not in error["message"]
     if not strict:
         assert server.chat(tools=tools).status_code == 200
+
+
+def test_python_beside_a_response_format(serve: Serve) -> None:
+    """Its calls are no JSON, so that one can be told from the other."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array"}}}
+    server = serve(says("[f(s='é', n=2)]"), tool_call_parser="pythonic")
+    (call,) = server.chat(tools=TYPED, response_format=form).json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"s": "é", "n": 2}'
+    server = serve(says('[["f("]]'), tool_call_parser="pythonic")
+    message = server.chat(tools=TYPED, response_format=form).json()["choices"][0]["message"]
+    assert (message["content"], "tool_calls" in message) == ('[["f("]]', False)
+
+
+def test_a_name_that_python_has_no_room_for_is_refused(serve: Serve) -> None:
+    server = serve(says("x"), tool_call_parser="olmo3")
+    tools = [tool_of({"properties": {"a-b": {}}})]
+    assert server.chat(tools=tools).status_code == 200
+    error = error_of(server.chat(tools=tools, tool_choice="required"), 400)
+    assert error["param"] == "tools[0].function.parameters.properties.a-b"
