@@ -204,7 +204,8 @@ class _Child:
             self.outlet.say(_refused(error))
             return 1
         self._worker = EngineWorker(self._engine, self._report)
-        compiler = GrammarCompiler(loaded.text.tokenizer, loaded.generation_defaults.eos_token_ids)
+        ends, size = loaded.generation_defaults.eos_token_ids, loaded.info.vocab_size
+        compiler = GrammarCompiler(loaded.text.tokenizer, ends, size)
         self._grammars = GrammarQueue(compiler, self._worker)
         self.outlet.say(Made(loaded.info, text, loaded.generation_defaults, self._engine.stats))
         # While the server makes itself ready: what would stop every stream at the first grammar, and what the

@@ -92,9 +92,7 @@ def refusal(sequence: Sequence) -> str:
 
 def refused_param(sequence: Sequence) -> str | None:
     """The field to blame for it; None where that is the grammar itself."""
-    if sequence.grammar is not None and sequence.grammar.error:
-        return None
-    return "bad_words" if sequence.request.sampling.bad_words else "min_tokens"
+    return None if sequence.grammar is not None and sequence.grammar.error else "bad_words"
 
 
 def forbid_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:

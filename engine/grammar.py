@@ -237,10 +237,13 @@ class GrammarCompiler:
     Args:
         tokenizer: the model's, a fast one.
         eos_token_ids: which end an answer, where the grammar allows that.
+        vocab_size: of the model's logits, where these may be fewer than the tokenizer's tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
-        self._hf, self._eos = tokenizer, frozenset(eos_token_ids)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int], vocab_size: int | None = None
+    ) -> None:
+        self._hf, self._eos, self._vocab_size = tokenizer, frozenset(eos_token_ids), vocab_size
         self._lock = threading.Lock()
         self._made: LLTokenizer | None = None
 
@@ -258,6 +261,10 @@ class GrammarCompiler:
             RequestError: the text is not what `spec.kind` says, is too large, asks for what llguidance
                 does not know, or lets no answer begin; or the model's tokenizer is none that it can read.
         """
+        if spec.kind not in _NAMES:
+            raise RequestError(
+                f"{spec.kind!r} is no kind of grammar; kinds: {', '.join(_NAMES)}", param=param
+            )
         if len(spec.text.encode(errors="surrogatepass")) > (most := MAX_GRAMMAR_BYTES[spec.kind]):
             raise RequestError(f"a {_NAMES[spec.kind]} may have {most} bytes of text", param=param)
         tokenizer = self._tokenizer(param)
@@ -303,9 +310,11 @@ class GrammarCompiler:
             if self._made is None:
                 from llguidance import LLTokenizer
 
-                eos = sorted(self._eos) or self._hf.eos_token_id
                 try:
-                    read = LLTokenizer(tokenizer_json(self._hf), eos_token=eos, slices=[])
+                    text = tokenizer_json(self._hf, self._vocab_size)
+                    # A model may end with tokens that no text has; of these llguidance knows nothing.
+                    ends = [token for token in sorted(self._eos) if self._is_known(token)]
+                    read = LLTokenizer(text, eos_token=ends or self._hf.eos_token_id, slices=[])
                 except ValueError as error:
                     text = f"this model's tokenizer cannot be used with a grammar: {error}"
                     raise RequestError(text, param=param) from error
@@ -313,6 +322,10 @@ class GrammarCompiler:
                 self._made = read.with_slices(LLTokenizer.general_slices())
                 _give_back()
             return self._made
+
+    def _is_known(self, token: int) -> bool:
+        in_model = self._vocab_size is None or token < self._vocab_size
+        return in_model and self._hf.convert_ids_to_tokens(token) is not None
 
 
 def _give_back() -> None:

@@ -67,8 +67,10 @@ class LLM:
         loaded = load(config, progress=progress)
         self.text: TextProcessor = loaded.text
         self.generation_defaults: GenerationDefaults = loaded.generation_defaults
-        self._grammars = GrammarCompiler(self.text.tokenizer, self.generation_defaults.eos_token_ids)
         self._engine, self._device = Engine(loaded), loaded.pool.data.device
+        self._grammars = GrammarCompiler(
+            self.text.tokenizer, self.generation_defaults.eos_token_ids, self.info.vocab_size
+        )
         self._numbers = count()
 
     @property

@@ -43,8 +43,12 @@ def own_text_ids(tokenizer: PreTrainedTokenizerBase, special: frozenset[int]) ->
     )
 
 
-def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> str:
     """The tokenizer as llguidance reads it.
+
+    Args:
+        vocab_size: the model's. Tokens beyond it, which some tokenizer was given without its model, are left
+            out: whatever a grammar named or forced of them, the model could neither draw nor read.
 
     Raises:
         ValueError: it is no fast one.
@@ -61,7 +65,21 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     added: list[dict[str, Any]]
     added, end = json.JSONDecoder().raw_decode(text, start)
     kept = [each for each in added if each["special"] or not _is_text(backend, each["content"])]
+    largest = max((each["id"] for each in added), default=-1)
+    if vocab_size is not None and max(largest, backend.get_vocab_size() - 1) >= vocab_size:
+        return _without_tokens_beyond(text, kept, vocab_size)
     return text if len(kept) == len(added) else text[:start] + json.dumps(kept) + text[end:]
+
+
+def _without_tokens_beyond(text: str, added: list[dict[str, Any]], vocab_size: int) -> str:
+    whole = json.loads(text)
+    whole["added_tokens"] = [each for each in added if each["id"] < vocab_size]
+    model = whole["model"]
+    if model["type"] == "BPE":
+        vocab = model["vocab"] = {name: token for name, token in model["vocab"].items() if token < vocab_size}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
+    return json.dumps(whole)
 
 
 _ADDED = '"added_tokens":'

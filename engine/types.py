@@ -361,6 +361,7 @@ class EngineInfo:
             ("prompt", prompt),
             ("prediction", request.prediction_token_ids),
             ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
+            ("stop_token_ids", sampling.stop_token_ids),
             ("bad_words", [token for word in request.sampling.bad_words for token in word]),
         ):
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:

@@ -70,7 +70,9 @@ class ServerContext:
         self.prompts = Prompts(self.text)
         self.tool_format = format_of(self.text, self.settings.tool_call_parser)
         self.thought_format = thought_format_of(self.text, self.settings.reasoning_parser)
-        self.grammars = Grammars(GrammarCompiler(self.text.tokenizer, self.defaults.eos_token_ids))
+        self.grammars = Grammars(
+            GrammarCompiler(self.text.tokenizer, self.defaults.eos_token_ids, self.engine.info.vocab_size)
+        )
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 
     @property

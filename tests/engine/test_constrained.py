@@ -11,12 +11,20 @@ import pytest
 import torch
 
 from engine.batch import Batch, Verified
-from engine.constrain import _forbid_together_, forbid_
+from engine.constrain import _forbid_together_, forbid_, refusal, refused_param
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.llm import LLM
-from engine.types import Acceptance, DraftSource, FinishReason, MedusaParams, Request, SamplingParams
+from engine.types import (
+    Acceptance,
+    DraftSource,
+    FinishReason,
+    MedusaParams,
+    Request,
+    SamplingParams,
+    Sequence,
+)
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.engine.test_features import deltas_of, engines
@@ -181,6 +189,31 @@ def test_where_nothing_allowed_is_left_the_request_fails_and_no_other(
         assert last["r"].finish_reason is not FinishReason.ERROR
         together = [token for delta in found if delta.request_id == "r" for token in delta.token_ids]
         assert together == run_all(engine, [ask("r", 0, params, "(abcd)+")])["r", 0], name
+
+
+def test_tokens_that_only_the_tokenizer_has_are_neither_drafted_nor_drawn(every: dict[str, Engine]) -> None:
+    """They are the 13th and 14th here, and the models have 12."""
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)  # the models' is a token here
+    longer = letter_tokenizer("abcdefghij", "ab", "bc", "abc")
+    compiler = GrammarCompiler(longer, [longer.eos_token_id, 4], 12)
+    spelled = compiler.compile(GrammarSpec("regex", "d(abc){3}"))
+    for name, engine in every.items():
+        found = deltas_of(engine, Request("r", PROMPTS[0], params, grammar=spelled))
+        tokens = [token for delta in found for token in delta.token_ids]
+        assert found[-1].finish_reason is FinishReason.STOP, name
+        assert "".join(longer.convert_ids_to_tokens(tokens)) == "dabcabcabc", name
+    with pytest.raises(RequestError, match="no answer of this model's tokens can follow"):
+        GrammarCompiler(letter_tokenizer("abcdefghijklmn"), [4], 12).compile(GrammarSpec("regex", "n"))
+
+
+def test_only_bad_words_are_blamed_for_what_they_do() -> None:
+    request = Request("r", (1,), SamplingParams(bad_words=((1,),)))
+    sequence = Sequence(request, 0, seed=0, token_ids=[1], num_prompt=1, max_total=9, arrival=0)
+    sequence.grammar = regex("a").start()
+    assert refused_param(sequence) == "bad_words"
+    sequence.grammar.error = "too deep"
+    assert refusal(sequence).endswith(": too deep")
+    assert refused_param(sequence) is None
 
 
 def test_a_bias_leaves_what_the_grammar_allows(every: dict[str, Engine]) -> None:

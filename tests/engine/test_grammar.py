@@ -211,6 +211,20 @@ def test_a_tokenizer_that_cannot_be_read_is_told() -> None:
         GrammarCompiler(object(), [0]).compile(GrammarSpec("regex", "a"))  # type: ignore[arg-type]
 
 
+def test_ends_that_the_tokenizer_does_not_have_are_left_out() -> None:
+    compiler = GrammarCompiler(TOKENIZER, [EOS, 500])
+    state = compiler.compile(GrammarSpec("regex", "a(bc)+")).start()
+    assert all(state.advance(ID[text]) for text in ("abc", "bc"))
+    assert allowed(state, [0], [-1]) == [{EOS, ID["b"], ID["bc"]}]
+    assert state.advance(500)
+    assert state.ended
+
+
+def test_unknown_kinds_are_told() -> None:
+    with pytest.raises(RequestError, match=r"^'lark' is no kind of grammar; kinds: .*grammar"):
+        COMPILER.compile(GrammarSpec("lark", "start: /a/"))  # type: ignore[arg-type]
+
+
 def test_a_tree_that_was_looked_at_changes_nothing_of_what_may_follow() -> None:
     """Behind `]` stood what may follow a comma, where both had been nodes, each before a line break."""
     tokenizer = letter_tokenizer('{}[]":,Ċab0123456789')  # Ċ: a line break's byte

@@ -457,3 +457,13 @@ def test_the_readmes_example_says_what_it_says(capsys: pytest.CaptureFixture[str
     code, shown = example[1].split("# prints: ")
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == shown.strip()
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(llm: LLM) -> None:
+    size = llm.info.vocab_size
+    assert llm._grammars._vocab_size == size
+    assert llm.generate("t5", SamplingParams(max_tokens=1, stop_token_ids=(size - 1,)))
+    for fields in ({"stop_token_ids": (size,)}, {"logit_bias": ((size, 1.0),)}, {"bad_words": ((size,),)}):
+        with pytest.raises(RequestError, match=r"token ids must be in \[0, ") as caught:
+            llm.generate("t5", SamplingParams(max_tokens=1, **fields))  # type: ignore[arg-type]
+        assert caught.value.param == next(iter(fields))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from engine.errors import RequestError
 from engine.grammar import GrammarCompiler, GrammarSpec, GrammarState
 from engine.own_tokens import tokenizer_json
 from engine.text import TextProcessor
@@ -64,6 +66,24 @@ def test_own_tokens_can_be_named() -> None:
         assert allowed(state) & {ids("<think>"), ids("<i>"), ids("a")} == {ids(name)}
         assert state.advance(ids(name))
     assert state.ended
+
+
+def test_tokens_that_the_model_does_not_have_are_left_out() -> None:
+    tokenizer = gemma()
+    thought, last = (tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "<i>"))
+    assert last == len(tokenizer) - 1
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<i> $A", special_tokens=[("<i>", last)]
+    )
+    for vocab_size, named in ((None, last), (last + 1, last), (last, thought), (last + 9, last)):
+        compiler = GrammarCompiler(tokenizer, [EOS], vocab_size)
+        state = compiler.compile(GrammarSpec("grammar", f"start: <[{named}]>")).start()
+        assert allowed(state) == {named}
+    for vocab_size, named in ((last, last), (thought, thought)):
+        with pytest.raises(RequestError, match="not a valid grammar"):
+            GrammarCompiler(tokenizer, [EOS], vocab_size).compile(
+                GrammarSpec("grammar", f"start: <[{named}]>")
+            )
 
 
 def test_every_token_has_its_place_and_its_bytes() -> None:

@@ -10,6 +10,7 @@ import pydantic
 import pytest
 
 from engine.errors import RequestError
+from engine.fake import FakeEngine
 from engine.grammar import Grammar, GrammarSpec
 from engine.types import Acceptance, Request
 from server.schemas.chat import ChatRequest
@@ -179,6 +180,15 @@ def test_bad_words_that_leave_nothing_later_are_the_requests_own_fault(serve: Se
     assert json.loads(events[-2].removeprefix("data: "))["error"] == told
     assert send(server, path).status_code == 200
     assert server.engine.stats.running == 0
+
+
+def test_a_token_that_only_the_tokenizer_has_is_refused(serve: Serve) -> None:
+    named = {"guided_grammar": f"start: <[{EOS_ID}]> | /a/"}
+    for size, status in ((EOS_ID + 1, 200), (EOS_ID, 400)):
+        server = serve(FakeEngine(says("a"), vocab_size=size))
+        answer = send(server, "completions", **named)
+        assert answer.status_code == status, answer.text
+    assert error_of(answer, 400)["param"] == "guided_grammar"
 
 
 NESTED: dict[str, Any] = {}
