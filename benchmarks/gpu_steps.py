@@ -51,8 +51,8 @@ class FreeDrafter(HeadDrafter):
     def __init__(self, drafter: HeadDrafter) -> None:
         self.tree, self.accepted, self._device = drafter.tree, None, drafter._device
 
-    def guess(self, hidden: Tensor, nodes: int) -> Tensor:
-        return torch.zeros(len(hidden), nodes, dtype=torch.int64, device=self._device)
+    def guess(self, root: Tensor, hidden: Tensor, nodes: int) -> Tensor:
+        return root.new_zeros(len(hidden), nodes, dtype=torch.int64, device=self._device)
 
 
 @contextmanager

@@ -163,7 +163,9 @@ def _masks(loaded: Loaded, hidden: torch.Tensor, answer: list[int]) -> list[int]
     if loaded.heads is None:
         return [1] * len(answer)
     drafter, tree = Drafter(loaded.heads, hidden.device), loaded.heads.tree
-    guesses = torch.cat([drafter.guess(part, tree.size - 1) for part in hidden.split(32)]).tolist()
+    roots = torch.tensor(answer, device=hidden.device)
+    parts = zip(roots.split(32), hidden.split(32), strict=True)
+    guesses = torch.cat([drafter.guess(*part, tree.size - 1) for part in parts]).tolist()
     found = []
     for at, row in enumerate(guesses):
         mask = 1

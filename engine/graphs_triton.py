@@ -61,7 +61,7 @@ class TritonRunner(CapturedRunner):
         slots, grid = self._slots_and_grid(bucket)
         kept, nodes = self._verified(bucket), self._nodes(bucket)
         most = self._most(bucket.nodes, heads=heads).head_nodes
-        guesses = self._drafter.guess(self._hidden[slots], most) if most else None
+        guesses = self._drafter.guess(self._root[slots], self._hidden[slots], most) if most else None
         chain = self._lookup.tokens if self._lookup is not None else None
         prepare(self._inputs.tensor, self._carried, guesses, chain, self._pool.block_size, nodes)
 

@@ -25,6 +25,7 @@ from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError, WeightsError
 from engine.limits import available_bytes
+from engine.medusa.bigram import Bigram, find_bigram
 from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
 from engine.medusa.head_files import JOINT_PREFIX, joint_heads, read_heads
 from engine.medusa.heads import HeadDrafter, MedusaHeads
@@ -97,12 +98,14 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     checkpoint = None if config.load_format == "dummy" else Checkpoint(folder)
     source = heads_source(config, folder, checkpoint)
     check_tree(config, with_heads=source is not None)
-    heads, tree = None, None
+    sizes = {"vocab_size": model_config.vocab_size}
+    heads, tree, pairs = None, None, None
     if source is not None and config.tree in ("off", 1):
         log.info("the tree is off, so the heads are not loaded")
     elif source is not None:
         heads = _heads(source, folder, checkpoint, model_config, dtype, device)
         tree = heads_tree(config, heads.num_heads, source)
+        pairs = find_bigram(source, num_heads=heads.num_heads, **sizes) if source else None
 
     decoder = _decoder(checkpoint, model_config, dtype, max_model_len, device, progress=progress)
     most_nodes = tree_size(config, tree.tree if tree is not None else None)
@@ -116,9 +119,10 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
                 heads,
                 decoder.lm_head,  # a divisor of logits changes no order
                 tree.tree,
-                vocab_size=model_config.vocab_size,
+                **sizes,
                 device=device,
                 accepted=tree.accepted,
+                bigram=None if pairs is None else Bigram(pairs, heads.token_map, **sizes, device=device),
             )
         if config.quantization != "none":
             decoder.quantize(config.quantization)

@@ -131,7 +131,8 @@ class WorstCase:
         row = torch.arange(nodes, device=device)
         hidden = torch.zeros(batch, self._decoder.config.hidden_size, dtype=self._pool.dtype, device=device)
         if self._heads is not None and self._heads.tree.size > 1 and nodes > 1:
-            self._heads.guess(hidden, self._heads.tree.size - 1)
+            root = torch.zeros(batch, dtype=torch.int64, device=device)
+            self._heads.guess(root, hidden, self._heads.tree.size - 1)
         # A chain has the depth that no tree exceeds.
         topology = Tree(()).topology(device, nodes - 1).expand(batch)
         plan = AttentionInput(

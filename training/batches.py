@@ -195,6 +195,6 @@ class OnlineBatches:
         ahead = torch.where(known, ahead, 0)
         targets = torch.where(known, drawn[ahead], -1)
         if self._lm_head is None:
-            return Batch(hidden.clone(), targets, None, None)
+            return Batch(hidden.clone(), drawn, targets, None, None)
         ids, log_p = top_tokens(hidden, self._lm_head)
-        return Batch(hidden.clone(), targets, ids[ahead], log_p[ahead])
+        return Batch(hidden.clone(), drawn, targets, ids[ahead], log_p[ahead])

@@ -253,6 +253,10 @@ def calibrate(
         ),
     ] = None,
     size: Annotated[int, typer.Option(min=2, max=64, help="Most nodes of the tree, root counted.")] = 64,
+    bigram: Annotated[
+        bool,
+        typer.Option(help="Count which token follows which in the rest of the data, for the guesses' order."),
+    ] = True,
     device: Device = None,
     dtype: Annotated[
         str | None,
@@ -266,7 +270,8 @@ def calibrate(
     """Grow the tree that fits these heads, from answers they were not trained on.
 
     Counts how often each guess comes true given that the path before it did, and writes medusa_tree.json
-    (every prefix is a tree), medusa_calibration.json (what `--tree auto` starts from) and medusa_tree.svg.
+    (every prefix is a tree), medusa_calibration.json (what `--tree auto` starts from), medusa_tree.svg, and,
+    where it brings the right guesses forward, medusa_bigram.safetensors (which token follows which).
     The last line is JSON, with acceptance lengths replayed without a server.
     """
     from training.checkpoint import recorded_settings
@@ -298,6 +303,7 @@ def calibrate(
             cache_dir=cache_dir or folder / "cache",
             share=held_out,
             size=size,
+            bigram=bigram,
             device=device or "auto",
             dtype=dtype or "auto",
         )

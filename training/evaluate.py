@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.medusa.bigram import CANDIDATES, Bigram
 from engine.medusa.tree import Tree
 from training.hidden import HiddenCache
 from training.objective import CHUNK_BYTES
@@ -72,6 +73,7 @@ def rank_targets(
     vocabulary: int,
     dtype: torch.dtype,
     limit: int | None = None,
+    bigram: Bigram | None = None,
 ) -> Ranks:
     """Ranks of the answers of the chosen rows.
 
@@ -84,6 +86,7 @@ def rank_targets(
         vocabulary: columns of the logits.
         dtype: of the hidden states that the heads take.
         limit: most positions; whole answers are left out beyond it.
+        bigram: brings each head's `CANDIDATES` best into another order, as in serving; on the heads' device.
     """
     positions = np.flatnonzero(chosen[cache.row_of])
     if limit is not None and len(positions) > limit:
@@ -96,6 +99,9 @@ def rank_targets(
             else positions[cache.ends[positions] == cache.ends[positions[0]]]
         )
     found, summed = [], torch.zeros(2, num_heads, device=rows.device)
+    known = (rows >= 0).nonzero().squeeze(1)
+    token_of = torch.zeros(vocabulary, dtype=torch.int64, device=rows.device)
+    token_of[rows[known]] = known
     step = max(16, CHUNK_BYTES[rows.device.type] // (4 * vocabulary * num_heads))
     for start in range(0, len(positions), step):
         batch = cache.gather(positions[start : start + step], num_heads, teacher=False)
@@ -103,7 +109,10 @@ def rank_targets(
         mapped = torch.where(targets >= 0, rows[targets.clamp(min=0)], -1)
         logits = logits_of(batch.hidden.to(rows.device, dtype)).float()
         right = logits.gather(2, mapped.clamp(min=0).unsqueeze(2))
-        rank = (logits > right).sum(2).clamp(max=MISS - 1)
+        if bigram is None:
+            rank = (logits > right).sum(2).clamp(max=MISS - 1)
+        else:
+            rank = _reordered(logits, mapped, batch.previous.to(rows.device), token_of, bigram)
         rank = torch.where(targets < 0, NONE, torch.where(mapped < 0, MISS, rank))
         found.append(rank.T.to(torch.int16).cpu())
         loss = torch.where(mapped >= 0, logits.logsumexp(2) - right.squeeze(2), 0.0)
@@ -112,6 +121,17 @@ def rank_targets(
     # Ends counted within what was ranked.
     shift = np.searchsorted(positions, cache.ends[positions])
     return Ranks(ranks, shift.astype(np.int64), (summed[0] / summed[1].clamp(min=1)).tolist())
+
+
+def _reordered(logits: Tensor, right: Tensor, previous: Tensor, token_of: Tensor, bigram: Bigram) -> Tensor:
+    """[heads, T] int64: ranks of the columns `right` [heads, T] behind tokens `previous` [heads, T]."""
+    best = logits.topk(min(CANDIDATES, logits.shape[2]))
+    tokens = token_of[best.indices]
+    worth = bigram(previous.reshape(-1, 1), tokens.flatten(0, 1)).view_as(best.values)
+    scores = best.values + bigram.weights.view(-1, 1, 1) * worth
+    own = best.indices == right.unsqueeze(2)
+    least = scores.masked_fill(~own, -torch.inf).amax(2, keepdim=True)
+    return torch.where(own.any(2), (scores > least).sum(2), MISS)
 
 
 def accepted_lengths(ranks: NDArray[np.int16], tree: Tree) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import ConfigError
+from engine.medusa.bigram import BIGRAM_FILE
 from engine.medusa.calibrated import CALIBRATION_FILE, TREE_FILE
 from engine.medusa.head_files import HeadTensors, read_heads
 from engine.model.config import ModelConfig
@@ -79,7 +80,7 @@ def export(source: str, output: Path, *, model: str, format: str) -> Path:
     file.chmod(0o644)  # safetensors makes it readable to its owner only
     folder = Path(source).expanduser()
     folder = folder if folder.is_dir() else folder.parent
-    for name in (TREE_FILE, CALIBRATION_FILE):
+    for name in (TREE_FILE, CALIBRATION_FILE, BIGRAM_FILE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
     return file

@@ -62,6 +62,7 @@ class Batch:
 
     Args:
         hidden: [T, hidden], the state that chose each position's token.
+        before: [T] int64, the token at each position, which the first head's target follows.
         targets: [heads, T] int64; head i's is the token i + 1 places after the position's; -1 where the
             answer has ended before.
         teacher_ids: [heads, T, k] int64, the model's best tokens at that place; None without a KL term.
@@ -69,6 +70,7 @@ class Batch:
     """
 
     hidden: Tensor
+    before: Tensor
     targets: Tensor
     teacher_ids: Tensor | None
     teacher_log_p: Tensor | None
@@ -76,6 +78,11 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.hidden.shape[0]
+
+    @property
+    def previous(self) -> Tensor:
+        """[heads, T] int64: the token that each target follows; -1 where the answer has ended."""
+        return torch.cat((self.before.unsqueeze(0), self.targets[:-1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,7 @@ class HiddenCache:
         targets = np.where(known, self.tokens[ahead], -1).astype(np.int64)
         return Batch(
             hidden=torch.from_numpy(np.asarray(self.hidden[positions])),
+            before=torch.from_numpy(self.tokens[positions].astype(np.int64)),
             targets=torch.from_numpy(targets),
             teacher_ids=torch.from_numpy(self.top_ids[ahead].astype(np.int64)) if teacher else None,
             teacher_log_p=torch.from_numpy(self.top_log_p[ahead].astype(np.float32)) if teacher else None,

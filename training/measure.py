@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.config import MAX_TREE_NODES
 from engine.devices import device_named
 from engine.errors import ConfigError
+from engine.medusa.bigram import BIGRAM_FILE, Bigram, BigramTable
 from engine.medusa.calibrated import CALIBRATION_FILE, TREE_FILE
 from engine.medusa.head_files import read_heads
 from engine.medusa.heads import MedusaHeads
@@ -17,15 +21,19 @@ from engine.medusa.tree import Tree
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
 from training.backbone import Backbone, make_backbone, pack_size, read_lm_head
+from training.bigram import count_pairs, fit_weights
 from training.calibrate import calibrate, marginal_tree
 from training.data import Row, held_out, load_shards
-from training.evaluate import Ranks, rank_targets, replay
+from training.evaluate import rank_targets, replay
 from training.hidden import TOP_K, cache_hidden
 from training.plots import draw_tree
 from training.setup import model_identity, training_dtype
 from training.vocabulary import Vocabulary
 
-__all__ = ["measure", "ranks_of"]
+__all__ = ["HeldOut", "measure"]
+
+_FIT_TOKENS = 16384
+"""Held-out tokens by which weights are chosen."""
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
@@ -39,10 +47,11 @@ def measure(
     cache_dir: Path,
     share: float,
     size: int,
+    bigram: bool = True,
     device: str = "auto",
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """Calibrate heads on the held-out part of `data`; write tree, table and picture to `output`.
+    """Calibrate heads on the held-out part of `data`; write tree, tables and picture to `output`.
 
     Args:
         heads: file, folder or hub id.
@@ -52,6 +61,7 @@ def measure(
         cache_dir: hidden states that are there are used, missing ones added.
         share: of the conversations that count as held out; as in training, or less.
         size: most nodes of the tree, root counted.
+        bigram: count pairs of tokens in the rest of the data, if there is any, and keep them where they help.
 
     Returns:
         Accuracies, and acceptance lengths by size: what the tree promises; replayed on answers that it was
@@ -63,15 +73,23 @@ def measure(
     """
     if not 2 <= size <= MAX_TREE_NODES:
         raise ConfigError(f"size must be from 2 to {MAX_TREE_NODES}, got {size}")
-    rows = [row for row in load_shards(data) if held_out(row.conversation, share) and len(row.prompt)]
+    everything = [row for row in load_shards(data) if len(row.prompt)]
+    rows = [row for row in everything if held_out(row.conversation, share)]
     if not rows:
         raise ConfigError(
             f"{', '.join(map(str, data))} holds no held-out rows; distill more, or raise --held-out"
         )
-    ranks = ranks_of(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
+    held = HeldOut(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
+    rest = [row for row in everything if not held_out(row.conversation, share)]
+    table, pairs = _pairs(held, rest) if bigram else (None, None)
+    ranks = held.ranks(bigram=pairs)
     whole = calibrate(ranks, size)
     output.mkdir(parents=True, exist_ok=True)
     whole.save(output)
+    if table is None:
+        (output / BIGRAM_FILE).unlink(missing_ok=True)  # the tree was grown without it
+    else:
+        table.save(output)
 
     grown, other = calibrate(ranks.part(range(1), 2), size), ranks.part(range(1, 2), 2)
     sizes = [n for n in _SIZES if n <= whole.tree.size]
@@ -81,13 +99,13 @@ def measure(
         "other_half_conditional": replay(other, [_cut(grown.tree, n) for n in sizes]),
         "other_half_marginal": replay(other, [_cut(marginal_tree(grown, size), n) for n in sizes]),
     }
-    everything = [whole.tree.prefix(n) for n in range(1, whole.tree.size + 1)]
+    prefixes = [whole.tree.prefix(n) for n in range(1, whole.tree.size + 1)]
     curves = {
         "promised by the table": [whole.expected_length(n) for n in range(1, whole.tree.size + 1)],
-        "replayed": replay(ranks, everything),
-        "half and half, conditional": replay(other, [_cut(grown.tree, tree.size) for tree in everything]),
+        "replayed": replay(ranks, prefixes),
+        "half and half, conditional": replay(other, [_cut(grown.tree, tree.size) for tree in prefixes]),
         "half and half, marginal": replay(
-            other, [_cut(marginal_tree(grown, size), tree.size) for tree in everything]
+            other, [_cut(marginal_tree(grown, size), tree.size) for tree in prefixes]
         ),
     }
     picture = output / "medusa_tree.svg"
@@ -99,60 +117,90 @@ def measure(
         "held_out_tokens": len(ranks),
         **{f"top{count}": [round(value, 4) for value in ranks.top(count)] for count in (1, 3, 5, 10)},
         "conditional_top1": [round(row[0], 4) for row in whole.conditional],
+        "bigram_pairs": 0 if table is None else len(table.tokens),
+        "bigram_weights": None if table is None else table.weights.tolist(),
         "nodes": sizes,
         **{name: [round(value, 3) for value in values] for name, values in lengths.items()},
         "tree": str(output / TREE_FILE),
         "table": str(output / CALIBRATION_FILE),
+        "bigram": None if table is None else str(output / BIGRAM_FILE),
         "picture": str(picture),
     }
+
+
+def _pairs(held: HeldOut, rest: list[Row]) -> tuple[BigramTable | None, Bigram | None]:
+    """A table counted in the rest of the data, as stored and as read; None where it helps no head."""
+    if not rest:
+        return None, None
+    table = count_pairs(rest, vocab_size=held.vocab_size, num_heads=held.num_heads)
+    bigram = Bigram(table, held.token_map, vocab_size=held.vocab_size, device=held.device)
+    weights = fit_weights(bigram, lambda: held.ranks(bigram=bigram, limit=_FIT_TOKENS))
+    if not any(weights):
+        return None, None
+    return replace(table, weights=torch.tensor(weights)), bigram
 
 
 def _cut(tree: Tree, size: int) -> Tree:
     return tree.prefix(min(size, tree.size))
 
 
-def ranks_of(source: str, rows: list[Row], *, model: str, cache_dir: Path, device: str, dtype: str) -> Ranks:
-    """Ranks of the rows' tokens under the heads as the engine serves them."""
-    folder = resolve_model(model)
-    base, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
-    on = device_named(device)
-    kind = training_dtype(dtype, base, on)
-    tensors = read_heads(source, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
+class HeldOut:
+    """Heads as the engine serves them, and the hidden states of answers that they have not seen.
 
-    pack = pack_size(on)
+    Args:
+        source: of the heads.
+        rows: the answers.
+        model: the base model.
+        cache_dir: of hidden states; what is missing is computed.
+        device, dtype: of the heads, see `TrainConfig`.
+    """
 
-    def make() -> tuple[Backbone, Tensor]:
-        longest = max(len(row.prompt) + len(row.answer) for row in rows)
-        backbone = make_backbone(
-            model,
-            device=str(on),
-            dtype=str(kind).removeprefix("torch."),
-            bits=16,
-            pack_tokens=max(pack, longest),
-            longest=longest,
+    def __init__(
+        self, source: str, rows: list[Row], *, model: str, cache_dir: Path, device: str, dtype: str
+    ) -> None:
+        folder = resolve_model(model)
+        base, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
+        self.device, self.vocab_size = device_named(device), base.vocab_size
+        kind = training_dtype(dtype, base, self.device)
+        tensors = read_heads(source, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
+        self.num_heads, self.token_map = tensors.num_heads, tensors.token_map
+        pack = pack_size(self.device)
+
+        def make() -> tuple[Backbone, Tensor]:
+            longest = max(len(row.prompt) + len(row.answer) for row in rows)
+            backbone = make_backbone(
+                model,
+                device=str(self.device),
+                dtype=str(kind).removeprefix("torch."),
+                bits=16,
+                pack_tokens=max(pack, longest),
+                longest=longest,
+            )
+            return backbone, read_lm_head(model)
+
+        cache = cache_hidden(
+            cache_dir,
+            rows,
+            model=model_identity(checkpoint),
+            hidden_size=base.hidden_size,
+            top_k=min(TOP_K, base.vocab_size),
+            make_backbone=make,
+            pack_tokens=pack,
         )
-        return backbone, read_lm_head(model)
-
-    cache = cache_hidden(
-        cache_dir,
-        rows,
-        model=model_identity(checkpoint),
-        hidden_size=base.hidden_size,
-        top_k=min(TOP_K, base.vocab_size),
-        make_backbone=make,
-        pack_tokens=pack,
-    )
-    heads = MedusaHeads.from_tensors(tensors, hidden_size=base.hidden_size, dtype=kind, device=on)
-    token_map = tensors.token_map
-    lm_head = read_lm_head(model).to(device=on, dtype=kind)
-    heads.prepare(lm_head, quantize="none")
-    vocabulary = Vocabulary(token_map, base.vocab_size)
-    return rank_targets(
-        lambda hidden: heads(hidden, lambda x: x @ lm_head.T, heads.num_heads),
-        cache,
-        cache.select(rows),
-        vocabulary.rows(on),
-        num_heads=heads.num_heads,
-        vocabulary=len(vocabulary),
-        dtype=kind,
-    )
+        heads = MedusaHeads.from_tensors(
+            tensors, hidden_size=base.hidden_size, dtype=kind, device=self.device
+        )
+        lm_head = read_lm_head(model).to(device=self.device, dtype=kind)
+        heads.prepare(lm_head, quantize="none")
+        vocabulary = Vocabulary(tensors.token_map, base.vocab_size)
+        self.ranks = partial(
+            rank_targets,
+            lambda hidden: heads(hidden, lambda x: x @ lm_head.T, heads.num_heads),
+            cache,
+            cache.select(rows),
+            vocabulary.rows(self.device),
+            num_heads=heads.num_heads,
+            vocabulary=len(vocabulary),
+            dtype=kind,
+        )
+        """Of all answers; `limit` and `bigram` as for `rank_targets`."""

@@ -71,6 +71,7 @@ class ResidentCache:
         ahead = torch.where(known, ahead, 0)
         return Batch(
             hidden=self.hidden[positions],
+            before=self.tokens[positions],
             targets=torch.where(known, self.tokens[ahead], -1),
             teacher_ids=self.top_ids[ahead].long() if teacher else None,
             teacher_log_p=self.top_log_p[ahead].float() if teacher else None,

@@ -135,11 +135,11 @@ class Drafter:
         topology = Topology(parents, depths, ancestors, valid.bool(), max_depth)
         return Draft(tokens, topology, None, row_of, padded=True)
 
-    def guess(self, hidden: Tensor, nodes: int) -> Tensor:
-        """[B, nodes] int64: the first nodes of the heads' branch from hidden [B, hidden]."""
+    def guess(self, root: Tensor, hidden: Tensor, nodes: int) -> Tensor:
+        """[B, nodes] int64: the first nodes of the heads' branch from root [B] and hidden [B, hidden]."""
         if self._heads is None:
             raise ValueError("nodes of the heads' branch were asked for and there are no heads")
-        return self._heads.guess(hidden, nodes)
+        return self._heads.guess(root, hidden, nodes)
 
     @property
     def most_heads(self) -> int:
@@ -161,7 +161,7 @@ class Drafter:
         """[B, 1 + heads + lookup] int64: root, nodes of the heads' branch, chain."""
         parts = [root.unsqueeze(1)]
         if most.head_nodes:
-            parts.append(self.guess(hidden, most.head_nodes))
+            parts.append(self.guess(root, hidden, most.head_nodes))
         if most.lookup_nodes:
             if chain is None:
                 raise ValueError("a lookup branch was asked for and there is no lookup")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import TreeError
+from engine.medusa.bigram import CANDIDATES, Bigram, Walk, follow
 from engine.medusa.head_files import HeadTensors
 from engine.medusa.tree import Tree
 from engine.model.layers import Linear
@@ -113,10 +114,11 @@ class MedusaHeads(nn.Module):
 
 
 class HeadDrafter:
-    """Fills the first nodes of a fixed tree with the heads' best guesses.
+    """Fills the first nodes of a fixed tree with the heads' best guesses, in the order of a bigram if any.
 
     Raises:
-        TreeError: the tree is deeper than the heads or wider than the vocabulary they draft from.
+        TreeError: the tree is deeper than the heads, or wider than the vocabulary they draft from or than the
+            guesses that a bigram orders.
     """
 
     def __init__(
@@ -128,17 +130,21 @@ class HeadDrafter:
         vocab_size: int,
         device: torch.device,
         accepted: Sequence[float] | None = None,
+        bigram: Bigram | None = None,
     ) -> None:
         if tree.depth > heads.num_heads:
             raise TreeError(f"the tree is {tree.depth} deep and there are {heads.num_heads} heads")
         offered = vocab_size if heads.token_map is None else len(heads.token_map)
+        if bigram is not None:
+            offered = min(offered, CANDIDATES)
         if tree.width > offered:
             raise TreeError(f"the tree takes a head's {tree.width} best of {offered} tokens")
         self.tree = tree
         self.accepted = accepted
         """For each node below the root, how often it came true on held-out text; None: nobody counted."""
-        self._heads, self._lm_head, self._device = heads, lm_head, device
+        self._heads, self._lm_head, self._device, self._bigram = heads, lm_head, device, bigram
         self._prefixes: dict[int, tuple[Tree, Tensor]] = {}
+        self._walks: dict[int, Walk] = {}
         self._best: Callable[[Tensor, int, Tensor, Tensor | None], Tensor] = _best_guesses
 
     def fuse_triton(self) -> None:
@@ -147,10 +153,11 @@ class HeadDrafter:
 
         self._best, self._heads.residual = best_guesses, add_silu
 
-    def guess(self, hidden: Tensor, nodes: int) -> Tensor:
+    def guess(self, root: Tensor, hidden: Tensor, nodes: int) -> Tensor:
         """Tokens of the tree's first nodes.
 
         Args:
+            root: [B] int64, the token that they come behind; only a bigram looks at it.
             hidden: [B, hidden], the state the root was drawn from.
             nodes: how many, the root not counted.
 
@@ -164,6 +171,10 @@ class HeadDrafter:
         if tree.depth == 0:
             return torch.empty(len(hidden), 0, dtype=torch.int64, device=self._device)
         logits = self._heads(hidden, self._lm_head, tree.depth)
+        if self._bigram is not None:
+            if nodes not in self._walks:
+                self._walks[nodes] = Walk.of(tree, self._device)
+            return follow(logits, self._heads.token_map, self._bigram, root, self._walks[nodes])
         return self._best(logits, tree.width, choices, self._heads.token_map)
 
     def _prefix(self, nodes: int) -> tuple[Tree, Tensor]:

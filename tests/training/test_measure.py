@@ -23,9 +23,9 @@ from training.measure import measure
 from training.train import HEADS_FILE, train
 
 
-@pytest.mark.parametrize("own_lm_head", [True, False])
-def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: bool) -> None:
-    """Twelve tokens: random heads are often right. Greedy, heads alone."""
+@pytest.mark.parametrize(("own_lm_head", "bigram"), [(True, False), (False, False), (True, True)])
+def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: bool, bigram: bool) -> None:
+    """Twelve tokens: random heads are often right. Greedy, heads alone, or with pairs from other answers."""
     vocab = 12
     folder = save_model(tiny_llama(vocab_size=vocab, max_position_embeddings=128), tmp_path / "model")
     heads = save_random_heads(
@@ -33,30 +33,38 @@ def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: b
     )
     settings = {"model": str(folder), "block_size": 4, "device": "cpu", "lookup": "off", "max_num_seqs": 4}
     plain = LLM(EngineConfig(**settings, tree="off"))
-    prompts = [row.prompt.tolist() for row in random_rows(12, vocab)]
+    prompts = [row.prompt.tolist() for row in random_rows(36 if bigram else 12, vocab)]
     requests = [
         Request(str(i), tuple(prompt), SamplingParams(temperature=0.0, max_tokens=40))
         for i, prompt in enumerate(prompts)
     ]
     rows = [
-        Row(index * 10_000, 0, 0, 0.0, np.array(prompt), np.array(output.token_ids))
+        Row(
+            index * 10_000 + (9_000 if index >= 12 else 0),  # of which those are not held out
+            0,
+            0,
+            0.0,
+            np.array(prompt),
+            np.array(output.token_ids),
+        )
         for index, (prompt, output) in enumerate(zip(prompts, plain.generate(requests), strict=True))
     ]
     data = write_rows(tmp_path / "data", rows, vocab)
     result = measure(
         str(heads),
         (data,),
-        tmp_path / "out",
+        tmp_path,
         model=str(folder),
         cache_dir=tmp_path / "cache",
         share=0.5,
         size=24,
     )
+    assert (result["bigram_pairs"] > 0) == bigram
+    assert (tmp_path / "medusa_bigram.safetensors").is_file() == bigram
     with_heads = LLM(
-        EngineConfig(
-            **settings, heads=str(heads), tree=16, tree_file=str(tmp_path / "out" / "medusa_tree.json")
-        )
+        EngineConfig(**settings, heads=str(heads), tree=16, tree_file=str(tmp_path / "medusa_tree.json"))
     )
+    del requests[12:], rows[12:]
     outputs = with_heads.generate(requests)
     steps = sum(output.num_steps for output in outputs)
     tokens = sum(output.num_decoded for output in outputs)
@@ -65,7 +73,7 @@ def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: b
     assert tokens / steps > 1.3
     assert replayed[16] == pytest.approx(tokens / steps, abs=0.001)
     assert replayed[1] == 1.0
-    assert (tmp_path / "out" / "medusa_tree.svg").is_file()
+    assert (tmp_path / "medusa_tree.svg").is_file()
 
 
 def test_calibrate_measures_on_what_training_held_out(

@@ -102,7 +102,7 @@ def assert_drafts(heads: MedusaHeads, plain: Plain) -> None:
     rankings = [[plain.ranking(state, head) for head in range(HEADS)] for state in hidden]
     for nodes in (30, 7, 0):
         expected = [[of[len(path) - 1][path[-1]] for path in tree.paths[:nodes]] for of in rankings]
-        assert drafter.guess(hidden, nodes).tolist() == expected
+        assert drafter.guess(torch.zeros(len(hidden), dtype=torch.int64), hidden, nodes).tolist() == expected
     with pytest.raises(TreeError, match=f"{width + 1} best of {width} tokens"):
         HeadDrafter(heads, lambda x: x, Tree.from_paths([[width]]), vocab_size=VOCAB, device=CPU)
 
@@ -331,6 +331,6 @@ def test_a_draft_vocabulary_in_int8_keeps_the_best_guess(tmp_path: Path) -> None
     heads.prepare(plain.base, quantize="int8")
     drafter = HeadDrafter(heads, lambda x: x, Tree.from_paths([[0]]), vocab_size=VOCAB, device=CPU)
     hidden = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(8))
-    guesses = drafter.guess(hidden, 1).flatten().tolist()
+    guesses = drafter.guess(torch.zeros(50, dtype=torch.int64), hidden, 1).flatten().tolist()
     right = [guess == plain.ranking(x, 0)[0] for guess, x in zip(guesses, hidden, strict=True)]
     assert sum(right) >= 45

@@ -47,9 +47,9 @@ def test_drafts_are_the_heads_best_guesses(tmp_path: Path, own: bool, layers: in
     shared = torch.randn(VOCAB, HIDDEN)
     tree = default_tree(3).prefix(30)
     drafter = HeadDrafter(heads, lambda h: F.linear(h, shared), tree, vocab_size=VOCAB, device=CPU)
-    hidden = torch.randn(2, HIDDEN)
+    root, hidden = torch.zeros(2, dtype=torch.int64), torch.randn(2, HIDDEN)
     for nodes in (29, 8, 0):
-        guesses = drafter.guess(hidden, nodes)
+        guesses = drafter.guess(root, hidden, nodes)
         assert guesses.shape == (2, nodes)
         for b in range(2):
             for node, path in enumerate(tree.paths[:nodes]):
