@@ -26,7 +26,7 @@ from server.schemas.responses import ResponsesRequest
 from server.streaming import Generation, TextPiece, take_all
 from server.tool_use import CallReader
 
-__all__ = ["router"]
+__all__ = ["echo_of", "router"]
 
 _EVENT = {
     "type": "object",
@@ -50,7 +50,7 @@ async def create_response(body: ResponsesRequest, http: HttpRequest, context: Co
     try:
         chat = body.as_chat()
         sampling = await sampling_of(chat, context)
-        echo = _echo(body, sampling, model)
+        echo = echo_of(body, sampling, model)
         generation = await chat_generation(chat, context, record, sampling)
     except RequestError as error:
         body.in_own_terms(error)
@@ -70,7 +70,7 @@ async def no_response(response_id: str) -> None:
     raise ResponseNotFoundError(f"Response with id '{response_id}' not found: this server keeps none.")
 
 
-def _echo(body: ResponsesRequest, sampling: SamplingParams, model: str) -> str:
+def echo_of(body: ResponsesRequest, sampling: SamplingParams, model: str) -> str:
     """The fields of a response that repeat its request: see `ResponseHeading`.
 
     Raises:
@@ -78,7 +78,7 @@ def _echo(body: ResponsesRequest, sampling: SamplingParams, model: str) -> str:
     """
     told_format: dict[str, Any] = {"type": "text"}
     if body.text and body.text.format:
-        told_format = body.text.format.model_dump(by_alias=True, exclude_none=True)
+        told_format = body.text.format.as_told()
     effort = body.reasoning and body.reasoning.effort
     fields = {
         "background": False,
@@ -105,10 +105,10 @@ def _echo(body: ResponsesRequest, sampling: SamplingParams, model: str) -> str:
     }
     try:
         return json.dumps(fields, separators=(",", ":"), allow_nan=False)[1:-1]
-    except RecursionError:
-        raise RequestError("tools: nested too deeply", param="tools") from None
-    except ValueError:
-        raise RequestError("tools: NaN and Infinity are no JSON", param="tools") from None
+    except (RecursionError, ValueError) as error:
+        param = "tools" if body.tools else "text.format"
+        reason = "NaN and Infinity are no JSON" if isinstance(error, ValueError) else "nested too deeply"
+        raise RequestError(f"{param}: {reason}", param=param) from None
 
 
 class _Answer:

@@ -62,7 +62,7 @@ class FunctionTool(Part):
 
     def as_told(self) -> dict[str, Any]:
         """The tool as answers repeat it."""
-        return {**self.model_dump(), "strict": bool(self.strict)}
+        return {**dict(self), "strict": bool(self.strict)}
 
 
 class NamespaceTool(Part):
@@ -75,7 +75,7 @@ class NamespaceTool(Part):
 
     def as_told(self) -> dict[str, Any]:
         """The tool as answers repeat it."""
-        return {**self.model_dump(exclude={"tools"}), "tools": [tool.as_told() for tool in self.tools]}
+        return {**dict(self), "tools": [tool.as_told() for tool in self.tools]}
 
 
 class PlacedTool(NamedTuple):
@@ -102,7 +102,7 @@ class PlacedTool(NamedTuple):
             param = f"{self.place}.name"
             message = f"{param}: {self.name!r}, by which the model is to know it, is longer than {MAX_NAME}"
             raise RequestError(message, param=param)
-        function = self.tool.model_dump(exclude={"type"}, exclude_none=True)
+        function = {name: value for name, value in self.tool if name != "type"}
         return {"type": "function", "function": {**function, "name": self.name}}
 
 
@@ -232,12 +232,16 @@ class TextFormat(Body):
                 raise RequestError(f"{param} {how} with text.format.type 'json_schema'", param=param)
         return self
 
+    def as_told(self) -> dict[str, Any]:
+        """The format as answers repeat it."""
+        told = {name.removesuffix("_"): value for name, value in self}
+        return {name: value for name, value in told.items() if value is not None}
+
     def as_chat(self) -> dict[str, Any]:
         """As `response_format`."""
         if self.type != "json_schema":
             return {"type": self.type}
-        schema = {"name": self.name, "schema": self.schema_, "strict": self.strict}
-        return {"type": self.type, "json_schema": {**schema, "description": self.description}}
+        return {"type": self.type, "json_schema": {"name": self.name, "schema": self.schema_}}
 
 
 class TextConfig(Body):

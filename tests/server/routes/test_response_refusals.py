@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from engine.errors import RequestError
+from engine.types import SamplingParams
+from server.routes.responses import echo_of
+from server.schemas.responses import ResponsesRequest
 from tests.server.conftest import MODEL, RunningServer
 from tests.server.routes.test_responses import NAMESPACE, TOOLS, post
 from tests.server.test_errors import error_of
@@ -106,6 +110,27 @@ def test_errors_by_the_names_of_this_api(hello: RunningServer) -> None:
     assert error_of(post(hello, model="other"), 404)["code"] == "model_not_found"
     missing = error_of(hello.http.post("/v1/responses", json={"model": MODEL}), 400)
     assert (missing["code"], missing["param"]) == ("missing_required_parameter", "input")
+
+
+@pytest.mark.parametrize("place", ["tools", "text.format"])
+def test_what_cannot_be_repeated_is_refused(hello: RunningServer, place: str) -> None:
+    """A client's number that is no JSON, and what is nested so deeply that it can hardly be read."""
+    deep: dict[str, Any] = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    for schema, reason in (({"a": float("nan")}, "NaN"), (deep, "nested too deeply")):
+        tool = {"type": "function", "name": "f", "parameters": schema}
+        form = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+        body = {"tools": [tool]} if place == "tools" else {"text": form}
+        request = ResponsesRequest.model_validate({"input": "x", **body})
+        with pytest.raises(RequestError, match=f"^{place}: {reason}") as caught:
+            echo_of(request, SamplingParams(), "m")
+        assert caught.value.param == place
     nan = '{"input": "x", "tools": [{"type": "function", "name": "f", "parameters": {"a": NaN}}]}'
     headers = {"Content-Type": "application/json"}
     assert error_of(hello.http.post("/v1/responses", content=nan, headers=headers), 400)["param"] == "tools"
+
+
+def test_a_name_that_the_model_would_have_to_know_is_told(hello: RunningServer) -> None:
+    long = {"tools": [NAMESPACE | {"name": "n" * 60}]}
+    assert f"{'n' * 60}__weather" in error_of(post(hello, **long), 400)["message"]

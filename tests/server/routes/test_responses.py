@@ -11,8 +11,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 from server.response_objects import ResponseObject
+from server.schemas.responses import ResponsesRequest
 from tests.server.conftest import (
-    EOS,
     MODEL,
     TEXT,
     RunningServer,
@@ -205,14 +205,25 @@ def test_a_thought_comes_back_in_either_form(serve: Serve) -> None:
     server = serve(says(SAID + "é"), text=QWEN)
     thought, message = whole(server, include=["reasoning.encrypted_content"])["output"]
     assert thought["encrypted_content"].isascii()
-    final = events(server, include=["reasoning.encrypted_content"])[-1]["response"]
-    assert final["output"][0]["encrypted_content"] == thought["encrypted_content"]
+    found = events(server, include=["reasoning.encrypted_content"])
+    (done, _) = (event["item"] for event in found if event["type"] == "response.output_item.done")
+    for told in (done, found[-1]["response"]["output"][0]):
+        assert told["encrypted_content"] == thought["encrypted_content"]
     hidden = {name: value for name, value in thought.items() if name != "content"}
     summary = {"type": "reasoning", "summary": [{"type": "summary_text", "text": THOUGHT}]}
     for form in (thought, hidden, {**hidden, "content": None}, summary):
         post(server, input=[{"role": "user", "content": "a"}, form, message])
         assert f"<think>\n{THOUGHT}\n</think>\n\nHello!é" in prompt_of(server)
-    for wrong in ("gAAAA", thought["encrypted_content"][:-1] + "!", "medusa-thought._w=="):
+    other = {**thought, "content": [{"type": "reasoning_text", "text": "Other."}]}
+    post(server, input=[{"role": "user", "content": "a"}, other, message])
+    assert "<think>\nOther.\n</think>\n\nHello!é" in prompt_of(server)
+    for wrong in (
+        "gAAAA",
+        "QUJD",
+        "medusa-thought.QU!JD",
+        thought["encrypted_content"][:-1] + "!",
+        "medusa-thought._w==",
+    ):
         bad = post(server, input=[{"role": "user", "content": "a"}, {**hidden, "encrypted_content": wrong}])
         assert error_of(bad, 400)["param"] == "input[1].encrypted_content"
     # One of which nothing is left is none, as a server without such contents has it.
@@ -235,8 +246,6 @@ def test_a_thought_comes_back_in_either_form(serve: Serve) -> None:
     ],
 )
 def test_items_become_messages(items: list[Any], written: list[str]) -> None:
-    from server.schemas.responses import ResponsesRequest
-
     forms: dict[str, Any] = {
         "call": {"type": "function_call", "call_id": "1", "name": "time", "arguments": "{}"},
         "out": {
@@ -274,8 +283,18 @@ def test_what_was_cut_is_incomplete_and_can_be_continued(serve: Serve) -> None:
     assert without_ids(last["response"]) == without_ids(response)
     post(server, input=[{"role": "user", "content": "hi"}, message])
     assert prompt_of(server).endswith("<|im_start|>assistant\nHello")
+    post(server, input=[{"role": "user", "content": "hi", "status": "in_progress"}])
+    assert prompt_of(server).endswith("hi<|im_end|>\n<|im_start|>assistant\n")
     post(server, input=[{"role": "user", "content": "hi"}, {**message, "status": "completed"}])
     assert prompt_of(server).endswith("Hello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_call_that_was_begun_comes_whole(serve: Serve) -> None:
+    head, rest = PARIS[:40], PARIS[40:]
+    begun = {"role": "assistant", "content": head, "status": "incomplete"}
+    server = serve(says(rest))
+    (call,) = whole(server, input=[{"role": "user", "content": "hi"}, begun], tools=TOOLS)["output"]
+    assert (call["name"], json.loads(call["arguments"])) == ("weather", {"city": "Paris"})
 
 
 @pytest.mark.parametrize(
@@ -350,6 +369,10 @@ def test_what_reaches_the_engine(serve: Serve) -> None:
         "strict": False,
     }
     assert "arguments_0" in server.engine.submitted[-1].grammar.spec.text  # type: ignore[union-attr]
+    assert whole(server, tools=TOOLS)["parallel_tool_calls"]
+    assert server.engine.submitted[-1].grammar is None
+    assert not whole(server, tools=TOOLS, parallel_tool_calls=False)["parallel_tool_calls"]
+    assert server.engine.submitted[-1].grammar is not None
     schema = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     response = whole(server, text={"format": schema, "verbosity": "medium"})
     assert response["text"]["format"] == schema
@@ -393,6 +416,8 @@ def test_functions_in_a_namespace_are_called_by_both_names(serve: Serve, size: i
     for output in (result, named):
         assert post(server, input=[{"role": "user", "content": "a"}, first, output]).status_code == 200
         assert '"name": "agents__weather", "arguments"' in prompt_of(server)
+    body = ResponsesRequest.model_validate({"input": [first, named]})
+    assert body.as_chat().messages[-1].name == "agents__weather"
     choice = {"type": "function", "name": "agents__ask"}
     assert whole(server, tools=tools, tool_choice=choice)["tool_choice"] == choice
     assert "agents__ask" in server.engine.submitted[-1].grammar.spec.text  # type: ignore[union-attr]
@@ -403,13 +428,15 @@ def test_reasoning_effort_goes_to_the_template(serve: Serve) -> None:
     response = whole(server, reasoning={"effort": "none", "summary": "auto"})
     assert prompt_of(server).endswith("<think>\n\n</think>\n\n")
     assert response["reasoning"] == {"effort": "none", "summary": None}
-    assert whole(server, chat_template_kwargs={"enable_thinking": True})["reasoning"]["effort"] is None
+    assert whole(server)["reasoning"]["effort"] is None
     assert not prompt_of(server).endswith("<think>\n\n</think>\n\n")
+    assert whole(server, chat_template_kwargs={"enable_thinking": False})["reasoning"]["effort"] is None
+    assert prompt_of(server).endswith("<think>\n\n</think>\n\n")
 
 
 def test_logprobs_are_the_answers(serve: Serve) -> None:
     """Those of the thought before it are nobody's; each delta has its own text's."""
-    server = serve(says(f"<think>\nHm, é\n</think>\n\nHello é!{EOS}", 2), text=QWEN)
+    server = serve(says("<think>\nHm, é\n</think>\n\nHello é!<|im_start|>", 1), text=QWEN)
     options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     response = whole(server, **options)
     assert response["top_logprobs"] == 2
@@ -417,6 +444,7 @@ def test_logprobs_are_the_answers(serve: Serve) -> None:
     text = b"".join(bytes(entry["bytes"]) for entry in told).decode()
     assert text == "\n\nHello é!"  # with what the model wrote between thought and answer
     assert {len(entry["top_logprobs"]) for entry in told} == {2}
+    assert (told[-1]["token"], told[-1]["bytes"]) == ("<|im_start|>", [])  # which is no text
     found = events(server, **options)
     deltas = [event for event in found if event["type"] == "response.output_text.delta"]
     assert [entry for event in deltas for entry in event["logprobs"]] == told
@@ -427,3 +455,5 @@ def test_logprobs_are_the_answers(serve: Serve) -> None:
     (done,) = (event for event in found if event["type"] == "response.output_text.done")
     assert done["logprobs"] == told
     assert whole(server)["output"][1]["content"][0]["logprobs"] == []
+    # With tools that may not be called, too.
+    assert whole(server, **options, tools=TOOLS, tool_choice="none")["output"][1]["content"][0]["logprobs"]
