@@ -42,7 +42,7 @@ from engine.types import Request, SamplingParams
 from server.bench import settings_given
 from training.data import Row
 from training.evaluate import accepted_lengths
-from training.measure import ranks_of
+from training.measure import HeldOut
 
 Counts = NDArray[np.int64]
 """[A] for each position of an answer: nodes below its root that come true."""
@@ -68,7 +68,8 @@ def head_counts(heads: Path, rows: list[Row], nodes: int, *, model: str, cache_d
     Raises:
         ValueError: two rows are the same.
     """
-    ranks = ranks_of(str(heads), rows, model=model, cache_dir=cache_dir, device="cpu", dtype="float32")
+    held = HeldOut(str(heads), rows, model=model, cache_dir=cache_dir, device="cpu", dtype="float32")
+    ranks = held.ranks(bigram=held.bigram_beside(str(heads)))
     folder = heads if heads.is_dir() else heads.parent
     found = accepted_lengths(ranks.ranks, Tree.load(folder / TREE_FILE).prefix(nodes))
     counts = np.split(found, np.unique(ranks.ends)[:-1])

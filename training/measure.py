@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.config import MAX_TREE_NODES
 from engine.devices import device_named
 from engine.errors import ConfigError
-from engine.medusa.bigram import BIGRAM_FILE, Bigram, BigramTable
+from engine.medusa.bigram import BIGRAM_FILE, Bigram, BigramTable, find_bigram
 from engine.medusa.calibrated import CALIBRATION_FILE, TREE_FILE
 from engine.medusa.head_files import read_heads
 from engine.medusa.heads import MedusaHeads
@@ -118,7 +118,7 @@ def measure(
         **{f"top{count}": [round(value, 4) for value in ranks.top(count)] for count in (1, 3, 5, 10)},
         "conditional_top1": [round(row[0], 4) for row in whole.conditional],
         "bigram_pairs": 0 if table is None else len(table.tokens),
-        "bigram_weights": None if table is None else table.weights.tolist(),
+        "bigram_weights": None if table is None else [round(w, 2) for w in table.weights.tolist()],
         "nodes": sizes,
         **{name: [round(value, 3) for value in values] for name, values in lengths.items()},
         "tree": str(output / TREE_FILE),
@@ -133,7 +133,7 @@ def _pairs(held: HeldOut, rest: list[Row]) -> tuple[BigramTable | None, Bigram |
     if not rest:
         return None, None
     table = count_pairs(rest, vocab_size=held.vocab_size, num_heads=held.num_heads)
-    bigram = Bigram(table, held.token_map, vocab_size=held.vocab_size, device=held.device)
+    bigram = held.bigram(table)
     weights = fit_weights(bigram, lambda: held.ranks(bigram=bigram, limit=_FIT_TOKENS))
     if not any(weights):
         return None, None
@@ -204,3 +204,16 @@ class HeldOut:
             dtype=kind,
         )
         """Of all answers; `limit` and `bigram` as for `rank_targets`."""
+
+    def bigram(self, table: BigramTable) -> Bigram:
+        """A table as these heads read it."""
+        return Bigram(table, self.token_map, vocab_size=self.vocab_size, device=self.device)
+
+    def bigram_beside(self, heads: str) -> Bigram | None:
+        """The one that lies beside the heads.
+
+        Raises:
+            HeadsError: it cannot be used.
+        """
+        table = find_bigram(heads, num_heads=self.num_heads, vocab_size=self.vocab_size)
+        return None if table is None else self.bigram(table)
