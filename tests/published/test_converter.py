@@ -61,7 +61,7 @@ def test_a_converted_model_is_the_model(
         if isinstance(expected, RopeConfig):
             torch.testing.assert_close(value.inv_freq, expected.inv_freq)
             assert value.scale == pytest.approx(expected.scale)
-        elif name != "dtype":
+        elif name not in ("architecture", "dtype"):  # a Mistral without vision is a Llama to the converter
             assert value == expected, name
     prompt = load_tokenizer(folder)(TEXT).input_ids
     assert prompt == published(TEXT).input_ids
