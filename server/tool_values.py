@@ -80,8 +80,6 @@ def json_of(text: str, kinds: frozenset[str]) -> str:
 
     Where it may be no string, whatever it says in JSON, or as Python writes the same, is its value.
     """
-    if kinds == {"string"}:
-        return json_text(text)
     written = text.strip()
     try:
         value = json.loads(written, parse_constant=_refuse)

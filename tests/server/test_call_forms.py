@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import random
@@ -118,10 +119,10 @@ def rendered(name: str, calls: list[tuple[str, Any]], content: str = "") -> str:
 
 
 def right(arguments: dict[str, Any]) -> bool:
-    """Whether no text has in it what closes a value."""
-    return not any(
-        isinstance(value, str) and ENDS.search(f"{value}</parameter>\n") for value in arguments.values()
-    )
+    """Whether no text has in it what closes a value, nor what may be text and is JSON."""
+    told = [value for value in arguments.values() if isinstance(value, str)]
+    told.append(json.dumps(arguments.get("any")))
+    return not any(ENDS.search(f"{value}</parameter>\n") for value in told)
 
 
 def found(parsed: tuple[str, list[tuple[str, str]]]) -> tuple[str, list[tuple[str, Any]]]:
@@ -145,6 +146,22 @@ def test_what_a_template_writes_is_read_however_it_is_cut(
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert read(form.parser(FUNCTIONS), pieces) == whole
     assert read(form.parser(FUNCTIONS), [*text, ""]) == whole
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"a": ["</parameter><parameter=x>"]}',
+        '{"</parameter></function>": ""}',
+        "{'</parameter></function>': {}}",
+    ],
+)
+def test_json_may_have_any_tag_in_its_strings(written: str) -> None:
+    text = f"<function=save><parameter=extra>{written}</parameter></function>"
+    parser = FORMATS["seed_oss"].parser
+    for pieces in ([text], [*text, ""]):
+        _, [(_, arguments)] = found(read(parser(FUNCTIONS), pieces))
+        assert arguments == {"extra": ast.literal_eval(written)}
 
 
 LETTERS = TEXT.encode("ab1{}[]\",:\n</>=é .-T'", add_special_tokens=False)
