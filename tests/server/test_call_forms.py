@@ -16,11 +16,13 @@ from hypothesis import given, settings, strategies as st
 
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.text import TextProcessor
-from server.tool_formats import FORMATS, Function
+from server.tool_formats import FORMATS, Function, format_of
+from server.tool_values import json_of
 from server.xml_calls import XmlCall
 from tests import chat_templates
 from tests.server.conftest import EOS_ID, TEXT
 from tests.server.test_tool_calls import read
+from tests.server.test_tool_formats import follows, with_tokens
 
 ITEM = {
     "type": "object",
@@ -246,3 +248,93 @@ def test_what_a_grammar_lets_through_is_a_right_call(name: str) -> None:
                 assert function in may_call
                 told = json.loads(arguments)
                 jsonschema.validate(told, schemas[function] or {"additionalProperties": False})
+
+
+def let_through(name: str, answer: str, schema: Any, *, text: bool = False) -> bool:
+    """Whether a call's grammar lets an answer through."""
+    spec = FORMATS[name].grammar([Function("f", schema)], text=text, schema=None, several=False)
+    return follows(spec, answer)
+
+
+MIXED = {"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 10}, {"type": "string"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "right"),
+    [
+        *(
+            (MIXED, value, right)
+            for value, right in (("12", True), ("5", False), ("a5", True), ("null", False))
+        ),
+        *(
+            ({"properties": {"a": {"format": "date", "type": "string"}}}, d, d[5] < "2")
+            for d in ("2024-12-31", "2024-31-12")
+        ),
+        *(
+            ({"properties": {"a": {"type": "boolean"}}}, value, value != "yes")
+            for value in ("true", "True", "yes")
+        ),
+    ],
+)
+def test_text_that_would_be_read_as_something_wrong_is_not_let_through(
+    schema: Any, value: str, right: bool
+) -> None:
+    answer = (
+        f"<seed:tool_call>\n<function=f>\n<parameter=a>{value}</parameter>\n</function>\n</seed:tool_call>"
+    )
+    assert let_through("seed_oss", answer, schema) == right
+
+
+def test_olmos_words_are_those_of_json() -> None:
+    schema = {"properties": {"on": {"type": "boolean"}, "no": {"type": "null"}}}
+    for name, words in (("pythonic", ("True", "None")), ("olmo3", ("true", "null"))):
+        for on, no in (("True", "None"), ("true", "null")):
+            call = f"f(on={on}, no={no})"
+            call = f"[{call}]" if name == "pythonic" else f"<function_calls>{call}</function_calls>"
+            assert let_through(name, call, schema) == ((on, no) == words)
+
+
+def test_text_beside_calls_does_not_open_one_in_another_way() -> None:
+    for name, opened in (
+        ("qwen3_coder", "<function=f>\n<parameter=b>\nx\n</parameter>\n</function>"),
+        ("llama4_pythonic", "<|python_start|>[f(b=1)]<|python_end|>"),
+        ("deepseek_v31", '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"b": 1}<｜tool▁call▁end｜>'),
+    ):
+        schema = {"properties": {"a": {}}, "additionalProperties": False}
+        assert let_through(name, "So: it is", schema, text=True)
+        assert not let_through(name, f"So: {opened}", schema, text=True)
+
+
+def test_marks_that_are_tokens_do_not_open_calls_in_text() -> None:
+    marks = ["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"]
+    text = with_tokens("<think>", *marks, special=False)
+    form = format_of(text, "deepseek_v31")
+    function = Function("f", {"properties": {"a": {}}, "additionalProperties": False})
+    spec = form.grammar([function], text=True, schema=None, several=True)
+    assert follows(spec, "<think> So.", text)
+    for before in ("", "<think>"):
+        for by_letters in (False, True):
+            wrong = f'{before}{marks[1]}f{marks[2]}{{"b": 1}}{marks[3]}'
+            assert not follows(spec, wrong, text, by_letters=by_letters)
+
+    spec = format_of(text, "qwen3_coder").grammar([function], text=True, schema=None, several=True)
+    wrong = "<function=f>\n<parameter=b>\nx\n</parameter>\n</function>"
+    assert follows(spec, "<think>So.", text)
+    assert not any(follows(spec, f"{before}{wrong}", text) for before in ("<think>", "<think>So: "))
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds", "value"),
+    [
+        *(("NaN", {"number"}, "NaN"), ("12", {"number", "integer"}, 12), (" 12 ", {"string", "integer"}, 12)),
+        *(
+            ("1.5", {"string", "integer"}, "1.5"),
+            ("1.0", {"string", "integer"}, 1.0),
+            ("1e999", {"string"}, "1e999"),
+        ),
+        *(('"x"', {"string", "null"}, '"x"'), ('"x"', {"array"}, "x"), ("[1, 'x']", {"array"}, [1, "x"])),
+        *(("yes", {"boolean"}, "yes"), ("False", {"boolean"}, False), ("[" * 5000, {"array"}, "[" * 5000)),
+    ],
+)
+def test_what_text_means(text: str, kinds: set[str], value: Any) -> None:
+    assert json.loads(json_of(text, frozenset(kinds))) == value

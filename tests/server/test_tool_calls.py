@@ -110,6 +110,7 @@ MISTRAL: list[tuple[str, str, Calls]] = [
     ('[TOOL_CALLS]time{"a": 1}[TOOL_CALLS] time\n{} Done.', "Done.", [("time", '{"a": 1}'), ("time", "{}")]),
     ('[TOOL_CALLS]time[ARGS]{"a": 1', "", [("time", '{"a": 1')]),
     ('[TOOL_CALLS]time[ARGS]{}, {"name": "time"}', ', {"name": "time"}', [("time", "{}")]),
+    ('[TOOL_CALLS][{"name": "time", "arguments": {}}] time{}', "time{}", [("time", "{}")]),
     # None, but the last.
     ("[TOOL_CALLS]rain[ARGS]{}", "[TOOL_CALLS]rain[ARGS]{}", []),
     ("[TOOL_CALLS]time flies", "[TOOL_CALLS]time flies", []),
@@ -202,6 +203,7 @@ DEEPSEEK: list[tuple[str, str, str, Calls]] = [
     ("deepseek_v3", f"{BEGINS}{OPENS}rain{PARTS_OF}{{}}", f"{BEGINS}{OPENS}rain{PARTS_OF}{{}}", []),
     ("deepseek_v3", f"{BEGINS}{OPENS}time", f"{BEGINS}{OPENS}time", []),
     ("deepseek_v3", f"{OPENS}{'time' * 70}{{}}", f"{OPENS}{'time' * 70}{{}}", []),
+    ("deepseek_v3", f"{OPENS}time{PARTS_OF}{{}}{CLOSES}{OPENS}tim", f"{OPENS}tim", [("time", "{}")]),
     ("deepseek_v3", f"{BEGINS}{OPENS}time{PARTS_OF}{{}} Done.", "Done.", [("time", "{}")]),
 ]
 TWO = '{"name": "time", "arguments": {"a": "]"}}, {"name": "weather", "arguments": {}}'
