@@ -89,7 +89,7 @@ def measure(
     if table is None:
         (output / BIGRAM_FILE).unlink(missing_ok=True)  # the tree was grown without it
     else:
-        table.save(output)
+        table.save(output, vocab_size=held.vocab_size)
 
     grown, other = calibrate(ranks.part(range(1), 2), size), ranks.part(range(1, 2), 2)
     sizes = [n for n in _SIZES if n <= whole.tree.size]

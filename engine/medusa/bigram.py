@@ -41,7 +41,7 @@ _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 
 @dataclass(frozen=True, slots=True)
 class BigramTable:
-    """Pairs of tokens as a file holds them, on the CPU.
+    """Pairs of tokens, on the CPU. A file has `counts`, how many pairs each token begins, for `tokens`.
 
     Args:
         tokens: [pairs] int32, the token before.
@@ -55,11 +55,17 @@ class BigramTable:
     values: Tensor
     weights: Tensor
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, *, vocab_size: int) -> Path:
         """Write it beside the heads in `folder`; `serve` finds it there."""
         file = folder / BIGRAM_FILE
-        names = ("tokens", "followers", "values", "weights")
-        save_file({name: getattr(self, name).contiguous() for name in names}, file)
+        order = self.tokens.argsort(stable=True)
+        tensors = {
+            "counts": self.tokens.bincount(minlength=vocab_size).int(),
+            "followers": self.followers[order],
+            "values": self.values[order],
+            "weights": self.weights.contiguous(),
+        }
+        save_file(tensors, file)
         file.chmod(0o644)  # safetensors makes it readable to its owner only
         return file
 
@@ -73,28 +79,32 @@ class BigramTable:
         try:
             opened = SafetensorsFile(file)
             names = set(opened.names())
-            if names != {"tokens", "followers", "values", "weights"}:
+            if names != {"counts", "followers", "values", "weights"}:
                 raise HeadsError(
                     f"{file} holds {', '.join(sorted(names)) or 'nothing'}: it is no bigram table"
                 )
-            found = cls(*(opened.get(name) for name in ("tokens", "followers", "values", "weights")))
+            counts, followers, values, weights = map(opened.get, ("counts", "followers", "values", "weights"))
         except WeightsError as error:
             raise HeadsError(f"cannot read the bigram table: {error}") from error
-        shapes = [list(tensor.shape) for tensor in (found.tokens, found.followers, found.values)]
-        if shapes != [[len(found.tokens)]] * 3 if found.tokens.dim() else True:
-            raise HeadsError(f"{file}: tokens, followers and values have shapes {shapes}")
-        if list(found.weights.shape) != [num_heads]:
+        if list(weights.shape) != [num_heads]:
             raise HeadsError(
-                f"{file} is for {found.weights.numel()} heads, and there are {num_heads}; run calibrate again"
+                f"{file} is for {weights.numel()} heads, and there are {num_heads}; run calibrate again"
             )
-        for tensor in (found.tokens, found.followers):
-            if tensor.is_floating_point() or (
-                len(tensor) and (int(tensor.min()) < 0 or int(tensor.max()) >= vocab_size)
-            ):
-                raise HeadsError(f"{file} must hold token ids from 0 to {vocab_size - 1}")
-        if not (found.values.isfinite().all() and found.weights.isfinite().all()):
+        if list(counts.shape) != [vocab_size]:
+            raise HeadsError(f"{file} is for {counts.numel()} tokens, and the model has {vocab_size}")
+        for name, tensor in (("counts", counts), ("followers", followers)):
+            if tensor.is_floating_point() or (tensor.numel() and int(tensor.min()) < 0):
+                raise HeadsError(f"{file}: {name} must be whole numbers from 0")
+        pairs = int(counts.sum())
+        if not list(followers.shape) == list(values.shape) == [pairs]:
+            shapes = f"{list(followers.shape)} and {list(values.shape)}"
+            raise HeadsError(f"{file}: followers and values have shapes {shapes}, and counts give {pairs}")
+        if pairs and int(followers.max()) >= vocab_size:
+            raise HeadsError(f"{file}: followers must be token ids below {vocab_size}")
+        if not (values.isfinite().all() and weights.isfinite().all()):
             raise HeadsError(f"{file} holds values that are not finite")
-        return found
+        tokens = torch.arange(vocab_size, dtype=torch.int32).repeat_interleave(counts.long())
+        return cls(tokens, followers, values, weights)
 
 
 def find_bigram(heads: str, *, num_heads: int, vocab_size: int) -> BigramTable | None:

@@ -7,13 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.medusa.bigram import find_bigram
+from training.bigram import count_pairs
 from training.config import TrainConfig
 from training.data import SHARD_SUFFIX, held_out, load_shards, read_shard
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "smollm2-135m" / "data"
 MADE = ROOT / "benchmarks" / "results" / "gpu-heads-nvidia-h100-80gb-hbm3.json"
+CALIBRATED = ROOT / "benchmarks" / "results" / "calibrate-smollm2-135m.json"
 IM_START, EOS, VOCAB = 1, 2, 49152  # SmolLM2's
 
 
@@ -46,6 +50,24 @@ def test_rows_are_chats_and_as_many_as_the_readme_says() -> None:
     ]
     share = sum(held_out(row.conversation) for row in rows) / len(rows)
     assert share == pytest.approx(0.05, abs=0.01)
+
+
+def test_the_shipped_pairs_are_those_of_the_answers_that_are_not_held_out() -> None:
+    found = json.loads(CALIBRATED.read_text(encoding="utf-8"))
+    rows = [row for row in load_shards([FOLDER]) if not held_out(row.conversation, found["held_out"])]
+    counted = count_pairs(rows, vocab_size=VOCAB, num_heads=4)
+    shipped = find_bigram(str(FOLDER.parent), num_heads=4, vocab_size=VOCAB)
+    assert shipped is not None
+    assert torch.equal(shipped.tokens, counted.tokens)
+    assert torch.equal(shipped.followers, counted.followers)
+    assert torch.equal(shipped.values, counted.values)
+    assert shipped.weights.tolist() == pytest.approx(found["bigram_weights"])
+    card = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert f"A table of {found['bigram_pairs']:,} pairs" in card
+    assert len(shipped.tokens) == found["bigram_pairs"]
+    at = dict(zip(found["nodes"], found["other_half_conditional"], strict=True))
+    lengths = " | ".join(f"{at[nodes]:.2f}" for nodes in (2, 4, 8, 16, 32, 64))
+    assert f"| acceptance length | {lengths} |" in card
 
 
 def test_the_shipped_heads_are_measured_on_what_they_held_out() -> None:

@@ -127,7 +127,7 @@ def test_it_lies_beside_the_heads(tmp_path: Path) -> None:
     table = random_table()
     heads = save_random_heads(tmp_path / "heads.safetensors", hidden=HIDDEN, vocab=VOCAB, heads=HEADS)
     assert find_bigram(str(heads), num_heads=HEADS, vocab_size=VOCAB) is None
-    assert table.save(tmp_path).name == BIGRAM_FILE
+    assert table.save(tmp_path, vocab_size=VOCAB).name == BIGRAM_FILE
     for place in (heads, tmp_path):
         again = find_bigram(str(place), num_heads=HEADS, vocab_size=VOCAB)
         assert again is not None
@@ -138,18 +138,22 @@ def test_it_lies_beside_the_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"values": None}, "holds followers, tokens, weights: it is no bigram table"),
+        ({"values": None}, "holds counts, followers, weights: it is no bigram table"),
         ({"weights": torch.ones(2)}, "is for 2 heads, and there are 3"),
-        ({"values": torch.zeros(299)}, r"shapes \[\[300\], \[300\], \[299\]\]"),
-        ({"tokens": torch.tensor(3)}, "have shapes"),
-        ({"tokens": torch.full((300,), VOCAB)}, "token ids from 0 to 39"),
-        ({"followers": torch.full((300,), -1)}, "token ids from 0 to 39"),
-        ({"followers": torch.zeros(300)}, "token ids from 0 to 39"),
+        ({"values": torch.zeros(299)}, r"shapes \[300\] and \[299\], and counts give 300"),
+        ({"followers": torch.tensor(3)}, "counts give 300"),
+        ({"counts": torch.ones(VOCAB).int()}, "counts give 40"),
+        ({"counts": torch.ones(VOCAB)}, "counts must be whole numbers from 0"),
+        ({"counts": torch.tensor(7)}, "is for 1 tokens, and the model has 40"),
+        ({"counts": torch.zeros(VOCAB + 1).int()}, "is for 41 tokens, and the model has 40"),
+        ({"followers": torch.full((300,), VOCAB)}, "followers must be token ids below 40"),
+        ({"followers": torch.full((300,), -1)}, "followers must be whole numbers from 0"),
+        ({"weights": torch.full((3,), float("inf"))}, "not finite"),
         ({"values": torch.full((300,), float("nan"))}, "not finite"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path, changes: dict, reason: str) -> None:
-    file = random_table().save(tmp_path)
+    file = random_table().save(tmp_path, vocab_size=VOCAB)
     tensors = load_file(file) | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
     with pytest.raises(HeadsError, match=reason):
@@ -157,7 +161,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path, changes: dict
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    file = random_table().save(tmp_path)
+    file = random_table().save(tmp_path, vocab_size=VOCAB)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(HeadsError, match="cannot read the bigram table"):
         find_bigram(str(tmp_path), num_heads=HEADS, vocab_size=VOCAB)
@@ -187,5 +191,7 @@ def test_an_engine_drafts_by_the_table_beside_its_heads_and_writes_the_same(
         assert run_all(engine, requests) == plain
         steps[name] = engine.stats.num_steps
         tokens, followers = (torch.tensor(side, dtype=torch.int32) for side in zip(*pairs, strict=True))
-        BigramTable(tokens, followers, torch.full((len(pairs),), 50.0), torch.ones(3)).save(tmp_path)
+        BigramTable(tokens, followers, torch.full((len(pairs),), 50.0), torch.ones(3)).save(
+            tmp_path, vocab_size=61
+        )
     assert steps["bigram"] < 0.8 * steps["heads alone"]
