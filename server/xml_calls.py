@@ -151,6 +151,8 @@ class XmlCall(Call):
                 self._pass_on()
 
     def _look_into(self, text: str) -> None:
+        if self._literal.ended or self._literal.failed:
+            return
         self._unread += text
         self._unread = self._unread[self._literal.feed(self._unread) :]
 
