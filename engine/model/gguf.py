@@ -16,6 +16,7 @@ import torch
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.embedded import cache_root, shortest, undo_rope_interleaving, write_json
+from engine.model.gguf_fields import checked_fields
 from engine.model.gguf_header import GgufHeader, GgufTensor, dequantized, read_header
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 
@@ -190,18 +191,20 @@ def _describe(source: Path, folder: Path) -> None:
     log.info("reading %s; its description is kept, so the next start is faster", source.name)
     try:
         header = read_header(source)
+        header = header._replace(fields=checked_fields(header.fields))
         config = _config(source, header)
         tokenizer = build_tokenizer(header.fields)
         index = _index(source, header, config)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        ends = _end_tokens(header.fields)
+        described = tokenizer_config(header.fields, config["max_position_embeddings"])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"{source} cannot be read as a GGUF model: {reason}") from error
     except OSError as error:
         raise ModelError(f"cannot read {source}: {error.strerror or error}") from error
-    fields = header.fields
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"eos_token_id": _end_tokens(fields)})
-    write_json(folder / "tokenizer_config.json", tokenizer_config(fields, config["max_position_embeddings"]))
+    write_json(folder / "generation_config.json", {"eos_token_id": ends})
+    write_json(folder / "tokenizer_config.json", described)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / GGUF_INDEX, index)
     os.chmod(folder, 0o755)  # mkdtemp's is readable to its owner only
@@ -238,7 +241,7 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
         "max_position_embeddings": own["context_length"],
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "num_attention_heads": heads,
-        "num_hidden_layers": own["block_count"],
+        "num_hidden_layers": _layer_count(own["block_count"], tensors),
         "num_key_value_heads": _same_in_all_layers(own.get("attention.head_count_kv", heads)),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
@@ -247,6 +250,12 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
         "vocab_size": tensors["token_embd.weight"].shape[0],  # some models have more rows than tokens
     }
     return config | _OF_FAMILY[arch](own, config) if arch in _OF_FAMILY else config
+
+
+def _layer_count(stated: int, tensors: Mapping[str, GgufTensor]) -> int:
+    if stated > len(tensors):  # before anything is made for each of them
+        raise ValueError(f"it names {stated} layers and has {len(tensors)} tensors")
+    return stated
 
 
 def _same_in_all_layers(heads: int | list[int]) -> int:

@@ -22,6 +22,8 @@ __all__ = ["GgufHeader", "GgufTensor", "dequantized", "read_header"]
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # the first had lengths of 32 bits, for two months of 2023
 _MAX_DIMENSIONS = 4
+_MAX_VALUES = 1 << 23  # of an array: the longest are merges, of which no known vocabulary has a million
+_MAX_STRING = 1 << 26  # bytes; the longest are chat templates
 _DEFAULT_ALIGNMENT = 32
 
 _STRING, _ARRAY = 8, 9
@@ -100,6 +102,8 @@ class _Cursor:
                 place = start + length_at(data, place)[0]
                 if place > size:
                     raise ValueError(_cut(size))
+                if place - start > _MAX_STRING:
+                    raise ValueError(f"the string at byte {start} has {place - start} bytes")
                 found.append(data[start:place].decode())
         except UnicodeDecodeError as error:
             raise ValueError(f"the string at byte {start} is not UTF-8 ({error.reason})") from error
@@ -113,6 +117,10 @@ class _Cursor:
         if kind != _ARRAY:
             return self.number(_letter(kind, key))
         kind, count = self.number(_UINT32), self.number(_UINT64)
+        if count > self.size:
+            raise ValueError(_cut(self.size))
+        if count > _MAX_VALUES:
+            raise ValueError(f"{key!r} has {count} values, and {_MAX_VALUES} are the most")
         return self.strings(count) if kind == _STRING else list(self.numbers(_letter(kind, key), count))
 
 
@@ -144,16 +152,18 @@ def _header(cursor: _Cursor) -> GgufHeader:
     alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment {alignment!r} is no power of two")
-    stated = [_tensor(cursor) for _ in range(tensor_count)]
-    start = math.ceil(cursor.place / alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
-    for name, tensor in stated:
+    for _ in range(tensor_count):
+        name, tensor = _tensor(cursor)
         if name in tensors:
             raise ValueError(f"it has the tensor {name!r} twice")
+        tensors[name] = tensor
+    start = math.ceil(cursor.place / alignment) * alignment
+    for name, tensor in tensors.items():
         if tensor.offset % alignment:
             raise ValueError(f"the tensor {name!r} does not lie at a multiple of {alignment} bytes")
-        tensors[name] = tensor = tensor._replace(offset=start + tensor.offset)
-        if (end := tensor.offset + tensor.bytes) > cursor.size:
+        placed = tensors[name] = tensor._replace(offset=start + tensor.offset)
+        if (end := placed.offset + placed.bytes) > cursor.size:
             raise ValueError(
                 f"it is cut off: it has {cursor.size} bytes, and the tensor {name!r} ends at byte {end}"
             )

@@ -1,0 +1,100 @@
+"""What a GGUF's metadata has to be for the rest to read it, key by key: files are made by many tools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["checked_fields"]
+
+
+class _Kind(NamedTuple):
+    told: str
+    holds: Callable[[Any], bool]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _all(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(holds, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_SIZE = _Kind("a whole number above 0", _is_size)
+_COUNT = _Kind("a whole number", _is_count)
+_NUMBER = _Kind("a finite number", _is_number)
+_TEXT = _Kind("a text", _is_text)
+_TEXTS = _Kind("a list of texts", _all(_is_text))
+
+_KINDS = {
+    "general.architecture": _TEXT,
+    "split.count": _COUNT,
+    "tokenizer.ggml.model": _TEXT,
+    "tokenizer.ggml.pre": _TEXT,
+    "tokenizer.ggml.tokens": _TEXTS,
+    "tokenizer.ggml.merges": _TEXTS,
+    "tokenizer.ggml.token_type": _Kind("a list of whole numbers", _all(_is_count)),
+    "tokenizer.ggml.scores": _Kind("a list of numbers", _all(lambda value: type(value) in (int, float))),
+    "tokenizer.chat_template": _TEXT,
+    "tokenizer.chat_templates": _TEXTS,
+}
+_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "unknown"))
+_PADDING = "tokenizer.ggml.padding_token_id"
+_OF_EACH_TOKEN = ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+_OF_ARCHITECTURE = {
+    **dict.fromkeys(("block_count", "context_length", "embedding_length", "feed_forward_length"), _SIZE),
+    **dict.fromkeys(("attention.head_count", "attention.key_length", "rope.dimension_count"), _SIZE),
+    "attention.head_count_kv": _Kind(
+        "a whole number above 0, or a list of these",
+        lambda value: _is_size(value) or (_all(_is_size)(value) and bool(value)),
+    ),
+    "attention.layer_norm_rms_epsilon": _NUMBER,
+    "attention.sliding_window": _COUNT,
+    "rope.freq_base": _NUMBER,
+    "rope.freq_base_swa": _NUMBER,
+    "rope.scaling.attn_factor": _NUMBER,
+    "rope.scaling.factor": _NUMBER,
+    "rope.scaling.original_context_length": _SIZE,
+    "rope.scaling.type": _TEXT,
+}
+
+
+def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata, of which what is there is what it has to be; what is missing is found by who needs it.
+
+    Without a padding token that is none, such as -1 written without a sign: nothing is padded here.
+
+    Raises:
+        ValueError: something is of another type, out of range, or not as long as the vocabulary.
+    """
+    own = f"{fields.get('general.architecture')}."
+    for key, value in fields.items():
+        kind = _KINDS.get(key) or (_OF_ARCHITECTURE.get(key[len(own) :]) if key.startswith(own) else None)
+        if kind is not None and not kind.holds(value):
+            raise ValueError(f"{key} must be {kind.told}")
+    count = len(fields.get("tokenizer.ggml.tokens", ()))
+    for key in _OF_EACH_TOKEN:
+        if key in fields and len(fields[key]) != count:
+            raise ValueError(f"{key} is of {len(fields[key])} tokens, and there are {count}")
+    for key in _TOKENS:
+        if key in fields and not _is_token(fields[key], count):
+            raise ValueError(f"{key} is none of the {count} tokens: {fields[key]!r:.40}")
+    return {key: value for key, value in fields.items() if key != _PADDING or _is_token(value, count)}
+
+
+def _is_token(value: Any, count: int) -> bool:
+    return _is_count(value) and value < count
