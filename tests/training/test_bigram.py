@@ -11,7 +11,8 @@ import torch
 from engine.medusa.bigram import Bigram, BigramTable
 from training.bigram import WEIGHTS, count_pairs, fit_weights
 from training.data import Row
-from training.evaluate import NONE, Ranks
+from training.evaluate import MISS, NONE, Ranks, rank_targets
+from training.hidden import HiddenCache
 
 VOCAB = 10
 
@@ -55,3 +56,33 @@ def test_each_head_gets_the_weight_that_ranks_the_right_tokens_best() -> None:
     assert fit_weights(bigram, ranks) == [0.4, 0.0, 1.0]
     assert bigram.weights.tolist() == pytest.approx([0.4, 0.0, 1.0])
     assert asked == pytest.approx(list(WEIGHTS))
+
+
+def test_ranks_are_among_the_guesses_that_serving_looks_at() -> None:
+    """Forty tokens, the lower the better; pairs of 5 with 31 and 35 are worth more than all logits."""
+    tokens = np.array([5, 31, 5, 35, 5, 0, 5, 1], dtype=np.int32)
+    none = np.zeros((8, 0))
+    cache = HiddenCache(
+        hidden=np.zeros((8, 1), dtype=np.float16),
+        tokens=tokens,
+        ends=np.full(8, 8),
+        row_of=np.zeros(8, dtype=np.int32),
+        top_ids=none,
+        top_log_p=none,
+        keys=np.zeros(1, dtype=np.uint64),
+    )
+    pairs = torch.tensor([31, 35, 1]).int()
+    table = BigramTable(torch.full((3,), 5).int(), pairs, torch.tensor([99.0, 99.0, 1.5]), torch.ones(1))
+    bigram = Bigram(table, None, vocab_size=40, device=torch.device("cpu"))
+    ranks = rank_targets(
+        lambda hidden: -torch.arange(40.0).expand(1, len(hidden), -1),
+        cache,
+        np.ones(1, dtype=bool),
+        torch.arange(40),
+        num_heads=1,
+        vocabulary=40,
+        dtype=torch.float32,
+        bigram=bigram,
+    )
+    # Behind 5: 31 is the last of 32 guesses and comes first, 35 is none of them, 0 comes behind 31 and 1.
+    assert ranks.ranks[:, 0].tolist() == [0, 5, MISS, 5, 2, 5, 1, NONE]

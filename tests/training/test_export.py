@@ -34,6 +34,7 @@ def ours(folder: Path, token_map: torch.Tensor | None) -> Path:
             parameter.copy_(torch.randn(parameter.shape))
     save_heads(folder / "medusa_lm_head.safetensors", heads, token_map)
     (folder / "medusa_tree.json").write_text("[[0], [1], [0, 0]]")
+    (folder / "medusa_bigram.safetensors").write_bytes(b"pairs")
     return folder
 
 
@@ -63,6 +64,7 @@ def test_heads_load_back_bit_for_bit(
     before, after = read(source), read(tmp_path / "out")
     same(before, after)
     assert (tmp_path / "out" / "medusa_tree.json").read_text() == "[[0], [1], [0, 0]]"
+    assert (tmp_path / "out" / "medusa_bigram.safetensors").read_bytes() == b"pairs"
     rows = read_lm_head(str(model)).half()
     if format == "official":
         assert after.token_map is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,16 @@ def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: b
         for index, (prompt, output) in enumerate(zip(prompts, plain.generate(requests), strict=True))
     ]
     data = write_rows(tmp_path / "data", rows, vocab)
-    result = measure(
+    calibrated = partial(
+        measure,
         str(heads),
         (data,),
         tmp_path,
         model=str(folder),
         cache_dir=tmp_path / "cache",
         share=0.5,
-        size=24,
     )
+    result = calibrated(size=24)
     assert (result["bigram_pairs"] > 0) == bigram
     assert (tmp_path / "medusa_bigram.safetensors").is_file() == bigram
     with_heads = LLM(
@@ -74,6 +76,8 @@ def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: b
     assert replayed[16] == pytest.approx(tokens / steps, abs=0.001)
     assert replayed[1] == 1.0
     assert (tmp_path / "medusa_tree.svg").is_file()
+    assert calibrated(size=2, bigram=False)["bigram"] is None
+    assert not (tmp_path / "medusa_bigram.safetensors").exists()  # the tree is not grown with what was there
 
 
 def test_calibrate_measures_on_what_training_held_out(

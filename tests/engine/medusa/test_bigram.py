@@ -52,6 +52,8 @@ def test_each_guess_is_the_best_behind_its_own_parent(
     heads, table = load_heads(file, hidden_size=HIDDEN, vocab_size=VOCAB), random_table()
     tree = Tree.from_paths([*default_tree(HEADS).prefix(30).paths, (11,), (0, 0, 3)])
     bigram = Bigram(table, heads.token_map, vocab_size=VOCAB, device=CPU)
+    kept = bigram.keys[bigram.keys >= 0]
+    assert set((kept % VOCAB).tolist()) == set(tokens)  # others are never asked for
     drafter = HeadDrafter(heads, lambda x: x, tree, vocab_size=VOCAB, device=CPU, bigram=bigram)
     root, hidden = torch.tensor([3, 17, 39, 0]), torch.randn(4, HIDDEN, generator=generator)
     known = dictionary(table)
