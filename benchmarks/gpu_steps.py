@@ -49,10 +49,11 @@ class FreeDrafter(HeadDrafter):
     """Drafts without computing anything: what is left of a step is verification."""
 
     def __init__(self, drafter: HeadDrafter) -> None:
-        self.tree, self.accepted, self._device = drafter.tree, None, drafter._device
+        self.tree, self.accepted, self._device, self._bigram = drafter.tree, None, drafter._device, None
 
-    def guess(self, root: Tensor, hidden: Tensor, nodes: int) -> Tensor:
-        return root.new_zeros(len(hidden), nodes, dtype=torch.int64, device=self._device)
+    def guess(self, root: Tensor | None, hidden: Tensor, nodes: int) -> Tensor:
+        del root
+        return torch.zeros(len(hidden), nodes, dtype=torch.int64, device=self._device)
 
 
 @contextmanager

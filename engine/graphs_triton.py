@@ -61,7 +61,10 @@ class TritonRunner(CapturedRunner):
         slots, grid = self._slots_and_grid(bucket)
         kept, nodes = self._verified(bucket), self._nodes(bucket)
         most = self._most(bucket.nodes, heads=heads).head_nodes
-        guesses = self._drafter.guess(self._root[slots], self._hidden[slots], most) if most else None
+        guesses = None
+        if most:
+            root = self._root[slots] if self._drafter.needs_root else None  # it would be a kernel for nothing
+            guesses = self._drafter.guess(root, self._hidden[slots], most)
         chain = self._lookup.tokens if self._lookup is not None else None
         prepare(self._inputs.tensor, self._carried, guesses, chain, self._pool.block_size, nodes)
 

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.medusa.bigram import BigramTable
 from tests.fake_cuda import environment
 from tests.support import save_model, save_random_heads, tiny_llama
 
@@ -290,6 +292,64 @@ def test_steps_and_passes_over_prompts_are_launched_ahead_and_never_waited_for(t
     assert int(most) >= 1
     assert int(passes) >= 3
     assert timed == "True"
+
+
+BEHIND = """
+import sys
+
+from engine.attention import triton_tuning
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.graphs import CapturedRunner
+from engine.graphs_triton import TritonRunner
+from engine.loader import load
+from engine.medusa import bigram_triton
+from engine.medusa.buckets import Buckets
+from engine.types import Request, SamplingParams
+
+# To be quick; passes over prompts are not captured.
+triton_tuning.tuned_tiles, CapturedRunner._most_prompt_tokens = lambda *_, **__: {}, lambda _: 0
+settings = {"dtype": "float32", "max_num_seqs": 2, "kv_cache_tokens": 512, "max_model_len": 64, "tree": 6}
+settings |= {"model": sys.argv[1], "heads": sys.argv[2], "lookup": "off"}
+launched = []
+follow = bigram_triton.follow
+bigram_triton.follow = lambda *args: launched.append(len(args[-1].order)) or follow(*args)
+
+
+def run(device, buckets=None):
+    engine = Engine(load(EngineConfig(device=device, **settings), progress=False), buckets=buckets)
+    for i in range(2):
+        greedy = SamplingParams(temperature=0.0, max_tokens=4 + i)
+        engine.add(Request(f"{i}", (1 + i, 2), greedy, trace=True))
+    drafts = {}
+    while engine.has_work:
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            if delta.trace is not None:
+                drafts.setdefault(delta.request_id, []).append((delta.trace.tokens, delta.trace.accepted))
+    engine.check()
+    return engine, drafts
+
+
+_, wanted = run("cpu")
+assert not launched
+engine, found = run("cuda", Buckets((2,), (1, 6), 12))
+assert isinstance(engine._runner, TritonRunner)
+assert found == wanted, (found, wanted)
+print(set(launched), sum(len(steps) for steps in wanted.values()))
+"""
+
+
+def test_captured_steps_draft_behind_the_tokens_before_as_the_cpus_do(tmp_path: Path) -> None:
+    """Drafts of a bigram, whose tables are there before a graph is captured and stay for its replays."""
+    model = tiny_llama(vocab_size=64)
+    folder, hidden = save_model(model, tmp_path / "tiny"), model.config.hidden_size
+    heads = save_random_heads(tmp_path / "heads.safetensors", hidden=hidden, vocab=64)
+    pairs = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(2))[:2000].int()
+    BigramTable(pairs // 64, pairs % 64, pairs / 4096, torch.ones(4)).save(tmp_path, vocab_size=64)
+    nodes, steps = run("-c", BEHIND, str(folder), str(heads), mode="interpret").rsplit(maxsplit=1)
+    assert nodes == "{5}"
+    assert int(steps) > 3
 
 
 DECODED = """

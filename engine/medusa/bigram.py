@@ -24,7 +24,7 @@ from engine.errors import HeadsError, WeightsError
 from engine.medusa.tree import Tree
 from engine.model.files import SafetensorsFile
 
-__all__ = ["BIGRAM_FILE", "CANDIDATES", "Bigram", "BigramTable", "Walk", "find_bigram", "follow"]
+__all__ = ["BIGRAM_FILE", "CANDIDATES", "FACTOR", "Bigram", "BigramTable", "Walk", "find_bigram", "follow"]
 
 BIGRAM_FILE = "medusa_bigram.safetensors"
 """Beside the heads, as `calibrate` leaves it."""
@@ -35,7 +35,7 @@ CANDIDATES = 32
 _WAYS = 4
 """Pairs that one bucket of the hash table holds; there are as many buckets as pairs."""
 
-_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
+FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 """2^64 over the golden ratio, as an int64: products with it are spread over their upper bits (Knuth)."""
 
 
@@ -173,7 +173,7 @@ class Bigram(nn.Module):
         return (self.values[bucket] * (self.keys[bucket] == key.unsqueeze(3))).sum(3)
 
     def _bucket(self, key: Tensor) -> Tensor:
-        return (key * _FACTOR >> 32) & self._mask
+        return (key * FACTOR >> 32) & self._mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +185,23 @@ class Walk:
             guesses that one of them takes; where each node of the level stands in [P, guesses] flattened,
             [n] int64.
         order: [nodes] int64, where each node of the tree, the root left out, stands in the levels joined.
+        table: [parents, 1 + width] int64, the same for kernels. Of each node that has children, level by
+            level: which of the tree's nodes it is, -1 for the root; then which one takes each guess behind
+            it, -1 where none does.
+        starts: [depth + 1] int64, the first row of each level in `table`, and how many rows there are.
     """
 
     levels: tuple[tuple[Tensor, int, Tensor], ...]
     order: Tensor
+    table: Tensor
+    starts: Tensor
 
     @classmethod
     def of(cls, tree: Tree, device: torch.device) -> Walk:
         """Of a tree, its tensors on `device`."""
         levels, order = [], [0] * len(tree.paths)
+        table, starts = list[list[int]](), [0]
+        index = {(): -1} | {path: node for node, path in enumerate(tree.paths)}
         above: list[tuple[int, ...]] = [()]
         count = 0
         for depth in range(1, tree.depth + 1):
@@ -203,9 +211,14 @@ class Walk:
             picks = [parents.index(path[:-1]) * width + path[-1] for path in nodes]
             levels.append((_ids([above.index(p) for p in parents], device), width, _ids(picks, device)))
             for at, path in enumerate(nodes):
-                order[tree.paths.index(path)] = count + at
+                order[index[path]] = count + at
+            table += [
+                [index[path], *(index.get((*path, rank), -1) for rank in range(tree.width))]
+                for path in parents
+            ]
+            starts.append(len(table))
             above, count = nodes, count + len(nodes)
-        return cls(tuple(levels), _ids(order, device))
+        return cls(tuple(levels), _ids(order, device), _ids(table, device), _ids(starts, device))
 
 
 def follow(logits: Tensor, token_map: Tensor | None, bigram: Bigram, root: Tensor, walk: Walk) -> Tensor:
@@ -233,5 +246,5 @@ def follow(logits: Tensor, token_map: Tensor | None, bigram: Bigram, root: Tenso
     return torch.cat(found, dim=1).index_select(1, walk.order)
 
 
-def _ids(values: list[int], device: torch.device) -> Tensor:
+def _ids(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)

@@ -135,11 +135,16 @@ class Drafter:
         topology = Topology(parents, depths, ancestors, valid.bool(), max_depth)
         return Draft(tokens, topology, None, row_of, padded=True)
 
-    def guess(self, root: Tensor, hidden: Tensor, nodes: int) -> Tensor:
-        """[B, nodes] int64: the first nodes of the heads' branch from root [B] and hidden [B, hidden]."""
+    def guess(self, root: Tensor | None, hidden: Tensor, nodes: int) -> Tensor:
+        """[B, nodes] int64: the first nodes of the heads' branch, see `HeadDrafter.guess`."""
         if self._heads is None:
             raise ValueError("nodes of the heads' branch were asked for and there are no heads")
         return self._heads.guess(root, hidden, nodes)
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether the heads' branch depends on the root, and not on the hidden state alone."""
+        return self._heads is not None and self._heads.needs_root
 
     @property
     def most_heads(self) -> int:

@@ -146,18 +146,25 @@ class HeadDrafter:
         self._prefixes: dict[int, tuple[Tree, Tensor]] = {}
         self._walks: dict[int, Walk] = {}
         self._best: Callable[[Tensor, int, Tensor, Tensor | None], Tensor] = _best_guesses
+        self._follow: Callable[[Tensor, Tensor | None, Bigram, Tensor, Walk], Tensor] = follow
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether guesses depend on the token that they come behind."""
+        return self._bigram is not None
 
     def fuse_triton(self) -> None:
         """From here on Triton kernels do what is not a product, where they can run (on CUDA)."""
-        from engine.medusa.heads_triton import add_silu, best_guesses  # only CUDA needs Triton
+        from engine.medusa import bigram_triton, heads_triton  # only CUDA needs Triton
 
-        self._best, self._heads.residual = best_guesses, add_silu
+        self._best, self._heads.residual = heads_triton.best_guesses, heads_triton.add_silu
+        self._follow = bigram_triton.follow
 
-    def guess(self, root: Tensor, hidden: Tensor, nodes: int) -> Tensor:
+    def guess(self, root: Tensor | None, hidden: Tensor, nodes: int) -> Tensor:
         """Tokens of the tree's first nodes.
 
         Args:
-            root: [B] int64, the token that they come behind; only a bigram looks at it.
+            root: [B] int64, the token that they come behind; may be None unless it is needed (`needs_root`).
             hidden: [B, hidden], the state the root was drawn from.
             nodes: how many, the root not counted.
 
@@ -166,15 +173,18 @@ class HeadDrafter:
 
         Raises:
             TreeError: the tree holds fewer.
+            ValueError: the root is needed.
         """
         tree, choices = self._prefix(nodes)
         if tree.depth == 0:
             return torch.empty(len(hidden), 0, dtype=torch.int64, device=self._device)
         logits = self._heads(hidden, self._lm_head, tree.depth)
         if self._bigram is not None:
+            if root is None:
+                raise ValueError("a bigram orders the guesses by the root, which was not given")
             if nodes not in self._walks:
                 self._walks[nodes] = Walk.of(tree, self._device)
-            return follow(logits, self._heads.token_map, self._bigram, root, self._walks[nodes])
+            return self._follow(logits, self._heads.token_map, self._bigram, root, self._walks[nodes])
         return self._best(logits, tree.width, choices, self._heads.token_map)
 
     def _prefix(self, nodes: int) -> tuple[Tree, Tensor]:

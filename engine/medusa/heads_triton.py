@@ -18,7 +18,7 @@ from engine.config import MAX_TREE_NODES
 from engine.greedy_triton import LEAST_KEY, key_of, ordered, token_of
 from engine.model.triton_kernels import activated
 
-__all__ = ["add_silu", "best_guesses"]
+__all__ = ["add_silu", "best_guesses", "best_of_parts"]
 
 _BLOCK = 512
 """Tokens that a program compares; one warp holds them, so that it need not wait for others."""
@@ -100,6 +100,24 @@ def _choose_kernel(
         tl.store(token_ptr + row * nodes + node, tl.zeros([NODES], tl.int64) + token, mask=here)
 
 
+def best_of_parts(logits: Tensor, width: int) -> Tensor:
+    """The best tokens of each part of the vocabulary, among which are the best of all.
+
+    Args:
+        logits: [heads, B, vocab], contiguous, of any floating type.
+        width: tokens of each part.
+
+    Returns:
+        [heads * B, parts, width] int64, keys in falling order (see `engine.greedy_triton.key_of`); the least
+        key where a part has fewer.
+    """
+    heads, batch, vocab = logits.shape
+    blocks = triton.cdiv(vocab, _BLOCK)
+    best = torch.empty(heads * batch, blocks, width, dtype=torch.int64, device=logits.device)
+    _best_kernel[(heads * batch, blocks)](logits, best, vocab, width, BLOCK=_BLOCK, num_warps=1)
+    return best
+
+
 def best_guesses(logits: Tensor, width: int, choices: Tensor, token_map: Tensor | None) -> Tensor:
     """The tokens that a tree takes of the heads' best guesses.
 
@@ -114,11 +132,9 @@ def best_guesses(logits: Tensor, width: int, choices: Tensor, token_map: Tensor 
     """
     heads, batch, vocab = logits.shape
     nodes = len(choices)
-    blocks = triton.cdiv(vocab, _BLOCK)
-    best = torch.empty(heads * batch, blocks, width, dtype=torch.int64, device=logits.device)
-    _best_kernel[(heads * batch, blocks)](logits, best, vocab, width, BLOCK=_BLOCK, num_warps=1)
+    best = best_of_parts(logits, width)
     tokens = torch.empty(batch, nodes, dtype=torch.int64, device=logits.device)
-    count = blocks * width
+    count = best.shape[1] * width
     block = triton.next_power_of_2(count)
     _choose_kernel[(batch, heads)](
         best,

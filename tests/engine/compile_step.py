@@ -19,9 +19,11 @@ from torch import Tensor
 from engine import greedy_triton, sampler_triton, step_triton
 from engine.cache.pool import KVPool
 from engine.greedy_triton import GreedySearch
-from engine.medusa import heads_triton
+from engine.medusa import bigram_triton, heads_triton
+from engine.medusa.bigram import Bigram, BigramTable, Walk
 from engine.medusa.heads_triton import add_silu, best_guesses
 from engine.medusa.lookup import Lookup
+from engine.medusa.tree import default_tree
 from engine.sampler_triton import TreeSampler
 from engine.sampling_slots import SamplingSlots
 from engine.step_triton import Carried, Draws, Nodes, accept, move, prepare
@@ -92,6 +94,11 @@ def call_all(case: Case, dtype: torch.dtype) -> None:
         add_silu(some(batch, hidden).expand(case.heads, -1, -1), some(case.heads, batch, hidden))
         for token_map in (None, ids(vocab)):
             best_guesses(some(case.heads, batch, vocab), case.guesses, ids(nodes - 1), token_map)
+            tokens = torch.arange(50, dtype=torch.int32)
+            pairs = BigramTable(tokens, tokens, torch.zeros(50), torch.zeros(case.heads))
+            bigram = Bigram(pairs, None, vocab_size=vocab, device=CPU)
+            walk = Walk.of(default_tree(case.heads).prefix(min(nodes, 5)), CPU)
+            bigram_triton.follow(some(case.heads, batch, vocab), token_map, bigram, ids(batch), walk)
     states, path = some(rows, hidden), ids(rows)
     for own in (lookup, None):
         packed = ids(batch, 5 + DEPTH + (2 + case.chain if own is not None else 0))
@@ -115,6 +122,8 @@ def main() -> int:
         heads_triton._add_silu_kernel,
         heads_triton._best_kernel,
         heads_triton._choose_kernel,
+        bigram_triton._merge_kernel,
+        bigram_triton._walk_kernel,
     )
     found: dict[str, Any] = {}
     for capability in [int(word) for word in sys.argv[1:]] or [90]:

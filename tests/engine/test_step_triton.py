@@ -295,7 +295,7 @@ def test_all_compile_for_hopper() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["90"]
     spilled = {name: max(form["spilled"] for form in forms) for name, forms in found.items()}
-    names = ("draw", "greedy", "prepare", "accept", "move", "best", "choose", "add_silu")
+    names = ("draw", "greedy", "prepare", "accept", "move", "best", "choose", "merge", "walk", "add_silu")
     assert spilled.keys() == {f"_{name}_kernel" for name in names}
     assert spilled.pop("_draw_kernel") <= 512
     assert all(size <= 32 for size in spilled.values())

@@ -15,6 +15,7 @@ from engine.medusa import bigram as module
 from engine.medusa.bigram import BIGRAM_FILE, CANDIDATES, Bigram, BigramTable, Walk, find_bigram
 from engine.medusa.heads import HeadDrafter
 from engine.medusa.tree import Tree, default_tree
+from tests import support
 from tests.engine.conftest import TinyModel
 from tests.support import greedy, load_heads, make_engine, run_all, save_random_heads
 
@@ -123,6 +124,13 @@ def test_a_walk_knows_where_each_node_stands() -> None:
         ([0], 2, [1]),
     ]
     assert walk.order.tolist() == [0, 3, 1, 4, 6, 2, 5]
+    assert walk.table.tolist() == [
+        [-1, 0, 2, -1, 5],
+        [0, 6, -1, 1, -1],
+        [2, 3, -1, -1, -1],
+        [1, -1, 4, -1, -1],
+    ]
+    assert walk.starts.tolist() == [0, 1, 3, 4]
 
 
 def test_it_lies_beside_the_heads(tmp_path: Path) -> None:
@@ -178,17 +186,18 @@ def test_a_tree_wider_than_the_candidates_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_engine_drafts_by_the_table_beside_its_heads_and_writes_the_same(
-    tiny: TinyModel, tmp_path: Path
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of pairs that plain decoding is known to write, nearly every draft comes true."""
+    """Of pairs that plain decoding is known to write, nearly every draft comes true, captured or not."""
     heads = save_random_heads(tmp_path / "h.safetensors", hidden=32, vocab=61, heads=3)
     prompts = [[1, 2, 3], [7, 8], [40, 5, 6, 9]]
     requests = [greedy(f"r{i}", prompt, 40) for i, prompt in enumerate(prompts)]
     plain = run_all(make_engine(tiny.folder, tree="off"), requests)
     pairs = sorted({pair for tokens in plain.values() for pair in pairwise(tokens)})
     steps = {}
-    for name in ("heads alone", "bigram"):
-        engine = make_engine(tiny.folder, heads=str(heads), tree=32, lookup="off")
+    for name in ("heads alone", "bigram", "captured"):
+        monkeypatch.setitem(support.MODE, "captured", name == "captured")
+        engine = make_engine(tiny.folder, heads=str(heads), tree=32, lookup="off", max_num_seqs=3)
         requests = [greedy(f"r{i}", prompt, 40) for i, prompt in enumerate(prompts)]
         assert run_all(engine, requests) == plain
         steps[name] = engine.stats.num_steps
@@ -196,4 +205,4 @@ def test_an_engine_drafts_by_the_table_beside_its_heads_and_writes_the_same(
         BigramTable(tokens, followers, torch.full((len(pairs),), 50.0), torch.ones(3)).save(
             tmp_path, vocab_size=61
         )
-    assert steps["bigram"] < 0.8 * steps["heads alone"]
+    assert steps["captured"] == steps["bigram"] < 0.8 * steps["heads alone"]
