@@ -93,16 +93,17 @@ class BigramTable:
         if list(counts.shape) != [vocab_size]:
             raise HeadsError(f"{file} is for {counts.numel()} tokens, and the model has {vocab_size}")
         for name, tensor in (("counts", counts), ("followers", followers)):
-            if tensor.is_floating_point() or (tensor.numel() and int(tensor.min()) < 0):
-                raise HeadsError(f"{file}: {name} must be whole numbers from 0")
+            if tensor.dtype != torch.int32 or (tensor.numel() and int(tensor.min()) < 0):
+                raise HeadsError(f"{file}: {name} must be whole numbers from 0, as int32")
         pairs = int(counts.sum())
         if not list(followers.shape) == list(values.shape) == [pairs]:
             shapes = f"{list(followers.shape)} and {list(values.shape)}"
             raise HeadsError(f"{file}: followers and values have shapes {shapes}, and counts give {pairs}")
         if pairs and int(followers.max()) >= vocab_size:
             raise HeadsError(f"{file}: followers must be token ids below {vocab_size}")
-        if not (values.isfinite().all() and weights.isfinite().all()):
-            raise HeadsError(f"{file} holds values that are not finite")
+        for tensor in (values, weights):
+            if not (tensor.is_floating_point() and tensor.float().isfinite().all()):  # as a step has them
+                raise HeadsError(f"{file} holds values that are not finite numbers of float32")
         tokens = torch.arange(vocab_size, dtype=torch.int32).repeat_interleave(counts.long())
         return cls(tokens, followers, values, weights)
 
