@@ -129,7 +129,7 @@ def python_call(index: int, function: Function, words: bool) -> list[str]:
     Args:
         index: of the function.
         function: that is called.
-        words: True, False and None are values, and not JSON's words.
+        words: True, False and None are values; JSON's words are none where nothing else may stand.
 
     Raises:
         FormError: as it says.
@@ -138,13 +138,14 @@ def python_call(index: int, function: Function, words: bool) -> list[str]:
     names: list[str] = []
     parameters = list(_parameters(index, function, re.compile(r"[^\W\d]\w{0,255}")))
     for at, parameter in enumerate(parameters):
-        schema = parameter.schema
-        kind = schema.get("type") if isinstance(schema, Mapping) else None
-        if words and kind in ("boolean", "null") and not set(schema) - _ANNOTATIONS - {"type"}:
-            value = f"({_one_of(_PYTHON_WORDS[kind])})"
-        else:
+        kinds = _free_kinds(parameter.schema, parameter.root) if words else frozenset()
+        told = [word for kind, some in _PYTHON_WORDS.items() if kind in kinds for word in some]
+        if not kinds or kinds - set(_PYTHON_WORDS):
             value = f"json_{index}_{at}"
             rules.append(f"{value}: %json {json_schema(_within(parameter), strict=function.strict)}")
+            value = f"({_one_of(told)} | {value})" if told else value
+        else:
+            value = f"({_one_of(told)})"
         if parameter.name is None:
             other = f" & ~({_one_of(names)})" if names else ""
             rules.append(f"KEY_{index}: /[a-zA-Z_][a-zA-Z0-9_]{{0,63}}/{other}")
@@ -164,6 +165,22 @@ def python_call(index: int, function: Function, words: bool) -> list[str]:
         rules.append(f"{more}{at}: ({behind}){how} {more}{at + 1}")
     rules += [f'{first}{len(parameters)}: ""', f'{more}{len(parameters)}: ""']
     return [f"arguments_{index}: {first}0", *rules]
+
+
+def _free_kinds(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+    """The JSON types of which a schema plainly admits every value; "" for what is not plain beside them."""
+    if not isinstance(schema, Mapping):
+        return frozenset(_KINDS) if schema is True else frozenset()
+    schema = resolved(schema, root)
+    said = set(schema) - _ANNOTATIONS
+    if not said:
+        return frozenset(_KINDS)
+    if said == {"anyOf"} and isinstance(parts := schema["anyOf"], list) and depth < 2:
+        found = [_free_kinds(part, root, depth + 1) for part in parts[:_MOST_LEAVES]]
+        return frozenset().union(*found, () if all(found) else {""})
+    kinds = schema.get("type", ())
+    named = frozenset(kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind in _KINDS)
+    return named if said == {"type"} else frozenset()
 
 
 @dataclass(frozen=True, slots=True)

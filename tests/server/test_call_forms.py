@@ -294,6 +294,24 @@ def test_olmos_words_are_those_of_json() -> None:
             assert let_through(name, call, schema) == ((on, no) == words)
 
 
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": ["integer", "null"]}, "None null 12"),
+        ({"anyOf": [{"$ref": "#/$defs/on"}, {"type": "null"}], "default": None}, "None True"),
+        ({"anyOf": [{"enum": [12]}, {"type": "boolean", "title": "x"}]}, "True true 12"),
+        ({}, "None null True true 12"),
+        ({"type": ["boolean", "null"], "enum": [None, 12]}, "null"),
+        ({"anyOf": [{"type": "integer"}, {"type": "boolean", "enum": [True]}]}, "true 12"),
+    ],
+)
+def test_pythons_words_may_stand_wherever_their_values_may(schema: Any, words: str) -> None:
+    """An optional argument is None to a model that writes Python, and not the text "None"."""
+    whole = {"properties": {"a": schema}, "$defs": {"on": {"type": "boolean"}}}
+    some = ("None", "null", "True", "true", "12")
+    assert [word for word in some if let_through("pythonic", f"[f(a={word})]", whole)] == words.split()
+
+
 def test_text_beside_calls_does_not_open_one_in_another_way() -> None:
     for name, opened in (
         ("qwen3_coder", "<function=f>\n<parameter=b>\nx\n</parameter>\n</function>"),
