@@ -35,6 +35,7 @@ __all__ = [
     "error_body",
     "error_response",
     "field_path",
+    "in_json_words",
     "on_http_error",
     "to_status",
 ]
@@ -162,12 +163,12 @@ async def _on_invalid_body(request: Request, error: Exception) -> ErrorResponse:
         reason = first.get("ctx", {}).get("error", "")
         message = f"The request body is not valid JSON: {reason} at character {location[-1]}."
         return ErrorResponse(error_body(400, message, code="invalid_json"), 400)
-    param, message = field_path(location), _in_json_words(first["msg"])
+    param, message = field_path(location), in_json_words(first["msg"])
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ErrorResponse(error_body(400, f"{param}: {message}", param=param, code=code), 400)
 
 
-def _in_json_words(message: str) -> str:
+def in_json_words(message: str) -> str:
     """What pydantic says of a value, in the words of who sent it."""
     message = re.sub(r"^(Input|Value|List|String|Dictionary) should ", "must ", message)
     for python, json_word in _JSON_WORDS.items():

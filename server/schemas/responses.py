@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from engine.errors import RequestError
 from engine.sampling_params import MAX_LOGPROBS
-from server.errors import UNSEEN, UnsupportedFieldError, field_path
+from server.errors import UNSEEN, UnsupportedFieldError, field_path, in_json_words
 from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, SamplingBody, without_unsupported
 from server.schemas.chat import ChatRequest, Metadata
 from server.schemas.response_items import InputItem, as_messages, full_name, goes_on, plain_items
@@ -428,8 +428,10 @@ class ResponsesRequest(SamplingBody):
             return ChatRequest.model_validate(body)
         except ValidationError as invalid:  # what only shows when items are put together
             first = invalid.errors()[0]
-            place = field_path(first["loc"])
-            raise RequestError(f"{place}: {first['msg']}", param=place) from invalid
+            place, reason = field_path(first["loc"]), in_json_words(first["msg"])
+            if place == "messages":  # of which there are fewer than items
+                reason = reason.replace("item", "message")
+            raise RequestError(f"{place}: {reason}", param=place) from invalid
 
 
 _SAME = (

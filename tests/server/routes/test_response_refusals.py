@@ -107,6 +107,10 @@ def test_errors_by_the_names_of_this_api(hello: RunningServer) -> None:
     long = error_of(post(hello, max_output_tokens=10**6), 400)
     assert (long["code"], long["param"]) == ("context_length_exceeded", "input")
     assert "max_output_tokens 1000000" in long["message"]
+    many = error_of(post(hello, input=[{"role": "user", "content": "x"}] * 2049), 400)
+    assert (many["param"], many["message"]) == ("input", "input: must have at most 2048 messages, not 2049")
+    none = error_of(post(hello, input=[{"type": "reasoning", "summary": []}]), 400)
+    assert none["message"] == "input: must have at least 1 message, not 0"
     assert error_of(post(hello, model="other"), 404)["code"] == "model_not_found"
     missing = error_of(hello.http.post("/v1/responses", json={"model": MODEL}), 400)
     assert (missing["code"], missing["param"]) == ("missing_required_parameter", "input")
