@@ -24,7 +24,17 @@ from engine.errors import HeadsError, WeightsError
 from engine.medusa.tree import Tree
 from engine.model.files import SafetensorsFile
 
-__all__ = ["BIGRAM_FILE", "CANDIDATES", "FACTOR", "Bigram", "BigramTable", "Walk", "find_bigram", "follow"]
+__all__ = [
+    "BIGRAM_FILE",
+    "CANDIDATES",
+    "FACTOR",
+    "Bigram",
+    "BigramTable",
+    "Walk",
+    "candidates",
+    "find_bigram",
+    "follow",
+]
 
 BIGRAM_FILE = "medusa_bigram.safetensors"
 """Beside the heads, as `calibrate` leaves it."""
@@ -222,6 +232,16 @@ class Walk:
         return cls(tuple(levels), _ids(order, device), _ids(table, device), _ids(starts, device))
 
 
+def candidates(logits: Tensor, token_map: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each head's best tokens of logits [heads, B, draft_vocab], the best first.
+
+    Returns:
+        The tokens [heads, B, C] int64 and their logits; C is `CANDIDATES`, or draft_vocab where that is less.
+    """
+    best = logits.topk(min(CANDIDATES, logits.shape[2]), dim=-1)
+    return best.indices if token_map is None else token_map[best.indices], best.values
+
+
 def follow(logits: Tensor, token_map: Tensor | None, bigram: Bigram, root: Tensor, walk: Walk) -> Tensor:
     """The guesses that a tree takes, each in its order behind the token before it.
 
@@ -234,15 +254,13 @@ def follow(logits: Tensor, token_map: Tensor | None, bigram: Bigram, root: Tenso
     Returns:
         [B, nodes] int64.
     """
-    best = logits.topk(min(CANDIDATES, logits.shape[2]), dim=-1)
-    candidates = best.indices if token_map is None else token_map[best.indices]
+    tokens, values = candidates(logits, token_map)
     before, found = root.unsqueeze(1), []
     for depth, (parents, width, picks) in enumerate(walk.levels):
-        tokens = candidates[depth]
-        worth = bigram(before.index_select(1, parents), tokens)
-        scores = worth.mul_(bigram.weights[depth]).add_(best.values[depth].unsqueeze(1))
+        worth = bigram(before.index_select(1, parents), tokens[depth])
+        scores = worth.mul_(bigram.weights[depth]).add_(values[depth].unsqueeze(1))
         places = scores.topk(width, dim=-1).indices.flatten(1).index_select(1, picks)
-        before = tokens.gather(1, places)
+        before = tokens[depth].gather(1, places)
         found.append(before)
     return torch.cat(found, dim=1).index_select(1, walk.order)
 

@@ -147,6 +147,10 @@ class HeadDrafter:
         self._walks: dict[int, Walk] = {}
         self._best: Callable[[Tensor, int, Tensor, Tensor | None], Tensor] = _best_guesses
         self._follow: Callable[[Tensor, Tensor | None, Bigram, Tensor, Walk], Tensor] = follow
+        if bigram is not None and device.type == "cpu":
+            from engine.medusa import bigram_cpu  # compiled when it is imported
+
+            self._follow = bigram_cpu.follow
 
     @property
     def needs_root(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import HeadsError, TreeError
-from engine.medusa import bigram as module
+from engine.medusa import bigram as module, bigram_cpu
 from engine.medusa.bigram import BIGRAM_FILE, CANDIDATES, Bigram, BigramTable, Walk, find_bigram
 from engine.medusa.heads import HeadDrafter
 from engine.medusa.tree import Tree, default_tree
@@ -36,10 +38,11 @@ def dictionary(table: BigramTable) -> dict[tuple[int, int], float]:
     return dict(zip(pairs, table.values.tolist(), strict=True))
 
 
+@pytest.mark.parametrize("follow", [module.follow, bigram_cpu.follow])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("candidates", [CANDIDATES, 12])
 def test_each_guess_is_the_best_behind_its_own_parent(
-    tmp_path: Path, mapped: bool, candidates: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, follow: Any, mapped: bool, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CANDIDATES", candidates)
     file = save_random_heads(tmp_path / "h.safetensors", hidden=HIDDEN, vocab=VOCAB, heads=HEADS)
@@ -56,6 +59,8 @@ def test_each_guess_is_the_best_behind_its_own_parent(
     kept = bigram.keys[bigram.keys >= 0]
     assert set((kept % VOCAB).tolist()) == set(tokens)  # others are never asked for
     drafter = HeadDrafter(heads, lambda x: x, tree, vocab_size=VOCAB, device=CPU, bigram=bigram)
+    assert drafter._follow is bigram_cpu.follow
+    drafter._follow = follow
     root, hidden = torch.tensor([3, 17, 39, 0]), torch.randn(4, HIDDEN, generator=generator)
     known = dictionary(table)
 
@@ -131,6 +136,54 @@ def test_a_walk_knows_where_each_node_stands() -> None:
         [1, -1, 4, -1, -1],
     ]
     assert walk.starts.tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpus_kernel_is_torchs_operators(dtype: torch.dtype) -> None:
+    """For every prefix of a tree whose levels skip ranks; the pairs of a bucket in any of its places."""
+    paths = [
+        (0,),
+        (0, 2),
+        (1,),
+        (1, 0),
+        (0, 2, 1),
+        (3,),
+        (0, 0),
+        (3, 31),
+        (0, 0, 0),
+        (5,),
+        (5, 1),
+        (3, 31, 9),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.stack([torch.randperm(VOCAB, generator=generator) for _ in range(2 * HEADS)])
+    logits = (logits / 8).view(HEADS, 2, VOCAB).to(dtype)
+    values = 40 * torch.rand(1500, generator=generator)  # which tell sums apart
+    table = replace(random_table(1500), values=values)
+    bigram = Bigram(table, None, vocab_size=VOCAB, device=CPU)
+    places = (torch.arange(4) + torch.arange(len(bigram.keys)).unsqueeze(1)) % 4
+    bigram.keys, bigram.values = (tensor.gather(1, places) for tensor in (bigram.keys, bigram.values))
+    for size in range(2, len(paths) + 2):
+        walk = Walk.of(Tree.from_paths(paths).prefix(size), CPU)
+        given = logits[: len(walk.levels)], None, bigram, torch.tensor([3, 39]), walk
+        assert torch.equal(bigram_cpu.follow(*given), module.follow(*given)), size
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 5])
+def test_any_value_gives_each_node_a_token_and_of_equals_the_first_comes_first(vocab: int) -> None:
+    logits = torch.zeros(2, 4, vocab)
+    logits[:, 1], logits[:, 2, ::2], logits[:, 3] = float("-inf"), float("nan"), float("inf")
+    tree = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (4,), (4, 3)])
+    pairs = torch.tensor([[0, 1], [1, 3]], dtype=torch.int32)
+    bigram = Bigram(BigramTable(*pairs, torch.ones(2), torch.ones(2)), None, vocab_size=vocab, device=CPU)
+    walk = Walk.of(tree, CPU)
+    found = bigram_cpu.follow(logits, None, bigram, torch.zeros(4, dtype=torch.int64), walk)
+    best = logits[0, 0].topk(min(CANDIDATES, vocab)).indices.tolist()
+    behind = [[t, *(other for other in best if other != t)] for t in (1, 3)]  # 0 comes 1, and behind that 3
+    assert found[0, :5].tolist() == [*behind[0][:3], *behind[1][:2]]
+    assert ((found >= 0) & (found < vocab)).all()
+    for siblings in ([0, 1, 2, 5], [3, 4]):
+        assert all(len(set(row)) == len(siblings) for row in found[:, siblings].tolist())
 
 
 def test_it_lies_beside_the_heads(tmp_path: Path) -> None:
