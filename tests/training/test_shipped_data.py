@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ import torch
 from engine.medusa.bigram import find_bigram
 from training.bigram import count_pairs
 from training.config import TrainConfig
-from training.data import SHARD_SUFFIX, held_out, load_shards, read_shard
+from training.data import SHARD_SUFFIX, Row, held_out, load_shards, read_shard
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "smollm2-135m" / "data"
 MADE = ROOT / "benchmarks" / "results" / "gpu-heads-nvidia-h100-80gb-hbm3.json"
 CALIBRATED = ROOT / "benchmarks" / "results" / "calibrate-smollm2-135m.json"
 IM_START, EOS, VOCAB = 1, 2, 49152  # SmolLM2's
+
+
+@cache
+def shipped_rows() -> list[Row]:
+    return load_shards([FOLDER])
 
 
 def test_shards_are_small_and_of_one_model() -> None:
@@ -30,7 +36,7 @@ def test_shards_are_small_and_of_one_model() -> None:
 
 
 def test_rows_are_chats_and_as_many_as_the_readme_says() -> None:
-    rows = load_shards([FOLDER])
+    rows = shipped_rows()
     for row in rows:
         assert row.prompt[0] == IM_START
         assert 0 < len(row.answer) <= 256
@@ -54,7 +60,7 @@ def test_rows_are_chats_and_as_many_as_the_readme_says() -> None:
 
 def test_the_shipped_pairs_are_those_of_the_answers_that_are_not_held_out() -> None:
     found = json.loads(CALIBRATED.read_text(encoding="utf-8"))
-    rows = [row for row in load_shards([FOLDER]) if not held_out(row.conversation, found["held_out"])]
+    rows = [row for row in shipped_rows() if not held_out(row.conversation, found["held_out"])]
     counted = count_pairs(rows, vocab_size=VOCAB, num_heads=4)
     shipped = find_bigram(str(FOLDER.parent), num_heads=4, vocab_size=VOCAB)
     assert shipped is not None
@@ -74,7 +80,7 @@ def test_the_shipped_heads_are_measured_on_what_they_held_out() -> None:
     """The model card, the data's README, the run that made the heads and its answers agree."""
     parts = json.loads(MADE.read_text(encoding="utf-8"))["parts"]
     share = parts["train"]["settings"]["held_out"]
-    rows = [row for row in load_shards([FOLDER]) if held_out(row.conversation, share)]
+    rows = [row for row in shipped_rows() if held_out(row.conversation, share)]
     tokens = sum(len(row.answer) for row in rows)
     measured = parts["calibrate"]["new"]
     assert (measured["held_out_answers"], measured["held_out_tokens"]) == (len(rows), tokens)
