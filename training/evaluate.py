@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.medusa.bigram import CANDIDATES, Bigram
+from engine.medusa.bigram import Bigram, candidates
 from engine.medusa.tree import Tree
 from training.hidden import HiddenCache
 from training.objective import CHUNK_BYTES
@@ -112,7 +112,7 @@ def rank_targets(
         if bigram is None:
             rank = (logits > right).sum(2).clamp(max=MISS - 1)
         else:
-            rank = _reordered(logits, mapped, batch.previous.to(rows.device), token_of, bigram)
+            rank = _reordered(logits, targets, batch.previous.to(rows.device), token_of, bigram)
         rank = torch.where(targets < 0, NONE, torch.where(mapped < 0, MISS, rank))
         found.append(rank.T.to(torch.int16).cpu())
         loss = torch.where(mapped >= 0, logits.logsumexp(2) - right.squeeze(2), 0.0)
@@ -124,12 +124,11 @@ def rank_targets(
 
 
 def _reordered(logits: Tensor, right: Tensor, previous: Tensor, token_of: Tensor, bigram: Bigram) -> Tensor:
-    """[heads, T] int64: ranks of the columns `right` [heads, T] behind tokens `previous` [heads, T]."""
-    best = logits.topk(min(CANDIDATES, logits.shape[2]))
-    tokens = token_of[best.indices]
-    worth = bigram(previous.reshape(-1, 1), tokens.flatten(0, 1)).view_as(best.values)
-    scores = best.values + bigram.weights.view(-1, 1, 1) * worth
-    own = best.indices == right.unsqueeze(2)
+    """[heads, T] int64: ranks of the tokens `right` [heads, T] behind tokens `previous` [heads, T]."""
+    tokens, values = candidates(logits, token_of)
+    worth = bigram(previous.reshape(-1, 1), tokens.flatten(0, 1)).view_as(values)
+    scores = values + bigram.weights.view(-1, 1, 1) * worth
+    own = tokens == right.unsqueeze(2)
     least = scores.masked_fill(~own, -torch.inf).amax(2, keepdim=True)
     return torch.where(own.any(2), (scores > least).sum(2), MISS)
 

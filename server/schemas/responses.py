@@ -15,7 +15,7 @@ from server.schemas.base import UNSUPPORTED_EVERYWHERE, Body, SamplingBody, with
 from server.schemas.chat import ChatRequest, Metadata
 from server.schemas.response_items import InputItem, as_messages, full_name, goes_on, plain_items
 from server.schemas.structured import StructuredOutputs
-from server.schemas.tools import MAX_TOOLS, FunctionName, Part
+from server.schemas.tools import MAX_TOOLS, FunctionDefinition, FunctionName, Part
 
 __all__ = ["ENCRYPTED", "LOGPROBS", "ResponsesRequest"]
 
@@ -40,8 +40,8 @@ _Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS, fa
 Input = Annotated[_Items, BeforeValidator(_input, json_schema_input_type=str | _Items)]
 
 
-class FunctionTool(Part):
-    """A function that the model may call."""
+class FunctionTool(FunctionDefinition):
+    """A function that the model may call, with what a chat completion's tool has around it."""
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "allowed_callers": (["direct"],),
@@ -51,14 +51,6 @@ class FunctionTool(Part):
     }
 
     type: Literal["function"]
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        None, description="JSON schema of an object; none: no arguments."
-    )
-    strict: bool | None = Field(
-        None, description="The arguments follow the schema, also where the model may choose not to call."
-    )
 
     def as_told(self) -> dict[str, Any]:
         """The tool as answers repeat it."""
