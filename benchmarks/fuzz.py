@@ -15,6 +15,7 @@ import argparse
 import copy
 import io
 import json
+import logging
 import sys
 import threading
 import time
@@ -424,6 +425,8 @@ def _serving(engine: EngineClient, text: Any, defaults: Any) -> Iterator[str]:
     from server.logs import configure_logging
     from server.settings import Settings
 
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     configure_logging("error", "json", io.StringIO())  # a line per case would bury the result
     app = create_app(engine, text, Settings(served_model_name=MODEL, drain_timeout=0.0), defaults)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
@@ -439,6 +442,7 @@ def _serving(engine: EngineClient, text: Any, defaults: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(30)
+        root.handlers[:], root.level = handlers, level
 
 
 def main() -> int:

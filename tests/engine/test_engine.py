@@ -54,7 +54,9 @@ def prompts(count: int, vocab: int, longest: int) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def check_greedy(model: TinyModel, engine: Engine, arrive_every: int, again: int = 12) -> None:
+def check_greedy(
+    model: TinyModel, engine: Engine, arrive_every: int, counts: tuple[int, int] = (16, 5)
+) -> None:
     """Ten prompts, half of them sharing a beginning, and the same again now that prefixes are known.
 
     Then to a few tokens: those of long after a prefix do not know where its K/V came from.
@@ -62,7 +64,7 @@ def check_greedy(model: TinyModel, engine: Engine, arrive_every: int, again: int
     asked = prompts(10, model.reference.config.vocab_size, 90)
     asked[5:] = [asked[0][:40] + prompt for prompt in asked[5:]]
     asked = [prompt[:90] for prompt in asked]
-    for count in (30, again):
+    for count in counts:
         requests = [greedy(f"r{i}", prompt, count) for i, prompt in enumerate(asked)]
         outputs = run_all(engine, requests, arrive_every=arrive_every)
         for i, prompt in enumerate(asked):
@@ -100,7 +102,7 @@ def test_greedy_with_lookup_alone_is_transformers_greedy(
         engine = make_engine(model.folder, **settings)
         check_greedy(model, engine, arrive_every)
         # What auto takes hangs on the machine, which may be busy: see the next test.
-        assert settings["tree"] == "auto" or engine.stats.accepted_by_source["lookup"] > 50
+        assert settings["tree"] == "auto" or engine.stats.accepted_by_source["lookup"] > 20
         assert engine.stats.accepted_by_source["head"] == 0
 
 
@@ -128,7 +130,7 @@ def test_auto_takes_the_chains_that_pay(
     """The same text whatever a node costs, and the fewer nodes the more it does."""
     monkeypatch.setattr("engine.runners.measure", lambda *_runner, **_bounds: Unchanging(node_s))
     engine = make_engine(narrow.folder, tree="auto")
-    check_greedy(narrow, engine, 2, again=30)
+    check_greedy(narrow, engine, 2, (30, 30))
     assert least <= engine.stats.accepted_by_source["lookup"] <= most
 
 

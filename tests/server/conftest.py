@@ -210,16 +210,26 @@ def hello() -> Iterator[RunningServer]:
         yield server
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quiet_logs() -> None:
-    configure_logging("error", "json", io.StringIO())
+@contextlib.contextmanager
+def _logs_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quiet_logs() -> Iterator[None]:
+    """Of these tests alone: others, which a process runs after them, look for warnings."""
+    with _logs_as_before():
+        configure_logging("error", "json", io.StringIO())
+        yield
 
 
 @pytest.fixture
 def log_lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """The JSON log lines written so far."""
-    root, stream = logging.getLogger(), io.StringIO()
-    handlers, level = root.handlers[:], root.level
-    configure_logging("info", "json", stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    root.handlers[:], root.level = handlers, level
+    stream = io.StringIO()
+    with _logs_as_before():
+        configure_logging("info", "json", stream)
+        yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import cache
 from typing import Any, get_args
 
 import pytest
 from llguidance.hf import from_tokenizer
 from tokenizers import AddedToken, decoders
 
-from engine.grammar import GrammarCompiler, GrammarSpec
+from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.text import TextProcessor
 from server.json_calls import DEEPSEEK_MARKS, DeepSeekCall
 from server.python_calls import PythonCall
@@ -114,9 +115,20 @@ def in_deepseeks(form: ToolFormat, call: dict[str, Any]) -> str:
     return f"{opens}function{parts}{name}\n```json\n{arguments}\n```{closes}"
 
 
+@cache
+def compiler(text: TextProcessor) -> GrammarCompiler:
+    return GrammarCompiler(text.tokenizer, [EOS_ID])
+
+
+@cache
+def compiled(text: TextProcessor, spec: GrammarSpec) -> Grammar:
+    """Once for all the answers that are held against it, as a server keeps it for its requests."""
+    return compiler(text).compile(spec)
+
+
 def follows(spec: GrammarSpec, answer: str, text: TextProcessor = TEXT, *, by_letters: bool = False) -> bool:
     """Whether this may be a whole answer, in the text's tokens or in those of `TEXT`, which it has too."""
-    state = GrammarCompiler(text.tokenizer, [EOS_ID]).compile(spec).start()
+    state = compiled(text, spec).start()
     tokens = (TEXT if by_letters else text).encode(answer, add_special_tokens=False)
     return all(map(state.advance, tokens)) and (state.ended or state.advance(EOS_ID))
 

@@ -176,21 +176,21 @@ class World:
         self.lost += rate * seconds - brought if tried else 0.0
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_table_that_was_wrong_is_found_out(error: str, batch: int) -> None:
     world = World(True, ERRORS[error], 0.3)
-    world.run(batch, 2000)
-    assert world.run(batch, 500) > 0.95
+    world.run(batch, 1500)
+    assert world.run(batch, 400) > 0.95
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("batch", [4, 64])
 @pytest.mark.parametrize("error", ["plain dear", "plain cheap", "middle dear", "large cheap"])
 def test_so_it_is_where_a_step_takes_longer_after_one_of_another_size(error: str, batch: int) -> None:
     """And where the largest trees were never measured."""
     world = World(False, ERRORS[error], 0.6, lingers=0.15)
-    world.run(batch, 3000)
-    assert world.run(batch, 500) > 0.95
+    world.run(batch, 2500)
+    assert world.run(batch, 400) > 0.95
 
 
 @pytest.mark.parametrize("hiccups", [0.0, 0.02])
@@ -198,10 +198,10 @@ def test_so_it_is_where_a_step_takes_longer_after_one_of_another_size(error: str
 def test_a_right_table_costs_next_to_nothing_to_doubt(captured: bool, hiccups: float) -> None:
     """Also with heads that are no good, which plain decoding must not pay for."""
     shares = []
-    for batch, rank_hit in itertools.product((1, 4, 16, 64), (0.0, 0.3, 0.6)):
+    for batch, rank_hit in itertools.product((1, 16, 64), (0.0, 0.3, 0.6)):
         lingers = 0.0 if captured else 0.15
         world = World(captured, lambda _nodes: 1.0, rank_hit, lingers=lingers, hiccups=hiccups)
-        shares.append(world.run(batch, 2000))
+        shares.append(world.run(batch, 1500))
         assert world.lost < 0.004, (batch, rank_hit)
         if rank_hit == 0.0:
             assert shares[-1] > 0.98, batch
