@@ -1,5 +1,8 @@
-"""Random requests that come, fail, are aborted and end while steps and passes over prompts are under way: each
-text is that of plain steps where nothing of that happens, and at every step the books say what is under way."""
+"""Random requests that come, fail, are aborted and end while steps and passes over prompts are under way.
+
+Each text is that of plain steps where nothing of that happens, and at every step the books say what is under
+way.
+"""
 
 from __future__ import annotations
 
@@ -207,10 +210,7 @@ def test_each_text_is_that_of_its_request_in_calm(
         deltas, name = found[key], key[0]
         if (reason := deltas[-1].finish_reason) in (FinishReason.ABORT, FinishReason.ERROR):
             assert (
-                reason is FinishReason.ABORT
-                or POISONED in name
-                or BROKEN in name
-                or name in Failing.failed
+                reason is FinishReason.ABORT or POISONED in name or BROKEN in name or name in Failing.failed
             )
             tokens = [token for delta in deltas for token in delta.token_ids]
             assert tokens == shown(wanted)[0][: len(tokens)]
