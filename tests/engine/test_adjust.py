@@ -21,7 +21,7 @@ def adjust(
     return row[0].tolist()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps(temperatures=(0.0,)))
 def test_every_node_is_adjusted_given_its_own_path(step: Step) -> None:
     """Greedy, so that a draw shows the best adjusted logit; test_sampler.py has the sampled rows."""
@@ -44,7 +44,7 @@ def test_every_node_is_adjusted_given_its_own_path(step: Step) -> None:
                 assert not targets.matched[b, node]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps())
 def test_adjusted_rows_equal_the_naive_ones(step: Step) -> None:
     rows = step.slots.rows(slot_ids(*step.sequences), step.sequences)

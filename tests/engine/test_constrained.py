@@ -86,13 +86,13 @@ def greedy_reference(model: TinyModel, prompt: tuple[int, ...], grammar: Grammar
 
 
 def test_greedy_is_transformers_with_masked_logits(narrow: TinyModel, every: dict[str, Engine]) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=40)
+    params = SamplingParams(temperature=0.0, max_tokens=30)
     requests = [ask(f"r{i}", i, params, pattern) for i, pattern in enumerate(PATTERNS)]
     others = [ask(f"free{i}", i, params, None) for i in range(4)]
     free = run_all(make_engine(narrow.folder, tree="off"), others)
     requests += others
     wanted = {
-        (f"r{i}", 0): greedy_reference(narrow, PROMPTS[i], regex(pattern), 40)
+        (f"r{i}", 0): greedy_reference(narrow, PROMPTS[i], regex(pattern), 30)
         for i, pattern in enumerate(PATTERNS)
     }
     assert len({tuple(tokens) for tokens in wanted.values()}) == len(PATTERNS)
@@ -116,7 +116,7 @@ def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
     ]
     medusa = MedusaParams(Acceptance.TYPICAL if typical else Acceptance.EXACT)
     requests = [
-        ask(f"r{i}", i, SamplingParams(seed=i, max_tokens=40, **feature), PATTERNS[i], medusa=medusa)
+        ask(f"r{i}", i, SamplingParams(seed=i, max_tokens=30, **feature), PATTERNS[i], medusa=medusa)
         for i, feature in enumerate(features)
     ]
     alone = {
@@ -131,7 +131,7 @@ def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
         for (request_id, _), tokens in found.items():
             state = regex(PATTERNS[int(request_id[1])]).start()
             assert all(state.advance(token) for token in tokens)
-            assert state.ended or len(tokens) == 40
+            assert state.ended or len(tokens) == 30
             if state.ended:
                 assert re.fullmatch(PATTERNS[int(request_id[1])], text_of(tokens))
     assert len({tuple(tokens) for (name, _), tokens in alone.items() if name == "r3"}) == 3
@@ -139,7 +139,7 @@ def test_draws_follow_the_grammar_and_are_the_same_whatever_the_tree(
 
 def test_an_answer_ends_where_nothing_can_follow_and_says_stop(every: dict[str, Engine]) -> None:
     for name, engine in every.items():
-        params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
         *_, last = deltas_of(engine, ask("r", 1, params, "abcabcabcabc"))
         assert last.finish_reason is FinishReason.STOP, name
         found = run_all(engine, [ask("r", 1, params, "abcabcabcabc")])
@@ -148,7 +148,7 @@ def test_an_answer_ends_where_nothing_can_follow_and_says_stop(every: dict[str, 
 
 def test_what_ends_an_answer_comes_only_where_it_is_whole(every: dict[str, Engine]) -> None:
     """END is likely everywhere, and not let through before 5 letters."""
-    params = SamplingParams(temperature=0.0, max_tokens=40, logit_bias=((END, 50.0),))
+    params = SamplingParams(temperature=0.0, max_tokens=30, logit_bias=((END, 50.0),))
     for name, engine in every.items():
         tokens = run_all(engine, [ask("r", 2, params, "[a-h]{5,9}")])["r", 0]
         assert tokens[-1] == END, name
@@ -327,7 +327,7 @@ def test_engine_keeps_going_when_a_grammar_request_is_aborted(narrow: TinyModel)
 
 def test_what_a_grammar_forces_is_drafted_and_taken(narrow: TinyModel) -> None:
     """Lookup alone, whose history holds none of it."""
-    params = SamplingParams(temperature=0.0, max_tokens=40)
+    params = SamplingParams(temperature=0.0, max_tokens=30)
     grammar = "(aaaabbbbccccdddd|hhhhaaaabbbbcccc)(eeeeffff|gggg)"
     wanted = run_all(make_engine(narrow.folder, tree="off"), [ask("r", 1, params, grammar)])
     engine = make_engine(narrow.folder, tree=9)

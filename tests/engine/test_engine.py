@@ -187,7 +187,7 @@ def pair_counts(engine: Engine, draws: int) -> np.ndarray:
     counts = np.zeros((12, 12))
     for start in range(0, draws, 32):
         requests = [
-            Request(f"{start + i}", (1, 2, 3), SamplingParams(temperature=1.5, seed=start + i, max_tokens=6))
+            Request(f"{start + i}", (1, 2, 3), SamplingParams(temperature=1.5, seed=start + i, max_tokens=5))
             for i in range(32)
         ]
         for tokens in run_all(engine, requests).values():
@@ -221,7 +221,7 @@ def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
 
 def test_exact_acceptance_keeps_the_models_distribution(narrow: TinyModel) -> None:
     engine = make_engine(narrow.folder, tree=16, heads=str(narrow.heads), max_num_seqs=32)
-    counts = pair_counts(engine, 2400)
+    counts = pair_counts(engine, 1600)
     assert engine.stats.acceptance_length > 1.2, "the tree is to have a say in the draws"
     assert p_value(counts, model_pairs(narrow)) > 1e-3
 

@@ -69,7 +69,7 @@ def test_features_give_one_text_whatever_the_tree_and_the_batch(
         )
         for i, feature in enumerate(FEATURES)
     ]
-    plain = engines(narrow)["off"]
+    plain = make_engine(narrow.folder, tree="off")
     alone = {key: tokens for request in requests for key, tokens in run_all(plain, [request]).items()}
     assert len({tuple(tokens) for tokens in alone.values()}) == len(FEATURES)
     for name, engine in engines(narrow).items():

@@ -84,7 +84,7 @@ def test_a_nucleus_wider_than_the_candidates_is_sorted_out() -> None:
     """A flat row of 2,000 tokens: its 0.9 nucleus holds about 1,800, far more than are looked at first."""
     logits = torch.linspace(0, 0.01, 2000)
     expected = kept(logits.numpy(), 1.0, 0, 0.9, 0.0) > 0
-    drawn = draw(logits.expand(20_000, -1), rows(20_000, top_p=0.9))
+    drawn = draw(logits.expand(8_000, -1), rows(8_000, top_p=0.9))
     assert expected[drawn.numpy()].all()
     assert len(set(drawn.tolist())) > 1700
 
@@ -172,7 +172,7 @@ def test_every_draw_lands_on_a_possible_token() -> None:
     assert set(draw(logits, rows(4096)).tolist()) == {7, 9}
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps())
 def test_a_reached_node_draws_what_plain_decoding_would_draw_alone(step: Step) -> None:
     """Exact rows, every feature: the node's path is emitted by a sequence alone in other slots."""
@@ -205,7 +205,7 @@ def test_a_reached_node_draws_what_plain_decoding_would_draw_alone(step: Step) -
             assert targets.matched[b].tolist() == reached
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps(medusas=(MedusaParams(), *TYPICAL)))
 def test_typical_acceptance_beside_exact_rows(step: Step) -> None:
     """Against the criterion in float64, and against the longest path of the largest summed log p."""
@@ -254,7 +254,7 @@ def in_order(step: Step) -> Tensor:
     return step.logits[step.row_of].flatten(0, 1)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps(medusas=(MedusaParams(), *TYPICAL)))
 def test_all_nodes_at_once_are_accepted_as_those_that_are_reached(step: Step) -> None:
     """`verify_all` with every feature on, whoever asked, against `verify`."""
@@ -321,7 +321,7 @@ def test_no_draw_copies_more_rows_than_what_was_measured(nodes: int, monkeypatch
     assert torch.equal(found.tokens[:, 0], wanted.tokens[:, 0])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps(temperatures=(0.8, 1.3)))
 def test_a_node_whose_nucleus_is_wider_than_the_candidates_ends_the_path(step: Step) -> None:
     """Two candidates: the accepted run may be shorter, what it holds is the same."""

@@ -38,7 +38,7 @@ def same(left: tuple[list[object], Tensor], right: tuple[list[object], Tensor]) 
     return left[0] == right[0] and torch.equal(left[1], right[1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_readmission_equals_having_followed_every_step(data: st.DataObject) -> None:
     """Two sequences advance in one batch by up to K tokens a step, with rubbish past what was emitted."""
@@ -68,7 +68,7 @@ def test_readmission_equals_having_followed_every_step(data: st.DataObject) -> N
         assert left[0][6] == len(outputs[row])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_slot_remembers_nothing_of_its_earlier_owners(data: st.DataObject) -> None:
     """Owners follow each other in one slot, an active neighbour keeps every table in use."""

@@ -130,7 +130,7 @@ FEW = pieces(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(cuts(IDS), IDS, st.booleans())
 def test_pushes_joined_are_the_decoded_output(pushes: list[list[int]], prompt: list[int], skip: bool) -> None:
     expected = smol().tokenizer.decode(flat(pushes), skip_special_tokens=skip)
@@ -138,7 +138,7 @@ def test_pushes_joined_are_the_decoded_output(pushes: list[list[int]], prompt: l
         assert stream(processor, prompt, pushes, skip=skip) == (expected, len(flat(pushes)), None)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(cuts(st.lists(st.integers(100, 235), min_size=40, max_size=150)))
 def test_bytes_that_are_no_utf8_survive_the_window(pushes: list[list[int]]) -> None:
     ids = [[EOS if index == 235 else byte_ids()[index] for index in push] for push in pushes]
@@ -155,7 +155,7 @@ def stops_of(draw: st.DrawFn, whole: str) -> list[str]:
     return draw(st.lists(kinds.filter(lambda s: s and "\ufffd" not in s), min_size=1, max_size=4))
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(cuts(FEW), st.data())
 def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], data: st.DataObject) -> None:
     ids = flat(pushes)
@@ -173,7 +173,7 @@ def test_stop_strings_are_found_as_in_the_whole_text(pushes: list[list[int]], da
         assert stream(processor, smol().encode("ab\naba"), pushes, stop=tuple(stops)) == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_a_sentencepiece_output_keeps_the_space_the_prompt_earns_it(data: st.DataObject) -> None:
     character = st.sampled_from("日é😀").map(lambda c: [FIRST_BYTE + byte for byte in c.encode()])
@@ -385,7 +385,7 @@ def test_messages_the_template_refuses(
     assert caught.value.param == "messages"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(cuts(FEW), st.data())
 def test_released_tokens_are_those_whose_text_is_out(pushes: list[list[int]], data: st.DataObject) -> None:
     ids = flat(pushes)
@@ -476,7 +476,7 @@ def test_bad_words_are_encoded_with_and_without_a_space() -> None:
         assert caught.value.param == "bad_words"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(cuts(FEW), st.data())
 def test_an_included_stop_string_ends_the_text_and_starts_are_where_tokens_begin(
     pushes: list[list[int]], data: st.DataObject
