@@ -74,56 +74,66 @@ class RecordedGraph:
     """
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
+        self._recorded = _Recorder()
 
     def capture(self, run: Callable[[], None]) -> None:
         run()  # as on CUDA, where the first run fills caches
-        recorder = _Recorder()
-        with _NoHostAccess(), recorder:
+        self._recorded = _Recorder()
+        with _NoHostAccess(), self._recorded:
             run()
-        self._calls = recorder.calls
 
     def replay(self) -> None:
-        made: dict[int, Tensor] = {}
-        for call in self._calls:
-            args = [_value(value, made) if type(value) in _NOTED else value for value in call.args]
-            kwargs = {name: _value(value, made) for name, value in call.kwargs.items()}
-            for key, result in zip(call.results, _flat(call.operator(*args, **kwargs)), strict=True):
-                if key is not None:
-                    made[key] = result
+        tensors: list[Any] = [None] * self._recorded.count
+        for number, outside in self._recorded.outside:
+            tensors[number] = found = outside()
+            if found is None:
+                raise RuntimeError("a tensor that the graph uses is gone")
+        for number, view in self._recorded.views:
+            tensors[number] = view
+        for call in self._recorded.calls:
+            args, options = call.args.copy(), call.options
+            for place, which in call.places:
+                args[place] = tensors[which] if type(which) is int else _value(which, tensors)
+            if call.named:
+                options = options | {name: _value(which, tensors) for name, which in call.named}
+            out = call.operator(*args, **options)
+            if type(call.made) is int:
+                tensors[call.made] = out
+            elif call.made != [None]:  # one that is written in place
+                for made, result in zip(call.made, _flat(out), strict=True):
+                    if made is not None:
+                        tensors[made] = result
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """The tensor that an earlier call of the recording has made."""
+class _Number:
+    """A tensor of the recording, in the list that an operator takes."""
 
-    key: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
+    """An operator's call.
+
+    Args:
+        args: None where a tensor or a list of them belongs, which `places` has; so `options` and `named`.
+        places: (index, number of a tensor, or a list in which each is a `_Number`).
+        made: the number of the tensor that it makes, or of each result, which is None if written in place.
+    """
+
     operator: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: list[int | None]
+    args: list[Any]
+    places: list[tuple[int, Any]]
+    options: dict[str, Any]
+    named: list[tuple[str, Any]]
+    made: int | list[int | None]
 
 
-_NOTED = {_Made, list, weakref.ref}
-"""Types of noted arguments; all others are as they were. To look is sooner than to call."""
-
-
-def _value(argument: Any, made: dict[int, Tensor]) -> Any:
-    """An operator's argument; lists of them are all there is beside tensors and plain values."""
-    if isinstance(argument, _Made):
-        return made[argument.key]
-    if isinstance(argument, list):
-        return [_value(each, made) for each in argument]
-    if isinstance(argument, weakref.ref):
-        found = argument()
-        if found is None:
-            raise RuntimeError("a tensor that the graph uses is gone")
-        return found
-    return argument
+def _value(which: Any, tensors: list[Any]) -> Any:
+    if isinstance(which, list):
+        return [tensors[each.number] if isinstance(each, _Number) else each for each in which]
+    return tensors[which]
 
 
 def _flat(out: Any) -> list[Any]:
@@ -168,11 +178,28 @@ class _NoHostAccess(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators that run while it is entered.
+
+    Attributes:
+        calls: in their order, but for those that make `views`.
+        outside: tensors that were there before, by number.
+        views: of these, by number: they lie where they lay at each replay.
+        count: so many tensors have numbers.
+    """
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
-        self._made: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # so that no two tensors of the recording have one id
+        self.outside: list[tuple[int, weakref.ref[Tensor]]] = []
+        self.views: list[tuple[int, Tensor]] = []
+        self.count = 0
+        self._numbers: dict[int, int] = {}  # by a tensor's id
+        self._unmoved: set[int] = set()  # the numbers of `outside` and `views`
+        self._alive: list[Tensor] = []  # so that no two tensors made in the recording have one id
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self._alive.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -184,23 +211,74 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _HOST_READS or masked:
             raise RuntimeError(f"{func} in a captured step")
         kwargs = kwargs or {}
-        noted_args = tuple([self._note(value) for value in args])
-        noted_kwargs = {key: self._note(value) for key, value in kwargs.items()}
-        given = {id(value) for value in _flat((args, [*kwargs.values()])) if isinstance(value, Tensor)}
+        noted = [self._note(value) for value in args]
+        named = {key: self._note(value) for key, value in kwargs.items()}
         out = func(*args, **kwargs)
-        results: list[int | None] = []
-        for result in _flat(out):
-            if not isinstance(result, Tensor) or (id(result) in given and id(result) not in self._made):
-                results.append(None)  # written in place
-                continue
-            results.append(self._made.setdefault(id(result), len(self._made)))
-            self._alive.append(result)
-        self.calls.append(_Call(func, noted_args, noted_kwargs, results))
+        if func.is_view and _is_all_of(args[0], out):
+            self._numbers[id(out)] = self._numbers[id(args[0])]
+            self._alive.append(out)
+            return out
+        if func.is_view and self._lie_there(args[0], out):
+            # Once more, since the first may keep what it is a view of.
+            for number, view in zip(self._made(out), _flat(func(*args, **kwargs)), strict=True):
+                if number is not None:
+                    self.views.append((number, view))
+                    self._unmoved.add(number)
+            return out
+        numbers = self._made(out)
+        self.calls.append(
+            _Call(
+                func,
+                args=[None if tensors else value for value, tensors in noted],
+                places=[(place, value) for place, (value, tensors) in enumerate(noted) if tensors],
+                options={name: value for name, (value, tensors) in named.items() if not tensors},
+                named=[(name, value) for name, (value, tensors) in named.items() if tensors],
+                made=numbers[0] if isinstance(out, Tensor) and numbers[0] is not None else numbers,
+            )
+        )
         return out
 
-    def _note(self, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [self._note(each) for each in value]
-        if not isinstance(value, Tensor):
-            return value
-        return _Made(self._made[id(value)]) if id(value) in self._made else weakref.ref(value)
+    def _lie_there(self, source: Tensor, out: Any) -> bool:
+        """Whether the results are views of what was there before; `to`, which counts as one, may copy."""
+        memory = source.untyped_storage().data_ptr()
+        views = all(result.untyped_storage().data_ptr() == memory for result in _flat(out))
+        return views and self._numbers[id(source)] in self._unmoved
+
+    def _note(self, value: Any) -> tuple[Any, bool]:
+        """A tensor's number, or a list with those of some; whether it is either."""
+        if isinstance(value, Tensor):
+            number = self._numbers.get(id(value))
+            if number is None:
+                number = self._number(value)
+                self.outside.append((number, weakref.ref(value)))
+                self._unmoved.add(number)
+            return number, True
+        if isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
+            return [_Number(self._note(x)[0]) if isinstance(x, Tensor) else x for x in value], True
+        return value, False
+
+    def _made(self, out: Any) -> list[int | None]:
+        """The number of each result, which is None if it was written in place or is no tensor."""
+        numbers: list[int | None] = []
+        for result in _flat(out):
+            new = isinstance(result, Tensor) and id(result) not in self._numbers
+            numbers.append(self._number(result) if new else None)
+            if new:
+                self._alive.append(result)
+        return numbers
+
+    def _number(self, tensor: Tensor) -> int:
+        self._numbers[id(tensor)] = number = self.count
+        self.count += 1
+        return number
+
+
+def _is_all_of(source: Tensor, out: Any) -> bool:
+    """Whether a view is what it is a view of."""
+    return (
+        isinstance(out, Tensor)
+        and out.dtype == source.dtype
+        and out.shape == source.shape
+        and out.stride() == source.stride()
+        and out.data_ptr() == source.data_ptr()
+    )

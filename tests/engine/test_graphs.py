@@ -58,6 +58,23 @@ class TestRecordedGraph:
         graph.replay()
         assert total.tolist() == [0.0, 6.0]
 
+    def test_what_is_like_another_is_it_only_where_it_lies_there(self) -> None:
+        value, total = torch.arange(4.0).view(2, 2), torch.zeros(2, 2)
+
+        def run() -> None:
+            doubled = value * 2
+            copied = doubled.to(doubled.dtype, copy=True)
+            doubled[:].add_(1)
+            total.copy_(copied + 10 * doubled.T)
+
+        graph = RecordedGraph()
+        with torch.inference_mode():
+            graph.capture(run)
+            value.add_(1)
+            graph.replay()
+        doubled = 2 * value
+        assert torch.equal(total, doubled + 10 * (doubled + 1).T)
+
     def test_what_the_host_decides_stays_decided(self) -> None:
         out, step = torch.zeros(1), 1
 
@@ -94,11 +111,14 @@ class TestRecordedGraph:
         with pytest.raises(RuntimeError, match="in a captured step"):
             RecordedGraph().capture(lambda: run(x))
 
-    def test_memory_that_is_gone_is_missed(self) -> None:
+    @pytest.mark.parametrize("use", [lambda x: x * 2, lambda x: x.view(1, 2)[0] * 2])
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_memory_that_is_gone_is_missed(self, use: Callable[[Tensor], Tensor], mode: Any) -> None:
         held = {"x": torch.ones(2)}
         out = torch.zeros(2)
         graph = RecordedGraph()
-        graph.capture(lambda: out.copy_(held["x"] * 2))  # type: ignore[arg-type, return-value]
+        with mode():
+            graph.capture(lambda: out.copy_(use(held["x"])))  # type: ignore[arg-type, return-value]
         graph.replay()
         held["x"] = torch.ones(2)
         with pytest.raises(RuntimeError, match="gone"):
