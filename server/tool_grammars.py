@@ -41,10 +41,31 @@ _FORMATS = {
 }
 _MOST_LEAVES, _MOST_DEEP = 64, 16
 _LONGEST = 100_000
-_NOT_CLOSED = rf"~(/(.|\n)*{re.escape(PARAMETER_END).replace('/', chr(92) + '/')}(.|\n)*/)"
-_OTHER_THAN_NULL = "~(/null|None/)"
-_OTHER_THAN_JSON = r"~(/\s*([\-+.0-9\[{](.|\n)*|(true|false|null|True|False|None)\s*)/)"
+_NO_NUMBER_NOR_LIST = r"/\s*([^\s\-+.0-9\[{](.|\n)*)?/"
+_SAID = {"boolean": "true|false|True|False", "null": "null|None"}
+"""What is read as a value of these types, where a parameter may have such."""
+_WORDS: dict[Any, list[Any]] = {"boolean": [True, False], "null": [None]}
 _PYTHON_WORDS = {"boolean": ("True", "False"), "null": ("None",)}
+
+
+def _without(mark: str) -> str:
+    """A pattern of texts that do not have the mark in them, of which no other character is like its first.
+
+    To a lexer `~` of those that have it would be simpler to say, and too much where a length is bounded, too:
+    what no bounded text can become any more it would have to find out, character by character.
+    """
+    first, behind = mark[0], ""
+    for char in map(_in_pattern, reversed(mark[1:])):
+        goes_on = behind and f"|{char}{behind}"
+        behind = f"([^{first}{char}][^{first}]*{goes_on})?"
+    return f"[^{first}]*({first}{behind})*"
+
+
+def _in_pattern(char: str) -> str:
+    return rf"\{char}" if char == "/" else char
+
+
+_NOT_CLOSED = f"/{_without(PARAMETER_END)}/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,29 +282,44 @@ def _split(parameter: _Parameter) -> tuple[str, Any]:
         schema = parameter.schema
         plain = isinstance(schema, Mapping) and not set(schema) - _ANNOTATIONS - {"type"}
         return "", {"type": schema["type"]} if plain and "type" in schema else _within(parameter)
-    texts, others = [], []
+    texts, words, others = [], [], []
     for count, leaf in enumerate(_leaves(parameter.schema, parameter)):
         if count == _MOST_LEAVES:
             raise _error(parameter, f"has more than {_MOST_LEAVES} alternatives")
-        of_leaf = kinds_of(leaf, parameter.root)
-        if "string" not in of_leaf:
-            others.append(leaf)
-        elif "type" in leaf or set(leaf) & _OF_TEXTS:
+        if "string" not in kinds_of(leaf, parameter.root):
+            of_leaf, rest = _words(leaf)
+            words += of_leaf
+            others += rest
+        elif "type" in leaf or set(leaf) & {*_OF_TEXTS, *_NOT_OF_TEXTS}:
             texts.append(_text(leaf, parameter))
         elif set(leaf) - _ANNOTATIONS:
             others.append(leaf)
         else:
             return _ANY_TEXT, None
-    if not texts and not others:
+    if not (texts or words or others):
         raise _error(parameter, "admits no value")
-    written = f"({' | '.join(texts)})"
+    # Words are alternatives of the same terminal: a lexer takes the longest, and "null" may go on as a text.
+    ways = [json.dumps(word) for word in dict.fromkeys(map(json.dumps, words))]
+    if texts:
+        parts = [f"({' | '.join(texts)})", *([_NO_NUMBER_NOR_LIST] if others else [])]
+        if said := "|".join(pattern for kind, pattern in _SAID.items() if kind in kinds):
+            space = "" if kinds == {"string", "null"} else r"\s*"
+            parts.append(f"~(/{space}({said}){space}/)")
+        ways.append(f"({' & '.join(parts)})")
+    written = f"({' | '.join(ways)})" if ways else ""
     if not others:
         return written, None
-    only_null = all(kinds_of(leaf, parameter.root) == {"null"} for leaf in others)
-    schema = others[0] if len(others) == 1 else {"anyOf": others}
-    other_than = _OTHER_THAN_NULL if only_null else _OTHER_THAN_JSON
-    value = _within(replace(parameter, schema=schema))
-    return f"({written} & {other_than})", value
+    return written, _within(replace(parameter, schema=others[0] if len(others) == 1 else {"anyOf": others}))
+
+
+def _words(leaf: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Truth values and null that a leaf without texts admits, and what there is of a schema of the others."""
+    if isinstance(values := leaf.get("enum"), list):
+        words = [value for value in values if value is None or isinstance(value, bool)]
+        rest = [value for value in values if not (value is None or isinstance(value, bool))]
+        return words, [{"enum": rest}] if rest else []
+    words = [] if set(leaf) & set(_NOT_OF_TEXTS) else _WORDS.get(leaf.get("type"), [])
+    return words, [] if words else [leaf]
 
 
 def _leaves(schema: Any, parameter: _Parameter, depth: int = 0) -> Iterator[Any]:

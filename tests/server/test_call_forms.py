@@ -256,6 +256,9 @@ def let_through(name: str, answer: str, schema: Any, *, text: bool = False) -> b
     return follows(spec, answer)
 
 
+OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+BOUNDED = {"type": "string", "maxLength": 3000}
+NOT_TRUE = {"type": "boolean", "not": {"const": True}}
 MIXED = {"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 10}, {"type": "string"}]}}}
 
 
@@ -264,7 +267,7 @@ MIXED = {"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 10}, {"ty
     [
         *(
             (MIXED, value, right)
-            for value, right in (("12", True), ("5", False), ("a5", True), ("null", False))
+            for value, right in (("12", True), ("5", False), ("a5", True), ("null", True))
         ),
         *(
             ({"properties": {"a": {"format": "date", "type": "string"}}}, d, d[5] < "2")
@@ -273,6 +276,25 @@ MIXED = {"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 10}, {"ty
         *(
             ({"properties": {"a": {"type": "boolean"}}}, value, value != "yes")
             for value in ("true", "True", "yes")
+        ),
+        # What an optional argument is, and words that go on.
+        *(
+            ({"properties": {"a": OR_NULL}}, value, value != "None")
+            for value in ("null", "None", "nul", "nullify", "null ")
+        ),
+        *(
+            ({"properties": {"a": {"type": ["boolean", "string"]}}}, value, not value.startswith("True "))
+            for value in ("true", "True ", "trues", "null", "12")
+        ),
+        *(
+            ({"properties": {"a": {"anyOf": [{"enum": [12, None]}, BOUNDED]}}}, value, value != "1x")
+            for value in ("null", "12", "x", "1x")
+        ),
+        *(({"properties": {"a": {"minimum": 3}}}, value, bool(value)) for value in ("12", "")),
+        ({"properties": {"a": {"anyOf": [{"type": "string"}, NOT_TRUE]}}}, "true", False),
+        *(
+            ({"properties": {"a": BOUNDED}}, value, "</parameter>" not in value)
+            for value in ("", "x<</parameter" * 9, "x</parameter>y")
         ),
     ],
 )
@@ -283,6 +305,9 @@ def test_text_that_would_be_read_as_something_wrong_is_not_let_through(
         f"<seed:tool_call>\n<function=f>\n<parameter=a>{value}</parameter>\n</function>\n</seed:tool_call>"
     )
     assert let_through("seed_oss", answer, schema) == right
+    if right:
+        _, [(_, arguments)] = found(read(FORMATS["seed_oss"].parser({"f": schema}), [answer]))
+        jsonschema.validate(arguments, schema)
 
 
 def test_olmos_words_are_those_of_json() -> None:

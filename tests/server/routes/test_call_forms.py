@@ -35,6 +35,7 @@ NO_ROOM: list[tuple[Any, bool, str, str]] = [
     ({"anyOf": [{"type": "object"}]}, False, "", "anyOf"),
     ({"properties": {"a<": {}}}, False, ".properties.a<", "the name"),
     ({"properties": {"a": {"type": "string", "not": {}}}}, False, ".properties.a", "not"),
+    ({"properties": {"a": {"allOf": [{"minLength": 3}, {"type": "string"}]}}}, False, ".properties.a", "all"),
     ({"properties": {"a": {"type": "string", "format": "email"}}}, True, ".properties.a", "email"),
     ({"properties": {"a": {"type": "string", "pattern": "(?=a)"}}}, False, "", "regex"),
     ({"properties": {"a": {"type": "string", "pattern": "a$b"}}}, False, ".properties.a", "^ and $"),
