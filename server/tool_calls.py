@@ -155,11 +155,13 @@ class ToolCallParser:
     def _in_content(self) -> bool:
         if self._bare:
             start = self._text.lstrip()
+            self._say(self._text[: len(self._text) - len(start)])
+            self._text = start
             if not start:
                 return False
             bare, self._bare = self._bare, ""
             if start.startswith(bare):
-                self._enter(self._text[: -len(start)], start)
+                self._enter("", start)
                 return True
         found = [(at, mark) for mark in self._openings if (at := self._text.find(mark)) >= 0]
         if found:

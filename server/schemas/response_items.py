@@ -50,7 +50,7 @@ def _text_parts(value: object) -> object:
     return value
 
 
-_Texts = Annotated[list[TextInput], Field(min_length=1, fail_fast=True)]
+_Texts = Annotated[list[TextInput], Field(fail_fast=True)]
 Texts = Annotated[_Texts, BeforeValidator(_text_parts, json_schema_input_type=str | _Texts)]
 
 
@@ -62,7 +62,7 @@ class MessageInput(_Strict):
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: Texts
+    content: Annotated[Texts, Field(min_length=1)]
     id: str | None = Field(None, description="No effect.")
     status: _Status | None = Field(
         None,

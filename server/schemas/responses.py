@@ -412,6 +412,8 @@ class ResponsesRequest(SamplingBody):
             "logprobs": self.wants_logprobs,
             "top_logprobs": self.top_logprobs if self.wants_logprobs else None,
             "tools": [tool.as_chat() for tool in self.functions],
+            # Codex and others say it beside an empty list, where at most one call is what there is.
+            "parallel_tool_calls": self.parallel_tool_calls if self.functions else None,
             "tool_choice": self.tool_choice and self.tool_choice.as_chat(),
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "response_format": told_format and told_format.as_chat(),
@@ -430,13 +432,12 @@ _SAME = (
     *SamplingBody.model_fields,
     "chat_template_kwargs",
     "include_reasoning",
-    "parallel_tool_calls",
     "structured_outputs",
 )
 """Fields that chat completions have too."""
 
 _TERMS = [
-    (re.compile(pattern), ours)
+    (re.compile(f"(?<!'){pattern}"), ours)  # in quotes stands what the client calls so
     for pattern, ours in (
         (r"\bmax_(?:completion_)?tokens\b", "max_output_tokens"),
         (r"\bresponse_format\.json_schema\b", "text.format"),

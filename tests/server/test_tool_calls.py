@@ -408,6 +408,13 @@ def test_long_answers_take_time_in_proportion() -> None:
             assert not calls
 
 
+def test_white_space_before_an_answer_is_not_looked_at_again() -> None:
+    parser = FORMATS["pythonic"].parser(NAMES)
+    assert all(parser.feed("  \n").content == "" and not parser._text for _ in range(3))
+    assert parser.feed("[time()]").calls[0].name == "time"
+    assert parser.feed("", final=True).content == ""
+
+
 def test_deep_arguments_are_no_calls() -> None:
     deep = '<tool_call>{"arguments": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + ', "name": "time"}'
     content, calls = read(FORMATS["hermes"].parser(NAMES), [deep])

@@ -112,6 +112,9 @@ def test_errors_by_the_names_of_this_api(hello: RunningServer) -> None:
     none = error_of(post(hello, input=[{"type": "reasoning", "summary": []}]), 400)
     assert none["message"] == "input: must have at least 1 message, not 0"
     assert error_of(post(hello, model="other"), 404)["code"] == "model_not_found"
+    choice = {"type": "function", "name": "max_tokens"}
+    unknown = error_of(post(hello, tools=TOOLS, tool_choice=choice), 400)
+    assert unknown["message"] == "tool_choice.name: none of the tools is called 'max_tokens'"
     missing = error_of(hello.http.post("/v1/responses", json={"model": MODEL}), 400)
     assert (missing["code"], missing["param"]) == ("missing_required_parameter", "input")
 

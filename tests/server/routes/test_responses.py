@@ -237,6 +237,7 @@ def test_a_thought_comes_back_in_either_form(serve: Serve) -> None:
     [
         ([("user", "a"), ("assistant", "b"), ("assistant", "c")], ["user a", "assistant b", "assistant c"]),
         (["out", "call"], ["tool ok", "assistant  1"]),
+        (["call", "nothing"], ["assistant  1", "tool "]),
         (["call", "call", "out", "out"], ["assistant  2", "tool ok", "tool ok"]),
         ([("assistant", "b"), "call", ("assistant", "c"), "out"], ["assistant b\nc 1", "tool ok"]),
         (["call", "think", "call"], ["assistant  1", "assistant(t)  1"]),
@@ -253,6 +254,7 @@ def test_items_become_messages(items: list[Any], written: list[str]) -> None:
             "call_id": "1",
             "output": [{"type": "input_text", "text": "ok"}],
         },
+        "nothing": {"type": "function_call_output", "call_id": "1", "output": []},
         "think": {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]},
     }
     body = [
@@ -373,6 +375,9 @@ def test_what_reaches_the_engine(serve: Serve) -> None:
     assert server.engine.submitted[-1].grammar is None
     assert not whole(server, tools=TOOLS, parallel_tool_calls=False)["parallel_tool_calls"]
     assert server.engine.submitted[-1].grammar is not None
+    for tools in ([], None):  # as Codex asks for a summary
+        assert not whole(server, tools=tools, parallel_tool_calls=False)["parallel_tool_calls"]
+        assert server.engine.submitted[-1].grammar is None
     schema = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     response = whole(server, text={"format": schema, "verbosity": "medium"})
     assert response["text"]["format"] == schema
