@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +106,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         heads = _heads(source, folder, checkpoint, model_config, dtype, device)
         tree = heads_tree(config, heads.num_heads, source)
         pairs = find_bigram(source, num_heads=heads.num_heads, **sizes) if source else None
+        if pairs is not None and not heads.lm_heads:  # the model's gives logits that are still to be divided
+            pairs = replace(pairs, weights=pairs.weights * model_config.logits_divisor)
 
     decoder = _decoder(checkpoint, model_config, dtype, max_model_len, device, progress=progress)
     most_nodes = tree_size(config, tree.tree if tree is not None else None)
@@ -117,7 +119,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             heads.prepare(decoder.lm_head.weight, quantize=config.quantization)
             drafter = HeadDrafter(
                 heads,
-                decoder.lm_head,  # a divisor of logits changes no order
+                decoder.lm_head,  # a divisor of logits changes no order: weights of pairs have it
                 tree.tree,
                 **sizes,
                 device=device,

@@ -36,6 +36,8 @@ _FIT_TOKENS = 16384
 """Held-out tokens by which weights are chosen."""
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_CURVES = ("promised by the table", "replayed", "half and half, conditional", "half and half, marginal")
+"""What the picture calls the lengths."""
 
 
 def measure(
@@ -92,24 +94,17 @@ def measure(
         table.save(output, vocab_size=held.vocab_size)
 
     grown, other = calibrate(ranks.part(range(1), 2), size), ranks.part(range(1, 2), 2)
-    sizes = [n for n in _SIZES if n <= whole.tree.size]
+    marginal = marginal_tree(grown, size)
+    every = range(1, whole.tree.size + 1)
     lengths = {
-        "promised": [whole.expected_length(n) for n in sizes],
-        "replayed": replay(ranks, [whole.tree.prefix(n) for n in sizes]),
-        "other_half_conditional": replay(other, [_cut(grown.tree, n) for n in sizes]),
-        "other_half_marginal": replay(other, [_cut(marginal_tree(grown, size), n) for n in sizes]),
+        "promised": [whole.expected_length(n) for n in every],
+        "replayed": replay(ranks, [whole.tree.prefix(n) for n in every]),
+        "other_half_conditional": replay(other, [_cut(grown.tree, n) for n in every]),
+        "other_half_marginal": replay(other, [_cut(marginal, n) for n in every]),
     }
-    prefixes = [whole.tree.prefix(n) for n in range(1, whole.tree.size + 1)]
-    curves = {
-        "promised by the table": [whole.expected_length(n) for n in range(1, whole.tree.size + 1)],
-        "replayed": replay(ranks, prefixes),
-        "half and half, conditional": replay(other, [_cut(grown.tree, tree.size) for tree in prefixes]),
-        "half and half, marginal": replay(
-            other, [_cut(marginal_tree(grown, size), tree.size) for tree in prefixes]
-        ),
-    }
+    sizes = [n for n in _SIZES if n in every]
     picture = output / "medusa_tree.svg"
-    draw_tree(whole.tree, whole.accepted, curves, picture)
+    draw_tree(whole.tree, whole.accepted, dict(zip(_CURVES, lengths.values(), strict=True)), picture)
     return {
         "heads": heads,
         "held_out": share,
@@ -120,7 +115,7 @@ def measure(
         "bigram_pairs": 0 if table is None else len(table.tokens),
         "bigram_weights": None if table is None else [round(w, 2) for w in table.weights.tolist()],
         "nodes": sizes,
-        **{name: [round(value, 3) for value in values] for name, values in lengths.items()},
+        **{name: [round(values[n - 1], 3) for n in sizes] for name, values in lengths.items()},
         "tree": str(output / TREE_FILE),
         "table": str(output / CALIBRATION_FILE),
         "bigram": None if table is None else str(output / BIGRAM_FILE),

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.llm import LLM
 from engine.types import Request, SamplingParams
-from tests.support import save_model, save_random_heads, tiny_llama
+from tests.support import save_model, save_random_heads, tiny_llama, tiny_model
 from tests.training.support import random_rows, train_config, write_rows
 from training.cli import app
 from training.data import Row
@@ -24,11 +24,20 @@ from training.measure import measure
 from training.train import HEADS_FILE, train
 
 
-@pytest.mark.parametrize(("own_lm_head", "bigram"), [(True, False), (False, False), (True, True)])
-def test_replayed_lengths_are_those_of_the_engine(tmp_path: Path, own_lm_head: bool, bigram: bool) -> None:
-    """Twelve tokens: random heads are often right. Greedy, heads alone, or with pairs from other answers."""
+@pytest.mark.parametrize(
+    ("own_lm_head", "bigram", "scaling"),
+    [(True, False, 1.0), (False, False, 1.0), (True, True, 3.0), (False, True, 3.0)],
+)
+def test_replayed_lengths_are_those_of_the_engine(
+    tmp_path: Path, own_lm_head: bool, bigram: bool, scaling: float
+) -> None:
+    """Twelve tokens: random heads are often right. Greedy, heads alone, or with pairs from other answers.
+
+    A Granite's logits are divided, and what pairs add to them is weighed against them as they are then.
+    """
     vocab = 12
-    folder = save_model(tiny_llama(vocab_size=vocab, max_position_embeddings=128), tmp_path / "model")
+    model = tiny_llama if scaling == 1.0 else partial(tiny_model, "granite", logits_scaling=scaling)
+    folder = save_model(model(vocab_size=vocab, max_position_embeddings=128), tmp_path / "model")
     heads = save_random_heads(
         tmp_path / "heads.safetensors", hidden=32, vocab=vocab, heads=3, own_lm_head=own_lm_head
     )
