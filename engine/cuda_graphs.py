@@ -97,7 +97,7 @@ class RecordedGraph:
             if call.named:
                 options = options | {name: _value(which, tensors) for name, which in call.named}
             out = call.operator(*args, **options)
-            if type(call.made) is int:
+            if isinstance(call.made, int):
                 tensors[call.made] = out
             elif call.made != [None]:  # one that is written in place
                 for made, result in zip(call.made, _flat(out), strict=True):
@@ -198,7 +198,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []  # so that no two tensors made in the recording have one id
 
     def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
         self._alive.clear()
 
     def __torch_dispatch__(
