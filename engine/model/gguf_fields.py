@@ -37,6 +37,7 @@ def _is_text(value: Any) -> bool:
 _SIZE = _Kind("a whole number above 0", _is_size)
 _COUNT = _Kind("a whole number", _is_count)
 _NUMBER = _Kind("a finite number", _is_number)
+_SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
 _TEXT = _Kind("a text", _is_text)
 _TEXTS = _Kind("a list of texts", _all(_is_text))
 
@@ -49,12 +50,21 @@ _KINDS = {
     "tokenizer.ggml.merges": _TEXTS,
     "tokenizer.ggml.token_type": _Kind("a list of whole numbers", _all(_is_count)),
     "tokenizer.ggml.scores": _Kind("a list of numbers", _all(lambda value: type(value) in (int, float))),
+    "tokenizer.ggml.add_bos_token": _SWITCH,
+    "tokenizer.ggml.add_space_prefix": _SWITCH,
     "tokenizer.chat_template": _TEXT,
     "tokenizer.chat_templates": _TEXTS,
 }
 _TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "unknown"))
 _PADDING = "tokenizer.ggml.padding_token_id"
 _OF_EACH_TOKEN = ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+_NUMBERS = (
+    *("attention.layer_norm_rms_epsilon", "attention.scale", "attention.temperature_scale"),
+    *("embedding_scale", "residual_scale", "rope.freq_base", "rope.freq_base_swa"),
+    *("rope.scaling.attn_factor", "rope.scaling.factor"),
+    *(f"rope.scaling.yarn_{name}" for name in ("attn_factor", "beta_fast", "beta_slow", "ext_factor")),
+    "rope.scaling.yarn_log_multiplier",
+)
 _OF_ARCHITECTURE = {
     **dict.fromkeys(("block_count", "context_length", "embedding_length", "feed_forward_length"), _SIZE),
     **dict.fromkeys(("attention.head_count", "attention.key_length", "rope.dimension_count"), _SIZE),
@@ -62,12 +72,14 @@ _OF_ARCHITECTURE = {
         "a whole number above 0, or a list of these",
         lambda value: _is_size(value) or (_all(_is_size)(value) and bool(value)),
     ),
-    "attention.layer_norm_rms_epsilon": _NUMBER,
     "attention.sliding_window": _COUNT,
-    "rope.freq_base": _NUMBER,
-    "rope.freq_base_swa": _NUMBER,
-    "rope.scaling.attn_factor": _NUMBER,
-    "rope.scaling.factor": _NUMBER,
+    "attention.sliding_window_pattern": _Kind(
+        "a whole number above 0, or a list of true and false",
+        lambda value: _is_size(value) or _all(lambda each: each in (0, 1))(value),
+    ),
+    "logit_scale": _Kind("a finite number other than 0", lambda value: _is_number(value) and value != 0),
+    **dict.fromkeys(_NUMBERS, _NUMBER),
+    "rope.scaling.finetuned": _SWITCH,
     "rope.scaling.original_context_length": _SIZE,
     "rope.scaling.type": _TEXT,
 }

@@ -119,6 +119,8 @@ class _Cursor:
         kind, count = self.number(_UINT32), self.number(_UINT64)
         if count > self.size:
             raise ValueError(_cut(self.size))
+        if kind == _ARRAY:
+            raise ValueError(f"{key!r} is a list of lists, which nothing here needs")
         if count > _MAX_VALUES:
             raise ValueError(f"{key!r} has {count} values, and {_MAX_VALUES} are the most")
         return self.strings(count) if kind == _STRING else list(self.numbers(_letter(kind, key), count))

@@ -17,12 +17,14 @@ from engine.model.weights import resolve_model
 from tests.engine.model.gguf_files import write
 from tests.engine.model.test_gguf_header import ARRAY, TEXT, UINT, entry, header, string
 
+PATTERN = "attention.sliding_window_pattern"
 FIELDS: dict[str, Any] = {
     "general.architecture": "llama",
     "llama.block_count": 2,
     "llama.attention.head_count_kv": [4, 4],
     "llama.rope.freq_base": 1e4,
     "llama.attention.sliding_window": 0,
+    f"llama.{PATTERN}": [True, False],
     "qwen2.block_count": "not its own",
     "tokenizer.ggml.tokens": ["a", "b"],
     "tokenizer.ggml.token_type": [1, 3],
@@ -50,6 +52,13 @@ FIELDS: dict[str, Any] = {
         ("tokenizer.ggml.eos_token_id", 2, "is none of the 2 tokens: 2"),
         ("tokenizer.ggml.bos_token_id", "a", "is none of the 2 tokens: 'a'"),
         ("tokenizer.chat_templates", 3, "must be a list of texts"),
+        ("tokenizer.ggml.add_bos_token", "false", "must be true or false"),
+        ("llama.logit_scale", 0.0, "must be a finite number other than 0"),
+        ("llama.rope.scaling.yarn_beta_slow", "1", "must be a finite number"),
+        *(
+            (f"llama.{PATTERN}", value, "must be a whole number above 0, or a list of true and false")
+            for value in (0, [True, 2])
+        ),
     ],
 )
 def test_what_is_of_another_type_is_named(key: str, value: Any, reason: str) -> None:
