@@ -101,20 +101,20 @@ class JsonCall(Call):
         return 1
 
     def _fail(self) -> None:
-        self.ended, self.failed = (
-            bool(self.name),
-            not self.name,
-        )  # the arguments are whole: a brace was forgotten
+        # With a name the arguments are whole: a brace was forgotten.
+        self.ended, self.failed = bool(self.name), not self.name
 
     def _end(self) -> None:
         """The object is whole; arguments that stood before the name, or in a string, are known now."""
         self.ended = True
         if self.name:
             return
-        raw = next((self._values[key] for key in _ARGUMENTS if key in self._values), "{}")
+        raw = next((self._values[key] for key in _ARGUMENTS if key in self._values), "null")
         value = loaded(raw)
         if isinstance(value, str):
             raw, value = value, loaded(value)
+        if raw in ("null", ""):  # of a function without any
+            raw, value = "{}", {}
         if isinstance(value, dict) and (name := self._called()):
             self.name, self.arguments = name, raw
         else:

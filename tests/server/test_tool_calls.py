@@ -29,6 +29,12 @@ HERMES: list[tuple[str, str, Calls]] = [
         "Done.",
         [("time", '{"k": 2}'), ("time", "{}")],
     ),
+    (
+        '<tool_call>{"name": "time", "arguments": null}</tool_call>\n'
+        '<tool_call>{"arguments": "", "name": "time"}</tool_call>',
+        "",
+        [("time", "{}"), ("time", "{}")],
+    ),
     # What a model may forget: the last brace, the end.
     (
         '<tool_call>{"name": "time", "arguments": {"a": 1}\n</tool_call>\n<tool_call>{"name":"time"}',
