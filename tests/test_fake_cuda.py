@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,81 @@ def run(*arguments: str, mode: str = "torch") -> str:
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
+
+
+ONE_BY_ONE = """
+import contextlib, io, json, sys, traceback
+
+told = {}
+for name, (code, arguments) in json.load(sys.stdin).items():
+    sys.argv, said = ["-c", *arguments], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    except BaseException:
+        told[name] = "failed", said.getvalue() + traceback.format_exc()
+    else:
+        told[name] = "ended", said.getvalue()
+print(json.dumps(told))
+"""
+
+
+def run_all(mode: str, scripts: dict[str, tuple[str, list[str]]]) -> dict[str, tuple[str, str]]:
+    """For each of some scripts with arguments, whether one process that has the device has come to its end,
+    and what it said; to start a process takes as long as most of them do."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE],
+        cwd=ROOT,
+        env=environment(mode),
+        input=json.dumps(scripts),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    told: dict[str, tuple[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def said(told: dict[str, tuple[str, str]], name: str) -> str:
+    """What one of them said, which has not failed."""
+    end, text = told[name]
+    assert end == "ended", text[-4000:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def in_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    folder = made(tmp_path_factory.mktemp("torch"))
+    return run_all(
+        "torch", {"rules": (RULES, []), "buffers": (BUFFERS, []), "decoded": (DECODED, paths(folder))}
+    )
+
+
+@pytest.fixture(scope="module")
+def in_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """On Triton's interpreter."""
+    folder = made(tmp_path_factory.mktemp("kernels"))
+    # In this order: the last one captures no passes over prompts.
+    scripts = {"ahead": (AHEAD, paths(folder)), "behind": (BEHIND, paths(folder / "bigram"))}
+    return run_all("interpret", scripts)
+
+
+def made(folder: Path) -> Path:
+    """A tiny model and heads; in `bigram`, the same with a table of which token follows which."""
+    model = tiny_llama(vocab_size=64)
+    hidden, inside = model.config.hidden_size, folder / "bigram"
+    pairs = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(2))[:2000].int()
+    for place in (folder, inside):
+        save_model(model, place / "tiny")
+        save_random_heads(place / "heads.safetensors", hidden=hidden, vocab=64, own_lm_head=place == inside)
+    BigramTable(pairs // 64, pairs % 64, pairs / 4096, torch.ones(4)).save(inside, vocab_size=64)
+    return folder
+
+
+def paths(folder: Path) -> list[str]:
+    return [str(folder / "tiny"), str(folder / "heads.safetensors")]
 
 
 RULES = """
@@ -159,12 +235,14 @@ print("kept")
 """
 
 
-def test_the_device_holds_code_to_its_rules() -> None:
-    assert run("-c", RULES).strip() == "held"
+def test_the_device_holds_code_to_its_rules(in_torch: dict[str, tuple[str, str]]) -> None:
+    assert said(in_torch, "rules").strip() == "held"
 
 
-def test_memory_of_the_hosts_is_read_and_written_to_when_copies_have_ended() -> None:
-    assert run("-c", BUFFERS).strip() == "kept"
+def test_memory_of_the_hosts_is_read_and_written_to_when_copies_have_ended(
+    in_torch: dict[str, tuple[str, str]],
+) -> None:
+    assert said(in_torch, "buffers").strip() == "kept"
 
 
 @pytest.mark.slow
@@ -221,13 +299,16 @@ from engine import prompt_buckets
 from engine.attention import triton_tuning
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.graphs import CapturedRunner
 from engine.graphs_triton import TritonRunner
 from engine.loader import load
 from engine.medusa.buckets import Buckets
 from engine.types import Request, SamplingParams
 from tests.fake_cuda.queue import QUEUE, Event
 
-triton_tuning.tuned_tiles, prompt_buckets._FEWEST_TOKENS = lambda *_, **__: {}, 32  # to be quick
+# To be quick; DECODED measures which passes over prompts are worth capturing.
+triton_tuning.tuned_tiles, prompt_buckets._FEWEST_TOKENS = lambda *_, **__: {}, 32
+CapturedRunner._share_of_launching = lambda *_: 1.0
 settings = {"dtype": "float32", "max_num_seqs": 2, "kv_cache_tokens": 1024, "max_model_len": 96}
 settings |= {"model": sys.argv[1], "heads": sys.argv[2], "tree": 3, "max_prefill_tokens": 64}
 samplings = [
@@ -281,14 +362,11 @@ print(most, sum(passes.counts), min(timed) > 0)
 """
 
 
-def test_steps_and_passes_over_prompts_are_launched_ahead_and_never_waited_for(tmp_path: Path) -> None:
+def test_steps_and_passes_over_prompts_are_launched_ahead_and_never_waited_for(
+    in_kernels: dict[str, tuple[str, str]],
+) -> None:
     """But by the events behind their results. Kernels run on Triton's interpreter; graphs repeat them."""
-    model = tiny_llama(vocab_size=64)
-    folder = save_model(model, tmp_path / "tiny")
-    heads = save_random_heads(
-        tmp_path / "heads.safetensors", hidden=model.config.hidden_size, vocab=64, own_lm_head=False
-    )
-    most, passes, timed = run("-c", AHEAD, str(folder), str(heads), mode="interpret").split()
+    most, passes, timed = said(in_kernels, "ahead").split()
     assert int(most) >= 1
     assert int(passes) >= 3
     assert timed == "True"
@@ -340,14 +418,11 @@ print(set(launched), sum(len(steps) for steps in wanted.values()))
 """
 
 
-def test_captured_steps_draft_behind_the_tokens_before_as_the_cpus_do(tmp_path: Path) -> None:
+def test_captured_steps_draft_behind_the_tokens_before_as_the_cpus_do(
+    in_kernels: dict[str, tuple[str, str]],
+) -> None:
     """Drafts of a bigram, whose tables are there before a graph is captured and stay for its replays."""
-    model = tiny_llama(vocab_size=64)
-    folder, hidden = save_model(model, tmp_path / "tiny"), model.config.hidden_size
-    heads = save_random_heads(tmp_path / "heads.safetensors", hidden=hidden, vocab=64)
-    pairs = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(2))[:2000].int()
-    BigramTable(pairs // 64, pairs % 64, pairs / 4096, torch.ones(4)).save(tmp_path, vocab_size=64)
-    nodes, steps = run("-c", BEHIND, str(folder), str(heads), mode="interpret").rsplit(maxsplit=1)
+    nodes, steps = said(in_kernels, "behind").rsplit(maxsplit=1)
     assert nodes == "{5}"
     assert int(steps) > 3
 
@@ -357,15 +432,17 @@ import sys
 
 from engine import warmup
 from engine.llm import LLM
+from engine.medusa.buckets import Buckets
 from engine.types import SamplingParams
 
-# What steps of toys take matters nowhere: each is measured once.
-warmup._WARM_S, warmup._ROUNDS, warmup._IN_A_ROW = 0.02, 1, 1
+# What steps of toys take matters nowhere: few are measured, and once each.
+warmup._WARM_S, warmup._ROUNDS, warmup._IN_A_ROW, warmup._NODES = 0.02, 1, 1, (1, 4, 16)
+Buckets.default = lambda *, max_num_seqs, tree_size, max_rows: Buckets((1, 2), (1, 4, tree_size), max_rows)
 settings = {"dtype": "float32", "max_num_seqs": 2, "kv_cache_tokens": 1024, "max_model_len": 128}
 texts, prompts = [], [[1, 2, 3, 1, 2], [5, 4]]
 for device, eager in (("cpu", True), ("cuda", True), ("cuda", False)):
     llm = LLM(sys.argv[1], device=device, heads=sys.argv[2], enforce_eager=eager, progress=False, **settings)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24))
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=16))
     texts.append([output.token_ids for output in outputs])
     stats = llm.stats
     print(eager, stats.step_seconds["decode"].total > 0, max(llm.promised(1, 8).values()) > 0)
@@ -373,15 +450,7 @@ assert texts[0] == texts[1] == texts[2], texts
 """
 
 
-def test_steps_are_measured_and_chosen_captured_or_not(tmp_path: Path) -> None:
+def test_steps_are_measured_and_chosen_captured_or_not(in_torch: dict[str, tuple[str, str]]) -> None:
     """Their times are events' there, and each has to have been recorded."""
-    model = tiny_llama(vocab_size=64)
-    folder = save_model(model, tmp_path / "tiny")
-    heads = save_random_heads(
-        tmp_path / "heads.safetensors", hidden=model.config.hidden_size, vocab=64, own_lm_head=False
-    )
-    assert run("-c", DECODED, str(folder), str(heads)).split() == ["True", "True", "True"] * 2 + [
-        "False",
-        "True",
-        "True",
-    ]
+    lines = said(in_torch, "decoded").splitlines()
+    assert lines == ["True True True"] * 2 + ["False True True"]

@@ -57,7 +57,7 @@ def held_to_what_comes_back(folder: Path, code: int, results: dict[str, Any], de
     assert {name: part.get("error") for name, part in parts.items()} == dict.fromkeys(STAGES)
     assert code == 0
     assert parts["warm"]["hidden_state_tokens_per_s"] > 0
-    assert parts["distil"]["rows"] >= 50
+    assert parts["distil"]["rows"] >= 30
     assert parts["distil"]["exit_codes"] == [0]
     assert parts["train"]["step"] > 5
     # As good as heads are that were trained: random ones are next to useless.
@@ -110,7 +110,7 @@ def test_a_stage_that_fails_costs_no_figures_of_the_others(
 def test_from_prompts_to_heads_that_serve(tmp_path: Path) -> None:
     """Without a GPU tests/test_fake_cuda.py runs it. Its device is asked for by name."""
     # Each stage ends when it has done all there is; most of the time goes to compiling.
-    code, results = make(tmp_path, "cuda", "--minutes", "4", "--workers", "2", asked=70)
+    code, results = make(tmp_path, "cuda", "--minutes", "4", "--workers", "2", asked=40)
     results["parts"]["distil"]["exit_codes"] = sorted(set(results["parts"]["distil"]["exit_codes"]))
     held_to_what_comes_back(tmp_path, code, results, "cuda")
 

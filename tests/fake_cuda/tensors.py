@@ -118,11 +118,19 @@ class Functions(TorchFunctionMode):
         return _function(func, args, kwargs or {})
 
 
-class Capturing(TorchDispatchMode):
+class Dispatching(TorchDispatchMode):
+    """Without torch's own wrapper, which imports Dynamo for it: seconds in each process."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Capturing(Dispatching):
     """Of what is captured."""
 
 
-class Dispatch(TorchDispatchMode):
+class Dispatch(Dispatching):
     """The same for operators whose arguments are no tensors."""
 
     def __torch_dispatch__(
