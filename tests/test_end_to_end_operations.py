@@ -25,8 +25,8 @@ from tests.support import save_model, save_random_heads, tiny_llama
 
 MODEL = "tiny"
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
-SLOW = ",".join(f"decode=hang:0.02@{step}" for step in range(1, 3000))
-"""Every decode step takes 20 ms more."""
+SLOW = ",".join(f"decode=hang:0.02@{step}" for step in range(31, 3000))
+"""Decode steps take 20 ms more, but for the first thirty."""
 
 SOON_S = 30.0
 """Enough for what takes a second or two, on a crowded machine; less than the drains and hangs here."""
@@ -97,19 +97,6 @@ def refused(client: openai.OpenAI) -> openai.InternalServerError:
     return caught.value
 
 
-def test_sigterm_lets_what_runs_finish_whole(model: Path) -> None:
-    with serving(model, SLOW, "--drain-timeout", "60") as (server, client):
-        whole = ask(client, 100).choices[0].message.content
-        pieces = streamed(client, 100)
-        server.send_signal(signal.SIGTERM)
-        wait_until(lambda: status(server, "ready") == 503)
-        assert status(server, "health") == 200
-        assert refused(client).code == "shutting_down"
-        assert "".join(pieces) == whole
-        assert server.wait(SOON_S) == 0
-        assert "Traceback" not in server.log_tail(1000)
-
-
 def test_what_outlasts_the_drain_is_told_streamed_or_not(model: Path) -> None:
     with (
         serving(model, SLOW, "--drain-timeout", "1") as (server, client),
@@ -130,21 +117,9 @@ def test_what_outlasts_the_drain_is_told_streamed_or_not(model: Path) -> None:
         assert "Traceback" not in server.log_tail(1000)
 
 
-def test_a_second_signal_ends_it_now(model: Path) -> None:
-    with serving(model, SLOW, "--drain-timeout", "60") as (server, client):
-        pieces = streamed(client, LONG)
-        server.send_signal(signal.SIGTERM)
-        wait_until(lambda: status(server, "ready") == 503)
-        server.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        with pytest.raises(openai.APIError, match="shutting down"):
-            list(pieces)
-        assert server.wait(SOON_S) == 1
-        assert time.monotonic() - started < AT_ONCE_S
-
-
-def test_a_stuck_step_is_told_and_goes_on(model: Path) -> None:
-    with serving(model, "decode=hang:6@30", "--step-timeout", "1.5") as (server, client):
+def test_a_stuck_step_is_told_and_goes_on_and_sigterm_lets_what_runs_finish_whole(model: Path) -> None:
+    faults = f"decode=hang:4@30,{SLOW}"
+    with serving(model, faults, "--step-timeout", "1", "--drain-timeout", "60") as (server, client):
         pieces = streamed(client, 60)
         wait_until(lambda: status(server, "health") == status(server, "ready") == 503)
         assert "in one step" in refused(client).message
@@ -157,6 +132,15 @@ def test_a_stuck_step_is_told_and_goes_on(model: Path) -> None:
         assert "faults.py" in log  # the stack shows where
         # The watchdog looks every now and then, so it may come after the health of the next request.
         wait_until(lambda: "step_ended_after_all" in server.log_tail(1000))
+
+        pieces = streamed(client, 60)
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: status(server, "ready") == 503)
+        assert status(server, "health") == 200
+        assert refused(client).code == "shutting_down"
+        assert "".join(pieces) == text
+        assert server.wait(SOON_S) == 0
+        assert "Traceback" not in server.log_tail(1000)
 
 
 def test_signals_end_a_server_whose_step_is_stuck(model: Path) -> None:
