@@ -8,7 +8,9 @@ import pytest
 from tests import support
 from tests.engine.conftest import TinyModel
 from tests.engine.test_engine import (
+    LOOKUP,
     SETTINGS,
+    check_greedy,
     check_settings,
     test_a_failed_step_fails_its_own_requests_only,
     test_a_request_without_a_seed_gets_its_own,
@@ -18,7 +20,6 @@ from tests.engine.test_engine import (
     test_choices_differ_and_repeat,
     test_eos_stops_unless_ignored,
     test_few_tokens_are_few,
-    test_greedy_with_lookup_alone_is_transformers_greedy,
     test_one_choice_can_be_aborted,
     test_output_ends_exactly_at_the_context_limit,
     test_prompt_tokens_are_counted_once_a_request,
@@ -47,10 +48,24 @@ def _mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("arrive_every", [0, 2])
 def test_greedy_is_transformers_greedy(
-    tiny: TinyModel, narrow: TinyModel, certain: TinyModel, settings: dict, arrive_every: int
+    tiny: TinyModel, narrow: TinyModel, certain: TinyModel, settings: dict
 ) -> None:
-    """Where all are there at once one model will do: what is launched ahead comes undone by who joins."""
-    for model in (tiny, narrow, certain) if arrive_every else (narrow,):
-        check_settings(model, settings, arrive_every)
+    """What is launched ahead comes undone by who joins, and by who accepts more than was foreseen: hardly
+    ever, often, or nearly always, of which the last two differ by the tree alone."""
+    for model in (tiny, narrow, certain) if settings["tree"] in ("auto", 64) else (narrow,):
+        check_settings(model, settings, 2)
+
+
+@pytest.mark.parametrize("settings", [each for each in SETTINGS if "preemption" in str(each.id)])
+def test_greedy_is_transformers_greedy_where_all_are_there_at_once(narrow: TinyModel, settings: dict) -> None:
+    """The pool is too small for them."""
+    check_settings(narrow, settings, 0)
+
+
+@pytest.mark.parametrize("settings", LOOKUP)
+def test_greedy_with_lookup_alone_is_transformers_greedy(certain: TinyModel, settings: dict) -> None:
+    engine = support.make_engine(certain.folder, **settings)
+    check_greedy(certain, engine, 2)
+    assert settings["tree"] == "auto" or engine.stats.accepted_by_source["lookup"] > 50
+    assert engine.stats.accepted_by_source["head"] == 0

@@ -159,7 +159,14 @@ TYPICAL = MedusaParams(Acceptance.TYPICAL, 0.05, 0.2)
     [
         pytest.param(OFF, MIXED, {}, set(), id="off-mixed"),
         pytest.param(HEADS, MIXED[:1], {}, {"head"}, id="heads-greedy"),
-        pytest.param(HEADS | HALF, MIXED[:1], {}, {"head"}, id="heads-greedy-bfloat16"),
+        pytest.param(
+            HEADS | HALF,
+            MIXED[:1],
+            {},
+            {"head"},
+            id="heads-greedy-bfloat16",
+            marks=pytest.mark.skipif(DEVICE == "cpu", reason="the next has it all but for the search"),
+        ),
         pytest.param(HEADS | HALF, MIXED, {"medusa": TYPICAL}, {"head"}, id="heads-typical-bfloat16"),
         pytest.param(HEADS, MIXED[1:3], {"medusa": TYPICAL}, {"head"}, id="heads-typical"),
         pytest.param(CHAIN, MIXED[1:], {}, {"lookup"}, id="chain-mixed"),
@@ -189,7 +196,7 @@ def test_predictions_are_followed(narrow: TinyModel, blocks: None) -> None:
     assert "prediction" in by_source
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(6 if DEVICE == "cuda" else 3))
 def test_the_search_is_lookups(seed: int, blocks: None) -> None:
     """Histories and predictions of three tokens, in which nearly everything has been said before."""
     rng = random.Random(seed)

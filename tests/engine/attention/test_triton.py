@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,17 @@ def test_trees(shape: Shape, processors: int) -> None:
     check(step, backend(step, processors))
 
 
-@pytest.mark.parametrize("order", ["backwards", "at random"])
-@pytest.mark.parametrize("shape", [*TREES, Shape((270,), 20, tree=False, kv_heads=1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        *zip(
+            [*TREES, Shape((270,), 20, tree=False, kv_heads=1)],
+            cycle(["backwards", "at random"]),
+            strict=False,
+        )
+    ],
+    ids=str,
+)
 def test_the_last_program_joins_the_parts(shape: Shape, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever that is: the outputs have the same bits, and all counts are zero again."""
     step = make_step(shape)

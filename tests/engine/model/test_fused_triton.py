@@ -83,13 +83,16 @@ def test_every_family_gives_the_same(family: str, overrides: dict[str, Any], tmp
 def test_attention_that_rotates_gives_the_same(
     family: str, overrides: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A tree behind the chunk of a prompt: what the tree sees, and what it leaves in the pool."""
+    """A tree behind the chunk of a prompt: what the tree sees, and what it leaves in the pool.
+
+    Where attention does not rotate it is given what the test above compares, so that one family will do.
+    """
     plain = decoder(family, overrides, tmp_path, torch.float32)
     config = plain.config
     options: dict[str, Any] = {"scale": config.attention_scale, "windows": config.windows_within(512)}
     found = run_both(plain, SdpaAttention(config.group, **options))
     plain.fuse_triton()
-    for rotates in (True, False):
+    for rotates in (True, False) if family == "mistral" or DEVICE.type == "cuda" else (True,):
         tiles = {kind: tile._replace(rotates=rotates) for kind, tile in SMALL.items()}
         attention = TritonAttention(config.group, tiles=tiles, processors=4, **options)
         got = run_both(plain, attention)
