@@ -41,9 +41,9 @@ _FORMATS = {
 }
 _MOST_LEAVES, _MOST_DEEP = 64, 16
 _LONGEST = 100_000
-_NO_NUMBER_NOR_LIST = r"/\s*([^\s\-+.0-9\[{](.|\n)*)?/"
+_BEGINS = {"number": r"\-+.0-9", "integer": r"\-+.0-9", "array": r"\[", "object": "{"}
 _SAID = {"boolean": "true|false|True|False", "null": "null|None"}
-"""What is read as a value of these types, where a parameter may have such."""
+"""What is read as a value of these types, where a parameter may have such; before it, how others begin."""
 _WORDS: dict[Any, list[Any]] = {"boolean": [True, False], "null": [None]}
 _PYTHON_WORDS = {"boolean": ("True", "False"), "null": ("None",)}
 
@@ -243,6 +243,10 @@ def _parameters(index: int, function: Function, names: re.Pattern[str]) -> Itera
                 index, path, "the name cannot be that of a parameter in calls of this model's form"
             )
         value = properties.get(name, schema.get("additionalProperties", True))
+        if value is False:
+            if name in required:
+                raise FormError(index, path, "admits no value")
+            continue
         yield _Parameter(index, name, value, name in required, root, function.strict)
     if others is not False:
         yield _Parameter(index, None, others, False, root, function.strict)
@@ -301,7 +305,9 @@ def _split(parameter: _Parameter) -> tuple[str, Any]:
     # Words are alternatives of the same terminal: a lexer takes the longest, and "null" may go on as a text.
     ways = [json.dumps(word) for word in dict.fromkeys(map(json.dumps, words))]
     if texts:
-        parts = [f"({' | '.join(texts)})", *([_NO_NUMBER_NOR_LIST] if others else [])]
+        parts = [f"({' | '.join(texts)})"]
+        if begins := "".join(dict.fromkeys(first for kind, first in _BEGINS.items() if kind in kinds)):
+            parts.append(rf"/\s*([^\s{begins}](.|\n)*)?/")
         if said := "|".join(pattern for kind, pattern in _SAID.items() if kind in kinds):
             space = "" if kinds == {"string", "null"} else r"\s*"
             parts.append(f"~(/{space}({said}){space}/)")

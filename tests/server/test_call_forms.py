@@ -292,6 +292,11 @@ MIXED = {"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 10}, {"ty
         ),
         *(({"properties": {"a": {"minimum": 3}}}, value, bool(value)) for value in ("12", "")),
         ({"properties": {"a": {"anyOf": [{"type": "string"}, NOT_TRUE]}}}, "true", False),
+        ({"properties": {"a": False, "b": True}}, "x", False),
+        *(
+            ({"properties": {"a": {"type": ["array", "string"]}}}, value, value != "[x")
+            for value in ("[]", "[x", "12", "{x")
+        ),
         *(
             ({"properties": {"a": BOUNDED}}, value, "</parameter>" not in value)
             for value in ("", "x<</parameter" * 9, "x</parameter>y")

@@ -53,6 +53,7 @@ NO_ROOM: list[tuple[Any, bool, str, str]] = [
         "$ref",
     ),
     ({"properties": 3}, False, ".properties", "object"),
+    ({"required": ["a"], "additionalProperties": False}, False, ".properties.a", "no value"),
     ({"required": 3}, False, ".required", "list"),
     ({"required": [[]]}, False, ".required", "strings"),
     ({"properties": {"a": {"type": "string", "format": []}}}, True, ".properties.a", "format"),
