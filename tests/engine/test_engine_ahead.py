@@ -55,12 +55,8 @@ def test_greedy_is_transformers_greedy(
     ever, often, or nearly always, of which the last two differ by the tree alone."""
     for model in (tiny, narrow, certain) if settings["tree"] in ("auto", 64) else (narrow,):
         check_settings(model, settings, 2)
-
-
-@pytest.mark.parametrize("settings", [each for each in SETTINGS if "preemption" in str(each.id)])
-def test_greedy_is_transformers_greedy_where_all_are_there_at_once(narrow: TinyModel, settings: dict) -> None:
-    """The pool is too small for them."""
-    check_settings(narrow, settings, 0)
+    if "kv_cache_tokens" in settings:  # too few for who is there, if all are at once
+        check_settings(narrow, settings, 0)
 
 
 @pytest.mark.parametrize("settings", LOOKUP)
