@@ -12,12 +12,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 LONG = (
-    "test_end_to_end_features.py",
-    "engine/attention/test_triton.py",
     "test_end_to_end.py",
+    "engine/attention/test_triton.py",
     "test_fake_cuda.py",
     "test_end_to_end_operations.py",
     "test_end_to_end_process.py",
+    "test_end_to_end_features.py",
     "benchmarks/test_gpu.py",
     "engine/test_engine_captured.py",
     "engine/test_engine.py",

@@ -28,7 +28,7 @@ from engine.loop import EngineLoop
 from engine.model.weights import load_tokenizer
 from engine.text import TextProcessor
 from server.logs import configure_logging
-from tests.server.conftest import MODEL, RunningServer
+from tests.server.conftest import MODEL, RunningServer, logs_as_before
 from tests.support import save_random_heads, tiny_llama
 
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
@@ -63,12 +63,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(model: Path, **settings: Any) -> Iterator[RunningServer]:
-    configure_logging("error", "json", io.StringIO())
     sizes = {"max_num_seqs": 4, "max_model_len": 1024, "kv_cache_tokens": 4500}
     config = EngineConfig(model=str(model), device="cpu", dtype="float32", **sizes, **settings)
     engine: Any = EngineLoop.load(config, progress=False)
     defaults: Any = engine.generation_defaults
-    with RunningServer(engine, defaults, {"drain_timeout": 0.0}, engine.text) as server:
+    with logs_as_before(), RunningServer(engine, defaults, {"drain_timeout": 0.0}, engine.text) as server:
+        configure_logging("error", "json", io.StringIO())
         yield server
 
 

@@ -22,7 +22,10 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def client(server: RunningServer, key: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0, timeout=10)
+    http = openai.DefaultHttpxClient(verify=False)
+    return openai.OpenAI(
+        base_url=server.url + "/v1", api_key=key, max_retries=0, timeout=10, http_client=http
+    )
 
 
 def test_only_the_keys_of_the_file_and_the_environment_are_served(

@@ -211,7 +211,7 @@ def test_second_signal_does_not_wait() -> None:
         events = response.iter_lines()
         next(events)
         running.send_signal(signal.SIGINT)
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 503)
+        wait_until(lambda: httpx.get(url + "/ready", verify=False).status_code == 503)
         running.send_signal(signal.SIGTERM)
         started = time.monotonic()
         last = [line for line in events if line][-1]
