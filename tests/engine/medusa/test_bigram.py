@@ -217,6 +217,7 @@ def test_it_lies_beside_the_heads(tmp_path: Path) -> None:
         ({"weights": torch.ones(3, dtype=torch.complex64)}, "not finite"),
         ({"counts": torch.full((VOCAB,), 2**62)}, "counts must be whole numbers from 0, as int32"),
         ({"followers": torch.zeros(300, dtype=torch.uint32)}, "followers must be whole numbers"),
+        ({"followers": torch.zeros(300, dtype=torch.int32)}, "a pair twice"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path, changes: dict, reason: str) -> None:
