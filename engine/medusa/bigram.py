@@ -115,7 +115,7 @@ class BigramTable:
             if not (tensor.is_floating_point() and tensor.float().isfinite().all()):  # as a step has them
                 raise HeadsError(f"{file} holds values that are not finite numbers of float32")
         tokens = torch.arange(vocab_size, dtype=torch.int32).repeat_interleave(counts.long())
-        if len((tokens.long() * vocab_size + followers).unique()) < pairs:
+        if len(set((tokens.long() * vocab_size + followers).tolist())) < pairs:
             raise HeadsError(f"{file} holds a pair twice")
         return cls(tokens, followers, values, weights)
 
