@@ -93,8 +93,9 @@ def test_prompts_together_give_what_each_gives_alone(
     assert any(len(set(sizes)) > 1 for sizes in passes), "chunks of different lengths in one pass"
     passes.clear()
     alone: dict[tuple[str, int], list[TokenDelta]] = {}
+    one_at_a_time = engine(narrow, max_num_seqs=1, **settings)
     for request in requests:
-        alone |= outputs(engine(narrow, max_num_seqs=1, **settings), [request])
+        alone |= outputs(one_at_a_time, [request])
     assert max(map(len, passes)) == 1
     assert together.keys() == alone.keys()
     for key in alone:
