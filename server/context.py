@@ -147,6 +147,7 @@ class RequestRecord:
         engine_id: the same made unique, since a client may use its id again while the first request runs.
         started: `time.monotonic()` at its arrival.
         body_bytes: how much of its body has been read.
+        unread: not all of its body has been received.
         cut_short: the client left before its body was whole.
         fields: what the route adds to the line; never any text of the prompt or the output.
     """
@@ -155,6 +156,7 @@ class RequestRecord:
     engine_id: str
     started: float = field(default_factory=time.monotonic)
     body_bytes: int = 0
+    unread: bool = True
     cut_short: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 

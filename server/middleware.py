@@ -53,13 +53,18 @@ class RequestMiddleware:
         record = RequestRecord(*_request_ids(Headers(scope=scope).get(REQUEST_ID_HEADER)))
         scope.setdefault("state", {})["record"] = record
         status: int | None = None
+        direct, closes = scope.get("extensions", {}).get(DIRECT), False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, closes
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
-            await send(message)
+                status, headers = message["status"], MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = record.request_id
+                closes = headers.get("connection") == "close"
+            elif closes and record.unread and direct is not None and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                return await direct.close_when_sent(receive)
+            return await send(message)
 
         try:
             if scope["method"] == "POST" and DIRECT not in scope.get("extensions", ()):
@@ -78,7 +83,7 @@ class RequestMiddleware:
         return None
 
     def _bounded(self, scope: Scope, receive: Receive, record: RequestRecord) -> Receive:
-        """`receive` with bounds on the body's size and time. What is left of a refused body is not read."""
+        """`receive` with bounds on the body's size and time. What is left of a refused body is not kept."""
         headers = Headers(scope=scope)
         length, encoding = headers.get("content-length", ""), headers.get("content-encoding", "identity")
         announced = length.isdecimal() and int(length) > self._max_body_bytes
@@ -104,6 +109,7 @@ class RequestMiddleware:
                     late = f"The request's body did not arrive within {self._read_timeout:g} s."
                     raise HTTPException(408, late, close) from None
             record.body_bytes += len(message.get("body", b""))
+            record.unread = announced or message.get("more_body", False)
             if announced or record.body_bytes > self._max_body_bytes:
                 large = f"The request body is larger than {self._max_body_bytes} bytes."
                 raise HTTPException(413, large, close)

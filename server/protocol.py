@@ -7,6 +7,7 @@ import json
 from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from starlette.types import Receive
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -24,6 +26,8 @@ from server.settings import Settings
 __all__ = [
     "DIRECT",
     "KEEP_ALIVE_S",
+    "LINGER_BYTES",
+    "LINGER_S",
     "MAX_HEAD_BYTES",
     "Direct",
     "GuardedProtocol",
@@ -36,6 +40,10 @@ one just as a request is put on it."""
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers."""
+
+LINGER_S = 5.0
+LINGER_BYTES = 64 * 2**20
+"""How long, and how much of it, what a client still sends is read after an answer that closes its connection."""
 
 DIRECT = "medusa.direct"
 """The ASGI extension that holds a `Direct`."""
@@ -291,6 +299,23 @@ class Direct:
         cycle.message_event.clear()
         body, cycle.body = bytes(cycle.body), bytearray()
         return body
+
+    async def close_when_sent(self, receive: Receive) -> None:
+        """Close after an answer that came before the end of the request's body, for which nobody waited.
+
+        The client is told at once that no more comes. What it is still sending is read, and thrown away, for
+        `LINGER_S` or `LINGER_BYTES`: closed with something unread TCP resets a connection, and takes the
+        answer from a client that has not read it yet (RFC 9112, 9.6). nginx says 503 then.
+        """
+        transport, left = self._cycle.transport, LINGER_BYTES
+        if transport.can_write_eof():  # TLS cannot
+            transport.write_eof()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while left > 0 and (message := await receive()).get("more_body"):
+                    left -= len(message["body"])
+        transport.close()
+        self._cycle.disconnected = True  # its end is not to be written
 
     def write(self, part: bytes, last: bool) -> bool:
         """Write a part of the body of a response that has begun.
