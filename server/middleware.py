@@ -16,7 +16,7 @@ from server.arrivals import Intake
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, error_response
 from server.metrics import Metrics
-from server.protocol import DIRECT
+from server.protocol import DIRECT, Direct
 from server.routes.health import QUIET_PATHS
 from server.settings import Settings
 
@@ -53,7 +53,8 @@ class RequestMiddleware:
         record = RequestRecord(*_request_ids(Headers(scope=scope).get(REQUEST_ID_HEADER)))
         scope.setdefault("state", {})["record"] = record
         status: int | None = None
-        direct, closes = scope.get("extensions", {}).get(DIRECT), False
+        direct: Direct | None = scope.get("extensions", {}).get(DIRECT)
+        closes = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, closes

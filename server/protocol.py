@@ -43,7 +43,7 @@ MAX_HEAD_BYTES = 64 * 1024
 
 LINGER_S = 5.0
 LINGER_BYTES = 64 * 2**20
-"""How long, and how much of it, what a client still sends is read after an answer that closes its connection."""
+"""So long, and so much of it, what a client still sends is read behind an answer that closes."""
 
 DIRECT = "medusa.direct"
 """The ASGI extension that holds a `Direct`."""
