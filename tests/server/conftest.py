@@ -222,8 +222,10 @@ def hello() -> Iterator[RunningServer]:
 def logs_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture(scope="package", autouse=True)

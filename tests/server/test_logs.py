@@ -9,6 +9,7 @@ import pytest
 import structlog
 
 from server.logs import configure_logging
+from tests.server.conftest import logs_as_before
 
 
 def fail(prompt: str) -> None:
@@ -23,15 +24,12 @@ def test_a_traceback_holds_no_text_of_a_prompt(log_format: str, logger: logging.
     """Nor any other local variable; rich, which many a library brings along, would show them."""
     pytest.importorskip("rich")
     stream = io.StringIO()
-    before = logging.getLogger().handlers[:], logging.getLogger().level
-    try:
+    with logs_as_before():
         configure_logging("info", log_format, stream)  # type: ignore[arg-type]
         try:
             fail(" ".join(("my", "secret")))  # a traceback does show the source
         except RuntimeError:
             logger.exception("failed")
-    finally:
-        logging.getLogger().handlers[:], logging.getLogger().level = before
         structlog.reset_defaults()
     text = stream.getvalue()
     assert "in fail" in text
