@@ -15,7 +15,7 @@ from engine.errors import ModelError, UnsupportedModelError
 from engine.model.hf_imports import import_validators
 from engine.model.prequantized import check_quantization
 
-__all__ = ["ModelConfig", "RopeConfig"]
+__all__ = ["ExpertsConfig", "ModelConfig", "RopeConfig"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,25 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the MLP.
+
+    Args:
+        count: experts of a layer.
+        chosen: for each token.
+        width: channels between the two products of each.
+        renormalised: the weights of those chosen sum to one.
+        layers: for each layer, whether it has them.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    renormalised: bool
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shapes and flags of one decoder-only model. `head_dim` is explicit: it need not be hidden / heads.
 
@@ -63,6 +82,7 @@ class ModelConfig:
         embedding_scale: factor on the embeddings.
         residual_scale: factor on what each block adds to the residual stream.
         logits_divisor: logits are divided by it.
+        experts: in place of the MLP of some layers or all; `intermediate_size` is that of the others.
     """
 
     architecture: str
@@ -93,6 +113,11 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    experts: ExpertsConfig | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts in place of its MLP."""
+        return self.experts is not None and self.experts.layers[layer]
 
     @property
     def group(self) -> int:
@@ -286,6 +311,72 @@ def _granite(config: Any) -> dict[str, Any]:
     }
 
 
+def _mixtral(config: Any) -> dict[str, Any]:
+    return {**_mistral(config), "experts": _experts(config, config.num_local_experts, renormalised=True)}
+
+
+def _qwen3_moe(config: Any) -> dict[str, Any]:
+    dense, every = config.mlp_only_layers or (), config.decoder_sparse_step
+    mixed = tuple(
+        layer not in dense and (layer + 1) % every == 0 for layer in range(config.num_hidden_layers)
+    )
+    return {
+        **_llama(config),
+        "mlp_bias": False,
+        "windows": (config.sliding_window,) * config.num_hidden_layers,
+        "qk_norm": "head",
+        "experts": _experts(
+            config,
+            config.num_experts,
+            renormalised=config.norm_topk_prob,
+            width=config.moe_intermediate_size,
+            layers=mixed,
+        ),
+    }
+
+
+def _olmoe(config: Any) -> dict[str, Any]:
+    if config.clip_qkv is not None:
+        raise UnsupportedModelError("clip_qkv is not supported in olmoe")
+    return {
+        **_llama(config),
+        "output_bias": bool(config.attention_bias),
+        "qk_norm": "projection",
+        "experts": _experts(config, config.num_experts, renormalised=config.norm_topk_prob),
+    }
+
+
+def _granite_moe(config: Any) -> dict[str, Any]:
+    # The softmax of the chosen logits alone is that of all, renormalised.
+    return {
+        **_granite(config),
+        "mlp_bias": False,
+        "experts": _experts(config, config.num_local_experts, renormalised=True),
+    }
+
+
+def _experts(
+    config: Any,
+    count: int,
+    *,
+    renormalised: bool,
+    width: int | None = None,
+    layers: tuple[bool, ...] | None = None,
+) -> ExpertsConfig:
+    chosen = config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise UnsupportedModelError(
+            f"num_experts_per_tok is {chosen} of {count} experts; it must be 1 to {count}"
+        )
+    return ExpertsConfig(
+        count=count,
+        chosen=chosen,
+        width=width or config.intermediate_size,
+        renormalised=bool(renormalised),
+        layers=layers or (True,) * config.num_hidden_layers,
+    )
+
+
 _FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "LlamaForCausalLM": _llama,
     "LLaMAForCausalLM": _llama,  # as the first conversions of Llama 1 spell it
@@ -302,6 +393,10 @@ _FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "SmolLM3ForCausalLM": _smollm3,
     "SeedOssForCausalLM": _seed_oss,
     "GraniteForCausalLM": _granite,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "OlmoeForCausalLM": _olmoe,
+    "GraniteMoeForCausalLM": _granite_moe,
 }
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.attention.base import AttentionBackend
 from engine.model.config import ModelConfig
+from engine.model.experts import Experts
 from engine.model.layers import (
     HeadNorm,
     Linear,
@@ -32,9 +33,9 @@ __all__ = ["Decoder"]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a gated MLP, with q, k, v in one matrix and gate, up in another.
+    """Attention and a gated MLP, with q, k, v in one matrix and gate, up in another, or a mixture of experts.
 
-    A norm that the family does not have is None.
+    A norm that the family does not have is None. A layer with experts has no `gate_up_proj`, `down_proj`.
     """
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
@@ -55,18 +56,24 @@ class DecoderLayer(nn.Module):
         self.o_proj = Linear(q_size, hidden, bias=config.output_bias, dtype=dtype)
         self.attention_output_norm = norm(after)
         self.mlp_norm = norm(before)
-        self.gate_up_proj = Linear(hidden, 2 * width, bias=config.mlp_bias, dtype=dtype)
-        self.down_proj = Linear(width, hidden, bias=config.mlp_bias, dtype=dtype)
-        self.mlp_output_norm = norm(after)
         self.activation: Callable[[Tensor], Tensor] = F.silu if config.activation == "silu" else _gelu_tanh
+        self.experts: Experts | None = None
+        if config.has_experts(index):
+            self.experts = Experts(config, dtype, self.activation)
+        else:
+            self.gate_up_proj = Linear(hidden, 2 * width, bias=config.mlp_bias, dtype=dtype)
+            self.down_proj = Linear(width, hidden, bias=config.mlp_bias, dtype=dtype)
+        self.mlp_output_norm = norm(after)
         self.residual_scale = config.residual_scale
         self.local = config.is_local(index)
         partial = 2 * len(config.rope.inv_freq) < config.head_dim
         self.rotate = apply_partial_rotary if partial else apply_rotary
 
     @property
-    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
-        """In the order in which they run."""
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order in which they run; of a layer with experts the first two."""
+        if self.experts is not None:
+            return self.qkv_proj, self.o_proj
         return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
@@ -81,6 +88,8 @@ class DecoderLayer(nn.Module):
         mixed = attention.attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
         x = self._add(x, self.o_proj, mixed, self.attention_output_norm)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
+        if self.experts is not None:
+            return self._added(x, self.experts(y), self.mlp_output_norm)
         gate, up = self.gate_up_proj(y).chunk(2, dim=-1)
         return self._add(x, self.down_proj, self.activation(gate).mul_(up), self.mlp_output_norm)
 
@@ -90,7 +99,9 @@ class DecoderLayer(nn.Module):
         if norm is None and self.residual_scale == 1.0:
             out = linear(y, x)
             return out
-        out = linear(y)
+        return self._added(x, linear(y), norm)
+
+    def _added(self, x: Tensor, out: Tensor, norm: RMSNorm | None) -> Tensor:
         if norm is not None:
             out = norm(out)
         return torch.add(x, out, alpha=self.residual_scale)
@@ -214,6 +225,8 @@ class Decoder(nn.Module):
             ConfigError: see `Linear.quantize`.
         """
         for name, module in self.named_modules():
+            if isinstance(module, Experts):
+                module.quantize(kind)
             if isinstance(module, Linear):
                 # Attention's output is an average over many tokens, which has no outliers to spread.
                 module.quantize(kind, rotate=not name.endswith("o_proj"))
@@ -226,7 +239,12 @@ class Decoder(nn.Module):
         Where a step is the reading of large matrices, what lies between them does not count.
         """
         config = self.config
-        plain = config.norms == "pre" and not config.norm_offset and config.qk_norm == "none"
+        plain = (
+            config.experts is None
+            and config.norms == "pre"
+            and not config.norm_offset
+            and config.qk_norm == "none"
+        )
         plain = plain and config.activation == "silu" and config.residual_scale == 1.0
         plain = plain and self.local_rotary is None and 2 * len(config.rope.inv_freq) == config.head_dim
         if not plain:
@@ -256,7 +274,7 @@ class Decoder(nn.Module):
     def pack(self) -> None:
         """Reorder the weights for this device, once, after they are loaded (and quantised)."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Experts):
                 module.pack()
 
     def fuse_triton(self, folder: Path | None = None, attention: AttentionBackend | None = None) -> None:
@@ -266,6 +284,8 @@ class Decoder(nn.Module):
             folder: measure which products of few rows shall be such kernels too, and keep it there.
             attention: between them as served.
         """
+        if self.config.experts is not None:
+            return
         from engine.model.fused_triton import FusedLayers  # only CUDA needs Triton
 
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
@@ -292,12 +312,23 @@ class Decoder(nn.Module):
         }
         if not self.config.tie_word_embeddings:
             names["lm_head.weight"] = ("lm_head.weight",)
-        sources = self._layer_sources()
+        sources, experts = self._layer_sources(), self._expert_sources()
         for name, _ in self.named_parameters():
             if name.startswith("layers."):
                 _, index, module, kind = name.split(".")
-                names[name] = tuple(f"model.layers.{index}.{source}.{kind}" for source in sources[module])
+                kind, these = ("weight", experts[kind]) if module == "experts" else (kind, sources[module])
+                names[name] = tuple(f"model.layers.{index}.{source}.{kind}" for source in these)
         return names
+
+    def _expert_sources(self) -> dict[str, tuple[str, ...]]:
+        """The same for the weights of a layer's experts (see `ExpertsFile`)."""
+        count = 0 if self.config.experts is None else self.config.experts.count
+        both = ("gate_proj", "up_proj")
+        return {
+            "router": ("mlp.gate",),
+            "gate_up": tuple(f"mlp.experts.{i}.{each}" for i in range(count) for each in both),
+            "down": tuple(f"mlp.experts.{i}.down_proj" for i in range(count)),
+        }
 
     def _layer_sources(self) -> dict[str, tuple[str, ...]]:
         """For each module of a layer, the checkpoint's modules it is made of."""

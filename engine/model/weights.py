@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import ModelError, RequestError, WeightsError
 from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
+from engine.model.expert_files import ExpertsFile, has_experts
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
 from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
 from engine.model.prequantized import DequantizedFile, stated_quantization
@@ -294,6 +295,9 @@ class Checkpoint:
         if stated := stated_quantization(folder):
             self._quantized = DequantizedFile(self._file_of, stated)
             self._file_of = dict.fromkeys(self._quantized.names(), self._quantized)
+        if has_experts(self._file_of):
+            experts = ExpertsFile(self._file_of)
+            self._file_of = dict.fromkeys(experts.names(), experts)
         self.names: frozenset[str] = frozenset(self._file_of)
 
     def get(self, name: str) -> torch.Tensor:

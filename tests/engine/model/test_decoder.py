@@ -134,6 +134,30 @@ FAMILIES = [
         },
     ),
     ("granite", {"attention_multiplier": 0.25, "tie_word_embeddings": True}),
+    ("mixtral", {"num_local_experts": 5, "sliding_window": 30}),
+    (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    (
+        "qwen3_moe",
+        {
+            "decoder_sparse_step": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 40,
+            "attention_bias": True,
+        },
+    ),
+    ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4, "hidden_size": 64}),
+    ("granitemoe", {"num_local_experts": 5, "residual_multiplier": 0.22, "logits_scaling": 4.0}),
 ]
 
 

@@ -1,0 +1,144 @@
+"""A mixture of experts in place of a layer's MLP: a router gives each token some of many MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.model.config import ModelConfig
+from engine.model.layers import Linear
+
+__all__ = ["Experts", "route"]
+
+
+class Experts(nn.Module):
+    """The sum of the MLPs that the router chooses for a token, each by its weight.
+
+    Args:
+        config: of a model with `experts`.
+        dtype: of weights and activations.
+        activation: of the gate.
+
+    Attributes:
+        router: [experts, hidden].
+        gate_up: [experts * 2 * width, hidden], each expert's gate and then its up projection; empty once
+            the weights are packed or quantised.
+        down: [experts * hidden, width], likewise.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        assert config.experts is not None
+        self.count, self.chosen = config.experts.count, config.experts.chosen
+        self.renormalised = config.experts.renormalised
+        self.hidden, self.width, self.activation = config.hidden_size, config.experts.width, activation
+
+        def weight(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns, dtype=dtype), requires_grad=False)
+
+        self.router = weight(self.count, self.hidden)
+        self.gate_up = weight(self.count * 2 * self.width, self.hidden)
+        self.down = weight(self.count * self.hidden, self.width)
+        self._each: list[tuple[Linear, Linear]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, hidden] in and out. What a row gives does not depend on which others there are."""
+        experts, weights = route(x, self.router, self.chosen, renormalised=self.renormalised)
+        if x.device.type == "cpu":
+            return self._sorted(x, experts, weights)
+        return self.everywhere(x, experts, weights)
+
+    def everywhere(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """By each expert for all rows, of which most count for nothing: it waits for no value, so it can be
+        captured. Far slower than kernels that know which rows are whose.
+
+        Args:
+            x: [T, hidden].
+            experts: [T, chosen] int64; weights: [T, chosen] float32.
+        """
+        y = torch.zeros_like(x)
+        for expert in range(self.count):
+            weight = torch.where(experts == expert, weights, 0.0).sum(1, keepdim=True).to(x.dtype)
+            # Not 0 times what this expert gives, which might not be finite.
+            y = y + torch.where(weight != 0.0, self._mlp(expert, x) * weight, 0.0)
+        return y
+
+    def _sorted(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """By each expert for its own rows. The host has to know which they are."""
+        order = experts.flatten().argsort(stable=True)
+        counts = experts.flatten().bincount(minlength=self.count).tolist()
+        weights = weights.flatten()[order].unsqueeze(1).to(x.dtype)
+        rows = order // self.chosen
+        y, start = torch.zeros_like(x), 0
+        for expert, count in enumerate(counts):
+            if count:
+                own = slice(start, start + count)
+                y.index_add_(0, rows[own], self._mlp(expert, x[rows[own]]).mul_(weights[own]))
+                start += count
+        return y
+
+    def _mlp(self, expert: int, x: Tensor) -> Tensor:
+        if self._each:
+            gate_up, down = self._each[expert]
+            gate, up = gate_up(x).chunk(2, dim=-1)
+            out: Tensor = down(self.activation(gate).mul_(up))
+            return out
+        gate, up = F.linear(x, self.gate_up.view(self.count, -1, self.hidden)[expert]).chunk(2, dim=-1)
+        inner = self.activation(gate).mul_(up)
+        return F.linear(inner, self.down.view(self.count, self.hidden, -1)[expert])
+
+    def pack(self) -> None:
+        """As `Linear.pack`, each expert by itself; on the CPU only."""
+        if self.gate_up.device.type == "cpu":
+            self._split(Linear.pack)
+
+    def quantize(self, kind: Literal["int8", "fp8"]) -> None:
+        """As `Linear.quantize`, each expert by itself, on the CPU; the router stays as it is.
+
+        Raises:
+            ConfigError: see `Linear.quantize`.
+        """
+        self._split(lambda linear: linear.quantize(kind, rotate=True))
+
+    def _split(self, work: Callable[[Linear], None]) -> None:
+        if not self._each:
+            for gate_up, down in zip(
+                self.gate_up.chunk(self.count), self.down.chunk(self.count), strict=True
+            ):
+                self._each.append((_linear(gate_up), _linear(down)))
+            for name in ("gate_up", "down"):  # what is not packed stays in its views
+                setattr(self, name, nn.Parameter(self.router.new_empty(0), requires_grad=False))
+        for pair in self._each:
+            for linear in pair:
+                work(linear)
+
+
+def _linear(weight: Tensor) -> Linear:
+    linear = Linear(weight.shape[1], 0, bias=False, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
+def route(x: Tensor, router: Tensor, chosen: int, *, renormalised: bool) -> tuple[Tensor, Tensor]:
+    """The experts of each row and their weights: the largest of the softmax of router logits.
+
+    Args:
+        x: [T, hidden].
+        router: [experts, hidden].
+        chosen: experts of each row.
+        renormalised: their weights shall sum to one.
+
+    Returns:
+        [T, chosen] int64 and [T, chosen] float32, the largest weight first.
+    """
+    shares = F.linear(x, router).softmax(-1, dtype=torch.float32)
+    weights, experts = shares.topk(chosen, dim=-1)
+    if renormalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return experts, weights
