@@ -69,7 +69,8 @@ class PromptRunner:
         num_slots = max_num_seqs + spare_slots
         self._decoder, self._attention, self._pool = decoder, attention, pool
         self._ragged = isinstance(attention, RaggedAttention)  # to ask this takes long
-        self._device = pool.device
+        self._device, self.vocab_size = pool.device, decoder.config.vocab_size
+        self.lookup_size = lookup_size
         self._drafter = Drafter(heads, self._device)
         self._table_length = -(-(max_model_len + MAX_TREE_NODES) // pool.block_size)
 
@@ -83,7 +84,7 @@ class PromptRunner:
         self._table_lengths = [0] * num_slots
         self._sampling = SamplingSlots(
             max_num_seqs=num_slots,
-            vocab_size=decoder.config.vocab_size,
+            vocab_size=self.vocab_size,
             eos_token_ids=eos_token_ids,
             device=self._device,
         )

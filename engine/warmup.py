@@ -46,6 +46,9 @@ batches, which are measured first, would make larger trees look cheap."""
 _BUSY_CYCLES = 8_000_000
 """Of a GPU's clock, at most 2 GHz."""
 
+_STRIDE = 7919
+"""From one token to the next of those that steps are measured with, a prime."""
+
 _RAGGED = (2, 9)
 """Nodes of the one larger tree in the batch, which show what trees of different sizes cost."""
 
@@ -86,7 +89,7 @@ def measure(
     padding: dict[int, float] = {}
     uneven: dict[int, float] = {}
     for batch in _BATCHES if buckets is None else buckets.batches:
-        sequences = _sequences(blocks, batch, context) if batch <= max_num_seqs else None
+        sequences = _sequences(blocks, batch, context, runner.vocab_size) if batch <= max_num_seqs else None
         if sequences is None:
             break
         sizes = considered_sizes(heads)
@@ -161,14 +164,14 @@ def _captured(
     return [(batch * nodes, plain[nodes]) for nodes in sorted(plain)], costs
 
 
-def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence] | None:
-    """Sequences with room for their largest tree; None where the pool has none for so many."""
+def _sequences(blocks: BlockManager, count: int, context: int, vocab_size: int = 1) -> list[Sequence] | None:
+    """Sequences with room for their largest tree, each with another last token; None where the pool has none
+    for so many."""
     made: list[Sequence] = []
     for slot in range(count):
         request = Request(f"measure-{slot}", (0,) * context, SamplingParams(temperature=0.0))
-        sequence = Sequence(
-            request, 0, 0, [0] * (context + 1), context, context + MAX_TREE_NODES, slot, slot=slot
-        )
+        tokens = [0] * context + [_STRIDE * MAX_TREE_NODES * slot % vocab_size]
+        sequence = Sequence(request, 0, 0, tokens, context, context + MAX_TREE_NODES, slot, slot=slot)
         sequence.num_cached = context
         if not blocks.grow(sequence.blocks, context + MAX_TREE_NODES):
             for other in made:
@@ -179,7 +182,8 @@ def _sequences(blocks: BlockManager, count: int, context: int) -> list[Sequence]
 
 
 def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_row: int = _IN_A_ROW) -> float:
-    """Seconds of a step that verifies chains; what the tokens are does not matter to the time.
+    """Seconds of a step that verifies chains. All tokens differ: what they are does not matter to the time,
+    but a mixture's experts would else all be the same ones.
 
     As in serving, a step follows one of its own size: after another one it takes longer. So of `in_a_row` of
     them the fastest counts.
@@ -187,7 +191,7 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_r
     best = float("inf")
     for _ in range(in_a_row):
         batch = runner.place(sequences)
-        draft = _chains(batch.slots, nodes)
+        draft = _chains(batch.slots, nodes, runner.vocab_size)
         _wait(batch.slots.device)
         start = time.perf_counter()
         batch.begin()
@@ -203,12 +207,22 @@ def _replay(runner: CapturedRunner, sequences: list[Sequence], nodes: int, heads
     are shorter, and larger trees would look nearly free.
     """
     size, batch = (len(sequences), nodes), runner.place(sequences)
+    _other_chains(runner, sequences)
     runner.targets_accept_compact(batch, runner.replay(batch, size, heads=heads)).rows()
     _keep_busy(batch.slots.device)
     batch = runner.place_again(sequences)
+    _other_chains(runner, sequences)
     results = runner.targets_accept_compact(batch, runner.replay(batch, size, heads=heads))
     results.rows()  # for the host's memory that they take, which serving then finds, to be given back
     return results.seconds
+
+
+def _other_chains(runner: CapturedRunner, sequences: list[Sequence]) -> None:
+    """Let each draft other tokens, where there is a lookup; see `_step`."""
+    for sequence in sequences if runner.lookup_size else ():
+        first = MAX_TREE_NODES * sequence.slot + 1
+        tokens = [_STRIDE * (first + node) % runner.vocab_size for node in range(runner.lookup_size)]
+        runner.set_chain(sequence, tokens)
 
 
 def _keep_busy(device: torch.device) -> None:
@@ -217,11 +231,11 @@ def _keep_busy(device: torch.device) -> None:
         torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
 
 
-def _chains(slots: torch.Tensor, nodes: list[int]) -> Draft:
-    root = torch.zeros_like(slots)
-    chain = root.unsqueeze(1).expand(-1, max(nodes) - 1)
+def _chains(slots: torch.Tensor, nodes: list[int], vocab_size: int) -> Draft:
+    places = MAX_TREE_NODES * slots.unsqueeze(1) + torch.arange(max(nodes), device=slots.device)
+    tokens = _STRIDE * places % vocab_size
     shapes = [TreeShape(0, count - 1) for count in nodes]
-    return Drafter(None, slots.device).draft(root, root, chain, shapes)
+    return Drafter(None, slots.device).draft(tokens[:, 0], tokens[:, 0], tokens[:, 1:], shapes)
 
 
 def _draft(runner: Runner, sequences: list[Sequence], head_nodes: int) -> float:

@@ -40,6 +40,9 @@ _STORED = {
 def table(info: ModelInfo) -> str:
     """For people to read."""
     window = "none" if info.window is None else f"{info.window} positions in {info.num_windowed} layers"
+    active = ""
+    if info.active_parameters != info.parameters:
+        active = f", of which a token passes through {info.active_parameters / 1e6:,.1f}"
     stored = _STORED.get(info.stored_as, f"{info.stored_as}, dequantised at load")
     lines = [
         f"architecture    {info.architecture}, {info.num_layers} layers of {info.hidden_size}",
@@ -47,7 +50,7 @@ def table(info: ModelInfo) -> str:
         f"sliding window  {window}",
         f"vocabulary      {info.vocab_size}",
         f"context         {info.max_position}",
-        f"parameters      {info.parameters / 1e6:,.1f} million",
+        f"parameters      {info.parameters / 1e6:,.1f} million{active}",
         f"stored as       {stored}; config says {info.dtype}",
         f"device          {info.device}, {_size(info.device_bytes)} to use",
     ]

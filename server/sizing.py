@@ -19,6 +19,9 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
 }
 
 
@@ -50,6 +53,23 @@ USUAL_MODELS: dict[str, dict[str, Any]] = {
     "Qwen3 8B": _model("qwen3", 36, 4096, 12_288, 32, 8, vocab_size=151_936, head_dim=128),
     "Llama 2 7B, Vicuna 7B": _model("llama", 32, 4096, 11_008, 32, 32, vocab_size=32_000),
     "Llama 2 13B, Vicuna 13B": _model("llama", 40, 5120, 13_824, 40, 40, vocab_size=32_000),
+    "OLMoE 1B-7B": _model(
+        "olmoe", 16, 2048, 1024, 16, 16, vocab_size=50_304, num_experts=64, num_experts_per_tok=8
+    ),
+    "Qwen3 30B-A3B": _model(
+        "qwen3_moe",
+        48,
+        2048,
+        6144,
+        32,
+        4,
+        vocab_size=151_936,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    "Mixtral 8x7B": _model("mixtral", 32, 4096, 14_336, 32, 8, vocab_size=32_000),
     "Llama 3.1 70B": _model("llama", 80, 8192, 28_672, 64, 8, vocab_size=128_256),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
 from engine.model.layers import Linear
+from engine.model.quantize import Int8Weight
 
 __all__ = ["Experts", "route"]
 
@@ -59,39 +60,48 @@ class Experts(nn.Module):
         captured. Far slower than kernels that know which rows are whose.
 
         Args:
-            x: [T, hidden].
+            x: [T, hidden], on the device of the weights, which are neither packed nor quantised.
             experts: [T, chosen] int64; weights: [T, chosen] float32.
         """
         y = torch.zeros_like(x)
-        for expert in range(self.count):
-            weight = torch.where(experts == expert, weights, 0.0).sum(1, keepdim=True).to(x.dtype)
+        pairs = zip(self.gate_up.chunk(self.count), self.down.chunk(self.count), strict=True)
+        for expert, (gate_up, down) in enumerate(pairs):
+            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+            found = F.linear(self.activation(gate).mul_(up), down)
+            weight = torch.where(experts == expert, weights, 0.0).sum(1, keepdim=True)
             # Not 0 times what this expert gives, which might not be finite.
-            y = y + torch.where(weight != 0.0, self._mlp(expert, x) * weight, 0.0)
+            y = y + torch.where(weight != 0.0, found * weight, 0.0).to(x.dtype)
         return y
 
     def _sorted(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """By each expert for its own rows. The host has to know which they are."""
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=self.count).tolist()
-        weights = weights.flatten()[order].unsqueeze(1).to(x.dtype)
-        rows = order // self.chosen
-        y, start = torch.zeros_like(x), 0
-        for expert, count in enumerate(counts):
-            if count:
-                own = slice(start, start + count)
-                y.index_add_(0, rows[own], self._mlp(expert, x[rows[own]]).mul_(weights[own]))
-                start += count
+        gate, up = self._products(0, x[order // self.chosen], counts).chunk(2, dim=-1)
+        found = self._products(1, self.activation(gate).mul_(up), counts)
+        found *= weights.flatten()[order].unsqueeze(1)
+        given = torch.empty_like(found)
+        given[order] = found
+        first, *others = given.view(-1, self.chosen, self.hidden).unbind(1)
+        y = first.contiguous()
+        for other in others:  # one after another: `sum` has an order for every shape
+            y += other
         return y
 
-    def _mlp(self, expert: int, x: Tensor) -> Tensor:
-        if self._each:
-            gate_up, down = self._each[expert]
-            gate, up = gate_up(x).chunk(2, dim=-1)
-            out: Tensor = down(self.activation(gate).mul_(up))
-            return out
-        gate, up = F.linear(x, self.gate_up.view(self.count, -1, self.hidden)[expert]).chunk(2, dim=-1)
-        inner = self.activation(gate).mul_(up)
-        return F.linear(inner, self.down.view(self.count, self.hidden, -1)[expert])
+    def _products(self, which: int, x: Tensor, counts: list[int]) -> Tensor:
+        """The first or second product of each expert with its rows, of which `counts` follow one another."""
+        parts = [(expert, rows) for expert, rows in enumerate(torch.split_with_sizes(x, counts)) if len(rows)]
+        if not self._each:
+            weight = (self.gate_up, self.down)[which]
+            stacked = weight.view(self.count, -1, weight.shape[1])
+            return torch.cat([F.linear(rows, stacked[expert]) for expert, rows in parts])
+        linears = [pair[which] for pair in self._each]
+        weights = [found for linear in linears if isinstance(found := linear.quantized, Int8Weight)]
+        if not weights:
+            return torch.cat([linears[expert](rows) for expert, rows in parts])
+        rounded, largest = weights[0].rounded(x)  # once for all: each mixes its input in the same way
+        rows_of, scale_of = (torch.split_with_sizes(each, counts) for each in (rounded, largest))
+        return torch.cat([weights[expert].product(rows_of[expert], scale_of[expert]) for expert, _ in parts])
 
     def pack(self) -> None:
         """As `Linear.pack`, each expert by itself; on the CPU only."""
@@ -128,6 +138,9 @@ def _linear(weight: Tensor) -> Linear:
 def route(x: Tensor, router: Tensor, chosen: int, *, renormalised: bool) -> tuple[Tensor, Tensor]:
     """The experts of each row and their weights: the largest of the softmax of router logits.
 
+    The logits are summed in float64: in float32 a product rounds otherwise with more rows, and a row whose
+    best experts are nearly alike would go to others in another batch.
+
     Args:
         x: [T, hidden].
         router: [experts, hidden].
@@ -137,7 +150,7 @@ def route(x: Tensor, router: Tensor, chosen: int, *, renormalised: bool) -> tupl
     Returns:
         [T, chosen] int64 and [T, chosen] float32, the largest weight first.
     """
-    shares = F.linear(x, router).softmax(-1, dtype=torch.float32)
+    shares = F.linear(x.double(), router.double()).softmax(-1, dtype=torch.float32)
     weights, experts = shares.topk(chosen, dim=-1)
     if renormalised:
         weights = weights / weights.sum(-1, keepdim=True)

@@ -20,6 +20,7 @@ __all__ = [
     "Memory",
     "ModelInfo",
     "blocks_of_sequence",
+    "count_active_parameters",
     "count_parameters",
     "cpu_pool_blocks",
     "describe",
@@ -59,6 +60,7 @@ class ModelInfo:
     Args:
         stored_as: "safetensors or bin"; "gguf", "awq" or "gptq", which are dequantised at load; or
             "converted gguf", the embedded model's, which was dequantised once.
+        active_parameters: those that a token passes through: fewer where layers have experts.
         window: positions that layers with a window see, None without; `num_windowed` is how many have one.
         device_bytes: memory the server may use there.
         memory: for each dtype.
@@ -66,6 +68,7 @@ class ModelInfo:
 
     architecture: str
     parameters: int
+    active_parameters: int
     stored_as: str
     dtype: str
     num_layers: int
@@ -101,6 +104,7 @@ def describe(folder: Path, device: torch.device) -> ModelInfo:
     return ModelInfo(
         architecture=config.architecture,
         parameters=count_parameters(config),
+        active_parameters=count_active_parameters(config),
         stored_as=str(stored),
         dtype=str(config.dtype).removeprefix("torch."),
         num_layers=config.num_layers,
@@ -122,13 +126,25 @@ def count_parameters(config: ModelConfig) -> int:
     """All weights, a tied lm_head not counted again."""
     hidden, width, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    layer = hidden * (2 * q_size + 2 * kv_size) + 3 * hidden * width
+    layer = hidden * (2 * q_size + 2 * kv_size)
     layer += config.qkv_bias * (q_size + 2 * kv_size) + config.output_bias * hidden
-    layer += config.mlp_bias * (2 * width + hidden)
     layer += hidden * (4 if config.norms == "both" else 2)
     layer += {"none": 0, "head": 2 * head_dim, "projection": q_size + kv_size}[config.qk_norm]
+    mlp = 3 * hidden * width + config.mlp_bias * (2 * width + hidden)
+    mlps = config.num_layers * mlp
+    if (experts := config.experts) is not None:
+        mlps += sum(experts.layers) * (experts.count * (hidden + 3 * hidden * experts.width) - mlp)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + embeddings + hidden
+    return config.num_layers * layer + mlps + embeddings + hidden
+
+
+def count_active_parameters(config: ModelConfig) -> int:
+    """Those that a token passes through: of a layer's experts only the chosen ones count."""
+    found = count_parameters(config)
+    if (experts := config.experts) is not None:
+        idle = experts.count - experts.chosen
+        found -= sum(experts.layers) * idle * 3 * config.hidden_size * experts.width
+    return found
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -116,18 +116,24 @@ class Int8Weight:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in_features] to [..., out_features], plus `residual` of that shape where given."""
-        rows = x.reshape(-1, x.shape[-1])
+        y = self.product(*self.rounded(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
+        return y if residual is None else y.add_(residual)
+
+    def rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [rows, in_features] to int8, mixed, and the largest magnitude of each row, [rows, 1]."""
         if self._rotation is not None:
             rows = _rotate(rows, self._rotation)
         largest = rows.abs().amax(-1, keepdim=True)
         # A row of zeros divides by zero; what that gives is multiplied by its scale, zero, in the end.
         # A row that is not finite stays so: its scale is.
-        quantized = (rows * (self._levels / largest)).round_().to(torch.int8)
+        return (rows * (self._levels / largest)).round_().to(torch.int8), largest
+
+    def product(self, quantized: Tensor, largest: Tensor) -> Tensor:
+        """What `rounded` gave, by this weight or one that mixes alike, to [rows, out_features]."""
         y = self._product(quantized, largest)
         if self._bias is not None:
             y += self._bias
-        y = y.view(*x.shape[:-1], -1)
-        return y if residual is None else y.add_(residual)
+        return y
 
     def sums(self, a: Tensor, out: Tensor) -> Callable[[], object]:
         """A call that sets `out` to the exact sums a W^T as often as it is made, from what `a` then holds.

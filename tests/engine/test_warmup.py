@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 from engine import warmup
 from engine.cache.blocks import BlockManager
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.types import Sequence
 from tests.engine.conftest import TinyModel
-from tests.support import greedy, greedy_reference, make_engine, run_all
+from tests.support import MODE, greedy, greedy_reference, make_engine, run_all
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,8 @@ def test_a_busy_machine_is_not_measured_for_ever(narrow: TinyModel, monkeypatch:
     """What larger batches take then follows from the smaller ones."""
     made: list[Sequence] = []
 
-    def counted(blocks: BlockManager, count: int, context: int) -> list[Sequence] | None:
-        found = sequences(blocks, count, context)
+    def counted(blocks: BlockManager, count: int, *sizes: int) -> list[Sequence] | None:
+        found = sequences(blocks, count, *sizes)
         made.extend(found or ())
         return found
 
@@ -67,3 +69,34 @@ def test_a_busy_machine_is_not_measured_for_ever(narrow: TinyModel, monkeypatch:
     assert len(made) == 1 + 2
     outputs = run_all(engine, [greedy(f"r{i}", [i, 2, 3], 5) for i in range(8)])
     assert all(outputs[f"r{i}", 0] == greedy_reference(narrow.reference, [i, 2, 3], 5) for i in range(8))
+
+
+def test_all_tokens_of_a_measured_step_differ(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would all pass through the same experts, and large trees would look cheap."""
+    engine = make_engine(narrow.folder, tree=4, max_num_seqs=4)
+    runner, seen = engine._runner, list[int]()
+    sequences = warmup._sequences(engine._blocks, 2, 8, runner.vocab_size)
+    assert sequences is not None
+    forward = runner._decoder.forward
+
+    def noted(tokens: Tensor, *others: Tensor) -> Tensor:
+        seen.extend(tokens.tolist())
+        return forward(tokens, *others)
+
+    monkeypatch.setattr(runner._decoder, "forward", noted)
+    warmup._step(runner, sequences, [4, 4], in_a_row=1)
+    assert len(seen) == len(set(seen)) == 8
+
+
+def test_so_do_those_of_a_captured_one(narrow: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODE, "captured", True)
+    engine = make_engine(narrow.folder, tree=4, max_num_seqs=2, lookup=3)
+    runner = engine._runner
+    assert isinstance(runner, CapturedRunner)
+    sequences = warmup._sequences(engine._blocks, 2, 8, runner.vocab_size)
+    assert sequences is not None
+    for sequence in sequences:
+        sequence.lookup_nodes = 3
+    warmup._replay(runner, sequences, 4, heads=False)
+    tokens = runner._in_buffers((2, 4)).draft.tokens.flatten().tolist()
+    assert len(tokens) == len(set(tokens)) == 8

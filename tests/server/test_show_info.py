@@ -28,6 +28,16 @@ def test_info_is_for_people_and_as_json(tmp_path: Path) -> None:
     assert list(found["memory"][0]["fits"]) == ["512"]
 
 
+def test_of_experts_it_tells_how_many_are_at_work(tmp_path: Path) -> None:
+    family = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 960}
+    save_model(tiny_model("mixtral", **family), tmp_path)
+    found = json.loads(CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu", "--json"]).output)
+    assert found["parameters"] - found["active_parameters"] == 2 * 3 * (3 * 32 * 960)
+    shown = CliRunner().invoke(app, ["info", str(tmp_path), "--device", "cpu"]).output
+    assert "0.9 million, of which a token passes through 0.4\n" in shown
+    assert "which a token" not in CliRunner().invoke(app, ["info", "smollm2-135m", "--device", "cpu"]).output
+
+
 def test_the_embedded_models_own_form_is_told() -> None:
     arguments = ["info", "smollm2-135m", "--device", "cpu"]
     shown = CliRunner().invoke(app, arguments)

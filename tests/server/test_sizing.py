@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.model.config import ModelConfig
-from engine.model.info import count_parameters
+from engine.model.info import count_active_parameters, count_parameters
 from engine.model.weights import resolve_model
 from server.sizing import USUAL_MODELS, model_config, table
 
@@ -20,6 +20,9 @@ PUBLISHED = {
     "Qwen3 8B": 8_190_735_360,
     "Llama 2 7B, Vicuna 7B": 6_738_415_616,
     "Llama 2 13B, Vicuna 13B": 13_015_864_320,
+    "OLMoE 1B-7B": 6_919_161_856,
+    "Qwen3 30B-A3B": 30_532_122_624,
+    "Mixtral 8x7B": 46_702_792_704,
     "Llama 3.1 70B": 70_553_706_496,
 }
 """Elements of all tensors in the published checkpoints. One wrong figure of a config gives another sum."""
@@ -28,6 +31,14 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", USUAL_MODELS)
 def test_the_figures_give_the_published_number_of_parameters(name: str) -> None:
     assert count_parameters(model_config(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("OLMoE 1B-7B", 1.3), ("Qwen3 30B-A3B", 3.3), ("Mixtral 8x7B", 12.9), ("Qwen3 8B", 8.2)],
+)
+def test_a_token_passes_through_as_many_as_is_published(name: str, billions: float) -> None:
+    assert abs(count_active_parameters(model_config(name)) / 1e9 - billions) < 0.06
 
 
 def test_the_embedded_models_figures_are_those_of_its_files() -> None:

@@ -35,6 +35,10 @@ CPU = torch.device("cpu")
         ("smollm3", {}),
         ("seed_oss", {"attention_bias": True}),
         ("granite", {}),
+        ("mixtral", {"num_local_experts": 5}),
+        ("qwen3_moe", {"mlp_only_layers": [1], "num_experts": 9, "moe_intermediate_size": 24}),
+        ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "hidden_size": 64}),
+        ("granitemoe", {"num_local_experts": 5}),
     ],
 )
 def test_parameters_are_counted_as_transformers_does(

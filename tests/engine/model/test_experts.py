@@ -1,0 +1,140 @@
+"""A layer's experts: which they are, and what they give, against float64 and one row at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import UnsupportedModelError
+from engine.model.config import ExpertsConfig, ModelConfig
+from engine.model.experts import Experts, route
+from tests.engine.model.test_quantize import needs_int8
+from tests.support import tiny_model
+
+HIDDEN, WIDTH, COUNT, CHOSEN = 32, 24, 7, 3
+
+
+def config_of(family: str, **overrides: Any) -> Any:
+    """transformers' own, of a model that would be saved with it."""
+    model = tiny_model(family, **overrides)
+    model.config.architectures = [type(model).__name__]
+    return model.config
+
+
+def experts(dtype: torch.dtype = torch.float32, *, renormalised: bool = True) -> Experts:
+    config = config_of(
+        "qwen3_moe",
+        num_experts=COUNT,
+        num_experts_per_tok=CHOSEN,
+        moe_intermediate_size=WIDTH,
+        norm_topk_prob=renormalised,
+    )
+    found = Experts(ModelConfig.from_hf(config), dtype, F.silu)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in found.parameters():
+        parameter.data.normal_(std=0.4, generator=generator)
+    return found
+
+
+def some_rows(count: int) -> Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(5))
+
+
+def by_definition(layer: Experts, x: Tensor) -> Tensor:
+    """Row by row and expert by expert, in float64."""
+    gate_up = layer.gate_up.double().view(COUNT, 2, WIDTH, HIDDEN)
+    down = layer.down.double().view(COUNT, HIDDEN, WIDTH)
+    y = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
+    for row, values in enumerate(x.double()):
+        shares = (layer.router.double() @ values).softmax(0)
+        best = shares.argsort(descending=True)[:CHOSEN]
+        total = shares[best].sum() if layer.renormalised else 1.0
+        for expert in best:
+            gate, up = gate_up[expert] @ values
+            y[row] += shares[expert] / total * (down[expert] @ (F.silu(gate) * up))
+    return y
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_a_row_is_the_weighted_sum_of_its_experts(renormalised: bool) -> None:
+    layer, x = experts(renormalised=renormalised), some_rows(19)
+    wanted = by_definition(layer, x)
+    torch.testing.assert_close(layer(x).double(), wanted, atol=1e-5, rtol=1e-5)
+    chosen, weights = route(x, layer.router, CHOSEN, renormalised=renormalised)
+    found = layer.everywhere(x, chosen, weights)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    layer.pack()
+    torch.testing.assert_close(layer(x).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_in_16_bits_it_rounds_and_no_more() -> None:
+    layer, x = experts(torch.bfloat16), some_rows(19).bfloat16()
+    found, wanted = layer(x).double(), by_definition(layer, x)
+    assert (found - wanted).norm() / wanted.norm() < 0.01
+
+
+def test_experts_that_nobody_chose_do_nothing() -> None:
+    """All rows to the same ones, and none of the others' weights is even looked at."""
+    layer, x = experts(), some_rows(11)
+    layer.router.data[:] = 0.0
+    layer.router.data[:CHOSEN] = 1.0
+    x = x.abs()
+    wanted = by_definition(layer, x)
+    layer.gate_up.data[CHOSEN * 2 * WIDTH :] = torch.nan
+    torch.testing.assert_close(layer(x).double(), wanted, atol=1e-5, rtol=1e-5)
+    chosen, weights = route(x, layer.router, CHOSEN, renormalised=True)
+    assert layer.everywhere(x, chosen, weights).isfinite().all()
+
+
+def test_a_row_that_is_not_finite_stays_alone() -> None:
+    layer, x = experts(), some_rows(6)
+    whole = layer(x)
+    x[2, 3] = torch.nan
+    found = layer(x)
+    others = [0, 1, 3, 4, 5]
+    assert not found[2].isfinite().all()
+    torch.testing.assert_close(found[others], whole[others])
+
+
+@needs_int8
+def test_in_int8_a_row_is_the_same_alone() -> None:
+    layer, x = experts(), some_rows(40)
+    plain = layer(x)
+    layer.quantize("int8")
+    found = layer(x)
+    assert 0 < (found - plain).norm() / plain.norm() < 0.06
+    for row in range(0, len(x), 7):
+        assert torch.equal(layer(x[row : row + 1])[0], found[row])
+
+
+def test_rows_go_to_the_same_experts_in_any_batch() -> None:
+    """Of router rows that are nearly alike: in float32 the order of a sum would decide."""
+    generator = torch.Generator().manual_seed(0)
+    router = torch.randn(1, 576, generator=generator).repeat(8, 1)
+    router += torch.randn(router.shape, generator=generator) * 1e-6
+    x = torch.randn(200, 576, generator=generator)
+    together, shares = route(x, router, 2, renormalised=True)
+    for row in range(200):
+        alone, share = route(x[row : row + 1], router, 2, renormalised=True)
+        assert torch.equal(alone[0], together[row])
+        assert torch.equal(share[0], shares[row])
+
+
+def test_more_experts_than_there_are_is_an_error() -> None:
+    config = config_of("mixtral", num_local_experts=4)
+    wanted = ExpertsConfig(count=4, chosen=2, width=48, renormalised=True, layers=(True, True))
+    assert ModelConfig.from_hf(config).experts == wanted
+    config.num_experts_per_tok = 5
+    with pytest.raises(UnsupportedModelError, match="5 of 4 experts"):
+        ModelConfig.from_hf(config)
+
+
+def test_what_the_reference_would_clip_is_refused() -> None:
+    config = config_of("olmoe", num_experts=4, num_experts_per_tok=2, hidden_size=64)
+    config.clip_qkv = 8.0
+    with pytest.raises(UnsupportedModelError, match="clip_qkv"):
+        ModelConfig.from_hf(config)
