@@ -16,7 +16,8 @@ import torch
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.embedded import cache_root, shortest, undo_rope_interleaving, write_json
-from engine.model.gguf_fields import checked_fields
+from engine.model.gguf_experts import expert_tensors, experts_config
+from engine.model.gguf_fields import checked_fields, same_in_all_layers
 from engine.model.gguf_header import GgufHeader, GgufTensor, dequantized, read_header
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 
@@ -27,11 +28,11 @@ log = logging.getLogger(__name__)
 GGUF_INDEX = "gguf.json"
 """In a model folder made from a GGUF: the file's path and the place, type and shape of each tensor."""
 
-_VERSION = 3
+_VERSION = 4
 """Raised with every change to what is written: older folders are then left alone."""
 
 _ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),  # Mistral too
+    "llama": ("LlamaForCausalLM", "llama"),  # Mistral too; Mixtral where it has experts
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
@@ -41,10 +42,13 @@ _ARCHITECTURES = {
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),  # whose every fourth layer is not rotated in either
     "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
     "mistral3": ("MistralForCausalLM", "mistral"),  # Mistral Small 3.1; Ministral 3 where queries are scaled
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    "olmoe": ("OlmoeForCausalLM", "olmoe"),
+    "granitemoe": ("GraniteMoeForCausalLM", "granitemoe"),
 }
 """For each `general.architecture` the Hugging Face architecture and model type."""
 
-_NEIGHBOURS_ROTATED = ("llama", "granite", "smollm3", "mistral3")
+_NEIGHBOURS_ROTATED = ("llama", "granite", "smollm3", "mistral3", "granitemoe")
 """Those of which llama.cpp rotates neighbouring channels, where transformers rotates halves."""
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -61,6 +65,7 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
@@ -242,28 +247,22 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "num_attention_heads": heads,
         "num_hidden_layers": _layer_count(own["block_count"], tensors),
-        "num_key_value_heads": _same_in_all_layers(own.get("attention.head_count_kv", heads)),
+        "num_key_value_heads": same_in_all_layers(own.get("attention.head_count_kv", heads), "K/V heads"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
         "rope_parameters": _rope(own, arch, head_dim, _rope_factors(source, tensors)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "vocab_size": tensors["token_embd.weight"].shape[0],  # some models have more rows than tokens
     }
-    return config | _OF_FAMILY[arch](own, config) if arch in _OF_FAMILY else config
+    if arch in _OF_FAMILY:
+        config |= _OF_FAMILY[arch](own, config)
+    return config | experts_config(own, arch, tensors)
 
 
 def _layer_count(stated: int, tensors: Mapping[str, GgufTensor]) -> int:
     if stated > len(tensors):  # before anything is made for each of them
         raise ValueError(f"it names {stated} layers and has {len(tensors)} tensors")
     return stated
-
-
-def _same_in_all_layers(heads: int | list[int]) -> int:
-    # A list where a converter knows models in which layers differ.
-    counts = set(heads) if isinstance(heads, list) else {heads}
-    if len(counts) > 1:
-        raise UnsupportedModelError("a GGUF whose layers differ in K/V heads is not supported")
-    return counts.pop()
 
 
 def _gemma3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,6 +342,7 @@ _OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str,
     "granite": _granite,
     "olmo2": _olmo2,
     "mistral3": _mistral3,
+    "granitemoe": _granite,
 }
 """For an architecture the entries of a config in which it differs, from its metadata and the rest."""
 
@@ -433,13 +433,18 @@ def _index(source: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[
     """Where each tensor lies; one of no known use keeps its own name, and is reported at load."""
     arch = header.fields["general.architecture"]
     layer_names = _NAMES.get(arch, _LAYER_NAMES)
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, tensor in header.tensors.items():
         if name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             continue
         module, _, kind = name.rpartition(".")
         if module.startswith("blk."):
             _, layer, part = module.split(".", 2)
+            if experts := expert_tensors(f"model.layers.{layer}", f"{part}.{kind}", tensor):
+                if not tensors.keys().isdisjoint(experts):
+                    raise ValueError(f"experts of {name} are in another tensor too")
+                tensors |= {own: each._asdict() for own, each in experts.items()}
+                continue
             module = f"model.layers.{layer}.{layer_names[part]}" if part in layer_names else module
         else:
             module = _TOP_NAMES.get(module, module)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["checked_fields"]
+from engine.errors import UnsupportedModelError
+
+__all__ = ["checked_fields", "same_in_all_layers"]
 
 
 class _Kind(NamedTuple):
@@ -36,6 +38,10 @@ def _is_text(value: Any) -> bool:
 
 _SIZE = _Kind("a whole number above 0", _is_size)
 _COUNT = _Kind("a whole number", _is_count)
+_COUNTS = _Kind(
+    "a whole number, or a list of these",
+    lambda value: _is_count(value) or (_all(_is_count)(value) and bool(value)),
+)
 _NUMBER = _Kind("a finite number", _is_number)
 _SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
 _TEXT = _Kind("a text", _is_text)
@@ -59,6 +65,7 @@ _TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eo
 _PADDING = "tokenizer.ggml.padding_token_id"
 _OF_EACH_TOKEN = ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
 _NUMBERS = (
+    *("attention.clamp_kqv", "expert_weights_scale"),
     *("attention.layer_norm_rms_epsilon", "attention.scale", "attention.temperature_scale"),
     *("embedding_scale", "residual_scale", "rope.freq_base", "rope.freq_base_swa"),
     *("rope.scaling.attn_factor", "rope.scaling.factor"),
@@ -72,6 +79,10 @@ _OF_ARCHITECTURE = {
         "a whole number above 0, or a list of these",
         lambda value: _is_size(value) or (_all(_is_size)(value) and bool(value)),
     ),
+    **dict.fromkeys(("expert_feed_forward_length", "expert_used_count"), _COUNTS),
+    **dict.fromkeys(("expert_count", "expert_gating_func", "expert_group_count"), _COUNT),
+    **dict.fromkeys(("expert_shared_count", "expert_shared_feed_forward_length"), _COUNT),
+    "expert_weights_norm": _SWITCH,
     "attention.sliding_window": _COUNT,
     "attention.sliding_window_pattern": _Kind(
         "a whole number above 0, or a list of true and false",
@@ -106,6 +117,18 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         if key in fields and not _is_token(fields[key], count):
             raise ValueError(f"{key} is none of the {count} tokens: {fields[key]!r:.40}")
     return {key: value for key, value in fields.items() if key != _PADDING or _is_token(value, count)}
+
+
+def same_in_all_layers(stated: int | list[int], told: str) -> int:
+    """What may be a list, where a converter knows models in which layers differ.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
+    found = set(stated) if isinstance(stated, list) else {stated}
+    if len(found) > 1:
+        raise UnsupportedModelError(f"a GGUF whose layers differ in {told} is not supported")
+    return found.pop()
 
 
 def _is_token(value: Any, count: int) -> bool:

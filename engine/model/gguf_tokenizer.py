@@ -73,6 +73,7 @@ _SPLITS = {
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE_KOREAN, _DIGIT),
     "deepseek-llm": (r"[\r\n]", rf"\s?[{_CASED}]+", rf"\s?[{_MARKS}]+", r"\s+$", _CHINESE_KOREAN, _DIGIT),
     "gpt-2": (_GPT2,),
+    "olmo": (_GPT2,),  # OLMoE
     "smollm": (_DIGIT, _GPT2),
     "refact": (_DIGIT, _GPT2),  # Granite code models
 }
@@ -83,7 +84,7 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 _BOS_BY_DEFAULT = _WHOLE_WORDS
 
-_COMPOSED = ("qwen2", "qwen35", "deepseek-r1-qwen")
+_COMPOSED = ("qwen2", "qwen35", "deepseek-r1-qwen", "olmo")
 """Where a letter and its accent are made one character first (Unicode's NFC)."""
 
 _PHI3_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
@@ -117,7 +118,8 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         gemma = fields["general.architecture"].startswith("gemma")
         tokens = [_in_gemma(token) for token in tokens] if gemma else tokens
         tokenizer = _sentencepiece(fields, tokens, gemma=gemma)
-    _add_tokens(tokenizer, tokens, phi3=kind == "llama" and fields["general.architecture"] == "phi3")
+    phi3 = kind == "llama" and fields["general.architecture"] == "phi3"
+    _add_tokens(tokenizer, tokens, phi3=phi3, spaces=kind == "gpt2")
     bos = fields.get("tokenizer.ggml.bos_token_id")
     if _adds_bos(fields) and bos is not None:
         from tokenizers import processors
@@ -249,8 +251,12 @@ def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in found]
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[_Token], *, phi3: bool) -> None:
-    """Tokens that are found in the text before it is split, in Phi-3 most with the space behind them."""
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[_Token], *, phi3: bool, spaces: bool) -> None:
+    """Tokens that are found in the text before it is split, in Phi-3 most with the space behind them.
+
+    Args:
+        spaces: runs of them too, which sentencepiece's vocabularies hold as pieces.
+    """
     from tokenizers import AddedToken
 
     def added(token: _Token, *, special: bool) -> AddedToken:
@@ -264,7 +270,7 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[_Token], *, phi3: bool) -
         [
             added(token, special=False)
             for token in tokens
-            if token.kind == _USER_DEFINED and token.text.strip(" ")
+            if token.kind == _USER_DEFINED and (spaces or token.text.strip(" "))
         ]
     )
 

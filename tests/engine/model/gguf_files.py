@@ -29,6 +29,7 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
 POST_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
@@ -40,8 +41,15 @@ OTHER_NAMES = {
     "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
-ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mistral": "mistral3", "ministral3": "mistral3"}
-PERMUTED = ("llama", "granite", "smollm3", "mistral3")
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "mistral": "mistral3",
+    "ministral3": "mistral3",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+}
+PERMUTED = ("llama", "granite", "smollm3", "mistral3", "granitemoe")
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
 
 
@@ -114,7 +122,7 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if arch not in ("phi3", "granite"):
+    if arch not in ("phi3", "granite", "granitemoe"):
         writer.add_key_length(config.head_dim)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -148,7 +156,7 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
             for kind in ("long", "short"):
                 factors = np.array(rope[f"{kind}_factor"], dtype=np.float32)
                 writer.add_tensor(f"rope_factors_{kind}.weight", factors)
-    elif arch == "granite":
+    elif arch in ("granite", "granitemoe"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -157,6 +165,28 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+    if count := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if arch == "qwen3moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def published(model: Any) -> dict[str, torch.Tensor]:
+    """The model's weights by the names that `Checkpoint` has for them, to be read and written."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("block_sparse_moe", "mlp").replace("mlp.router", "mlp.gate")
+        module, _, kind = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        if module.endswith("experts"):
+            for number, expert in enumerate(tensor):
+                for part, own in zip(parts, expert.chunk(len(parts)), strict=True):
+                    state[f"{module}.{number}.{part}.weight"] = own
+        else:
+            state[name] = tensor
+    return state
 
 
 def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) -> Any:
@@ -167,7 +197,8 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
         family: transformers' model type.
         overrides: of `tiny_model`'s config.
         changes: `arch`, another architecture; `stated`, entries of its metadata that are other ones, or None
-            for none; `extra`, names of further tensors.
+            for none; `extra`, names of further tensors; `without`, a tensor that is left out; `split`, each
+            expert in tensors of its own.
     """
     arch = changes.get("arch", ARCHITECTURES.get(family, family))
     model = tiny_model(family, **(SHAPE | overrides))
@@ -179,37 +210,48 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
         if value is not None:
             writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
     (byte_level if family.startswith("qwen") else sentencepiece)(writer, config.vocab_size)
-    state = model.state_dict()
+    state = published(model)
     names = NAMES | OTHER_NAMES.get(arch, {})
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    stacks: dict[str, list[tuple[np.ndarray, gguf.GGMLQuantizationType | None]]] = {}
     for name in state:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         module, _, kind = name.rpartition(".")
         layer = module.split(".")[2] if module.startswith("model.layers.") else None
         part = module.split(".", 3)[3] if layer else module
-        target = f"blk.{layer}.{names[part]}.{kind}" if layer else f"{names[part]}.{kind}"
         values = state[name].numpy().copy()
         if arch in PERMUTED and (count := heads.get(part.rpartition(".")[2])):
             values = permuted(values, count)
         if arch == "gemma3" and part.endswith("norm"):
             values += 1
-        if values.ndim == 1:
-            writer.add_tensor(target, values)
-            continue
-        if part.endswith(("v_proj", "down_proj")):
-            restored = values.astype(np.float16)
-            writer.add_tensor(target, restored)
-        else:
-            packed, restored = q8_0(values)
+        stored, restored, kind_of = values, values, None
+        if part.endswith(("v_proj", "down_proj")) and values.ndim > 1:
+            stored = restored = values.astype(np.float16)
+        elif values.ndim > 1 and part != "mlp.gate":
+            stored, restored = q8_0(values)
             kind_of = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(target, packed, raw_dtype=kind_of)
+        if part.startswith("mlp.experts."):
+            number, projection = part.split(".")[2:]
+            target = f"blk.{layer}.{names[f'mlp.{projection}']}"
+            target += f".{number}.weight" if changes.get("split") else "_exps.weight"
+            if target == changes.get("without"):
+                continue
+            stacks.setdefault(target, []).append((stored, kind_of))
+        else:
+            target = f"blk.{layer}.{names[part]}.{kind}" if layer else f"{names[part]}.{kind}"
+            writer.add_tensor(target, stored, raw_dtype=kind_of)
+        if values.ndim == 1:
+            continue
         restored = torch.from_numpy(restored.astype(np.float32))
         if arch in PERMUTED and (count := heads.get(part.rpartition(".")[2])):
             dim = len(restored) // count // 2  # the other way round, row by row
             order = [h * 2 * dim + (i % dim) * 2 + i // dim for h in range(count) for i in range(2 * dim)]
             restored = restored[order]
         state[name].copy_(restored)
+    for target, experts in stacks.items():
+        stored = np.stack([values for values, _ in experts])
+        writer.add_tensor(target, stored[0] if changes.get("split") else stored, raw_dtype=experts[0][1])
     for name in changes.get("extra", ()):
         writer.add_tensor(name, np.zeros(4, dtype=np.float32))
     writer.write_header_to_file()

@@ -18,7 +18,7 @@ from engine.model.config import ModelConfig, RopeConfig
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from engine.model.weights import Checkpoint, load_generation_defaults, load_tokenizer, resolve_model
 from engine.text import TextProcessor
-from tests.engine.model.gguf_files import config_of, write
+from tests.engine.model.gguf_files import config_of, published, write
 from tests.support import greedy, greedy_reference, make_engine, run_all
 
 CASES = {
@@ -115,6 +115,23 @@ CASES = {
             },
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 3}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+        },
+    ),
 }
 
 
@@ -130,7 +147,7 @@ def test_a_gguf_computes_what_its_numbers_stand_for(
     path = tmp_path / "tiny.gguf"
     model = write(path, family, overrides)
     checkpoint = Checkpoint(resolve_model(str(path)))
-    state = model.state_dict()
+    state = published(model)
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     assert checkpoint.names == state.keys()
@@ -303,6 +320,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
         ("qwen35", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
         ("seed-coder", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
         ("gpt-2", ["ab", "\u01201234", "'", "S"]),
+        ("olmo", ["ab", "\u01201234", "'", "S"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(pre: str, pieces: list[str]) -> None:
@@ -347,9 +365,20 @@ def test_words_are_whole_and_texts_begin_as_the_file_says(pre: str, pieces: list
     assert begins == (pre == "qwen2")
 
 
-def test_only_qwen_composes_letters_and_accents() -> None:
-    ids = {pre: build_tokenizer(described(ALPHABET, ggml={"pre": pre})) for pre in ("qwen2", "llama-bpe")}
-    assert ids["qwen2"].encode("e\u0301").ids == ids["qwen2"].encode("\u00e9").ids
+def test_runs_of_spaces_that_were_added_are_tokens() -> None:
+    """As in OLMoE; of a sentencepiece model they are pieces, which join as others do."""
+    tokens = [*ALPHABET, "  ", "   "]
+    tokenizer = build_tokenizer(described(tokens, {"  ": 4, "   ": 4}, ggml={"pre": "olmo"}))
+    ids = tokenizer.encode("a      b a").ids
+    assert [tokens[index] for index in ids] == ["a", "   ", "   ", "b", "\u0120", "a"]
+    assert tokenizer.decode(ids) == "a      b a"
+
+
+def test_only_qwen_and_olmo_compose_letters_and_accents() -> None:
+    names = ("qwen2", "olmo", "llama-bpe")
+    ids = {pre: build_tokenizer(described(ALPHABET, ggml={"pre": pre})) for pre in names}
+    for pre in ("qwen2", "olmo"):
+        assert ids[pre].encode("e\u0301").ids == ids[pre].encode("\u00e9").ids
     assert ids["llama-bpe"].decode(ids["llama-bpe"].encode("e\u0301").ids) == "e\u0301"
 
 
@@ -430,7 +459,7 @@ def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path))
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     supported = str(refusal.value).rpartition(": ")[2].split(", ")
-    assert len(supported) == 10
+    assert len(supported) == 13
     assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})

@@ -1,0 +1,164 @@
+"""Mixtures of experts in GGUF files: the older form, what is refused, and what damaged files are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import ModelError, UnsupportedModelError, WeightsError
+from engine.model.config import ModelConfig
+from engine.model.gguf import GgufFile
+from engine.model.gguf_experts import expert_tensors
+from engine.model.gguf_header import GgufTensor
+from engine.model.weights import Checkpoint, resolve_model
+from tests.engine.model.gguf_files import published, write
+from tests.support import greedy, greedy_reference, make_engine, run_all
+
+MIXTRAL = {"num_local_experts": 3}
+QWEN = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
+
+
+def described(path: Path, family: str, overrides: dict[str, Any], **stated: Any) -> ModelConfig:
+    write(path, family, overrides, stated={key.replace("__", "."): value for key, value in stated.items()})
+    return ModelConfig.from_folder(resolve_model(str(path)))
+
+
+def test_experts_in_tensors_of_their_own(tmp_path: Path) -> None:
+    """As Mixtral was converted up to March 2024."""
+    path = tmp_path / "tiny.gguf"
+    model = write(path, "mixtral", MIXTRAL, split=True)
+    folder = resolve_model(str(path))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "mixtral"
+    checkpoint = Checkpoint(folder)
+    wanted = published(model)
+    assert checkpoint.names == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(checkpoint.get(name), tensor, atol=1e-6, rtol=1e-6)
+    outputs = run_all(make_engine(path), [greedy("r", [3, 141, 59], 8, ignore_eos=True)])
+    assert outputs["r", 0] == greedy_reference(model, [3, 141, 59], 8)
+
+
+def test_an_expert_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the tensor of all, which in a model of 128 would be dequantised 128 times."""
+    path = tmp_path / "tiny.gguf"
+    write(path, "qwen3_moe", QWEN)
+    read: list[GgufTensor] = []
+
+    def recording(data: Any, tensor: GgufTensor) -> Any:
+        read.append(tensor)
+        return original(data, tensor)
+
+    from engine.model import gguf
+
+    original = gguf.dequantized
+    monkeypatch.setattr(gguf, "dequantized", recording)
+    file = GgufFile(resolve_model(str(path)) / gguf.GGUF_INDEX)
+    sizes = {}
+    for projection in ("gate_proj", "down_proj"):
+        for expert in range(QWEN["num_experts"]):
+            file.get(f"model.layers.1.mlp.experts.{expert}.{projection}.weight")
+        sizes[projection] = {tensor.bytes for tensor in read}
+        ends = [tensor.offset + tensor.bytes for tensor in read]
+        assert [tensor.offset for tensor in read[1:]] == ends[:-1]
+        read.clear()
+    assert sizes == {"gate_proj": {32 * 64 // 32 * 34}, "down_proj": {64 * 32 * 2}}  # Q8_0 and F16
+
+
+def test_what_files_leave_out_is_as_llama_cpp_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    for family, overrides, stated, renormalised in (
+        ("qwen3_moe", QWEN, {}, True),
+        ("qwen3_moe", QWEN, {"expert_weights_norm": False}, False),
+        ("olmoe", OLMOE, {}, False),
+        ("olmoe", OLMOE, {"expert_weights_norm": True}, True),
+        ("mixtral", MIXTRAL, {"expert_weights_scale": 1.0, "expert_gating_func": 1}, True),
+    ):
+        config = described(path, family, overrides, **stated)
+        assert config.experts is not None
+        assert config.experts.renormalised is renormalised
+        assert all(config.experts.layers)
+    stated = {"expert_feed_forward_length": None, "expert_used_count": [3, 3]}  # 96 is that of all three
+    config = described(path, "qwen3_moe", QWEN, **stated)
+    assert config.experts is not None
+    assert (config.experts.width, config.experts.chosen) == (96 // 3, 3)
+    assert described(path, "llama", {}, expert_count=0, expert_used_count=0).experts is None
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "message"),
+    [
+        ("granitemoe", {"expert_shared_feed_forward_length": 64}, r"that see every token \(granitemoe\.exp"),
+        ("mixtral", {"expert_shared_count": 1}, "experts that see every token"),
+        ("mixtral", {"expert_group_count": 2}, "groups of experts"),
+        ("mixtral", {"expert_gating_func": 2}, "weights of experts that are no softmax"),
+        ("mixtral", {"expert_weights_scale": 2.5}, "a factor on the weights of experts"),
+        ("mixtral", {"expert_weights_norm": False}, "whose weights of experts do not sum to one"),
+        ("mixtral", {"expert_used_count": [1, 2]}, "whose layers differ in experts of a token"),
+        ("mixtral", {"expert_used_count": 4}, "num_experts_per_tok is 4 of 3 experts"),
+        ("olmoe", {"attention.clamp_kqv": 8.0}, "a bound on queries, keys and values"),
+        ("granitemoe", {"expert_count": None}, "a GGUF of granitemoe without experts is not supported"),
+        ("qwen3", {"expert_count": 4}, "a GGUF of qwen3 with experts is not supported"),
+    ],
+)
+def test_mixtures_that_are_not_covered_are_refused(
+    tmp_path: Path, family: str, stated: dict[str, Any], message: str
+) -> None:
+    overrides = {"olmoe": OLMOE, "qwen3": {}}.get(family, MIXTRAL)
+    with pytest.raises(UnsupportedModelError, match=message):
+        described(tmp_path / "tiny.gguf", family, overrides, **stated)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"expert_count": 4}, r"it names 4 experts, and blk\.0\.ffn_gate_inp\.weight has 3 rows"),
+        ({"expert_count": 2**31 - 1}, "it names 2147483647 experts"),
+        ({"expert_used_count": None}, "no 'expert_used_count'"),
+        ({"expert_used_count": -1}, r"llama\.expert_used_count must be a whole number, or a list of these"),
+        ({"expert_weights_norm": 1}, r"llama\.expert_weights_norm must be true or false"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_named(tmp_path: Path, stated: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=f"cannot be read as a GGUF model: {message}"):
+        described(tmp_path / "tiny.gguf", "mixtral", MIXTRAL, **stated)
+
+
+def test_experts_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    expert = r"model\.layers\.{}\.mlp\.experts\.{}\.{}_proj\.weight"
+    write(path, "mixtral", MIXTRAL, split=True, without="blk.1.ffn_up.2.weight")
+    with pytest.raises(WeightsError, match=rf"missing \(1\): {expert.format(1, 2, 'up')}$"):
+        make_engine(path)
+    write(path, "mixtral", MIXTRAL, split=True, extra=["blk.1.ffn_down.3.weight"])
+    with pytest.raises(WeightsError, match=rf"unexpected \(1\): {expert.format(1, 3, 'down')}$"):
+        make_engine(path)
+    write(path, "mixtral", MIXTRAL, extra=["blk.0.ffn_down.1.weight"])
+    with pytest.raises(ModelError, match=r"experts of blk\.0\.ffn_down\.1\.weight are in another tensor too"):
+        resolve_model(str(path))
+    write(path, "mixtral", MIXTRAL, extra=["blk.0.ffn_gate_shexp.weight", "blk.0.ffn_up_exps.scale"])
+    shown = r"blk\.0\.ffn_gate_shexp\.weight, blk\.0\.ffn_up_exps\.scale"
+    with pytest.raises(WeightsError, match=rf"unexpected \(2\): {shown}$"):
+        make_engine(path)
+
+
+def test_what_is_not_stacked_keeps_its_name() -> None:
+    for shape, size in (((4,), 16), ((2, 4), 32), ((0, 4, 2), 0), ((2, 4, 0), 0), ((2, 2, 4, 2), 128)):
+        assert expert_tensors("l", "ffn_up_exps.weight", GgufTensor("F32", shape, 0, size)) == {}
+    tensor = GgufTensor("F32", (2, 4, 2), 0, 64)
+    assert list(expert_tensors("l", "ffn_up_exps.weight", tensor)) == [
+        "l.mlp.experts.0.up_proj.weight",
+        "l.mlp.experts.1.up_proj.weight",
+    ]
+    others = ("ffn_up.weight", "ffn_up.x.weight", "ffn_up.0.bias", "ffn_up_exps.bias", "ffn_norm_exps.weight")
+    for part in (*others, "ffn_gate_up_exps.weight"):
+        assert expert_tensors("l", part, tensor) == {}
