@@ -66,6 +66,8 @@ def check_quantization(stated: Mapping[str, Any]) -> None:
         method = f"awq ({version}, {bits} bits)"
     elif method == "gptq":
         layout, bits = str(stated.get("checkpoint_format") or "gptq"), stated.get("bits")
+        if others := sorted(_other_bits(stated) - {bits}, key=str):  # GPTQModel's, as for some experts
+            bits = f"{bits} and {', '.join(map(str, others))}"
         if layout in ("gptq", "gptq_v2") and bits in _GPTQ_BITS:
             return
         method = f"gptq ({layout}, {bits} bits)"
@@ -73,6 +75,14 @@ def check_quantization(stated: Mapping[str, Any]) -> None:
         f"quantised checkpoints in {method} are not supported; supported are awq (gemm, 4 bits) and gptq "
         "(2, 4 or 8 bits), which are dequantised at load. Or use the full-precision weights"
     )
+
+
+def _other_bits(stated: Mapping[str, Any]) -> set[Any]:
+    """Bits of single modules by GPTQModel's settings; a rule that begins with "-:" is of unquantised ones."""
+    rules = stated.get("dynamic")
+    if not isinstance(rules, dict):
+        return set()
+    return {own["bits"] for rule, own in rules.items() if not rule.startswith("-:") and "bits" in (own or {})}
 
 
 class DequantizedFile:
@@ -113,6 +123,8 @@ class DequantizedFile:
             return self._files[name].get(name)
         module = name.removesuffix(".weight")
         qweight, qzeros, scales = (self._part(module, part) for part in _PARTS[:3])
+        for part, tensor in zip(_PARTS, (qweight, qzeros, scales), strict=False):
+            _of_matrix(f"{module}.{part}", tuple(tensor.shape))
         groups, out_features = scales.shape
         if self._awq:
             values, zeros = (_in_order(_unpack(packed, 4, 1)) for packed in (qweight, qzeros))
@@ -132,7 +144,7 @@ class DequantizedFile:
         if name in self._plain:
             return self._files[name].shape(name)
         qweight = f"{name.removesuffix('.weight')}.qweight"
-        rows, columns = self._files[qweight].shape(qweight)
+        rows, columns = _of_matrix(qweight, self._files[qweight].shape(qweight))
         packed = _WORD_BITS // self._bits
         return (columns * packed, rows) if self._awq else (columns, rows * packed)
 
@@ -159,6 +171,12 @@ class DequantizedFile:
         if len(group) != in_features or group.min() < 0 or group.max() >= groups:
             raise WeightsError(f"{module}.g_idx does not name one of {groups} groups for each input channel")
         return group
+
+
+def _of_matrix(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 2:
+        raise WeightsError(f"{name} is {list(shape)}, no matrix: experts have to be quantised one by one")
+    return shape
 
 
 def _in_order(columns: torch.Tensor) -> torch.Tensor:

@@ -295,9 +295,10 @@ class Checkpoint:
         if stated := stated_quantization(folder):
             self._quantized = DequantizedFile(self._file_of, stated)
             self._file_of = dict.fromkeys(self._quantized.names(), self._quantized)
+        self._experts: ExpertsFile | None = None
         if has_experts(self._file_of):
-            experts = ExpertsFile(self._file_of)
-            self._file_of = dict.fromkeys(experts.names(), experts)
+            self._experts = ExpertsFile(self._file_of)
+            self._file_of = dict.fromkeys(self._experts.names(), self._experts)
         self.names: frozenset[str] = frozenset(self._file_of)
 
     def get(self, name: str) -> torch.Tensor:
@@ -320,9 +321,13 @@ class Checkpoint:
         """Whether the tensor says nothing: a bias of zeros that a quantiser wrote."""
         return self._quantized is not None and self._quantized.is_padding(name)
 
+    def told(self, name: str) -> str:
+        """What the files call a tensor."""
+        return name if self._experts is None else self._experts.told(name)
+
     def _lookup(self, name: str) -> TensorFile:
         if name not in self._file_of:
-            raise WeightsError(f"{self.folder} holds no tensor {name}")
+            raise WeightsError(f"{self.folder} holds no tensor {self.told(name)}")
         return self._file_of[name]
 
 
@@ -412,9 +417,9 @@ def _check(
 ) -> None:
     is_ignored = ignored if callable(ignored) else ignored.__contains__
     used = [source for name in parameters for source in weight_map[name]]
-    missing = [source for source in used if source not in checkpoint.names]
+    missing = dict.fromkeys(checkpoint.told(source) for source in used if source not in checkpoint.names)
     unexpected = [
-        name
+        checkpoint.told(name)
         for name in sorted(checkpoint.names.difference(used))
         if not is_ignored(name)
         and not name.endswith("rotary_emb.inv_freq")
@@ -422,12 +427,8 @@ def _check(
     ]
     misshapen = []
     for name, parameter in parameters.items():
-        sources = weight_map[name]
-        if checkpoint.names.issuperset(sources):
-            shapes = [checkpoint.shape(source) for source in sources]
-            if _joined(shapes) != tuple(parameter.shape):
-                found = " + ".join(str(list(shape)) for shape in shapes)
-                misshapen.append(f"{' + '.join(sources)} is {found}, not {list(parameter.shape)}")
+        if checkpoint.names.issuperset(weight_map[name]):
+            misshapen += _misshapen(checkpoint, weight_map[name], tuple(parameter.shape))
     problems = [
         f"{kind} ({len(names)}): {_listed(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
@@ -435,6 +436,21 @@ def _check(
     ]
     if problems:
         raise WeightsError(f"the tensors in {checkpoint.folder} do not fit the model. {'. '.join(problems)}")
+
+
+def _misshapen(checkpoint: Checkpoint, sources: tuple[str, ...], wanted: tuple[int, ...]) -> list[str]:
+    """What there is to say of tensors that do not make up a parameter."""
+    shapes = [checkpoint.shape(source) for source in sources]
+    # Experts' weights are of one size, and norms of heads are the same one over and over.
+    alike = ".experts." in sources[0] or sources[0] in sources[1:]
+    if not alike:
+        found = " + ".join(str(list(shape)) for shape in shapes)
+        told = f"{' + '.join(sources)} is {found}, not {list(wanted)}"
+        return [told] if _joined(shapes) != wanted else []
+    each = (wanted[0] // len(sources), *wanted[1:])
+    odd = {source: shape for source, shape in zip(sources, shapes, strict=True) if shape != each}
+    told_each = (f"{checkpoint.told(name)} is {list(shape)}, not {list(each)}" for name, shape in odd.items())
+    return list(dict.fromkeys(told_each))
 
 
 def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint
+from tests.engine.model.gguf_files import published
 from tests.support import greedy, greedy_reference, make_engine, run_all, save_model, tiny_model
 
 GROUP = 16
@@ -96,14 +97,21 @@ def gptq(
     return packed, restored
 
 
-def quantized_model(folder: Path, family: str, config: dict[str, Any], pack: Any) -> PreTrainedModel:
+def quantized_model(
+    folder: Path, family: str, config: dict[str, Any], pack: Any, **overrides: Any
+) -> PreTrainedModel:
     """A tiny model's folder with its layers' projections packed; returns it with what they stand for."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
-    model = tiny_model(family, **shape)
+    model = tiny_model(family, **(shape | overrides))
     save_model(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    state = model.state_dict()
-    for name in [name for name in tensors if ".layers.0." in name and name.endswith("_proj.weight")]:
+    state = published(model)
+    for theirs, own in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):  # Mixtral's experts
+        for name in [name for name in state if f".{own}." in name]:
+            stored = name.replace("mlp", "block_sparse_moe").replace(own, theirs)
+            state[stored] = state[name]
+    projections = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+    for name in [name for name in tensors if ".layers.0." in name and name.endswith(projections)]:
         packed, restored = pack(tensors.pop(name))
         module = name.removesuffix(".weight")
         tensors |= {f"{module}.{part}": tensor for part, tensor in packed.items()}
@@ -153,6 +161,54 @@ def test_a_quantised_model_computes_what_its_numbers_stand_for(
     if config["quant_method"] == "awq" or config.get("desc_act"):
         outputs = run_all(make_engine(tmp_path), [greedy("r", [3, 14, 15], 8)])
         assert outputs["r", 0] == greedy_reference(model, [3, 14, 15], 8)
+
+
+MIXTURES = {
+    "awq-mixtral": ("awq", "mixtral", {"num_local_experts": 3}),
+    "gptq-qwen3_moe": (
+        "gptq-4-act-order",
+        "qwen3_moe",
+        {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "family", "overrides"), MIXTURES.values(), ids=MIXTURES)
+def test_experts_are_quantised_one_by_one(
+    tmp_path: Path, kind: str, family: str, overrides: dict[str, Any]
+) -> None:
+    model = quantized_model(tmp_path, family, *CASES[kind], **overrides)
+    held = load_file(tmp_path / "model.safetensors")
+    assert sum(".layers.0." in name and name.endswith("qweight") for name in held) == 4 + 3 * 3
+    checkpoint = Checkpoint(tmp_path)
+    wanted = published(model)
+    assert checkpoint.names == wanted.keys()
+    for name, tensor in wanted.items():
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        torch.testing.assert_close(checkpoint.get(name).float(), tensor, atol=1e-6, rtol=1e-6)
+    outputs = run_all(make_engine(tmp_path), [greedy("r", [3, 14, 15], 8)])
+    assert outputs["r", 0] == greedy_reference(model, [3, 14, 15], 8)
+
+
+def test_experts_that_cannot_be_dequantised_are_named(tmp_path: Path) -> None:
+    kind, family, overrides = MIXTURES["awq-mixtral"]
+    quantized_model(tmp_path, family, *CASES[kind], **overrides)
+    whole = load_file(tmp_path / "model.safetensors")
+    expert = "model.layers.0.block_sparse_moe.experts.1.w3"
+
+    def refusal(tensors: Tensors, message: str) -> None:
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            make_engine(tmp_path)
+
+    refusal({name: whole[name] for name in whole if not name.startswith(expert)}, rf"1\): {expert}\.weight$")
+    refusal({name: whole[name] for name in whole if name != f"{expert}.scales"}, rf"no {expert}\.scales")
+    narrow = whole[f"{expert}.qweight"][:, :-1].clone()
+    told = rf"1\): {expert}\.weight is \[56, 32\], not \[64, 32\]$"
+    refusal(whole | {f"{expert}.qweight": narrow}, told)
+    stacked = "model.layers.0.block_sparse_moe.input_linear.qweight"
+    told = rf"{stacked} is \[3, 4, 4\], no matrix: experts have to be quantised one by one"
+    refusal(whole | {stacked: torch.zeros(3, 4, 4, dtype=torch.int32)}, told)
 
 
 def test_biases_of_zeros_that_a_quantiser_added_are_no_surprise(tmp_path: Path) -> None:
@@ -212,6 +268,14 @@ def test_a_missing_or_misshapen_part_is_named(tmp_path: Path) -> None:
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, r"awq \(gemv, 4 bits\)"),
         ({"quant_method": "gptq", "bits": 3}, r"gptq \(gptq, 3 bits\)"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, r"gptq \(marlin, 4 bits\)"),
+        (
+            {
+                "quant_method": "gptq",
+                "bits": 4,
+                "dynamic": {"-:.*gate.*": {"bits": 2}, "+:.*w1": {"bits": 8}},
+            },
+            r"gptq \(gptq, 4 and 8 bits\)",
+        ),
         ({"bits": 4}, "of no stated method"),
     ],
     ids=str,
