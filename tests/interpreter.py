@@ -128,3 +128,28 @@ def _call_builtins_at_once(interpreter: Any) -> None:
         scope.set_attr(obj, name, call)
 
     interpreter._patch_attr = patch
+
+
+def multiply_bfloat16(patches: Any) -> None:
+    """Have products of bfloat16 summed in float32: the interpreter multiplies their bits as integers.
+
+    Args:
+        patches: pytest's, which undo it.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder, of = interpreter.interpreter_builder, interpreter.interpreter_builder.create_dot
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+
+    def create_dot(a: Any, b: Any, *rest: Any) -> Any:
+        return of(wide(a), wide(b), *rest)
+
+    patches.setattr(builder, "create_dot", create_dot)

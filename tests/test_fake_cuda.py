@@ -12,9 +12,10 @@ import torch
 
 from engine.medusa.bigram import BigramTable
 from tests.fake_cuda import environment
-from tests.support import save_model, save_random_heads, tiny_llama
+from tests.support import save_model, save_random_heads, tiny_llama, tiny_model
 
 ROOT = Path(__file__).parents[1]
+EXPERTS = ROOT / "tests" / "fake_cuda" / "experts.py"
 
 
 def run(*arguments: str, mode: str = "torch") -> str:
@@ -83,6 +84,7 @@ def in_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
     folder = made(tmp_path_factory.mktemp("kernels"))
     # In this order: the last one captures no passes over prompts.
     scripts = {"ahead": (AHEAD, paths(folder)), "behind": (BEHIND, paths(folder / "bigram"))}
+    scripts["experts"] = EXPERTS.read_text(), [str(folder / "experts")]
     return run_all("interpret", scripts)
 
 
@@ -91,6 +93,13 @@ def made(folder: Path) -> Path:
     model = tiny_llama(vocab_size=64)
     hidden, inside = model.config.hidden_size, folder / "bigram"
     pairs = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(2))[:2000].int()
+    experts = {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [1],
+    }
+    save_model(tiny_model("qwen3_moe", num_hidden_layers=3, **experts), folder / "experts")
     for place in (folder, inside):
         save_model(model, place / "tiny")
         save_random_heads(place / "heads.safetensors", hidden=hidden, vocab=64, own_lm_head=place == inside)
@@ -425,6 +434,12 @@ def test_captured_steps_draft_behind_the_tokens_before_as_the_cpus_do(
     nodes, steps = said(in_kernels, "behind").rsplit(maxsplit=1)
     assert nodes == "{5}"
     assert int(steps) > 3
+
+
+def test_captured_steps_go_through_experts(in_kernels: dict[str, tuple[str, str]]) -> None:
+    """Only passes over prompts are launched under requests: steps were captured before, for whatever rows."""
+    rows = said(in_kernels, "experts").split()
+    assert rows == ["8"]
 
 
 DECODED = """

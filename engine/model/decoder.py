@@ -284,8 +284,6 @@ class Decoder(nn.Module):
             folder: measure which products of few rows shall be such kernels too, and keep it there.
             attention: between them as served.
         """
-        if self.config.experts is not None:
-            return
         from engine.model.fused_triton import FusedLayers  # only CUDA needs Triton
 
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

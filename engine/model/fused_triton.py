@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, Rotary, RotatingAttention
 from engine.model import triton_kernels as kernels
+from engine.model.experts_triton import experts_parts, join_experts, shape_for
 from engine.model.layers import HeadNorm, Linear, RMSNorm, RotaryTable
 from engine.model.product_shapes import MOST_TILES, Around, Shape
 from engine.model.triton_products import product
@@ -24,6 +25,8 @@ __all__ = ["FusedLayers", "Ways"]
 
 class Ways(NamedTuple):
     """How a layer's products are made in steps of so many rows: a kernel's shape, or None for torch's.
+
+    A layer with experts has the first two.
 
     Args:
         ahead: bytes of the weight behind it that a kernel in front of a product of torch's asks for into L2.
@@ -87,6 +90,11 @@ class FusedLayers:
         return before and plain and all(norm is None for norm in after)
 
     @property
+    def common(self) -> tuple[Linear, ...]:
+        """Linears that all layers have, in the order in which they run: of a layer that has the fewest."""
+        return min((layer.linears for layer in self.layers), key=len)
+
+    @property
     def positions(self) -> int:
         """That the tables of the rotation hold."""
         return len(self._table.cos)
@@ -106,8 +114,9 @@ class FusedLayers:
         first = None if _norms(ways.qkv) else opening[0]
         x, y = kernels.embed(tokens, self._embedding, self._scale, first, self._eps, offset=self._offset)
         for index, layer in enumerate(self.layers):
-            last = index + 1 == len(self.layers)
+            last, experts = index + 1 == len(self.layers), layer.experts
             behind = None if last else self.layers[index + 1].qkv_proj
+            following = opening[index + 1] if last or not _norms(ways.qkv) else None
             qkv = self._open(layer.qkv_proj, x, y, opening[index], ways.qkv).view(rows, -1, layer.head_dim)
             mixed = self.attended(layer, qkv, positions, attention, ways.during)
             norm, after = _weight(layer.mlp_norm), layer.attention_output_norm
@@ -117,10 +126,23 @@ class FusedLayers:
                 x,
                 mixed,
                 after,
-                None if _norms(ways.gate_up) else norm,
+                None if experts is None and _norms(ways.gate_up) else norm,
                 ways.o,
-                ahead=_ahead(layer.gate_up_proj, ways.gate_up, ways),
+                ahead=_ahead(None if experts is not None else layer.gate_up_proj, ways.gate_up, ways),
             )
+            if experts is not None:
+                y = join_experts(
+                    x,
+                    experts_parts(y, experts, self._activation),
+                    experts.chosen,
+                    after=_weight(layer.mlp_output_norm),
+                    before=following,
+                    eps=self._eps,
+                    offset=self._offset,
+                    residual_scale=layer.residual_scale,
+                    y=out if last else None,
+                )
+                continue
             gated = self._open(
                 layer.gate_up_proj,
                 x,
@@ -136,7 +158,7 @@ class FusedLayers:
                 x,
                 gated,
                 layer.mlp_output_norm,
-                opening[index + 1] if last or not _norms(ways.qkv) else None,
+                following,
                 ways.down,
                 out if last else None,
                 _ahead(behind, ways.qkv, ways),
@@ -145,16 +167,23 @@ class FusedLayers:
 
     def forms(self, rows: int) -> set[Hashable]:
         """What kernels a pass of so many rows launches: equal elements are the same compilations."""
-        ways, layer = self._ways_of(rows), self.layers[0]
-        if not launched_early(layer.qkv_proj.weight.device)[0]:
-            return {ways}
-        gates = rows * kernels.programs_a_gate(layer.down_proj.in_features)
-        asked = {
-            ("norm", ahead_of(*_ahead(layer.gate_up_proj, ways.gate_up, ways), rows)[1]),
-            ("gate", ahead_of(*_ahead(layer.down_proj, ways.down, ways), gates)[1]),
-            ("norm", ahead_of(*_ahead(layer.qkv_proj, ways.qkv, ways), rows)[1]),
-        }
-        return {ways, *asked}
+        ways = self._ways_of(rows)
+        found: set[Hashable] = {ways}
+        early = launched_early(self._embedding.device)[0]
+        # Layers of a kind are alike, and so is the kind of the one behind, whose first product is asked for.
+        for layer in {layer.experts is None: layer for layer in self.layers}.values():
+            asked = []
+            if layer.experts is not None:
+                found.add(shape_for(layer.experts, rows))
+            elif early:
+                gates = rows * kernels.programs_a_gate(layer.down_proj.in_features)
+                asked = [
+                    ("norm", _ahead(layer.gate_up_proj, ways.gate_up, ways), rows),
+                    ("gate", _ahead(layer.down_proj, ways.down, ways), gates),
+                    ("norm", _ahead(layer.qkv_proj, ways.qkv, ways), rows),
+                ]
+            found |= {(name, ahead_of(*ahead, programs)[1]) for name, ahead, programs in asked}
+        return found
 
     def _ways_of(self, rows: int) -> Ways:
         return next((self.ways[most] for most in sorted(self.ways) if rows <= most), Ways())

@@ -66,8 +66,9 @@ def tune_products(
 ) -> None:
     """Set `layers.ways`; nothing where the weights are not of 16 bits or the family's norms lie elsewhere.
 
-    Each product is tried as each of its kernel's shapes and as torch's, in a pass without attention, with the
-    others as good as known so far. What attention asks for ahead is tried in a pass with it.
+    Each product that all layers have (with experts those around attention) is tried as each of its kernel's
+    shapes and as torch's, in a pass without attention, with the others as good as known so far. What
+    attention asks for ahead is tried in a pass with it.
 
     Args:
         folder: where results are kept.
@@ -79,7 +80,7 @@ def tune_products(
         return
     device, first = linear.weight.device, layers.layers[0]
     key: dict[str, object] = {
-        "products": [[*each.weight.shape, each.bias is not None] for each in first.linears],
+        "products": [[*each.weight.shape, each.bias is not None] for each in layers.common],
         "layers": len(layers.layers),
         "dtype": str(linear.weight.dtype),
         "rows": list(ROWS),
@@ -109,11 +110,12 @@ def tune_products(
 def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]], float]) -> Ways:
     first = layers.layers[0]
     device = first.qkv_proj.weight.device
+    linears = dict(zip(Ways._fields, layers.common, strict=False))
     properties = torch.cuda.get_device_properties(device)
     processors = properties.multi_processor_count
     shared = getattr(properties, "shared_memory_per_multiprocessor", SHARED)  # not in every torch
     choices: dict[str, list[Shape]] = {}
-    for name, linear in zip(Ways._fields[:4], first.linears, strict=True):
+    for name, linear in linears.items():
         width = len(linear.weight) // (2 if name == "gate_up" else 1)
         choices[name] = shapes(rows, linear.in_features, width, name == "gate_up", processors, shared)
     tokens = torch.arange(rows, device=device) % 7
@@ -124,8 +126,10 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
         some.ways = {rows: ways}
         some(tokens, tokens, attention)
 
-    alone = [_with(Ways(), name, shape) for name, found in choices.items() for shape in found]
     here = partial(torch.cuda.device, device) if device.type == "cuda" else nullcontext
+    if first.experts is not None:  # its kernels are compiled once, not by each of the threads
+        side_by_side([partial(run, layers.some(1), Ways())], here)
+    alone = [_with(Ways(), name, shape) for name, found in choices.items() for shape in found]
     side_by_side([partial(run, layers.some(1), ways) for ways in alone], here)
     measured = layers.some(_LAYERS)
 
@@ -138,12 +142,14 @@ def _best(layers: FusedLayers, rows: int, clock: Callable[[Callable[[], object]]
         return found
 
     # A product of ours gains most between two others of ours, which begin early: so from all of them.
-    best = Ways._make([*(found[0] if found else None for found in choices.values()), 0, 0])
+    best = Ways()
+    for name, possible in choices.items():
+        best = _with(best, name, possible[0] if possible else None)
     by_torch = timed(Ways())
     if (time_of_best := timed(best)) == math.inf:  # one of them does not run on this device
         best, time_of_best = Ways(), by_torch
     for name in ("gate_up", "down", "qkv", "o"):  # the largest first
-        for shape in (*choices[name], None):
+        for shape in (*choices[name], None) if name in choices else ():
             trial = _with(best, name, shape)
             if trial != best and (found := timed(trial)) < time_of_best:
                 best, time_of_best = trial, found

@@ -28,7 +28,7 @@ from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.graphs_triton import TritonRunner
 from engine.loader import Loaded, load
-from engine.model import fused_triton, triton_kernels, triton_products
+from engine.model import experts_triton, fused_triton, triton_kernels, triton_products
 from engine.model.decoder import Decoder
 from engine.model.fused_triton import Ways
 from engine.model.triton_products import Shape
@@ -39,7 +39,7 @@ from engine.stats import EngineStats
 from engine.types import Request, SamplingParams, Sequence
 from engine.warmup_triton import PromptPass, prompt_passes, warm_prompts
 from tests.engine.conftest import TinyModel, compiles
-from tests.engine.model.compile_triton import KERNELS
+from tests.engine.model.compile_triton import EXPERTS, KERNELS
 from tests.engine.test_step_triton import Rerun
 from tests.support import greedy, greedy_reference, run_all, save_model, tiny_model
 
@@ -47,6 +47,7 @@ pytestmark = compiles
 
 LAUNCHED = [
     *((triton_kernels, name) for name in KERNELS),
+    *((experts_triton, name) for name in EXPERTS),
     *((triton_products, name) for name in ("row_kernel", "rows_kernel")),
     *((attention_module, name) for name in ("attend_kernel", "join_kernel")),
 ]
@@ -201,6 +202,7 @@ def prefill(runner: Runner, loaded: Loaded, chunks: list[tuple[int, int]]) -> No
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 1}
 WIDE = {"intermediate_size": 2100}
 WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 50}
+EXPERTS_OF = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
 
 
 @pytest.mark.parametrize(
@@ -210,8 +212,9 @@ WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_wind
         ("llama", GQA, {"joins": False, "processors": 32, "max_step_tokens": 128}),
         ("gemma3_text", WINDOWS, {"max_num_seqs": 16, "block_size": 8}),
         ("olmo2", {"num_key_value_heads": 4}, {"max_model_len": 90}),
+        ("qwen3_moe", EXPERTS_OF, {"ways": {256: Ways(ahead=1 << 20)}}),
     ],
-    ids=["llama", "gqa", "windows", "short"],
+    ids=["llama", "gqa", "windows", "short", "experts"],
 )
 def test_prompts_launch_nothing_else(
     family: str,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import Rotary
-from engine.model import triton_kernels as kernels, triton_quantize
+from engine.model import experts_triton, triton_kernels as kernels, triton_quantize
+from engine.model.experts_shapes import experts_shape
 from engine.model.product_shapes import MOST_TILES, Around, shapes
 from engine.model.triton_products import product, row_kernel, rows_kernel
 from engine.model.triton_streamed import streamed_kernel
@@ -28,6 +29,11 @@ KERNELS = (
     "_rotate_kernel",
     "_gated_kernel",
 )
+
+EXPERTS = ("router_kernel", "choose_kernel", "assign_kernel", "experts_kernel", "join_experts_kernel")
+
+SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
+"""Bytes of a multiprocessor, by compute capability."""
 
 
 def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
@@ -87,9 +93,47 @@ def call_products(dtype: torch.dtype, hidden: int, width: int) -> None:
                     product(x, weight, given, shape, inside, norm=norm_given, eps=1e-5, y=y, counts=counts)
 
 
+def call_experts(dtype: torch.dtype, capability: int) -> None:
+    """Mixtures from one row to many; sizes that are not multiples of 16 too."""
+    for count, chosen, hidden, width in ((8, 2, 4096, 14336), (128, 8, 2048, 768), (40, 8, 1544, 520)):
+        if hidden % 16 and dtype == torch.float16:
+            continue  # for which Triton 3.6 keeps 40 bytes of a thread of the last kernel in memory
+        for rows in (1, 4, 16, 64, 8192) if dtype == torch.bfloat16 else (1, 256):
+            shape = experts_shape(
+                rows,
+                experts=count,
+                chosen=chosen,
+                hidden=hidden,
+                width=width,
+                itemsize=dtype.itemsize,
+                weight_itemsize=dtype.itemsize,
+                processors=132,
+                shared=SHARED[capability],
+            )
+            some = torch.empty(1, dtype=dtype)  # which nobody reads
+            x, router = some.expand(rows, hidden), some.expand(count, hidden)
+            found = experts_triton.assign(
+                *experts_triton.choose(x, router, chosen, renormalised=True), count, shape
+            )
+            for activation in ("silu", "gelu_tanh") if rows == 16 else ("silu",):
+                experts_triton.expert_products(
+                    x,
+                    some.expand(count * 2 * width, hidden),
+                    some.expand(count * hidden, width),
+                    found,
+                    shape,
+                    chosen=chosen,
+                    activation=activation,
+                )
+            experts_triton.join_experts(
+                x, some.expand(rows * chosen, hidden), chosen, after=None, before=some, eps=1e-5
+            )
+
+
 def main() -> int:
     compiled = compile_only(
         *(getattr(kernels, name) for name in KERNELS),
+        *(getattr(experts_triton, name) for name in EXPERTS),
         triton_quantize._quantize_kernel,
         triton_quantize._scale_kernel,
         row_kernel,
@@ -104,12 +148,13 @@ def main() -> int:
             # Not only multiples of 16, which Triton compiles apart.
             for hidden in (576, 588, 4096) if dtype == torch.bfloat16 else (576, 4096):
                 call_all(dtype, hidden, fp8=capability >= 89)
+            call_experts(dtype, capability)
         for hidden, width in ((576, 1536), (4096, 11008)):
             call_products(torch.bfloat16, hidden, width)
         found["compiled"][capability] = len(compiled)
         for kernel in compiled:
             # Of the products' many shapes those that spill lose where they are measured.
-            bound = 128 if "row" in kernel.name else 0
+            bound = 128 if kernel.name in ("row_kernel", "rows_kernel") else 0
             if (num_bytes := resources(kernel)["spilled"]) > bound:
                 found["spilled"][f"{kernel.name} {capability}"] = num_bytes
     print(json.dumps(found))

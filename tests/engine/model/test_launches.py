@@ -17,13 +17,13 @@ from engine.attention.base import AttentionInput
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile
 from engine.cache.pool import KVPool
-from engine.model import triton_kernels, triton_products
+from engine.model import experts_triton, triton_kernels, triton_products
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.fused_triton import Ways
 from engine.model.product_shapes import Shape
-from tests.engine.model.compile_triton import KERNELS
-from tests.support import save_model, tiny_llama
+from tests.engine.model.compile_triton import EXPERTS, KERNELS
+from tests.support import save_model, tiny_llama, tiny_model
 
 MANY = 132
 
@@ -35,6 +35,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         kernels = [(triton_kernels, name) for name in KERNELS]
+        kernels += [(experts_triton, name) for name in EXPERTS]
         kernels += [(triton_products, name) for name in ("row_kernel", "rows_kernel", "streamed_kernel")]
         for module, name in [*kernels, *((attention_module, n) for n in ("attend_kernel", "join_kernel"))]:
             monkeypatch.setattr(module, name, _Kernel(name, self.counts))
@@ -67,9 +68,13 @@ def launches(
     joins: bool = False,
     rotates: bool = True,
     ways: Ways | None = None,
+    family: str = "llama",
 ) -> Counter[str]:
     """Of a step of one sequence with 4 nodes, whose keys are split."""
-    config = ModelConfig.from_folder(save_model(tiny_llama(num_hidden_layers=layers), folder))
+    model = tiny_llama(num_hidden_layers=layers)
+    if family != "llama":
+        model = tiny_model(family, num_hidden_layers=layers)
+    config = ModelConfig.from_folder(save_model(model, folder))
     decoder = Decoder(config, torch.float32, 512)
     decoder.randomize(torch.device("cpu"))
     decoder.fuse_triton()
@@ -137,6 +142,23 @@ def test_where_weights_stream_norms_are_kernels_of_their_own(
     ways = Ways(shape, shape, shape, shape)
     two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=True, ways=ways) for n in (2, 3))
     assert three - two == {"streamed_kernel": 4, "_add_norm_kernel": 2, "attend_kernel": 1}
+
+
+def test_experts_are_six_kernels_where_there_were_four(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many experts there are."""
+    two, three = (launches(n, tmp_path / str(n), monkeypatch, joins=True, family="mixtral") for n in (2, 3))
+    assert three - two == {
+        "aten.linear.default": 2,
+        "attend_kernel": 1,
+        "_add_norm_kernel": 1,
+        "router_kernel": 1,
+        "choose_kernel": 1,
+        "assign_kernel": 1,
+        "experts_kernel": 2,
+        "join_experts_kernel": 1,
+    }
 
 
 def test_around_the_layers_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
