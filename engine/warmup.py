@@ -39,6 +39,12 @@ _ROUNDS = 3
 
 _IN_A_ROW = 3
 
+_ENOUGH_S = 0.3
+"""Seconds of steps of one size after which no more are made in a row, since long steps vary little."""
+
+_ENOUGH_OF_BATCH_S = 10.0
+"""Seconds of one batch size after which there are no more rounds of it."""
+
 _WARM_S = 0.5
 """Seconds of steps before the first that counts: a process's first steps are slow, and those of the smallest
 batches, which are measured first, would make larger trees look cheap."""
@@ -119,6 +125,7 @@ def _eager(
     best = dict.fromkeys(shapes, float("inf"))
     cost = dict.fromkeys(sizes, float("inf"))
     ragged = dict.fromkeys(_RAGGED, float("inf"))
+    started = time.monotonic()
     for _ in range(_ROUNDS):
         for nodes in shapes:
             best[nodes] = min(best[nodes], _step(runner, sequences, [nodes] * batch))
@@ -128,6 +135,8 @@ def _eager(
             ragged[nodes] = min(ragged[nodes], took)
         for size in cost:
             cost[size] = min(cost[size], _draft(runner, sequences, size))
+        if time.monotonic() - started > _ENOUGH_OF_BATCH_S:
+            break
     points = [(batch * nodes, best[nodes]) for nodes in shapes]
     if batch == 1:
         return points, list(cost.values()), 0.0, 0.0
@@ -186,9 +195,10 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_r
     but a mixture's experts would else all be the same ones.
 
     As in serving, a step follows one of its own size: after another one it takes longer. So of `in_a_row` of
-    them the fastest counts.
+    them, or fewer of long ones, the fastest counts.
     """
     best = float("inf")
+    enough = time.perf_counter() + _ENOUGH_S
     for _ in range(in_a_row):
         batch = runner.place(sequences)
         draft = _chains(batch.slots, nodes, runner.vocab_size)
@@ -197,6 +207,8 @@ def _step(runner: Runner, sequences: list[Sequence], nodes: list[int], *, in_a_r
         batch.begin()
         runner.targets_accept_compact(batch, runner.forward(batch, draft)).rows()
         best = min(best, time.perf_counter() - start)
+        if time.perf_counter() > enough:
+            break
     return best
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from torch import Tensor
 
@@ -100,3 +102,24 @@ def test_so_do_those_of_a_captured_one(narrow: TinyModel, monkeypatch: pytest.Mo
     warmup._replay(runner, sequences, 4, heads=False)
     tokens = runner._in_buffers((2, 4)).draft.tokens.flatten().tolist()
     assert len(tokens) == len(set(tokens)) == 8
+
+
+@pytest.mark.parametrize(("enough", "steps"), [({"_ENOUGH_S": 0.0}, 4), ({"_ENOUGH_OF_BATCH_S": 0.0}, 3)])
+def test_long_steps_are_not_repeated(
+    narrow: TinyModel, monkeypatch: pytest.MonkeyPatch, enough: dict[str, float], steps: int
+) -> None:
+    """In a row, or in rounds."""
+    engine = make_engine(narrow.folder, tree=2, max_num_seqs=1)
+    sequences = warmup._sequences(engine._blocks, 1, 8)
+    assert sequences is not None
+    for name, value in ({"_ROUNDS": 4} | enough).items():
+        monkeypatch.setattr(warmup, name, value)
+    forward, sizes = engine._runner._decoder.forward, list[int]()
+
+    def noted(tokens: Tensor, *others: Tensor) -> Tensor:
+        sizes.append(len(tokens))
+        return forward(tokens, *others)
+
+    monkeypatch.setattr(engine._runner._decoder, "forward", noted)
+    warmup._eager(engine._runner, sequences, [0], 64)
+    assert Counter(sizes) == dict.fromkeys(warmup._NODES, steps)
