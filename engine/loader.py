@@ -88,11 +88,6 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         check_quantized(config.quantization, device, dtype)  # before minutes of loading
         if device.type == "cuda" and (refused := _why_not_triton(device)) is not None:
             raise ConfigError(f"quantization {config.quantization} on CUDA {refused}; leave it out")
-        if device.type == "cuda" and model_config.experts is not None:
-            raise ConfigError(
-                f"quantization {config.quantization} on CUDA takes no mixture of experts; leave it out, or "
-                "take device cpu and int8"
-            )
     max_model_len = _max_model_len(config, model_config)
     if config.max_num_seqs > config.max_step_tokens:
         raise ConfigError(

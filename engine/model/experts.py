@@ -29,6 +29,7 @@ class Experts(nn.Module):
         gate_up: [experts * 2 * width, hidden], each expert's gate and then its up projection; empty once
             the weights are packed or quantised.
         down: [experts * hidden, width], likewise.
+        scales: where both are in 8 bits for CUDA's kernels, the factors on their rows, float32.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Experts(nn.Module):
         self.router = weight(self.count, self.hidden)
         self.gate_up = weight(self.count * 2 * self.width, self.hidden)
         self.down = weight(self.count * self.hidden, self.width)
+        self.scales: tuple[Tensor, Tensor] | None = None
         self._each: list[tuple[Linear, Linear]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,12 +111,28 @@ class Experts(nn.Module):
             self._split(Linear.pack)
 
     def quantize(self, kind: Literal["int8", "fp8"]) -> None:
-        """As `Linear.quantize`, each expert by itself, on the CPU; the router stays as it is.
+        """On the CPU as `Linear.quantize`, each expert by itself; on CUDA see `quantize_weights`. The router
+        stays as it is.
 
         Raises:
             ConfigError: see `Linear.quantize`.
         """
+        if self.gate_up.device.type == "cuda":
+            self.quantize_weights(kind)
+            return
         self._split(lambda linear: linear.quantize(kind, rotate=True))
+
+    def quantize_weights(self, kind: Literal["int8", "fp8"]) -> None:
+        """Both weights in 8 bits by a scale for each of their outputs, activations as they are: what the
+        kernels for CUDA take, which lift weights to the activations' dtype as they come from memory."""
+        from engine.model.triton_quantize import quantize_rows  # only CUDA needs Triton
+
+        dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+        gate_up, gate_up_scale = quantize_rows(self.gate_up, dtype)
+        self.gate_up = nn.Parameter(gate_up, requires_grad=False)
+        down, down_scale = quantize_rows(self.down, dtype)
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.scales = gate_up_scale.flatten(), down_scale.flatten()
 
     def _split(self, work: Callable[[Linear], None]) -> None:
         if not self._each:

@@ -100,6 +100,8 @@ def experts_shape(
         if gated and warps == 8 and shared < _WIDE:
             found = 64  # twice as many sums would not fit the registers beside weights
         both = (2 if gated else 1) * found * weight_itemsize + of_slot * itemsize
+        if weight_itemsize == 1 and quick and warps == 4:
+            channels = 128  # which memory reads in one run
         channels = min(channels, max(16, triton.next_power_of_2(size)))
         # A program may not have all of a multiprocessor's memory.
         return Tile(found, channels, warps, max(1, min(_STAGES, (shared - 1024) // (both * channels))))

@@ -420,7 +420,14 @@ def experts_parts(x: Tensor, experts: Experts, activation: str) -> Tensor:
     chose = choose(x, experts.router, chosen, renormalised=experts.renormalised)
     found = assign(*chose, experts.count, shape)
     return expert_products(
-        x, experts.gate_up, experts.down, found, shape, chosen=chosen, activation=activation
+        x,
+        experts.gate_up,
+        experts.down,
+        found,
+        shape,
+        chosen=chosen,
+        activation=activation,
+        scales=experts.scales,
     )
 
 

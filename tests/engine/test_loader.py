@@ -53,19 +53,6 @@ def test_the_pool_leaves_room_for_the_tables_of_adjustments(
     assert loaded.pool.data.nbytes + tables <= available
 
 
-def test_experts_are_not_quantised_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before their weights are read."""
-    folder = save_model(tiny_model("mixtral"), tmp_path)
-    (folder / "model.safetensors").unlink()
-    monkeypatch.setattr("engine.loader.device_named", torch.device)
-    monkeypatch.setattr("engine.loader.check_quantized", lambda kind, device, dtype: None)
-    monkeypatch.setattr("engine.loader._why_not_triton", lambda device: None)
-    monkeypatch.setattr("engine.loader.not_emulated", lambda dtype, device: dtype)
-    config = EngineConfig(model=str(folder), device="cuda", quantization="int8")
-    with pytest.raises(ConfigError, match="on CUDA takes no mixture of experts; leave it out"):
-        load(config, progress=False)
-
-
 def test_a_numbered_gpu_becomes_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -93,8 +93,10 @@ def call_products(dtype: torch.dtype, hidden: int, width: int) -> None:
                     product(x, weight, given, shape, inside, norm=norm_given, eps=1e-5, y=y, counts=counts)
 
 
-def call_experts(dtype: torch.dtype, capability: int) -> None:
+def call_experts(dtype: torch.dtype, weight_dtype: torch.dtype, capability: int) -> None:
     """Mixtures from one row to many; sizes that are not multiples of 16 too."""
+    some, weight = (torch.empty(1, dtype=kind) for kind in (dtype, weight_dtype))  # which nobody reads
+    whole = dtype == weight_dtype
     for count, chosen, hidden, width in ((8, 2, 4096, 14336), (128, 8, 2048, 768), (40, 8, 1544, 520)):
         if hidden % 16 and dtype == torch.float16:
             continue  # for which Triton 3.6 keeps 40 bytes of a thread of the last kernel in memory
@@ -106,11 +108,10 @@ def call_experts(dtype: torch.dtype, capability: int) -> None:
                 hidden=hidden,
                 width=width,
                 itemsize=dtype.itemsize,
-                weight_itemsize=dtype.itemsize,
+                weight_itemsize=weight_dtype.itemsize,
                 processors=132,
                 shared=SHARED[capability],
             )
-            some = torch.empty(1, dtype=dtype)  # which nobody reads
             x, router = some.expand(rows, hidden), some.expand(count, hidden)
             found = experts_triton.assign(
                 *experts_triton.choose(x, router, chosen, renormalised=True), count, shape
@@ -118,12 +119,13 @@ def call_experts(dtype: torch.dtype, capability: int) -> None:
             for activation in ("silu", "gelu_tanh") if rows == 16 else ("silu",):
                 experts_triton.expert_products(
                     x,
-                    some.expand(count * 2 * width, hidden),
-                    some.expand(count * hidden, width),
+                    weight.expand(count * 2 * width, hidden),
+                    weight.expand(count * hidden, width),
                     found,
                     shape,
                     chosen=chosen,
                     activation=activation,
+                    scales=None if whole else (found.shares, found.shares),
                 )
             experts_triton.join_experts(
                 x, some.expand(rows * chosen, hidden), chosen, after=None, before=some, eps=1e-5
@@ -148,7 +150,10 @@ def main() -> int:
             # Not only multiples of 16, which Triton compiles apart.
             for hidden in (576, 588, 4096) if dtype == torch.bfloat16 else (576, 4096):
                 call_all(dtype, hidden, fp8=capability >= 89)
-            call_experts(dtype, capability)
+            call_experts(dtype, dtype, capability)
+        call_experts(torch.bfloat16, torch.int8, capability)
+        if capability >= 89:
+            call_experts(torch.bfloat16, torch.float8_e4m3fn, capability)
         for hidden, width in ((576, 1536), (4096, 11008)):
             call_products(torch.bfloat16, hidden, width)
         found["compiled"][capability] = len(compiled)

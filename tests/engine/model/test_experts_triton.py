@@ -265,6 +265,66 @@ def test_one_expert_may_have_all_rows() -> None:
         assert error(got, want) < 1e-6
 
 
+def whole(experts: Experts) -> None:
+    """Weights in 8 bits back in float32, as what they stand for."""
+    assert experts.scales is not None
+    for name, scale in zip(("gate_up", "down"), experts.scales, strict=True):
+        getattr(experts, name).data = getattr(experts, name).float() * scale[:, None]
+    experts.scales = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("int8", torch.float32), ("fp8", torch.float32), *([("fp8", torch.bfloat16)] * (DEVICE.type == "cuda"))],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 19])
+def test_weights_in_8_bits_are_lifted_and_scaled(kind: Any, rows: int, dtype: torch.dtype) -> None:
+    """They stand for what they were by a scale of each output, whatever its size is."""
+    experts, x = mixture(5, 2, 48, 40, dtype), some(rows, 48, dtype=dtype)
+    experts.gate_up.data *= torch.linspace(0.1, 9, len(experts.gate_up), device=DEVICE)[:, None].to(dtype)
+    experts.gate_up.data[3] = 0.0
+    want = wanted(experts, x)
+    experts.quantize_weights(kind)
+    assert experts.gate_up.element_size() == experts.down.element_size() == 1
+    assert not experts.gate_up.requires_grad
+    got = experts_parts(x, experts, "silu").double().view(rows, 2, 48).sum(1)
+    assert 1e-4 < error(got, want) < (0.15 if kind == "fp8" else 0.03)
+    whole(experts)
+    assert error(got, wanted(experts, x)) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_on_cuda_a_mixtures_weights_are_what_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router is not, and the CPU's form is its own."""
+    here, there = mixture(3, 1, 32, 32, torch.float32), mixture(3, 1, 32, 32, torch.float32)
+    router = there.router.clone()
+    there.quantize_weights("int8")
+    on_cuda = SimpleNamespace(gate_up=SimpleNamespace(device=torch.device("cuda")))
+    on_cuda.quantize_weights = lambda kind: asked.append(kind)
+    asked: list[str] = []
+    Experts.quantize(on_cuda, "fp8")  # type: ignore[arg-type]
+    assert asked == ["fp8"]
+    assert torch.equal(there.router, router)
+    if DEVICE.type == "cuda":
+        here.quantize("int8")
+        assert torch.equal(here.gate_up, there.gate_up)
+
+
+@torch.inference_mode()
+def test_layers_take_experts_in_8_bits(tmp_path: Path) -> None:
+    model = decoder("granitemoe", {"num_local_experts": 4}, tmp_path, torch.float32)
+    tokens = torch.arange(7, device=DEVICE)
+    mixtures = [layer.experts for layer in model.layers if layer.experts is not None]
+    for experts in mixtures:
+        experts.quantize_weights("int8")
+    model.fuse_triton()
+    got = model(tokens, tokens, Recorder())
+    model.fused_cuda = None
+    for experts in mixtures:
+        whole(experts)
+    torch.testing.assert_close(got, model(tokens, tokens, Recorder()), atol=2e-5, rtol=2e-5)
+
+
 MODELS = {
     "mixtral": {"experts": 8, "chosen": 2, "hidden": 4096, "width": 14336},
     "qwen3": {"experts": 128, "chosen": 8, "hidden": 2048, "width": 768},
@@ -278,15 +338,17 @@ MODELS = {
     ids=["H100", "A100", "A10", "4090"],
 )
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_shapes_fit_the_device_and_its_load(model: str, itemsize: int, processors: int, kib: int) -> None:
+@pytest.mark.parametrize(("itemsize", "weighed"), [(2, 2), (4, 4), (2, 1)])
+def test_shapes_fit_the_device_and_its_load(
+    model: str, itemsize: int, weighed: int, processors: int, kib: int
+) -> None:
     sizes, forms = MODELS[model], set()
     for rows in (1, 2, 3, 8, 16, 64, 200, 512, 2048, 8192):
         shape = experts_shape(
             rows,
             **sizes,
             itemsize=itemsize,
-            weight_itemsize=itemsize,
+            weight_itemsize=weighed,
             processors=processors,
             shared=kib << 10,
         )
@@ -296,7 +358,7 @@ def test_shapes_fit_the_device_and_its_load(model: str, itemsize: int, processor
         slots = shape.slots(assignments, sizes["experts"])
         assert slots <= min(assignments, sizes["experts"] + assignments // 16)
         for tile, gates, outputs in ((shape.gate_up, 2, sizes["width"]), (shape.down, 1, sizes["hidden"])):
-            stage = (gates * tile.outputs + shape.rows) * tile.channels * itemsize
+            stage = (gates * tile.outputs * weighed + shape.rows * itemsize) * tile.channels
             assert tile.stages >= 2
             assert tile.stages * stage <= (kib - 1) << 10
             # Where outputs can be divided among all multiprocessors, they are.
