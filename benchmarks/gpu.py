@@ -28,7 +28,7 @@ from benchmarks.common import ROOT, new_parser, numbers, print_result
 from benchmarks.gpu_device import between_products, ceilings, tests
 from benchmarks.gpu_quantized import quantized_steps
 from benchmarks.gpu_run import Run, combine, device_name, output_file
-from benchmarks.gpu_shapes import SHAPES
+from benchmarks.gpu_shapes import MIXTURES, SHAPES
 from benchmarks.gpu_simulated import simulated
 from benchmarks.gpu_steps import idle, sampled_steps, steps
 from benchmarks.gpu_targets import targets
@@ -69,7 +69,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.7, help="after which no part begins")
     parser.add_argument("--model", default="smollm2-135m", help="that answers: embedded name or folder")
     parser.add_argument("--heads", default=None, help="its heads; the shipped ones if unset")
-    parser.add_argument("--shapes", type=names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
+    usual = [name for name in SHAPES if name not in MIXTURES]
+    parser.add_argument("--shapes", type=names, default=usual, help=f"of {', '.join(SHAPES)}")
     parser.add_argument(
         "--cases", type=cases, default=None, help="of `steps`, as 1x512,16x512: batch x context"
     )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from engine.loader import Loaded
+from engine.model.experts import Experts
 
-__all__ = ["SHAPES", "TINY", "Bytes", "Shape", "write_folder"]
+__all__ = ["MIXTURES", "SHAPES", "TINY", "Bytes", "Shape", "write_folder"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,22 +25,25 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model of the Llama family by its published config.
+    """A model by its published config.
 
     Args:
         name: as results name it.
         values: of its config.json.
+        family: as transformers names it; architecture: its class.
     """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
+    family: str = "llama"
+    architecture: str = "LlamaForCausalLM"
 
     def config(self, **overrides: Any) -> Any:
         """A transformers config."""
-        from transformers import LlamaConfig
+        from transformers import AutoConfig
 
-        values = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **self.values, **overrides}
-        return LlamaConfig(**values)
+        values = {"architectures": [self.architecture], "dtype": "bfloat16", **self.values, **overrides}
+        return AutoConfig.for_model(self.family, **values)
 
 
 SHAPES = {
@@ -82,8 +86,46 @@ SHAPES = {
                 "max_position_embeddings": 8192,
             },
         ),
+        Shape(
+            "granite-1b-a400m",
+            {
+                "vocab_size": 49152,
+                "hidden_size": 1024,
+                "intermediate_size": 512,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": True,
+                "num_local_experts": 32,
+                "num_experts_per_tok": 8,
+            },
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+        ),
+        Shape(
+            "qwen3-30b-a3b",
+            {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "max_position_embeddings": 8192,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": True,
+            },
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+        ),
     )
 }
+
+MIXTURES = ("granite-1b-a400m", "qwen3-30b-a3b")
+"""Of experts. Measured where they are asked for."""
 
 TINY = Shape(
     "tiny",
@@ -147,14 +189,19 @@ class Bytes:
     """What a decode step cannot do without reading, in bytes.
 
     Args:
-        weights: of all layers, the final norm and the lm_head; of the embedding only rows are read.
+        weights: of all layers but their experts, the final norm and the lm_head; of the embedding only rows
+            are read.
         kv_per_token: of one token in the cache, all layers.
         drafting: the heads' layers, and the lm_head (or their own) once more.
+        experts: of all layers, 0 without.
+        chosen: the share of a layer's experts that a row chooses.
     """
 
     weights: int
     kv_per_token: int
     drafting: int
+    experts: int = 0
+    chosen: float = 1.0
 
     @classmethod
     def of(cls, loaded: Loaded) -> Bytes:
@@ -162,6 +209,12 @@ class Bytes:
         decoder, pool = loaded.decoder, loaded.pool
         # The embedding is the decoder's own parameter; a tied lm_head counts as the lm_head.
         total = sum(_stored(module) for module in decoder.modules() if module is not decoder)
+        found, mixture = 0, decoder.config.experts
+        for module in decoder.modules():
+            if isinstance(module, Experts):
+                found += _stored(module) - module.router.nbytes
+                packed = sum(_stored(linear) for pair in module._each for linear in pair)
+                found, total = found + packed, total + packed
         layers, _, _, _, kv_heads, head_dim = pool.data.shape
         drafting = 0
         if loaded.heads is not None:
@@ -169,10 +222,16 @@ class Bytes:
             drafting = heads.weights.numel() * heads.weights.element_size()
             lm_heads = list(heads.lm_heads) or [decoder.lm_head]
             drafting += sum(_stored(linear) for linear in lm_heads)
-        return cls(total, 2 * layers * kv_heads * head_dim * pool.data.element_size(), drafting)
+        per_token = 2 * layers * kv_heads * head_dim * pool.data.element_size()
+        chosen = 1.0 if mixture is None else mixture.chosen / mixture.count
+        return cls(total - found, per_token, drafting, found, chosen)
 
-    def step(self, batch: int, context: int, *, drafting: bool) -> int:
-        return self.weights + batch * context * self.kv_per_token + (self.drafting if drafting else 0)
+    def step(self, batch: int, context: int, nodes: int, *, drafting: bool) -> int:
+        """Of so many nodes each. Experts are those that so many rows choose on average, if each of a layer's
+        is as likely as another."""
+        experts = round(self.experts * (1.0 - (1.0 - self.chosen) ** (batch * nodes)))
+        read = self.weights + experts + batch * context * self.kv_per_token
+        return read + (self.drafting if drafting else 0)
 
 
 def _stored(module: torch.nn.Module) -> int:

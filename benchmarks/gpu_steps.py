@@ -53,7 +53,8 @@ class FreeDrafter(HeadDrafter):
 
     def guess(self, root: Tensor | None, hidden: Tensor, nodes: int) -> Tensor:
         del root
-        return torch.zeros(len(hidden), nodes, dtype=torch.int64, device=self._device)
+        tokens = torch.arange(nodes, device=self._device)  # alike, they would choose the same experts
+        return tokens.expand(len(hidden), -1).contiguous()
 
 
 @contextmanager
@@ -284,7 +285,7 @@ def _case(
                 continue
             seconds = statistics.median(times)
             base = seconds if nodes == 1 else base
-            num_bytes = size.step(batch, context, drafting=drafting)
+            num_bytes = size.step(batch, context, nodes, drafting=drafting)
             row |= {"ms": ms(seconds), "ms_mean": ms(statistics.fmean(times)), "steps": len(times)}
             row["bytes"] = num_bytes
             if base is not None:

@@ -19,10 +19,13 @@ from benchmarks import gpu, gpu_steps
 from benchmarks.gpu_device import limited
 from benchmarks.gpu_picture import draw, series
 from benchmarks.gpu_run import Run, combine
-from benchmarks.gpu_shapes import TINY
+from benchmarks.gpu_shapes import MIXTURES, SHAPES, TINY, Bytes, Shape
 from benchmarks.gpu_simulated import acceptance_lengths, published
 from benchmarks.gpu_steps import covered, load_shape, made_up_engine
 from benchmarks.gpu_targets import targets
+from engine.model.config import ModelConfig
+from engine.model.info import count_parameters
+from server.sizing import model_config
 from tests.support import save_model, save_random_heads, tiny_llama
 
 
@@ -101,6 +104,29 @@ def test_steps_count_their_bytes(results: dict[str, Any]) -> None:
         assert row["over_reading"] > 0
         assert row["over_one_node"] > 0
         assert ("products_ms" in row) != row["drafting"]
+
+
+def test_of_experts_those_are_counted_that_rows_choose(tmp_path: Path) -> None:
+    """With every second one chosen, rows of 1, 2 and many read a half, three quarters and all."""
+    mixture = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    shape = Shape("mixed", TINY.values | mixture, "mixtral", "MixtralForCausalLM")
+    with load_shape(tiny_run(tmp_path / "o.json"), shape) as (loaded, _):
+        size = Bytes.of(loaded)
+    assert size.experts >= 4 * 2 * 4 * 3 * 32 * 48  # packed weights may be padded
+    assert size.experts < 1.3 * 4 * 2 * 4 * 3 * 32 * 48
+    layer = 32 * (32 + 2 * 16) + 32 * 32 + 2 * 32 + 4 * 32
+    assert 4 * (2 * layer + 32 + 64 * 32) <= size.weights < 2 * 4 * (2 * layer + 32 + 64 * 32)
+    steps = [size.step(batch, 0, nodes, drafting=False) for batch, nodes in ((1, 1), (2, 1), (1, 64))]
+    assert [step - size.weights for step in steps] == [size.experts // 2, size.experts * 3 // 4, size.experts]
+
+
+def test_mixtures_of_a_published_shape_can_be_asked_for() -> None:
+    here = ["--device", "cpu", "--tiny"]
+    assert not set(gpu.parse(here).shapes) & set(MIXTURES)
+    assert set(gpu.parse([*here, "--shapes", ",".join(MIXTURES)]).shapes) == set(MIXTURES)
+    counted = {name: count_parameters(ModelConfig.from_hf(SHAPES[name].config())) for name in MIXTURES}
+    assert counted["qwen3-30b-a3b"] == count_parameters(model_config("Qwen3 30B-A3B"))
+    assert 1.3e9 < counted["granite-1b-a400m"] < 1.4e9
 
 
 def tiny_run(output: Path) -> Run:
