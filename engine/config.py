@@ -71,8 +71,8 @@ class EngineConfig(BaseModel):
     quantization: Literal["none", "int8", "fp8"] = Field(
         "none",
         description="Weights in 8 bits per output channel and activations in 8 bits per row: 'int8' (on the "
-        "CPU with dtype float32; CUDA), 'fp8' (CUDA with dtype bfloat16). CUDA needs the extra torchao; there "
-        "a mixture's experts have their weights alone in 8 bits.",
+        "CPU with dtype float32; CUDA), 'fp8' (CUDA with dtype bfloat16). CUDA needs the extra torchao; "
+        "there a mixture's experts have their weights alone in 8 bits.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
     attention: Literal["auto", "sdpa", "triton"] = Field(
