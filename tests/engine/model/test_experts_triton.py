@@ -169,7 +169,7 @@ def test_of_equal_shares_the_lower_number_is_chosen_first() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_a_row_that_is_not_finite_has_valid_experts_and_disturbs_nobody(rows: int, value: float) -> None:
     experts = mixture(6, 3, 40, 24, torch.float32)
@@ -183,6 +183,9 @@ def test_a_row_that_is_not_finite_has_valid_experts_and_disturbs_nobody(rows: in
     assert len(set(bad)) == 3
     assert set(bad) <= set(range(6))
     assert bad == [0, 1, 2] or not shares[rows // 2].isnan().any()
+    _, as_they_are = choose(y, experts.router, 3, renormalised=False)
+    assert torch.equal(as_they_are.isnan(), shares.isnan())
+    assert shares[rows // 2].isnan().all() or value == value
     add_experts(before, y, experts, "silu", after=None, before=None, eps=1e-5)
     assert not before[rows // 2].isfinite().all()
     others = torch.arange(rows) != rows // 2
@@ -287,6 +290,7 @@ def test_weights_in_8_bits_are_lifted_and_scaled(kind: Any, rows: int, dtype: to
     want = wanted(experts, x)
     experts.quantize_weights(kind)
     assert experts.gate_up.element_size() == experts.down.element_size() == 1
+    assert experts.gate_up.dtype == (torch.int8 if kind == "int8" else torch.float8_e4m3fn)
     assert not experts.gate_up.requires_grad
     got = experts_parts(x, experts, "silu").double().view(rows, 2, 48).sum(1)
     assert 1e-4 < error(got, want) < (0.15 if kind == "fp8" else 0.03)
