@@ -142,6 +142,7 @@ class ModelConfig:
             ModelError: there is no readable config.
         """
         import_validators()
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         # Before transformers looks: for what it does not know either, it asks for trust_remote_code.
@@ -153,7 +154,7 @@ class ModelConfig:
             _check_architecture(str(architectures[0]))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise ModelError(f"cannot read the model config in {folder}: {error}") from error
         return cls.from_hf(config)
 
@@ -317,6 +318,8 @@ def _mixtral(config: Any) -> dict[str, Any]:
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
     dense, every = config.mlp_only_layers or (), config.decoder_sparse_step
+    if every < 1:
+        raise UnsupportedModelError(f"decoder_sparse_step is {every}; it must be 1 or more")
     mixed = tuple(
         layer not in dense and (layer + 1) % every == 0 for layer in range(config.num_hidden_layers)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.errors import UnsupportedModelError
+from engine.errors import ModelError, UnsupportedModelError
 from engine.model.config import ExpertsConfig, ModelConfig
 from engine.model.experts import Experts, route
 from tests.engine.model.test_quantize import needs_int8
@@ -131,6 +133,17 @@ def test_more_experts_than_there_are_is_an_error() -> None:
     config.num_experts_per_tok = 5
     with pytest.raises(UnsupportedModelError, match="5 of 4 experts"):
         ModelConfig.from_hf(config)
+
+
+def test_a_config_that_says_nothing_sensible_is_an_error(tmp_path: Path) -> None:
+    config = config_of("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    config.decoder_sparse_step = 0
+    with pytest.raises(UnsupportedModelError, match="decoder_sparse_step is 0"):
+        ModelConfig.from_hf(config)
+    stated = config.to_dict() | {"decoder_sparse_step": 1, "num_experts_per_tok": None}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ModelError, match=r"cannot read the model config(?s:.)*num_experts_per_tok"):
+        ModelConfig.from_folder(tmp_path)
 
 
 def test_what_the_reference_would_clip_is_refused() -> None:
