@@ -80,12 +80,17 @@ def plan(
     found = MemoryPlan(str(device))
     if needs_backbone:
         numel = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names}
-        linear = sum(count for name, count in numel.items() if "_proj" in name)
+        linear = sum(
+            count for name, count in numel.items() if "_proj" in name and ".mlp.experts." not in name
+        )
         weights = sum(numel.values()) * size
-        if bits != 16:  # the linear layers alone; a scale for every 64 weights or so
+        if bits != 16:  # the linear layers alone, which experts are not; a scale for every 64 weights or so
             weights += linear * bits // 8 + linear // 16 - linear * size
         found.parts["backbone"] = weights
-        widest = 2 * model.intermediate_size + 8 * hidden
+        widest = 2 * model.intermediate_size
+        if (experts := model.experts) is not None:  # each token once for each of its experts
+            widest = max(widest, experts.chosen * 2 * (experts.width + hidden))
+        widest += 8 * hidden
         kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 * pack_tokens + 128) * size
         logits = logits_rows(device, model.vocab_size) * model.vocab_size * (size + 4)
         found.parts["backbone's activations"] = pack_tokens * widest * size * 2 + kv + logits
