@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.errors import ModelError, UnsupportedModelError
 from engine.model.config import ExpertsConfig, ModelConfig
 from engine.model.experts import Experts, route
+from engine.model.layers import Linear
 from tests.engine.model.test_quantize import needs_int8
 from tests.support import tiny_model
 
@@ -111,6 +112,41 @@ def test_in_int8_a_row_is_the_same_alone() -> None:
     assert 0 < (found - plain).norm() / plain.norm() < 0.06
     for row in range(0, len(x), 7):
         assert torch.equal(layer(x[row : row + 1])[0], found[row])
+
+
+@needs_int8
+def test_int8_mixes_channels_of_which_one_is_far_larger() -> None:
+    """Or it alone would decide how coarsely all others are rounded."""
+    x, off = some_rows(40), []
+    x[:, 3] *= 50.0
+    for mixed in (True, False):
+        layer = experts()
+        plain = layer(x)
+        if mixed:
+            layer.quantize("int8")
+        else:
+            layer._split(lambda linear: linear.quantize("int8", rotate=False))
+        off.append(float((layer(x) - plain).norm() / plain.norm()))
+    assert off[0] < 0.7 * off[1]
+
+
+@pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=needs_int8)])
+def test_each_weight_is_held_once(quantized: bool) -> None:
+    """Reordered or in 8 bits, and no longer as it was."""
+    layer = experts()
+    if quantized:
+        layer.quantize("int8")
+    layer.pack()
+    layer.pack()
+    assert layer.gate_up.numel() == layer.down.numel() == 0
+    assert len(layer._each) == COUNT
+    for linear in (linear for pair in layer._each for linear in pair):
+        assert (linear.quantized is not None) == quantized
+        reordered = Linear(8, 8, bias=False, dtype=torch.float32)
+        reordered.pack()  # where oneDNN can
+        if quantized or reordered.packed is not None:
+            assert linear.weight.numel() == 0
+        assert (linear.packed is not None) == (reordered.packed is not None and not quantized)
 
 
 def test_rows_go_to_the_same_experts_in_any_batch() -> None:
