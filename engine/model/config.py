@@ -156,7 +156,11 @@ class ModelConfig:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise ModelError(f"cannot read the model config in {folder}: {error}") from error
-        return cls.from_hf(config)
+        try:
+            return cls.from_hf(config)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ModelError(f"the model config in {folder} holds what it should not: {what}") from error
 
     @classmethod
     def from_hf(cls, config: Any) -> ModelConfig:

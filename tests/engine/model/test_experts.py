@@ -180,6 +180,10 @@ def test_a_config_that_says_nothing_sensible_is_an_error(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(stated))
     with pytest.raises(ModelError, match=r"cannot read the model config(?s:.)*num_experts_per_tok"):
         ModelConfig.from_folder(tmp_path)
+    stated |= {"num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": None}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ModelError, match="holds what it should not: TypeError"):
+        ModelConfig.from_folder(tmp_path)
 
 
 def test_what_the_reference_would_clip_is_refused() -> None:
