@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention.base import RaggedAttention
+from engine.attention.base import is_ragged
 from engine.batch import NOTHING, Asked, Batch, Verified
 from engine.config import MAX_TREE_NODES
 from engine.cuda_graphs import Graph
@@ -103,7 +103,7 @@ class CapturedRunner(Runner):
         super().__init__(*args, **arguments, spare_slots=1, captured=True)
         self.buckets: Buckets = buckets
         self.prompts = PromptBuckets.default(
-            buckets.batches if isinstance(self._attention, RaggedAttention) else (),
+            buckets.batches if is_ragged(self._attention) else (),
             max_tokens=max_prefill_tokens,
             longest=arguments["max_model_len"],
         )

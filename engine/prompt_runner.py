@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInput, RaggedAttention, computed_rows
+from engine.attention.base import AttentionBackend, AttentionInput, computed_rows, is_ragged
 from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES
 from engine.constrain import forbid_, masks_at_roots
@@ -68,7 +68,7 @@ class PromptRunner:
     ) -> None:
         num_slots = max_num_seqs + spare_slots
         self._decoder, self._attention, self._pool = decoder, attention, pool
-        self._ragged = isinstance(attention, RaggedAttention)  # to ask this takes long
+        self._ragged = is_ragged(attention)
         self._device, self.vocab_size = pool.device, decoder.config.vocab_size
         self.lookup_size = lookup_size
         self._drafter = Drafter(heads, self._device)

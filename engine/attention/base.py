@@ -15,10 +15,10 @@ __all__ = [
     "AttentionBackend",
     "AttentionInput",
     "NoAttention",
-    "RaggedAttention",
     "Rotary",
     "RotatingAttention",
     "computed_rows",
+    "is_ragged",
 ]
 
 
@@ -143,11 +143,10 @@ class RotatingAttention(AttentionBackend, Protocol):
         """
 
 
-@runtime_checkable
-class RaggedAttention(AttentionBackend, Protocol):
-    """A backend in which rows that an index leaves out cost next to nothing, in prefill chunks too."""
-
-    ragged: bool
+def is_ragged(attention: AttentionBackend) -> bool:
+    """Whether rows that an index leaves out cost a backend next to nothing, in prefill chunks too: it says so
+    by `ragged`. (`isinstance` would ask a protocol, which Python 3.12 remembers for each class.)"""
+    return bool(getattr(attention, "ragged", False))
 
 
 class NoAttention:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention.base import is_ragged
 from engine.attention.sdpa import SdpaAttention
 from engine.engine import Engine
 from engine.graphs import CapturedRunner
@@ -115,13 +116,13 @@ def test_the_bound_on_a_step_holds_for_all_of_its_prompts(narrow: TinyModel, pas
     assert sum(map(sum, passes)) == sum(map(len, PROMPTS))
 
 
-def test_without_such_attention_each_is_a_pass(narrow: TinyModel, passes: list[list[int]]) -> None:
-    SdpaAttention.ragged = None  # type: ignore[attr-defined]
-    del SdpaAttention.ragged  # type: ignore[attr-defined]
-    try:
-        outputs(engine(narrow), [greedy(f"{i}", prompt, 4) for i, prompt in enumerate(PROMPTS)])
-    finally:
-        SdpaAttention.ragged = True  # type: ignore[attr-defined]
+def test_without_such_attention_each_is_a_pass(
+    narrow: TinyModel, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_ragged(SdpaAttention(2))
+    monkeypatch.delattr(SdpaAttention, "ragged")
+    assert not is_ragged(SdpaAttention(2))
+    outputs(engine(narrow), [greedy(f"{i}", prompt, 4) for i, prompt in enumerate(PROMPTS)])
     assert [len(sizes) for sizes in passes] == [1] * len(PROMPTS)
 
 
