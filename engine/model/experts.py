@@ -97,13 +97,14 @@ class Experts(nn.Module):
             weight = (self.gate_up, self.down)[which]
             stacked = weight.view(self.count, -1, weight.shape[1])
             return torch.cat([F.linear(rows, stacked[expert]) for expert, rows in parts])
-        linears = [pair[which] for pair in self._each]
+        linears = [self._each[expert][which] for expert, _ in parts]
         weights = [found for linear in linears if isinstance(found := linear.quantized, Int8Weight)]
         if not weights:
-            return torch.cat([linears[expert](rows) for expert, rows in parts])
+            return torch.cat([linear(rows) for linear, (_, rows) in zip(linears, parts, strict=True)])
+        sizes = [len(rows) for _, rows in parts]
         rounded, largest = weights[0].rounded(x)  # once for all: each mixes its input in the same way
-        rows_of, scale_of = (torch.split_with_sizes(each, counts) for each in (rounded, largest))
-        return torch.cat([weights[expert].product(rows_of[expert], scale_of[expert]) for expert, _ in parts])
+        pieces = (torch.split_with_sizes(each, sizes) for each in (rounded, largest))
+        return torch.cat([weight.product(*piece) for weight, *piece in zip(weights, *pieces, strict=True)])
 
     def pack(self) -> None:
         """As `Linear.pack`, each expert by itself; on the CPU only."""
