@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.model.config import RopeConfig
+from engine.model.families import RopeConfig
 from engine.model.quantize import Int8Weight
 from engine.model.quantize_cuda import RowwiseWeight, check_quantized
 

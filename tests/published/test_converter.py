@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from engine.model.config import ModelConfig, RopeConfig
+from engine.model.config import ModelConfig
 from engine.model.embedded import ensure_converted
+from engine.model.families import RopeConfig
 from engine.model.weights import load_tokenizer, resolve_model
 from tests.engine.model.gguf_files import config_of
 from tests.engine.model.test_gguf import CASES

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionInput, Rotary, RotatingAttention
 from engine.cache.pool import KVPool
-from engine.model.config import RopeConfig
+from engine.model.families import RopeConfig
 from engine.model.layers import RotaryTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from engine.model import experts_triton, products_tuning
-from engine.model.config import ExpertsConfig
 from engine.model.experts import Experts
 from engine.model.experts_shapes import ExpertsShape, Tile, experts_shape
 from engine.model.experts_triton import (
@@ -26,6 +25,7 @@ from engine.model.experts_triton import (
     join_experts,
     shape_for,
 )
+from engine.model.families import ExpertsConfig
 from engine.model.fused_triton import Ways
 from engine.model.product_shapes import MOST_ROWS, Around
 from engine.model.products_tuning import tune_products

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
-from engine.model.config import ModelConfig, RopeConfig
+from engine.model.config import ModelConfig
+from engine.model.families import RopeConfig
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from engine.model.weights import Checkpoint, load_generation_defaults, load_tokenizer, resolve_model
 from engine.text import TextProcessor

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.base import Rotary
-from engine.model.config import RopeConfig
+from engine.model.families import RopeConfig
 from engine.model.layers import HeadNorm, RotaryTable
 from tests.engine.conftest import compiles
 
