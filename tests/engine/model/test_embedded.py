@@ -168,7 +168,9 @@ def test_config_is_read_by_transformers(real: Path) -> None:
     assert (config.vocab_size, config.max_position_embeddings) == (49152, 8192)
     assert (config.rms_norm_eps, config.tie_word_embeddings, config.dtype) == (1e-5, True, torch.float32)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
-    assert load_generation_defaults(real).eos_token_ids == (2, 0)
+    defaults = load_generation_defaults(real)
+    assert defaults.eos_token_ids == (2, 0)
+    assert (defaults.temperature, defaults.top_p) == (0.2, 0.9)
 
 
 def test_weights_are_the_files(real: Path) -> None:
