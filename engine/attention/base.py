@@ -87,7 +87,7 @@ class AttentionBackend(Protocol):
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         """Prepare what all layers of this step share (gather indices, mask)."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         """Write k, v into the pool, then attend. T is B * N, or the length of `AttentionInput.index`.
 
         Args:
@@ -95,6 +95,8 @@ class AttentionBackend(Protocol):
             q: [T, heads, head_dim], rotated.
             k: [T, kv_heads, head_dim], rotated.
             v: [T, kv_heads, head_dim].
+            sinks: [heads], contiguous: a logit of each query head, which stands in the softmax as a key that
+                every query sees and whose value is 0 (gpt-oss); finite or -inf.
 
         Returns:
             [T, heads * head_dim].
@@ -134,6 +136,8 @@ class RotatingAttention(AttentionBackend, Protocol):
         v: Tensor,
         rotary: Rotary | None = None,
         ahead: tuple[Tensor | None, int] = (None, 0),
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend.attend`.
 
@@ -162,6 +166,14 @@ class NoAttention:
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         """Nothing is shared by its layers."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+    def attend(
+        self,
+        layer: int,  # noqa: ARG002
+        q: Tensor,  # noqa: ARG002
+        k: Tensor,  # noqa: ARG002
+        v: Tensor,  # noqa: ARG002
+        *,
+        sinks: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
         """`mixed`."""
         return self._mixed

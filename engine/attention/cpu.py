@@ -105,7 +105,7 @@ class _TreeAttention:
         a[kernels.T], a[kernels.B], a[kernels.WINDOW] = len(index), num_sequences, _NO_WINDOW
         self._most = int(first.diff().max())
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         a = self._arguments
         tokens, heads, head_dim = q.shape
         q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
@@ -119,6 +119,8 @@ class _TreeAttention:
         if self._windows is not None:
             window = self._windows[layer]
             a[kernels.WINDOW] = _NO_WINDOW if window is None else window
+        sinks = None if sinks is None else sinks.float()
+        a[kernels.SINKS] = 0 if sinks is None else sinks.data_ptr()
         self._team.run(kernels.attend, a, int(a[kernels.B] * a[kernels.KV_HEADS]) * parts)
         return out
 
@@ -180,27 +182,29 @@ class CpuAttention:
         if len(self._short):
             self._together.plan(_subset(batch, short, index[self._short]), pool)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         if self._in_kernel:
-            return self._trees.attend(layer, q, k, v)
+            return self._trees.attend(layer, q, k, v, sinks)
         pool = self._pool
         if pool is None:
             raise RuntimeError("plan() must be called before attend()")
         pool.write(layer, self._rows, k, v)
         if self._short is None:
-            return self._together.read(layer, q)
+            return self._together.read(layer, q, sinks)
         alone = self._alone if self._windows is None else self._windowed[self._windows[layer]]
-        outputs = [self._attend_alone(pool, layer, part, q) for part in alone]
+        outputs = [self._attend_alone(pool, layer, part, q, sinks) for part in alone]
         if len(outputs) == 1 and not len(self._short):
             return outputs[0]
         joined = q.new_empty(len(q), q.shape[1] * q.shape[2])
         for part, out in zip(self._alone, outputs, strict=True):
             joined[part.first : part.first + part.queries] = out
         if len(self._short):
-            joined.index_copy_(0, self._short, self._together.read(layer, q[self._short]))
+            joined.index_copy_(0, self._short, self._together.read(layer, q[self._short], sinks))
         return joined
 
-    def _attend_alone(self, pool: KVPool, layer: int, part: _Alone, q: Tensor) -> Tensor:
+    def _attend_alone(
+        self, pool: KVPool, layer: int, part: _Alone, q: Tensor, sinks: Tensor | None
+    ) -> Tensor:
         """[queries, heads * head_dim] of one sequence."""
         if part.blocks is None:
             keys, values = pool.rows(layer, part.start, part.keys)
@@ -211,14 +215,18 @@ class CpuAttention:
         shape = (kv_heads, self._group, part.keys, head_dim)
         query = q.narrow(0, part.first, part.queries)
         query = query.view(part.queries, kv_heads, self._group, head_dim).permute(1, 2, 0, 3)
-        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        out, logarithms = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
             query,
             keys.unsqueeze(1).expand(shape),
             values.unsqueeze(1).expand(shape),
             attn_mask=part.mask,
             scale=self._scale,
-        )[0]
-        return out.permute(2, 0, 1, 3).reshape(part.queries, -1)
+        )
+        if sinks is not None:  # of all weights' sum, keys have so much less
+            share = torch.sigmoid(logarithms - sinks.float().view(kv_heads, self._group, 1))
+            out = (out * share.unsqueeze(-1)).to(q.dtype)
+        mixed: Tensor = out.permute(2, 0, 1, 3).reshape(part.queries, -1)
+        return mixed
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:

@@ -30,13 +30,15 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK, SCALE = range(12, 17)
 """Numbers; SCALE is the address of the factor on q k^T times log2(e)."""
 FIRST, LENGTHS, TABLES, WIDTH = range(17, 21)
 """[B + 1] first row of each sequence; [B] cached rows; [B, WIDTH] blocks."""
-ANCESTORS, COLUMNS, DEPTHS, ROWS_TO, T, B, PARTS, WINDOW = range(21, 29)
-"""[T] masks, columns in the grid, depths and pool rows to write to; tasks a K/V head; positions in view."""
+ANCESTORS, COLUMNS, DEPTHS, ROWS_TO, T, B, PARTS, WINDOW, SINKS = range(21, 30)
+"""[T] masks, columns in the grid, depths and pool rows to write to; tasks a K/V head; positions in view;
+[heads] logits, 0 without."""
 
 ROWS = 32
 """Most rows of a task."""
 
 _HIDDEN = np.float32(-3.0e38)
+_LOG2_E = np.float32(1.4426950408889634)
 
 _F = np.float32
 
@@ -159,11 +161,12 @@ def _attend(arguments: Any, number: int) -> None:
     cached = length - low
     vectors = dim % LANES == 0
     width = cached + new
-    step = width + 3  # `score_keys` writes so much too far
+    weights = width + (arguments[SINKS] != 0)
+    step = width + 3  # `score_keys` writes so much too far; afterwards the sink's stands there
     scores = np.empty((num_rows, step), dtype=np.float32)
     queries = np.empty((num_rows, dim), dtype=np.float32)
     mixed = np.zeros((num_rows, dim), dtype=np.float32)
-    bits = np.empty(width, dtype=np.int32)
+    bits = np.empty(weights, dtype=np.int32)
     powers = bits.view(np.float32)
     totals = np.empty(num_rows, dtype=np.float32)
     for x in range(num_rows):
@@ -211,7 +214,10 @@ def _attend(arguments: Any, number: int) -> None:
         for u in range(new):
             if not (ancestors[t] >> columns[begin + u]) & 1 or length + depths[begin + u] < reach:
                 scores[x, cached + u] = _HIDDEN
-        totals[x] = _softmax(scores[x, :width], powers, bits)
+        if weights > width:
+            sink = floats(arguments[SINKS], (heads,))[head * group + (start_row + x) % group]
+            scores[x, width] = sink * _LOG2_E
+        totals[x] = _softmax(scores[x, :weights], powers, bits)
 
     if vectors:
         for x in range(0, num_rows, MOST_ROWS):

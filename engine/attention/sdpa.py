@@ -47,13 +47,13 @@ class SdpaAttention:
                 self._windowed[window] = narrowed.repeat(1, 1, self._group, 1)
         self._rows = batch.rows.flatten() if batch.index is None else batch.rows.flatten()[batch.index]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         if self._batch is None or self._pool is None:
             raise RuntimeError("plan() must be called before attend()")
         self._pool.write(layer, self._rows, k, v)
-        return self.read(layer, q)
+        return self.read(layer, q, sinks)
 
-    def read(self, layer: int, q: Tensor) -> Tensor:
+    def read(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
         """`attend` for rows whose K/V are in the pool already."""
         if self._batch is None or self._pool is None:
             raise RuntimeError("plan() must be called before read()")
@@ -65,6 +65,11 @@ class SdpaAttention:
         q = q.view(batch, num_rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, group * num_rows, head_dim)
         mask = self._mask if self._windows is None else self._windowed[self._windows[layer]]
+        if sinks is not None:
+            # A key of zeros in front, whose score the mask makes the sink.
+            keys, values = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (keys, values))
+            sink = sinks.to(mask.dtype).view(1, kv_heads, group, 1).expand(batch, -1, -1, num_rows)
+            mask = torch.cat((sink.reshape(batch, kv_heads, -1, 1), mask.expand(-1, kv_heads, -1, -1)), -1)
         out = F.scaled_dot_product_attention(
             q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=self._scale
         )

@@ -167,6 +167,8 @@ class TritonAttention:
         v: Tensor,
         rotary: Rotary | None = None,
         ahead: tuple[Tensor | None, int] = (None, 0),
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         plan = self._plan
         if plan is None:
@@ -205,6 +207,7 @@ class TritonAttention:
             plan.row_of,
             ancestors,
             depths,
+            q if sinks is None else sinks,
             q if norm is None else norm,
             cos,
             sin,
@@ -227,6 +230,7 @@ class TritonAttention:
             INDEXED=batch.index is not None,
             SPLIT=parts > 1,
             JOINS=tile.joins,
+            SINKS=sinks is not None,
             WINDOW=window or 0,
             GROUP=self._group,
             KV_HEADS=kv_heads,

@@ -214,6 +214,7 @@ def attend_kernel(
     row_of_ptr,
     ancestors_ptr,
     depths_ptr,
+    sink_ptr,
     norm_ptr,
     cos_ptr,
     sin_ptr,
@@ -236,6 +237,7 @@ def attend_kernel(
     INDEXED: tl.constexpr,
     SPLIT: tl.constexpr,
     JOINS: tl.constexpr,
+    SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -270,6 +272,7 @@ def attend_kernel(
         k_pool_ptr, v_pool_ptr: [pool rows, KV_HEADS, HEAD_DIM] of this layer.
         table_ptr, length_ptr, rows_ptr, ancestors_ptr, depths_ptr: see `AttentionInput`.
         row_of_ptr: [B, N] int64, the token of each new row, -1 where it is not computed.
+        sink_ptr: [KV_HEADS * GROUP], with SINKS: each head's logit of which there is no value; part 0 has it.
         norm_ptr: [(KV_HEADS * GROUP + KV_HEADS) * HEAD_DIM], weights of the norm of each query and key head,
             where there is one (NORM; OFFSET: they are less by 1); eps is added to its mean squares.
         cos_ptr, sin_ptr: [positions, 2 * HALF], see `RotaryTable`.
@@ -354,6 +357,13 @@ def attend_kernel(
 
     # Looked up before the queries are turned, so that nobody waits for one after the other.
     place = _places(table_ptr, begin + tl.arange(0, BLOCK_N), end, ROW, BLOCK_SIZE)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:  # as if a key had been seen whose value is 0
+        first = valid & (part == 0)
+        best = tl.load(sink_ptr + query_head, mask=first, other=float("-inf")).to(tl.float32)
+        best *= 1.4426950408889634  # log2(e)
+        total = first.to(tl.float32)
     # What was read up to here was written before this pass. Programs that have left need not wait: those of
     # part 0 do, and each grid has some.
     if EARLY:
@@ -365,8 +375,6 @@ def attend_kernel(
         q_ptr, token * q_stride + norm_at, valid, position, norm_ptr, norm_at, cos_ptr, sin_ptr, eps, channel,
         HEAD_DIM, HALF, NORM, OFFSET,
     )  # fmt: skip
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     whole = begin

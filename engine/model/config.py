@@ -51,6 +51,7 @@ class ModelConfig:
         rope: of all layers but those in `local_rope`'s.
         local_rope: of some layers, where theirs is another.
         local_layers: for each layer, whether it is one of these; None is those with a window.
+        sinks: each query head has a learned logit that takes its share of the softmax and brings no value.
         attention_scale: factor on q k^T; None is head_dim ** -0.5.
         embedding_scale: factor on the embeddings.
         residual_scale: factor on what each block adds to the residual stream.
@@ -82,6 +83,7 @@ class ModelConfig:
     norm_offset: bool = False
     qk_norm: Literal["none", "head", "projection"] = "none"
     fused: bool = False
+    sinks: bool = False
     attention_scale: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

@@ -35,7 +35,8 @@ __all__ = ["Decoder"]
 class DecoderLayer(nn.Module):
     """Attention and a gated MLP, with q, k, v in one matrix and gate, up in another, or a mixture of experts.
 
-    A norm that the family does not have is None. A layer with experts has no `gate_up_proj`, `down_proj`.
+    A norm that the family does not have is None, and so are the sinks, [heads], of one without. A layer with
+    experts has no `gate_up_proj`, `down_proj`.
     """
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
@@ -53,6 +54,9 @@ class DecoderLayer(nn.Module):
         self.input_norm = norm(before)
         self.qkv_proj = Linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, dtype=dtype)
         self.qk_norm = _qk_norm(config, dtype)
+        self.sinks: nn.Parameter | None = None
+        if config.sinks:
+            self.sinks = nn.Parameter(torch.empty(config.num_heads, dtype=dtype), requires_grad=False)
         self.o_proj = Linear(q_size, hidden, bias=config.output_bias, dtype=dtype)
         self.attention_output_norm = norm(after)
         self.mlp_norm = norm(before)
@@ -85,7 +89,8 @@ class DecoderLayer(nn.Module):
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         qk = self.rotate(qk, cos, sin)
-        mixed = attention.attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
+        q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
+        mixed = attention.attend(self.index, q, k, v, sinks=self.sinks)
         x = self._add(x, self.o_proj, mixed, self.attention_output_norm)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
         if self.experts is not None:
@@ -244,6 +249,7 @@ class Decoder(nn.Module):
             and config.norms == "pre"
             and not config.norm_offset
             and config.qk_norm == "none"
+            and not config.sinks
         )
         plain = plain and config.activation == "silu" and config.residual_scale == 1.0
         plain = plain and self.local_rotary is None and 2 * len(config.rope.inv_freq) == config.head_dim
@@ -313,9 +319,11 @@ class Decoder(nn.Module):
         sources, experts = self._layer_sources(), self._expert_sources()
         for name, _ in self.named_parameters():
             if name.startswith("layers."):
-                _, index, module, kind = name.split(".")
-                kind, these = ("weight", experts[kind]) if module == "experts" else (kind, sources[module])
-                names[name] = tuple(f"model.layers.{index}.{source}.{kind}" for source in these)
+                _, index, module, *kind = name.split(".")
+                these = sources.get(module, ())
+                if module == "experts":
+                    these, kind = experts[kind[0]], ["weight"]
+                names[name] = tuple(".".join(("model.layers", index, source, *kind)) for source in these)
         return names
 
     def _expert_sources(self) -> dict[str, tuple[str, ...]]:
@@ -335,6 +343,7 @@ class Decoder(nn.Module):
             "input_norm": ("input_layernorm",),
             "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "o_proj": ("self_attn.o_proj",),
+            "sinks": ("self_attn.sinks",),
             "mlp_norm": ("post_attention_layernorm",),
             "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
             "down_proj": ("mlp.down_proj",),

@@ -277,13 +277,12 @@ class FusedLayers:
         q, k = qk[:, :heads], qk[:, heads:]
         if not isinstance(attention, RotatingAttention):
             kernels.rotate(qk, positions, rotary)
-            return attention.attend(layer.index, q, k, v)
+            return attention.attend(layer.index, q, k, v, sinks=layer.sinks)
         if not attention.rotates:
             kernels.rotate(qk, positions, rotary)
         later = rotary if attention.rotates else None
-        return attention.attend(
-            layer.index, q, k, v, later, (layer.o_proj.weight if during else None, during)
-        )
+        ahead = (layer.o_proj.weight if during else None, during)
+        return attention.attend(layer.index, q, k, v, later, ahead, sinks=layer.sinks)
 
 
 def _norms(shape: Shape | None) -> bool:

@@ -130,6 +130,7 @@ def count_parameters(config: ModelConfig) -> int:
     layer += config.qkv_bias * (q_size + 2 * kv_size) + config.output_bias * hidden
     layer += hidden * (4 if config.norms == "both" else 2)
     layer += {"none": 0, "head": 2 * head_dim, "projection": q_size + kv_size}[config.qk_norm]
+    layer += config.sinks * config.num_heads
     mlp = 3 * hidden * width + config.mlp_bias * (2 * width + hidden)
     mlps = config.num_layers * mlp
     if (experts := config.experts) is not None:

@@ -49,13 +49,13 @@ class Step:
     k: Tensor
     v: Tensor
 
-    def attend(self, backend: str, **options: Any) -> Tensor:
+    def attend(self, backend: str, *, sinks: Tensor | None = None, **options: Any) -> Tensor:
         attention: AttentionBackend = BACKENDS[backend](HEADS // KV_HEADS, **options)
         attention.plan(self.batch, self.pool)
         index = self.batch.index
         if index is None:
-            return attention.attend(0, self.q, self.k, self.v)
-        return attention.attend(0, self.q[index], self.k[index], self.v[index])
+            return attention.attend(0, self.q, self.k, self.v, sinks=sinks)
+        return attention.attend(0, self.q[index], self.k[index], self.v[index], sinks=sinks)
 
 
 def make_step(
@@ -106,7 +106,9 @@ def make_step(
     )
 
 
-def expected(step: Step, *, window: int | None = None, scale: float | None = None) -> Tensor:
+def expected(
+    step: Step, *, window: int | None = None, scale: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T * scale) v for every row that is computed, one at a time. Call before `attend`."""
     batch, size = step.batch.rows.shape
     head_dim = step.q.shape[-1]
@@ -127,8 +129,9 @@ def expected(step: Step, *, window: int | None = None, scale: float | None = Non
             group = head // (HEADS // KV_HEADS)
             k = torch.cat((keys[prefix, group], step.k[seen, group].double()))
             v = torch.cat((values[prefix, group], step.v[seen, group].double()))
-            weights = (k @ step.q[position, head].double() * scale).softmax(0)
-            outputs.append(weights @ v)
+            scores = k @ step.q[position, head].double() * scale
+            sink = scores[:0] if sinks is None else sinks[head : head + 1].double()
+            outputs.append(torch.cat((sink, scores)).softmax(0)[len(sink) :] @ v)
     return torch.stack(outputs).view(len(list(index)), HEADS * head_dim)
 
 
@@ -261,6 +264,55 @@ def test_a_layer_with_a_window_sees_no_further_whatever_its_neighbours_do(
         wanted = expected(step, window=window, scale=0.4)
         found = step.attend(backend, windows=windows, scale=0.4)
         torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+SINKS = torch.tensor([0.0, -3.0, 2.0, 5.0, 60.0, float("-inf")])
+"""Of six heads: among their scores, some of little weight, one that leaves the keys none and one of none."""
+
+
+@backends
+@pytest.mark.parametrize("lengths", [[31, 290, 700, 17], [18, 0]], ids=["mixed", "short"])
+@pytest.mark.parametrize(
+    ("size", "index", "window", "head_dim"),
+    [
+        (1, None, None, 16),
+        (24, [0, 1, 5, 9, 24, 25, 26], 9, 16),
+        (24, None, 300, 20),
+        (80, None, None, 16),
+        (80, None, 40, 16),
+    ],
+    ids=["decode", "ragged", "tree", "chunk", "windowed chunk"],
+)
+def test_a_sink_takes_its_share_and_brings_no_value(
+    backend: str, lengths: list[int], size: int, index: list[int] | None, window: int | None, head_dim: int
+) -> None:
+    chosen = None if index is None else torch.tensor(index)
+    step = make_step(scattered_tables(len(lengths), 50), lengths, size, index=chosen, head_dim=head_dim)
+    wanted = expected(step, window=window, sinks=SINKS)
+    found = step.attend(backend, windows=None if window is None else [window], sinks=SINKS)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert not found.view(-1, HEADS, head_dim)[:, 4].abs().max() > 1e-20
+
+
+@backends
+@pytest.mark.parametrize("size", [3, 80])
+def test_sinks_in_bfloat16(backend: str, size: int) -> None:
+    step = make_step(scattered_tables(2, 50), [400, 30], size)
+    pool = KVPool(
+        num_layers=1,
+        num_blocks=step.pool.num_blocks,
+        block_size=BLOCK,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+    pool.data.copy_(step.pool.data)
+    half = Step(pool, step.batch, *(x.bfloat16() for x in (step.q, step.k, step.v)))
+    wanted = expected(half, sinks=SINKS)
+    found = half.attend(backend, sinks=SINKS.bfloat16())
+    assert found.dtype is torch.bfloat16
+    assert (found.double() - wanted).norm() / wanted.norm() < 6e-3
 
 
 @backends

@@ -152,6 +152,25 @@ def test_queries_and_keys_are_rotated_as_they_are_loaded(shape: Shape, processor
         assert torch.equal(x, was)
 
 
+SINKS = [
+    Shape((0, 129, 300), 2, tree=True, group=3, sinks=True),
+    Shape((300, 3, 31), 20, tree=True, computed=(20, 5, 1), window=200, kv_heads=1, sinks=True),
+    Shape((30, 270), 20, tree=True, window=3, kv_heads=1, group=4, rotary="whole", sinks=True),
+    Shape((140,), 6, tree=True, group=8, kv_heads=1, sinks=True, dtype=torch.float16),
+    Shape((200, 0), 50, tree=False, computed=(20, 50), window=20, kv_heads=1, sinks=True),
+    Shape((270,), 20, tree=False, group=4, sinks=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("processors", "joins"), [(FEW, False), (MANY, False), (MANY, True)], ids=["whole", "split", "joined"]
+)
+@pytest.mark.parametrize("shape", SINKS, ids=str)
+def test_a_sink_is_counted_once_however_keys_are_split(shape: Shape, processors: int, joins: bool) -> None:
+    step = make_step(shape)
+    check(step, backend(step, processors, joins=joins))
+
+
 @pytest.mark.parametrize(
     ("shape", "rotates"),
     [

@@ -34,6 +34,7 @@ class Shape:
         computed: of each sequence, how many of its N rows are computed; None for all, without an index.
         rotary: what the backend does to queries and keys: nothing (they come rotated), rotates them "whole"
             or in "part", or norms each head before that, by its weight ("norm") or 1 + weight ("offset").
+        sinks: each head has one.
     """
 
     lengths: tuple[int, ...]
@@ -47,6 +48,7 @@ class Shape:
     window: int | None = None
     scale: float | None = None
     rotary: str = ""
+    sinks: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
@@ -60,6 +62,8 @@ class Shape:
             shown.append(f"window{self.window}")
         if self.rotary:
             shown.append(self.rotary)
+        if self.sinks:
+            shown.append("sinks")
         if self.dtype is not torch.float32:
             shown.append(str(self.dtype).removeprefix("torch."))
         return "-".join(shown)
@@ -76,6 +80,7 @@ class Step:
     k: Tensor
     v: Tensor
     rotary: Rotary | None = None
+    sinks: Tensor | None = None
 
     def attend(self, backend: AttentionBackend, layer: int = 1) -> Tensor:
         backend.plan(self.batch, self.pool)
@@ -86,8 +91,8 @@ class Step:
             parts.fill_(float("nan"))  # who reads more than was written shows it
         if self.rotary is not None:
             assert isinstance(backend, RotatingAttention)
-            return backend.attend(layer, self.q, self.k, self.v, self.rotary)
-        return backend.attend(layer, self.q, self.k, self.v)
+            return backend.attend(layer, self.q, self.k, self.v, self.rotary, sinks=self.sinks)
+        return backend.attend(layer, self.q, self.k, self.v, sinks=self.sinks)
 
     def options(self) -> dict[str, Any]:
         """Of a backend whose layer 1 has the window."""
@@ -136,7 +141,8 @@ def make_step(shape: Shape, seed: int = 0) -> Step:
     heads = shape.kv_heads * shape.group
     qkv = torch.randn(len(index), heads + 2 * shape.kv_heads, shape.head_dim, generator=generator)
     q, k, v = qkv.to(DEVICE, shape.dtype).split([heads, shape.kv_heads, shape.kv_heads], dim=1)
-    return Step(shape, pool, batch, q, k, v, make_rotary(shape, generator))
+    rotary = make_rotary(shape, generator)
+    return Step(shape, pool, batch, q, k, v, rotary, make_sinks(shape, generator))
 
 
 def make_rotary(shape: Shape, generator: torch.Generator) -> Rotary | None:
@@ -152,6 +158,15 @@ def make_rotary(shape: Shape, generator: torch.Generator) -> Rotary | None:
     channels = (shape.kv_heads * shape.group + shape.kv_heads) * shape.head_dim
     weight = torch.randn(channels, generator=generator).to(DEVICE, shape.dtype)
     return Rotary(cos, sin, weight, 1e-3, shape.rotary == "offset")
+
+
+def make_sinks(shape: Shape, generator: torch.Generator) -> Tensor | None:
+    """Among the scores, the first above all of them, and the last of no weight; in the model's dtype."""
+    if not shape.sinks:
+        return None
+    sinks = torch.randn(shape.kv_heads * shape.group, generator=generator) * 3.0
+    sinks[0], sinks[-1] = 90.0, float("-inf")
+    return sinks.to(DEVICE, shape.dtype)
 
 
 def turned(step: Step) -> tuple[Tensor, Tensor]:
@@ -188,7 +203,10 @@ def random_trees(sequences: int, size: int, generator: torch.Generator) -> tuple
 
 
 def formula(step: Step) -> Tensor:
-    """softmax(q k^T * scale) v in float64, [T, heads * head_dim]. To be called before the step is run."""
+    """softmax(q k^T * scale) v in float64, [T, heads * head_dim]. To be called before the step is run.
+
+    A sink is a key of its own, without a value.
+    """
     shape, batch = step.shape, step.batch
     scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale
     q, k, v = (x.double().cpu() for x in (*turned(step), step.v))
@@ -216,7 +234,11 @@ def formula(step: Step) -> Tensor:
             seen &= at[None, :] > positions[b, :count, None] - shape.window
         query = q[mine].view(count, shape.kv_heads, shape.group, shape.head_dim)
         scores = torch.einsum("nhgd,khd->hgnk", query, keys) * scale
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if step.sinks is not None:
+            sinks = step.sinks.double().cpu().view(shape.kv_heads, shape.group, 1, 1)
+            scores = torch.cat((scores, sinks.expand(-1, -1, count, -1)), -1)
+        weights = scores.softmax(-1)[..., : length + count]
         outputs.append(torch.einsum("hgnk,khd->nhgd", weights, values).flatten(1))
         first += count
     return torch.cat(outputs)

@@ -92,6 +92,8 @@ class Asked:
         v: Tensor,
         rotary: Rotary | None = None,
         ahead: tuple[Tensor | None, int] = (None, 0),
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         assert rotary is None
         self.ahead.append(ahead)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, Ministral3Config, PreTrainedModel, SmolLM3Config
 
 from engine.attention.base import AttentionInput
@@ -363,7 +364,7 @@ class Mixed:
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         """Nothing is shared by its layers."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).flatten(1)
 
 

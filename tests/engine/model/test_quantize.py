@@ -215,7 +215,7 @@ class Recorder:
     def plan(self, batch: AttentionInput, pool: KVPool) -> None:
         """Nothing is shared by its layers."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         return (q + k.sum(1, keepdim=True) - v.mean(1, keepdim=True)).flatten(1) / (1 + layer)
 
 
