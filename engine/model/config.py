@@ -129,7 +129,7 @@ class ModelConfig:
             check_architecture(str(architectures[0]))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
             raise ModelError(f"cannot read the model config in {folder}: {error}") from error
         try:
             return cls.from_hf(config)

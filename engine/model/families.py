@@ -150,13 +150,23 @@ def _seed_oss(config: Any) -> dict[str, Any]:
 
 
 def _smollm3(config: Any) -> dict[str, Any]:
-    unrotated = torch.zeros(head_dim_of(config) // 2)
     no_windows = (None,) * config.num_hidden_layers
     return {
         **_llama(config),
         "windows": _layer_windows(config) if config.use_sliding_window else no_windows,
-        "local_rope": RopeConfig(unrotated, 1.0),
-        "local_layers": tuple(not rotated for rotated in config.no_rope_layers),
+        **_unrotated(config, tuple(not rotated for rotated in config.no_rope_layers)),
+    }
+
+
+def _exaone4(config: Any) -> dict[str, Any]:
+    windows = _layer_windows(config)
+    # Where there are windows, the layers that see all know no positions.
+    everywhere = config.sliding_window is None
+    return {
+        "windows": windows,
+        **({} if everywhere else _unrotated(config, tuple(window is None for window in windows))),
+        "norms": "post",
+        "qk_norm": "head",
     }
 
 
@@ -252,6 +262,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Olmo2ForCausalLM": _olmo2,
     "Olmo3ForCausalLM": _olmo3,
     "SmolLM3ForCausalLM": _smollm3,
+    "Exaone4ForCausalLM": _exaone4,
     "SeedOssForCausalLM": _seed_oss,
     "GraniteForCausalLM": _granite,
     "MixtralForCausalLM": _mixtral,
@@ -281,6 +292,12 @@ def _layer_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(
         config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
     )
+
+
+def _unrotated(config: Any, layers: tuple[bool, ...]) -> dict[str, Any]:
+    """Without rotation where `layers` says so."""
+    still = RopeConfig(torch.zeros(head_dim_of(config) // 2), 1.0)
+    return {"local_rope": still, "local_layers": layers}
 
 
 def _two_kinds_of_layers(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,11 @@ FAMILIES = [
     (
         "smollm3",
         {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 30, "attention_bias": True},
+    ),
+    ("exaone4", {"num_hidden_layers": 5, "sliding_window": 21}),
+    (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPE["llama3"]},
     ),
     ("seed_oss", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": True}),
     ("ministral3", {"rope_parameters": MINISTRAL3}),
@@ -333,6 +339,10 @@ def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="dynamic"):
         ModelConfig.from_hf(dynamic)
     with pytest.raises(ModelError, match="config"):
+        ModelConfig.from_folder(tmp_path)
+    halved = {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(halved), encoding="utf-8")
+    with pytest.raises(ModelError, match="cannot read the model config"):  # transformers divides by zero
         ModelConfig.from_folder(tmp_path)
 
 

@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
         ("olmo2", {}),
         ("olmo3", {}),
         ("smollm3", {}),
+        ("exaone4", {}),
         ("seed_oss", {"attention_bias": True}),
         ("granite", {}),
         ("mixtral", {"num_local_experts": 5}),
