@@ -9,6 +9,7 @@ from pydantic import BaseModel
 __all__ = [
     "CallItem",
     "IncompleteDetails",
+    "InputTokens",
     "InputTokensDetails",
     "ItemStatus",
     "LogprobEntry",
@@ -25,6 +26,13 @@ __all__ = [
 ]
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class InputTokens(BaseModel):
+    """Of a response that was not asked for."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class TopLogprobEntry(BaseModel):

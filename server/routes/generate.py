@@ -34,6 +34,7 @@ __all__ = [
     "Answer",
     "Chunks",
     "chat_generation",
+    "chat_prompt",
     "engine_request",
     "grammar_of",
     "respond",
@@ -172,6 +173,20 @@ def engine_request(
     )
 
 
+async def chat_prompt(
+    body: ChatRequest, context: ServerContext, record: RequestRecord
+) -> tuple[Sequence[int], Thought | None]:
+    """A conversation's token ids, and the thought that its answer may begin with. Raises RequestError."""
+    text = context.text
+    options = body.template_options()
+    special = options.pop("add_special_tokens")
+    known = text.template_variables(tools=bool(options["tools"]))
+    options["template_kwargs"] = template_variables(body, known)
+    write = partial(text.render_chat, body.template_input(), **options)
+    prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
+    return prompt, thought_of(body, context.thought_format, text, prompt)
+
+
 async def chat_generation(
     body: ChatRequest, context: ServerContext, record: RequestRecord, sampling: SamplingParams
 ) -> Generation:
@@ -186,13 +201,7 @@ async def chat_generation(
         prediction = await context.encoded(
             record, text.encode, body.prediction_text, add_special_tokens=False, param="prediction"
         )
-    options = body.template_options()
-    special = options.pop("add_special_tokens")
-    known = text.template_variables(tools=bool(options["tools"]))
-    options["template_kwargs"] = template_variables(body, known)
-    write = partial(text.render_chat, body.template_input(), **options)
-    prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
-    thought = thought_of(body, context.thought_format, text, prompt)
+    prompt, thought = await chat_prompt(body, context, record)
     try:
         grammar = await grammar_of(_constraint_of(body, context, thought), context, record)
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""POST /v1/responses."""
+"""POST /v1/responses, and how many tokens of input one would have."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from server.context import Context, RequestRecord, ServerContext, record_of
 from server.errors import ResponseNotFoundError, to_status
 from server.reasoning_use import begun_content
 from server.response_events import ResponseHeading, ResponseWriter
-from server.response_objects import ResponseError, ResponseObject
+from server.response_objects import InputTokens, ResponseError, ResponseObject
 from server.responses import FinishReasonName, ToolCallDelta
 from server.routes.body_route import BodyRoute
-from server.routes.generate import ERRORS, chat_generation, respond, sampling_of
+from server.routes.generate import ERRORS, chat_generation, chat_prompt, respond, sampling_of
 from server.schemas.chat import ChatRequest
 from server.schemas.responses import ResponsesRequest
 from server.streaming import Generation, TextPiece, take_all
@@ -57,6 +57,25 @@ async def create_response(body: ResponsesRequest, http: HttpRequest, context: Co
         raise
     answer = partial(_Answer, body, chat, context, record, generation, echo)
     return await respond(http, context, generation, answer, bool(body.stream))
+
+
+@_bodies.post("/v1/responses/input_tokens", response_model=InputTokens, responses=ERRORS)
+async def count_input_tokens(body: ResponsesRequest, http: HttpRequest, context: Context) -> Response:
+    """The tokens that a response's input comes to with its chat template, tools and instructions.
+
+    The body is that of the response; whatever is wrong with one is told here too.
+    """
+    record = record_of(http)
+    record.fields["model"] = model = context.name_of(body.model)
+    context.check_model(model)
+    try:
+        chat = body.as_chat()
+        await sampling_of(chat, context)
+        prompt, _ = await chat_prompt(chat, context, record)
+    except RequestError as error:
+        body.in_own_terms(error)
+        raise
+    return Response(InputTokens(input_tokens=len(prompt)).model_dump_json(), media_type="application/json")
 
 
 router.routes += _bodies.routes

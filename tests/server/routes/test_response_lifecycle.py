@@ -26,6 +26,32 @@ def test_nothing_is_kept(hello: RunningServer, method: str, path: str) -> None:
     assert hello.http.request(method, "/v1/responses").status_code == (405 if method != "POST" else 415)
 
 
+def test_input_is_counted(hello: RunningServer) -> None:
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    body: dict[str, Any] = {"input": "hi", "instructions": "Be kind.", "tools": [tool], "tool_choice": "none"}
+    counted = hello.openai.responses.input_tokens.count(model=MODEL, **body)
+    assert not hello.engine.submitted
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == post(hello, **body).json()["usage"]["input_tokens"]
+    assert len(hello.engine.submitted[-1].prompt_token_ids) == counted.input_tokens > len(ids("Be kind.hi"))
+    long = hello.openai.responses.input_tokens.count(input="hi " * 3000)  # past the context
+    assert long.input_tokens > hello.engine.info.max_model_len
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "other", "input": "hi"}, 404, "model"),
+        ({"input": "hi", "max_output_tokens": 0}, 400, "max_output_tokens"),
+        ({"input": "hi", "tool_choice": "required"}, 400, "tool_choice"),
+        ({"input": "hi", "previous_response_id": "resp_1"}, 400, "previous_response_id"),
+        ({"input": "hi", "temperature": 3}, 400, "temperature"),
+    ],
+)
+def test_what_cannot_be_counted(hello: RunningServer, body: dict[str, Any], status: int, param: str) -> None:
+    assert error_of(hello.http.post("/v1/responses/input_tokens", json=body), status)["param"] == param
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_after_the_start(serve: Serve, stream: bool) -> None:
     server = serve(lambda _request, _index: [ids("Hel"), RuntimeError("boom")])
