@@ -287,6 +287,7 @@ def _decoder(
         ),
         progress=progress,
     )
+    decoder.order_rows()
     _check_output_layer(decoder.lm_head.weight)
     return decoder
 

@@ -48,6 +48,7 @@ class ModelConfig:
         qk_norm: queries and keys are normed per head ("head"), over all heads ("projection") or not.
         fused: the checkpoint holds q, k, v in one matrix, and gate, up in another.
         windows: for each layer, how many positions a query sees, its own counted; None is all before it.
+        interleaved: the checkpoint rotates neighbouring channels of a head, not its halves.
         rope: of all layers but those in `local_rope`'s.
         local_rope: of some layers, where theirs is another.
         local_layers: for each layer, whether it is one of these; None is those with a window.
@@ -83,6 +84,7 @@ class ModelConfig:
     norm_offset: bool = False
     qk_norm: Literal["none", "head", "projection"] = "none"
     fused: bool = False
+    interleaved: bool = False
     sinks: bool = False
     attention_scale: float | None = None
     embedding_scale: float = 1.0

@@ -223,6 +223,24 @@ class Decoder(nn.Module):
             else:
                 parameter.data = values.normal_(std=0.02)
 
+    def order_rows(self) -> None:
+        """Once, after the weights are loaded and before anything else is done with them.
+
+        Where the checkpoint rotates neighbouring channels, rows of queries and keys change places, so that
+        they are rotated by halves, as everywhere here: their products are the same sums in another order.
+        """
+        config = self.config
+        if not config.interleaved:
+            return
+        rotated = 2 * len(config.rope.inv_freq)
+        order = torch.arange((config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        qk = order.view(-1, config.head_dim)[: config.num_heads + config.num_kv_heads, :rotated]
+        qk.copy_(torch.cat((qk[:, ::2], qk[:, 1::2]), 1))
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            for rows in layer.qkv_proj.parameters():
+                rows.copy_(rows[order.to(rows.device)])
+
     def quantize(self, kind: Literal["int8", "fp8"]) -> None:
         """All linear layers to 8 bits, once, after the weights are loaded; embeddings and norms stay float.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,12 @@ class RopeConfig:
     """Rotary embedding: float32 inverse frequencies and a factor on cos and sin.
 
     `inv_freq` has head_dim / 2 entries, or fewer where only the first 2 * len(inv_freq) channels of a
-    head are rotated.
+    head are rotated. Where it is `precise`, cos and sin are float32 whatever the model's dtype.
     """
 
     inv_freq: torch.Tensor
     scale: float
+    precise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,17 @@ def _exaone4(config: Any) -> dict[str, Any]:
     }
 
 
+def _ernie4_5(config: Any) -> dict[str, Any]:
+    bias = bool(config.use_bias)
+    return {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": bias,
+        "rope": replace(rope_of(config, config.rope_parameters), precise=True),
+        "interleaved": True,
+    }
+
+
 def _granite(config: Any) -> dict[str, Any]:
     return {
         **_llama(config),
@@ -263,6 +275,8 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Olmo3ForCausalLM": _olmo3,
     "SmolLM3ForCausalLM": _smollm3,
     "Exaone4ForCausalLM": _exaone4,
+    "Ernie4_5ForCausalLM": _ernie4_5,
+    "Ernie4_5_ForCausalLM": _ernie4_5,  # as first published
     "SeedOssForCausalLM": _seed_oss,
     "GraniteForCausalLM": _granite,
     "MixtralForCausalLM": _mixtral,

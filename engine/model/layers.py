@@ -194,6 +194,7 @@ class RotaryTable(nn.Module):
         super().__init__()
         angles = torch.arange(max_position, dtype=torch.float32)[:, None] * rope.inv_freq[None, :].cpu()
         cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
+        dtype = torch.float32 if rope.precise else dtype
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(dtype), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).to(dtype), persistent=False)
 
@@ -204,7 +205,7 @@ class RotaryTable(nn.Module):
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [tokens, heads, head_dim] by `RotaryTable`'s cos and sin; same shape and dtype out."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def apply_partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, Ministral3Config, PreTrainedModel, SmolLM3Config
+from transformers.models.ernie4_5.modeling_ernie4_5 import apply_rotary_pos_emb
 
 from engine.attention.base import AttentionInput
 from engine.attention.cpu import CpuAttention
@@ -20,6 +21,7 @@ from engine.errors import ModelError, UnsupportedModelError
 from engine.medusa.tree import default_tree
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
+from engine.model.layers import RotaryTable, apply_rotary
 from engine.model.weights import Checkpoint, load_weights
 from tests.support import save_model, tiny_llama, tiny_model
 
@@ -140,6 +142,8 @@ FAMILIES = [
             "mlp_bias": True,
         },
     ),
+    ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
+    ("ernie4_5", {"head_dim": 12, "num_key_value_heads": 4}),
     ("granite", {"attention_multiplier": 0.25, "tie_word_embeddings": True}),
     ("mixtral", {"num_local_experts": 5, "sliding_window": 30}),
     (
@@ -191,6 +195,7 @@ class Bench:
             ignored=set(),
             progress=False,
         )
+        self.decoder.order_rows()
         self.decoder.pack()
         self.pool = KVPool(
             num_layers=config.num_layers,
@@ -324,6 +329,18 @@ def test_windows_that_smollm3_does_not_use_are_none(used: bool) -> None:
         architectures=["SmolLM3ForCausalLM"],
     )
     assert ModelConfig.from_hf(config).windows == (3 if used else None, None)
+
+
+def test_ernies_rotation_is_of_float32_in_a_model_of_bfloat16(tmp_path: Path) -> None:
+    model = tiny_model("ernie4_5")
+    table = RotaryTable(ModelConfig.from_folder(save_model(model, tmp_path)).rope, 512, torch.bfloat16)
+    positions = torch.arange(3, 512, 7)
+    x = torch.randn(1, 6, len(positions), 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted, _ = apply_rotary_pos_emb(x, x, *model.model.rotary_emb(x, positions[None]))
+    x, wanted = (torch.cat((y[0, ..., ::2], y[0, ..., 1::2]), -1).transpose(0, 1) for y in (x, wanted))
+    turned = apply_rotary(x, *table(positions))
+    assert turned.dtype == torch.bfloat16
+    assert (turned == wanted).float().mean() > 0.999
 
 
 def test_what_is_not_covered_is_refused_with_what_is(tmp_path: Path) -> None:
