@@ -356,6 +356,7 @@ def _attention(
         frequencies=frequencies,
         head_norm=model.qk_norm == "head" and 2 * frequencies == model.head_dim,
         norm_offset=model.norm_offset,
+        sinks=model.sinks,
     )
     tiles = tuned_tiles(shape, device, cache_root(), most_nodes=tree_size)
     return TritonAttention(model.group, scale=scale, windows=windows, tiles=tiles)

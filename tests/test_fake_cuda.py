@@ -15,7 +15,7 @@ from tests.fake_cuda import environment
 from tests.support import save_model, save_random_heads, tiny_llama, tiny_model
 
 ROOT = Path(__file__).parents[1]
-EXPERTS = ROOT / "tests" / "fake_cuda" / "experts.py"
+FAKE = ROOT / "tests" / "fake_cuda"
 
 
 def run(*arguments: str, mode: str = "torch") -> str:
@@ -84,7 +84,9 @@ def in_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
     folder = made(tmp_path_factory.mktemp("kernels"))
     # In this order: the last one captures no passes over prompts.
     scripts = {"ahead": (AHEAD, paths(folder)), "behind": (BEHIND, paths(folder / "bigram"))}
-    scripts["experts"] = EXPERTS.read_text(), [str(folder / "experts")]
+    scripts |= {
+        name: ((FAKE / f"{name}.py").read_text(), [str(folder / name)]) for name in ("experts", "sinks")
+    }
     return run_all("interpret", scripts)
 
 
@@ -100,6 +102,10 @@ def made(folder: Path) -> Path:
         "mlp_only_layers": [1],
     }
     save_model(tiny_model("qwen3_moe", num_hidden_layers=3, **experts), folder / "experts")
+    sinking, generator = tiny_llama(vocab_size=64), torch.Generator().manual_seed(3)
+    for layer in sinking.model.layers:
+        layer.self_attn.sinks = torch.nn.Parameter(torch.randn(4, generator=generator) * 2 + 1)
+    save_model(sinking, folder / "sinks")
     for place in (folder, inside):
         save_model(model, place / "tiny")
         save_random_heads(place / "heads.safetensors", hidden=hidden, vocab=64, own_lm_head=place == inside)
@@ -440,6 +446,10 @@ def test_captured_steps_go_through_experts(in_kernels: dict[str, tuple[str, str]
     """Only passes over prompts are launched under requests: steps were captured before, for whatever rows."""
     rows = said(in_kernels, "experts").split()
     assert rows == ["8"]
+
+
+def test_captured_steps_read_the_sinks_of_heads(in_kernels: dict[str, tuple[str, str]]) -> None:
+    assert said(in_kernels, "sinks").split() == ["False"]
 
 
 DECODED = """

@@ -81,6 +81,7 @@ class ModelShape:
         group: query heads per K/V head.
         frequencies: of the rotation; 0: q and k come rotated.
         head_norm: each head is normed before it; norm_offset: by 1 + weight.
+        sinks: each query head has one.
     """
 
     group: int
@@ -91,6 +92,7 @@ class ModelShape:
     frequencies: int = 0
     head_norm: bool = False
     norm_offset: bool = False
+    sinks: bool = False
 
 
 def tuned_tiles(
@@ -155,6 +157,8 @@ class _Step:
         self._pool.data[0].normal_()
         self._pool.data[1:] = self._pool.data[0]
         self._qkv: dict[int, Tensor] = {}
+        heads = shape.kv_heads * shape.group
+        self._sinks = torch.zeros(heads, dtype=shape.dtype, device=device) if shape.sinks else None
         self._tables = 1 + torch.randperm(blocks, device=device).unsqueeze(0)
 
     def run(self, kind: Kind, tile: Tile, nodes: int, cached: int) -> Callable[[], Tensor]:
@@ -179,18 +183,18 @@ class _Step:
             size = (nodes, heads + 2 * shape.kv_heads, shape.head_dim)
             self._qkv[nodes] = torch.randn(size, dtype=shape.dtype, device=device)
         q, k, v = torch.split(self._qkv[nodes], [heads, shape.kv_heads, shape.kv_heads], dim=1)
-        layers = itertools.cycle(range(len(self._pool.data)))
+        layers, sinks = itertools.cycle(range(len(self._pool.data))), self._sinks
         if kind.chunk or not shape.frequencies:
-            return lambda: attention.attend(next(layers), q, k, v)
+            return lambda: attention.attend(next(layers), q, k, v, sinks=sinks)
         rotary = self._rotary(cached + nodes)
         if attention.rotates:
-            return lambda: attention.attend(next(layers), q, k, v, rotary)
+            return lambda: attention.attend(next(layers), q, k, v, rotary, sinks=sinks)
         # Of others, since a norm of what it has given rounds anew.
         qk, positions = self._qkv[nodes][:, : heads + shape.kv_heads].clone(), batch.positions().flatten()
 
         def apart() -> Tensor:
             model_kernels.rotate(qk, positions, rotary)
-            return attention.attend(next(layers), q, k, v)
+            return attention.attend(next(layers), q, k, v, sinks=sinks)
 
         return apart
 

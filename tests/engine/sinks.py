@@ -15,9 +15,11 @@ from engine.model.families import FAMILIES
 from tests.support import tiny_model
 
 
-def model_with_sinks(model_type: str, monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> PreTrainedModel:
-    """As `tiny_model`, and this engine's family has sinks too. Logits among the scores, of another size in
-    each layer, the first head's above all scores and the last one's below them."""
+def model_with_sinks(model_type: str, patches: pytest.MonkeyPatch, **overrides: Any) -> PreTrainedModel:
+    """As `tiny_model`; until the patches are undone this engine's family has sinks too.
+
+    They are among the scores, of another size in each layer, but one is above all of them and one below.
+    """
     AttentionInterface.register("sinks", eager_attention_forward)
     AttentionMaskInterface.register("sinks", eager_mask)
     model: PreTrainedModel = tiny_model(model_type, **overrides)
@@ -29,5 +31,5 @@ def model_with_sinks(model_type: str, monkeypatch: pytest.MonkeyPatch, **overrid
         layer.self_attn.sinks = nn.Parameter(sinks.roll(index))
     name = type(model).__name__
     family = FAMILIES[name]
-    monkeypatch.setitem(FAMILIES, name, lambda config: {**family(config), "sinks": True})
+    patches.setitem(FAMILIES, name, lambda config: {**family(config), "sinks": True})
     return model

@@ -45,7 +45,9 @@ WAYS: dict[str, dict[int, Ways]] = {
 }
 
 READS = {
-    "attend_kernel": {"table_ptr", "length_ptr", "depths_ptr", "ancestors_ptr", "rows_ptr", "row_of_ptr"},
+    "attend_kernel": {
+        *("table_ptr", "length_ptr", "depths_ptr", "ancestors_ptr", "rows_ptr", "row_of_ptr", "sink_ptr")
+    },
     "join_kernel": {"length_ptr", "index_ptr"},
     "_rotate_kernel": {"position_ptr", "cos_ptr", "sin_ptr"},
     "row_kernel": {"weight_ptr", "norm_ptr"},
@@ -76,6 +78,17 @@ def test_who_reads_behind_the_writer_is_found() -> None:
         named = [text for text in races.found if "['row_of_ptr'] early, behind index_put_" in text]
         assert bool(named) != between
         assert bool(races.found) != between
+
+
+def test_sinks_are_read_early() -> None:
+    step = make_step(Case((300, 0), 2, tree=True, kv_heads=1, group=3, sinks=True))
+    attention = TritonAttention(3, tiles=SMALL, processors=132)
+    with Races() as races:
+        attention.plan(step.batch, step.pool)
+        torch.mm(step.q[0], step.q[0].T)
+        attention.attend(1, step.q, step.k, step.v, sinks=step.sinks)
+    check(races, "attend_kernel", "join_kernel")
+    assert "sink_ptr" in races.early["attend_kernel"]
 
 
 def test_a_kernel_in_which_nobody_waits_or_one_writes_before_is_found() -> None:

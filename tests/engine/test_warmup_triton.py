@@ -40,6 +40,7 @@ from engine.types import Request, SamplingParams, Sequence
 from engine.warmup_triton import PromptPass, prompt_passes, warm_prompts
 from tests.engine.conftest import TinyModel, compiles
 from tests.engine.model.compile_triton import EXPERTS, KERNELS
+from tests.engine.sinks import model_with_sinks
 from tests.engine.test_step_triton import Rerun
 from tests.support import greedy, greedy_reference, run_all, save_model, tiny_model
 
@@ -302,16 +303,17 @@ def test_the_first_pass_is_run_before_threads_compile_and_the_rest_behind(
     assert order == [first, rest, *rest]
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 def test_what_was_compiled_to_be_measured_is_not_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: Launches
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: Launches, sinks: bool
 ) -> None:
     """Though the sequences that are measured have other sizes."""
-    save_model(tiny_model("llama"), tmp_path)
+    save_model(model_with_sinks("qwen2", monkeypatch) if sinks else tiny_model("llama"), tmp_path)
     loaded = made(tmp_path, monkeypatch)
     properties = SimpleNamespace(multi_processor_count=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     config, kind = loaded.decoder.config, Kind(128, chunk=True)
-    shape = ModelShape(config.group, config.num_kv_heads, config.head_dim, 16, torch.bfloat16)
+    shape = ModelShape(config.group, config.num_kv_heads, config.head_dim, 16, torch.bfloat16, sinks=sinks)
     tile = candidates(kind, 16, 2)[0]
     measured = launches.of(_Step(shape, loaded.pool.device).run(kind, tile, 512, 2048))
     runner = runner_of(loaded)

@@ -268,8 +268,8 @@ def test_a_folder_that_cannot_be_written_is_only_logged(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("head_norm", [False, True])
-def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_norm: bool) -> None:
+@pytest.mark.parametrize("flag", ["", "head_norm", "sinks"])
+def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     monkeypatch.setattr(triton_tuning, "_CACHED", 300)  # enough to be split
     monkeypatch.setattr(triton_tuning, "_CHUNK", 40)
     outputs: list[torch.Tensor] = []
@@ -285,7 +285,7 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             outputs.append(torch.empty(0))
         return 1.0
 
-    shape = replace(SHAPE, frequencies=32, head_norm=head_norm)
+    shape = replace(SHAPE, frequencies=32, **({flag: True} if flag else {}))
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
     assert [len(found) for found in outputs if len(found)] == [1, 40, 1, 1, 1, 1]
 
@@ -297,8 +297,8 @@ def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(
     attend = TritonAttention.attend
     calls = iter(range(1000))
 
-    def wrong_once(self: TritonAttention, *args: object) -> torch.Tensor:
-        found = attend(self, *args)  # type: ignore[arg-type]
+    def wrong_once(self: TritonAttention, *args: object, **named: object) -> torch.Tensor:
+        found = attend(self, *args, **named)  # type: ignore[arg-type]
         assert self._plan is not None
         if self._plan.tile.joins and next(calls) == 5:
             found[0, 3] += 1e-2

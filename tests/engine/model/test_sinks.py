@@ -10,10 +10,16 @@ import torch
 from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.errors import WeightsError
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
 from engine.model.info import describe
+from engine.model.weights import Checkpoint, load_weights
 from tests.engine.model.test_decoder import check_against_transformers
+from tests.engine.model.test_quantize import needs_int8
 from tests.engine.sinks import model_with_sinks
-from tests.support import make_engine, save_model, tiny_model
+from tests.support import greedy, make_engine, run_all, save_model, tiny_llama, tiny_model
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("backend", [CpuAttention, SdpaAttention])
@@ -38,7 +44,50 @@ def test_prompts_and_every_tree_path_agree(
 
 def test_sinks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with_sinks("qwen2", monkeypatch)
-    assert describe(save_model(model, tmp_path), torch.device("cpu")).parameters == model.num_parameters()
+    assert describe(save_model(model, tmp_path), CPU).parameters == model.num_parameters()
+
+
+@torch.inference_mode()
+def test_layers_of_triton_pass_them_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To attention that rotates, to attention that does not, and to torch's, which knows nothing of that."""
+    pytest.importorskip("triton")
+    from engine.attention.triton import TritonAttention
+    from tests.engine.attention.test_triton import SMALL
+    from tests.engine.model.test_fused_triton import DEVICE, run_both
+
+    save_model(model_with_sinks("mistral", monkeypatch, sliding_window=9), tmp_path)
+    config = ModelConfig.from_folder(tmp_path)
+    decoder = Decoder(config, torch.float32, 512)
+    load_weights(Checkpoint(tmp_path), dict(decoder.named_parameters()), decoder.weight_map())
+    decoder.to(DEVICE)
+    windows = config.windows_within(512)
+    wanted = run_both(decoder, SdpaAttention(config.group, windows=windows))
+    decoder.fuse_triton()
+    tiles = [
+        {kind: tile._replace(rotates=rotates) for kind, tile in SMALL.items()} for rotates in (True, False)
+    ]
+    ways = [TritonAttention(config.group, windows=windows, tiles=each, processors=4) for each in tiles]
+    for attention in (*ways, SdpaAttention(config.group, windows=windows)):
+        for found, one in zip(run_both(decoder, attention), wanted, strict=True):
+            torch.testing.assert_close(found, one, atol=5e-5, rtol=5e-5)
+
+
+@needs_int8
+def test_layers_in_int8_with_sinks_are_not_made_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(save_model(tiny_llama(), tmp_path / "plain"), quantization="int8")
+    assert engine._runner._decoder.fused is not None
+    folder = save_model(model_with_sinks("llama", monkeypatch), tmp_path / "sinks")
+    engine = make_engine(folder, quantization="int8")
+    assert engine._runner._decoder.fused is None
+
+
+def test_dummy_weights_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(model_with_sinks("qwen2", monkeypatch), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    engine = make_engine(folder, load_format="dummy")
+    decoder = engine._runner._decoder
+    assert all(0 < layer.sinks.abs().max() < 1 for layer in decoder.layers)
+    assert len(run_all(engine, [greedy("a", [1, 2, 3], 4)])["a", 0]) == 4
 
 
 def test_a_checkpoint_without_them_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
