@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,8 @@ class ModelConfig:
         norms: of a layer's two blocks: before each ("pre"), on each one's output ("post"), or both.
         norm_offset: norms multiply by 1 + weight.
         qk_norm: queries and keys are normed per head ("head"), over all heads ("projection") or not.
-        fused: the checkpoint holds q, k, v in one matrix, and gate, up in another.
+        fused: the checkpoint holds gate and up in one matrix ("gate_up"), q, k and v in another too ("all").
+        renamed: by what others call a module of a layer, such as Gemma 3 its four norms, what this does.
         windows: for each layer, how many positions a query sees, its own counted; None is all before it.
         interleaved: the checkpoint rotates neighbouring channels of a head, not its halves.
         rope: of all layers but those in `local_rope`'s.
@@ -83,7 +85,8 @@ class ModelConfig:
     norms: Literal["pre", "post", "both"] = "pre"
     norm_offset: bool = False
     qk_norm: Literal["none", "head", "projection"] = "none"
-    fused: bool = False
+    fused: Literal["none", "gate_up", "all"] = "none"
+    renamed: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     sinks: bool = False
     attention_scale: float | None = None

@@ -366,8 +366,10 @@ class Decoder(nn.Module):
             "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
             "down_proj": ("mlp.down_proj",),
         }
-        if config.fused:
-            sources |= {"qkv_proj": ("self_attn.qkv_proj",), "gate_up_proj": ("mlp.gate_up_proj",)}
+        if config.fused == "all":
+            sources["qkv_proj"] = ("self_attn.qkv_proj",)
+        if config.fused != "none":
+            sources["gate_up_proj"] = ("mlp.gate_up_proj",)
         if config.norms != "pre":
             sources |= {
                 "attention_output_norm": ("post_attention_layernorm",),
@@ -377,4 +379,5 @@ class Decoder(nn.Module):
         per_head = config.qk_norm == "head"
         sources["qk_norm"] = ("self_attn.q_norm",) * (config.num_heads if per_head else 1)
         sources["qk_norm"] += ("self_attn.k_norm",) * (config.num_kv_heads if per_head else 1)
-        return sources
+        renamed = config.renamed
+        return {name: tuple(renamed.get(one, one) for one in these) for name, these in sources.items()}

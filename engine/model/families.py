@@ -115,7 +115,7 @@ def _phi3(config: Any) -> dict[str, Any]:
     rotated = int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
     flags: dict[str, Any] = {
         "windows": (config.sliding_window,) * config.num_hidden_layers,
-        "fused": True,
+        "fused": "all",
         "rope": rope_of(config, rope, rotated=rotated),
     }
     if rope.get("rope_type") == "longrope":
@@ -180,6 +180,26 @@ def _ernie4_5(config: Any) -> dict[str, Any]:
         "rope": replace(rope_of(config, config.rope_parameters), precise=True),
         "interleaved": True,
     }
+
+
+def _glm(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    rotated = int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
+    return {
+        "qkv_bias": bool(config.attention_bias),
+        "fused": "gate_up",
+        "rope": rope_of(config, rope, rotated=rotated),
+        "interleaved": True,
+    }
+
+
+def _glm4(config: Any) -> dict[str, Any]:
+    renamed = {
+        "post_attention_layernorm": "post_self_attn_layernorm",
+        "pre_feedforward_layernorm": "post_attention_layernorm",
+        "post_feedforward_layernorm": "post_mlp_layernorm",
+    }
+    return {**_glm(config), "norms": "both", "renamed": renamed}
 
 
 def _granite(config: Any) -> dict[str, Any]:
@@ -275,6 +295,8 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Olmo3ForCausalLM": _olmo3,
     "SmolLM3ForCausalLM": _smollm3,
     "Exaone4ForCausalLM": _exaone4,
+    "GlmForCausalLM": _glm,
+    "Glm4ForCausalLM": _glm4,
     "Ernie4_5ForCausalLM": _ernie4_5,
     "Ernie4_5_ForCausalLM": _ernie4_5,  # as first published
     "SeedOssForCausalLM": _seed_oss,

@@ -144,6 +144,9 @@ FAMILIES = [
     ),
     ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
     ("ernie4_5", {"head_dim": 12, "num_key_value_heads": 4}),
+    ("glm", {"attention_bias": True}),
+    ("glm", {"attention_bias": False, "rope_parameters": {**ROPE["yarn"], "partial_rotary_factor": 0.25}}),
+    ("glm4", {"attention_bias": True, "head_dim": 24}),
     ("granite", {"attention_multiplier": 0.25, "tie_word_embeddings": True}),
     ("mixtral", {"num_local_experts": 5, "sliding_window": 30}),
     (

@@ -34,6 +34,8 @@ CPU = torch.device("cpu")
         ("olmo3", {}),
         ("smollm3", {}),
         ("exaone4", {}),
+        ("glm", {}),
+        ("glm4", {}),
         ("ernie4_5", {"use_bias": True}),
         ("seed_oss", {"attention_bias": True}),
         ("granite", {}),
