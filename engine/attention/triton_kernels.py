@@ -360,10 +360,10 @@ def attend_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:  # as if a key had been seen whose value is 0
-        first = valid & (part == 0)
-        best = tl.load(sink_ptr + query_head, mask=first, other=float("-inf")).to(tl.float32)
+        mine = valid & (part == 0)
+        best = tl.load(sink_ptr + query_head, mask=mine, other=float("-inf")).to(tl.float32)
         best *= 1.4426950408889634  # log2(e)
-        total = first.to(tl.float32)
+        total = mine.to(tl.float32)
     # What was read up to here was written before this pass. Programs that have left need not wait: those of
     # part 0 do, and each grid has some.
     if EARLY:

@@ -24,7 +24,7 @@ from tests.engine.triton_compile import compile_only, resources, use
 
 
 def cases(every: bool) -> Iterator[tuple[Shape, Kind]]:
-    """A tree and a node of one sequence, which are split, a chunk whose tiles are enough, a single row."""
+    """A tree and a node of one sequence, which are split, a chunk whose tiles are enough, one row; sinks."""
     bf16 = {"dtype": torch.bfloat16}
     tree = Shape((3000,), 64, tree=True, group=4, kv_heads=8, head_dim=128, rotary="whole", **bf16)
     yield tree, Kind(128, False)
@@ -32,8 +32,12 @@ def cases(every: bool) -> Iterator[tuple[Shape, Kind]]:
     yield replace(tree, size=1, group=3, kv_heads=3, head_dim=64), Kind(8, False)
     # Everything as small as it gets: one block, one row, one head of fewer channels than a product takes.
     yield Shape((3,), 1, tree=True, group=1, kv_heads=1, head_dim=8, rotary="whole", **bf16), Kind(8, False)
+    sinking = replace(tree, size=1, group=8, head_dim=64, sinks=True)
+    yield sinking, Kind(8, False)
     if not every:
         return
+    yield replace(sinking, size=64, window=128), Kind(128, False)
+    yield Shape((50,), 700, tree=False, group=8, kv_heads=8, sinks=True, **bf16), Kind(128, True)
     for head_dim in (64, 80, 96, 128, 256):
         for group, nodes in ((1, 1), (3, 9), (1, 64), (4, 64)):
             kind = Kind.of(nodes * group, tree=True)
@@ -77,6 +81,8 @@ def main() -> int:
             tiles = tiles if every else tiles[:1]
             for one in list(tiles):
                 tiles += others(kind, one, rotary=bool(shape.rotary))
+            if shape.sinks and not every:
+                tiles = tiles[-1:]  # the parts joined by the last program, which has most code behind them
             for tile in tiles:
                 compiled.clear()
                 attention = TritonAttention(shape.group, tiles={kind: tile}, processors=132, **step.options())

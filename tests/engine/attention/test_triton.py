@@ -419,7 +419,7 @@ def test_the_kernels_compile_for_a_gpu_without_spills(tmp_path: Path) -> None:
     kernels = [json.loads(line) for line in compile_kernels("90", cache=tmp_path).splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
     split = ["attend_kernel", "join_kernel"] * 2
-    assert names == [*split, "attend_kernel", *split, *["attend_kernel"] * 6]
+    assert names == [*split, "attend_kernel", *split, *["attend_kernel"] * 7]
     assert [kernel["spilled"] for kernel in kernels[:5]] == [0] * 5
     # With few channels Triton keeps a number or two in memory though registers are free.
     assert all(kernel["spilled"] <= 8 for kernel in kernels)
