@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.embedded import cache_root, shortest, undo_rope_interleaving, write_json
 from engine.model.gguf_experts import expert_tensors, experts_config
+from engine.model.gguf_families import OF_FAMILY
 from engine.model.gguf_fields import checked_fields, same_in_all_layers
 from engine.model.gguf_header import GgufHeader, GgufTensor, dequantized, read_header
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
@@ -41,6 +42,9 @@ _ARCHITECTURES = {
     "olmo2": ("Olmo2ForCausalLM", "olmo2"),  # OLMo 3 where it has windows
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),  # whose every fourth layer is not rotated in either
     "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
+    "exaone4": ("Exaone4ForCausalLM", "exaone4"),
+    "ernie4_5": ("Ernie4_5ForCausalLM", "ernie4_5"),
+    "glm4": ("Glm4ForCausalLM", "glm4"),  # as of 0414; GLM-Z1 too
     "mistral3": ("MistralForCausalLM", "mistral"),  # Mistral Small 3.1; Ministral 3 where queries are scaled
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
     "olmoe": ("OlmoeForCausalLM", "olmoe"),
@@ -49,7 +53,8 @@ _ARCHITECTURES = {
 """For each `general.architecture` the Hugging Face architecture and model type."""
 
 _NEIGHBOURS_ROTATED = ("llama", "granite", "smollm3", "mistral3", "granitemoe")
-"""Those of which llama.cpp rotates neighbouring channels, where transformers rotates halves."""
+"""Those of which llama.cpp rotates neighbouring channels, where transformers rotates halves (of GLM and ERNIE
+both rotate neighbours)."""
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -74,6 +79,10 @@ _POST_NORMS = {
 _NAMES = {
     "gemma3": _LAYER_NAMES | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
     "olmo2": _LAYER_NAMES | _POST_NORMS,
+    "exaone4": _LAYER_NAMES | _POST_NORMS,
+    "glm4": _LAYER_NAMES
+    | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
+    | {"ffn_up": "mlp.gate_up_proj"},
     "seed_oss": _LAYER_NAMES | {"post_attention_norm": "post_attention_layernorm"},
     "phi3": _LAYER_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
 }
@@ -93,14 +102,9 @@ _END_TOKENS = (
     "<eos>",
     "<|end|>",
     "<|endoftext|>",
+    "<|observation|>",  # behind a call of GLM's, as its makers state
 )
 _CONTROL, _USER_DEFINED = 3, 4  # older converters write added tokens, `<|im_end|>` too, as the latter
-
-# What the metadata does not say, as llama.cpp has it.
-_GEMMA3_27B_LAYERS = 62  # whose queries alone are scaled by hidden / heads
-_GEMMA3_PERIOD = 6  # every sixth layer sees all
-_OLMO3_PERIOD = 4  # likewise, where the file does not name the layers
-_PHI3_4K_WINDOW = 2047  # which the first converters left out
 
 
 def gguf_folder(source: Path) -> Path:
@@ -254,8 +258,8 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in tensors,
         "vocab_size": tensors["token_embd.weight"].shape[0],  # some models have more rows than tokens
     }
-    if arch in _OF_FAMILY:
-        config |= _OF_FAMILY[arch](own, config)
+    if arch in OF_FAMILY:
+        config |= OF_FAMILY[arch](own, config)
     return config | experts_config(own, arch, tensors)
 
 
@@ -263,88 +267,6 @@ def _layer_count(stated: int, tensors: Mapping[str, GgufTensor]) -> int:
     if stated > len(tensors):  # before anything is made for each of them
         raise ValueError(f"it names {stated} layers and has {len(tensors)} tensors")
     return stated
-
-
-def _gemma3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    per_head = config["hidden_size"] // config["num_attention_heads"]
-    large = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS
-    local = {"rope_type": "default", "rope_theta": 10000.0}
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": per_head if large else config["head_dim"],
-        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
-        "sliding_window": own["attention.sliding_window"],
-        "sliding_window_pattern": _GEMMA3_PERIOD,
-    }
-
-
-def _phi3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    context = config["max_position_embeddings"]
-    window = own.get("attention.sliding_window", _PHI3_4K_WINDOW if context == 4096 else 0)
-    return {
-        "original_max_position_embeddings": own.get("rope.scaling.original_context_length", context),
-        "sliding_window": window or None,  # 0 in Phi-4
-    }
-
-
-def _granite(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    if not own.get("rope.scaling.finetuned", True):
-        raise UnsupportedModelError("a GGUF of Granite without rotation is not supported")
-    return {
-        "attention_multiplier": shortest(own.get("attention.scale", config["head_dim"] ** -0.5)),
-        "embedding_multiplier": shortest(own.get("embedding_scale", 1.0)),
-        "logits_scaling": shortest(own["logit_scale"]),
-        "residual_multiplier": shortest(own.get("residual_scale", 1.0)),
-    }
-
-
-def _olmo2(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    window = own.get("attention.sliding_window")
-    if not window:
-        return {}
-    layers, rope = config["num_hidden_layers"], config["rope_parameters"]
-    local = own.get("attention.sliding_window_pattern", _OLMO3_PERIOD)
-    if isinstance(local, int):
-        local = [(layer + 1) % local != 0 for layer in range(layers)]
-    if len(local) != layers:
-        raise ValueError(f"sliding_window_pattern names {len(local)} layers of {layers}")
-    theta = shortest(own.get("rope.freq_base_swa", rope["rope_theta"]))
-    return {
-        "architectures": ["Olmo3ForCausalLM"],
-        "model_type": "olmo3",
-        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in local],
-        "rope_parameters": {
-            "full_attention": rope,
-            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
-        },
-        "sliding_window": window,
-    }
-
-
-def _mistral3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {"sliding_window": own.get("attention.sliding_window")}  # else transformers takes Mistral 7B's
-    beta, rope = own.get("attention.temperature_scale"), config["rope_parameters"]
-    if not beta:
-        return plain
-    if rope["rope_type"] != "yarn":
-        raise UnsupportedModelError("a GGUF of Ministral 3 without YaRN is not supported")
-    return {
-        **plain,
-        "architectures": ["Ministral3ForCausalLM"],
-        "model_type": "ministral3",
-        "rope_parameters": rope | {"llama_4_scaling_beta": shortest(beta)},
-    }
-
-
-_OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
-    "gemma3": _gemma3,
-    "phi3": _phi3,
-    "granite": _granite,
-    "olmo2": _olmo2,
-    "mistral3": _mistral3,
-    "granitemoe": _granite,
-}
-"""For an architecture the entries of a config in which it differs, from its metadata and the rest."""
 
 
 def _rope_factors(source: Path, tensors: Mapping[str, GgufTensor]) -> dict[str, list[float]]:
@@ -359,12 +281,13 @@ def _rope(
     own: Mapping[str, Any], arch: str, head_dim: int, factors: Mapping[str, list[float]]
 ) -> dict[str, Any]:
     rotated = own.get("rope.dimension_count", head_dim)
-    if rotated != head_dim and arch != "phi3":
+    if rotated != head_dim and arch not in ("phi3", "glm4"):
         raise UnsupportedModelError("a GGUF in which only a part of each head is rotated is not supported")
     theta = shortest(own.get("rope.freq_base", 1e6 if arch == "gemma3" else 1e4))
     if _ROPE_FACTORS in factors:
         return _llama3_rope(theta, torch.tensor(factors[_ROPE_FACTORS]))
-    part = {"partial_rotary_factor": rotated / head_dim} if rotated != head_dim else {}
+    # Which in GLM is a half where nothing is said.
+    part = {"partial_rotary_factor": rotated / head_dim} if rotated != head_dim or arch == "glm4" else {}
     return {"rope_theta": theta, **part, **_rope_scaling(own, factors)}
 
 

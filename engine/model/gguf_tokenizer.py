@@ -64,6 +64,7 @@ _SPLITS = {
     "llama-v3": (_LLAMA3,),
     "smaug-bpe": (_LLAMA3,),  # Llama 3's as first published, without whole words
     "dbrx": (_LLAMA3,),  # Phi-4 in Llama's form
+    "glm4": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
     "qwen35": (_QWEN35,),
@@ -74,15 +75,16 @@ _SPLITS = {
     "deepseek-llm": (r"[\r\n]", rf"\s?[{_CASED}]+", rf"\s?[{_MARKS}]+", r"\s+$", _CHINESE_KOREAN, _DIGIT),
     "gpt-2": (_GPT2,),
     "olmo": (_GPT2,),  # OLMoE
+    "exaone4": (_GPT2,),
     "smollm": (_DIGIT, _GPT2),
     "refact": (_DIGIT, _GPT2),  # Granite code models
 }
 """For each `tokenizer.ggml.pre` of a byte-level BPE, where text is cut before merging, one after another."""
 
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""Where a word that is in the vocabulary is taken whole, whatever the merges would make of it."""
+_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
-_BOS_BY_DEFAULT = _WHOLE_WORDS
+_WHOLE_WORDS = (*_BOS_BY_DEFAULT, "glm4")
+"""Where a word that is in the vocabulary is taken whole, whatever the merges would make of it."""
 
 _COMPOSED = ("qwen2", "qwen35", "deepseek-r1-qwen", "olmo")
 """Where a letter and its accent are made one character first (Unicode's NFC)."""

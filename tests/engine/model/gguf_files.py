@@ -38,6 +38,13 @@ POST_NORMS = {
 OTHER_NAMES = {
     "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "olmo2": POST_NORMS,
+    "exaone4": POST_NORMS,
+    "glm4": {
+        "post_self_attn_layernorm": "post_attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "post_mlp_layernorm": "post_ffw_norm",
+        "mlp.gate_up_proj": "ffn_up",
+    },
     "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
@@ -50,6 +57,142 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
 }
 PERMUTED = ("llama", "granite", "smollm3", "mistral3", "granitemoe")
+CASES = {
+    "llama": ("llama", {}),
+    "llama-3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 5, "original_max_position_embeddings": 512}),
+    "phi4": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 512}),
+    "phi4-mini": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 384,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+                "original_max_position_embeddings": 384,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 64,
+                    "attention_factor": 1.2,
+                    "beta_fast": 30.0,
+                    "beta_slow": 2.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "seed_oss": ("seed_oss", {}),
+    "exaone4": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
+    ),
+    "exaone4-windows": (
+        "exaone4",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {"tie_word_embeddings": True, "use_bias": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "mistral3": ("mistral", {"sliding_window": None}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 3}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+        },
+    ),
+}
+"""For each architecture, and for what differs within one, a family and its config."""
+
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
 
 
@@ -99,9 +242,10 @@ def byte_level(writer: gguf.GGUFWriter, size: int, pre: str = "qwen2") -> None:
         "<|im_start|>",
         "<|im_end|>",
         "<|end_of_text|>",
+        "<|observation|>",
         "<eos>",
     ]
-    kinds = [1] * 259 + [3, 4, 3] + [1] * (size - 262)
+    kinds = [1] * 259 + [3, 4, 3, 3] + [1] * (size - 263)
     tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -161,10 +305,13 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    elif config.model_type == "olmo3":
+    elif arch == "glm4":
+        writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))
+    elif config.model_type in ("olmo3", "exaone4") and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
-        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        if config.model_type == "olmo3":
+            writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
 
     if count := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         writer.add_expert_count(count)

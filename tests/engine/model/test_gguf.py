@@ -19,121 +19,8 @@ from engine.model.families import RopeConfig
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from engine.model.weights import Checkpoint, load_generation_defaults, load_tokenizer, resolve_model
 from engine.text import TextProcessor
-from tests.engine.model.gguf_files import config_of, published, write
+from tests.engine.model.gguf_files import CASES, config_of, published, write
 from tests.support import greedy, greedy_reference, make_engine, run_all
-
-CASES = {
-    "llama": ("llama", {}),
-    "llama-3": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            }
-        },
-    ),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
-    "gemma3": (
-        "gemma3_text",
-        {
-            "num_hidden_layers": 6,
-            "sliding_window": 5,
-            "query_pre_attn_scalar": 16,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "phi3": ("phi3", {"sliding_window": 5, "original_max_position_embeddings": 512}),
-    "phi4": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 512}),
-    "phi4-mini": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 384,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.75,
-                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
-                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-                "original_max_position_embeddings": 384,
-            },
-            "tie_word_embeddings": True,
-        },
-    ),
-    "granite": (
-        "granite",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.5,
-            "logits_scaling": 4.0,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
-    ),
-    "olmo2": ("olmo2", {}),
-    "olmo3": (
-        "olmo3",
-        {
-            "num_hidden_layers": 3,
-            "sliding_window": 5,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 8.0,
-                    "original_max_position_embeddings": 64,
-                    "attention_factor": 1.2,
-                    "beta_fast": 30.0,
-                    "beta_slow": 2.0,
-                },
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            },
-        },
-    ),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
-    "seed_oss": ("seed_oss", {}),
-    "mistral3": ("mistral", {"sliding_window": None}),
-    "ministral3": (
-        "ministral3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "original_max_position_embeddings": 64,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.5,
-                "llama_4_scaling_beta": 0.1,
-            },
-        },
-    ),
-    "mixtral": ("mixtral", {"num_local_experts": 3}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    ),
-    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
-    "granitemoe": (
-        "granitemoe",
-        {
-            "num_local_experts": 3,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.5,
-            "logits_scaling": 4.0,
-            "attention_bias": True,
-        },
-    ),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +101,13 @@ def test_what_files_leave_to_the_reader(tmp_path: Path) -> None:
     config = described_config(path, "olmo3", olmo3, rope__freq_base_swa=None)
     assert config.local_rope is not None
     assert float(config.local_rope.inv_freq[1]) == pytest.approx(10000.0 ** (-1 / 8))
+    _, exaone4 = CASES["exaone4-windows"]
+    exaone4 = exaone4 | {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    windowed = described_config(path, "exaone4", exaone4, attention__sliding_window_pattern=None)
+    assert windowed.windows == (5, 5, 5, None, 5)
+    assert windowed.local_layers == (False, False, False, True, False)
+    whole = described_config(path, "glm4", {}, rope__dimension_count=16)
+    assert len(whole.rope.inv_freq) == 8
     granite = described_config(
         path, "granite", {}, attention__head_count_kv=[2, 2], attention__scale=None, residual_scale=None
     )  # the list is Granite 4's
@@ -229,6 +123,7 @@ def test_what_files_leave_to_the_reader(tmp_path: Path) -> None:
         ("llama", {"rope__dimension_count": 8}, "a part of each head is rotated is not supported"),
         ("llama", {"rope__scaling__type": "su", "rope__scaling__factor": 2.0}, "RoPE scaling 'su' is not"),
         ("olmo3", {"attention__sliding_window_pattern": [True]}, "pattern names 1 layers of 2"),
+        ("glm4", {"rope__dimension_sections": [2, 3, 3, 0]}, "a GLM that sees images is not supported"),
         ("mistral", {"attention__temperature_scale": 0.1}, "Ministral 3 without YaRN is not supported"),
         (
             "llama",
@@ -287,8 +182,8 @@ def test_byte_level_text_and_end_tokens(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert tokenizer.tokenize("ab ab12<|im_end|>") == ["ab", "\u0120ab", "1", "2", "<|im_end|>"]
     assert tokenizer.chat_template == "{{ messages }}"
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end_of_text|>"])  # "<eos>" is an ordinary piece
-    assert load_generation_defaults(folder).eos_token_ids == (0, *ends)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end_of_text|>", "<|observation|>"])
+    assert load_generation_defaults(folder).eos_token_ids == (0, *ends)  # "<eos>" is an ordinary piece
 
 
 def described(tokens: list[str], kinds: dict[str, int] | None = None, **fields: Any) -> dict[str, Any]:
@@ -322,6 +217,8 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
         ("seed-coder", ["ab", "\u0120", "1", "2", "3", "4", "'S"]),
         ("gpt-2", ["ab", "\u01201234", "'", "S"]),
         ("olmo", ["ab", "\u01201234", "'", "S"]),
+        ("exaone4", ["ab", "\u01201234", "'", "S"]),
+        ("glm4", ["ab", "\u0120", "123", "4", "'S"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(pre: str, pieces: list[str]) -> None:
@@ -351,6 +248,7 @@ def test_where_kin_cut_otherwise() -> None:
     [
         ("llama3", ["<bos>", "abc"]),
         ("tekken", ["<bos>", "abc"]),
+        ("glm4", ["abc"]),
         ("smaug-bpe", ["ab", "c"]),
         ("qwen2", ["ab", "c"]),
     ],
@@ -460,7 +358,7 @@ def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path))
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     supported = str(refusal.value).rpartition(": ")[2].split(", ")
-    assert len(supported) == 13
+    assert len(supported) == 16
     assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})
