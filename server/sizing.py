@@ -8,7 +8,7 @@ import torch
 
 from engine.model.config import ModelConfig
 from engine.model.hf_imports import import_validators
-from engine.model.info import count_parameters, kv_bytes_per_token
+from engine.model.info import kv_bytes_per_token, weight_bytes
 
 __all__ = ["USUAL_MODELS", "model_config", "table"]
 
@@ -22,6 +22,7 @@ _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 
 
@@ -38,6 +39,21 @@ def _model(family: str, layers: int, hidden: int, width: int, heads: int, kv_hea
         "pad_token_id": None,
         **more,
     }
+
+
+def _gpt_oss(layers: int, experts: int) -> Any:
+    return _model(
+        "gpt_oss",
+        layers,
+        2880,
+        2880,
+        64,
+        8,
+        vocab_size=201_088,
+        head_dim=64,
+        num_local_experts=experts,
+        quantization_config={"quant_method": "mxfp4"},
+    )
 
 
 USUAL_MODELS: dict[str, dict[str, Any]] = {
@@ -69,6 +85,8 @@ USUAL_MODELS: dict[str, dict[str, Any]] = {
         num_experts_per_tok=8,
         moe_intermediate_size=768,
     ),
+    "gpt-oss 20B": _gpt_oss(24, 32),
+    "gpt-oss 120B": _gpt_oss(36, 128),
     "Mixtral 8x7B": _model("mixtral", 32, 4096, 14_336, 32, 8, vocab_size=32_000),
     "Llama 3.1 70B": _model("llama", 80, 8192, 28_672, 64, 8, vocab_size=128_256),
 }
@@ -86,17 +104,20 @@ def model_config(name: str) -> ModelConfig:
 
 
 def table() -> str:
-    """Weights in GiB, K/V bytes a token and tokens a GiB, at 16 and at 32 bit."""
+    """Weights in GiB, K/V bytes a token and tokens a GiB, at 16 bit on CUDA and at 32 on the CPU."""
     lines = [
         "| model | weights, bfloat16 | K/V bytes a token | tokens a GiB | weights, float32 | tokens a GiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in USUAL_MODELS:
         config = model_config(name)
-        parameters = count_parameters(config)
+        short, long = (
+            weight_bytes(config, torch.bfloat16, torch.device("cuda")),
+            weight_bytes(config, torch.float32, torch.device("cpu")),
+        )
         half, full = (kv_bytes_per_token(config, dtype) for dtype in (torch.bfloat16, torch.float32))
         lines.append(
-            f"| {name} | {2 * parameters / 2**30:.1f} GiB | {half:,} | {2**30 // half:,} "
-            f"| {4 * parameters / 2**30:.1f} GiB | {2**30 // full:,} |"
+            f"| {name} | {short / 2**30:.1f} GiB | {half:,} | {2**30 // half:,} "
+            f"| {long / 2**30:.1f} GiB | {2**30 // full:,} |"
         )
     return "\n".join(lines)

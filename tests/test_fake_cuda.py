@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.medusa.bigram import BigramTable
+from tests.engine.model.mxfp4_files import published
 from tests.fake_cuda import environment
 from tests.support import save_model, save_random_heads, tiny_llama, tiny_model
 
@@ -85,7 +86,8 @@ def in_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
     # In this order: the last one captures no passes over prompts.
     scripts = {"ahead": (AHEAD, paths(folder)), "behind": (BEHIND, paths(folder / "bigram"))}
     scripts |= {
-        name: ((FAKE / f"{name}.py").read_text(), [str(folder / name)]) for name in ("experts", "sinks")
+        name: ((FAKE / f"{script}.py").read_text(), [str(folder / name)])
+        for name, script in (("experts", "experts"), ("mxfp4", "experts"), ("sinks", "sinks"))
     }
     return run_all("interpret", scripts)
 
@@ -102,6 +104,7 @@ def made(folder: Path) -> Path:
         "mlp_only_layers": [1],
     }
     save_model(tiny_model("qwen3_moe", num_hidden_layers=3, **experts), folder / "experts")
+    published(folder / "mxfp4", num_local_experts=4, num_experts_per_tok=2, sliding_window=6)
     sinking, generator = tiny_llama(vocab_size=64), torch.Generator().manual_seed(3)
     for layer in sinking.model.layers:
         layer.self_attn.sinks = torch.nn.Parameter(torch.randn(4, generator=generator) * 2 + 1)
@@ -445,7 +448,12 @@ def test_captured_steps_draft_behind_the_tokens_before_as_the_cpus_do(
 def test_captured_steps_go_through_experts(in_kernels: dict[str, tuple[str, str]]) -> None:
     """Only passes over prompts are launched under requests: steps were captured before, for whatever rows."""
     rows = said(in_kernels, "experts").split()
-    assert rows == ["8"]
+    assert rows == ["8", "torch.float32"]
+
+
+def test_captured_steps_go_through_experts_in_4_bits(in_kernels: dict[str, tuple[str, str]]) -> None:
+    """Against the CPU's, which are dequantised; gpt-oss with all that it has."""
+    assert said(in_kernels, "mxfp4").split() == ["8", "torch.uint8"]
 
 
 def test_captured_steps_read_the_sinks_of_heads(in_kernels: dict[str, tuple[str, str]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from engine.model.families import (
     rope_of,
 )
 from engine.model.hf_imports import import_validators
-from engine.model.prequantized import check_quantization
+from engine.model.mxfp4 import suits_kernels
+from engine.model.prequantized import MXFP4, check_quantization
 
 __all__ = ["ModelConfig"]
 
@@ -168,6 +169,9 @@ class ModelConfig:
         }
         if "rope" not in flags:
             flags["rope"] = rope_of(config, config.rope_parameters)
+        mxfp4 = quantization is not None and quantization.get("quant_method") == MXFP4
+        if mxfp4:
+            flags["experts"] = _in_mxfp4(flags.get("experts"), config.hidden_size)
         return cls(
             architecture=architecture,
             vocab_size=config.vocab_size,
@@ -180,13 +184,20 @@ class ModelConfig:
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=whole.tie_word_embeddings,
             activation=_ACTIVATIONS[activation],
-            dtype=_dtype(whole),
+            # gpt-oss does not say what its other weights are.
+            dtype=_dtype(whole, torch.bfloat16 if mxfp4 else torch.float32),
             **flags,
         )
 
 
-def _dtype(config: Any) -> torch.dtype:
+def _in_mxfp4(experts: ExpertsConfig | None, hidden: int) -> ExpertsConfig:
+    if experts is None:
+        raise UnsupportedModelError("checkpoints in mxfp4 are supported of mixtures of experts only")
+    return replace(experts, mxfp4=suits_kernels(hidden) and suits_kernels(experts.width))
+
+
+def _dtype(config: Any, otherwise: torch.dtype) -> torch.dtype:
     dtype = config.dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else otherwise

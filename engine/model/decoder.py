@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
     experts has no `gate_up_proj`, `down_proj`.
     """
 
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, *, mxfp4: bool = False) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = F.silu if config.activation == "silu" else _gelu_tanh
         self.experts: Experts | None = None
         if config.has_experts(index):
-            self.experts = Experts(config, dtype, self.activation)
+            self.experts = Experts(config, dtype, self.activation, mxfp4=mxfp4)
         else:
             self.gate_up_proj = Linear(hidden, 2 * width, bias=config.mlp_bias, dtype=dtype)
             self.down_proj = Linear(width, hidden, bias=config.mlp_bias, dtype=dtype)
@@ -137,16 +137,21 @@ class Decoder(nn.Module):
         config: the model.
         dtype: of weights and activations.
         max_position: positions of the rotary table.
+        mxfp4: hold the weights of experts in 4 bits, which only kernels for CUDA take (`fuse_triton`).
     """
 
     logits_divisor: Tensor
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_position: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, max_position: int, *, mxfp4: bool = False
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.mxfp4 = config, mxfp4
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embed = nn.Parameter(embedding, requires_grad=False)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype, mxfp4=mxfp4) for i in range(config.num_layers)
+        )
         self.norm = _norm(config, dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
@@ -218,7 +223,11 @@ class Decoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            if "norm" in name:
+            if values.dtype == torch.uint8:  # two codes of 4 bits
+                parameter.data = values.random_()
+            elif values.dtype == torch.int32:  # four scales of such, 2 ** -7 each
+                parameter.data = values.fill_(0x78787878)
+            elif "norm" in name:
                 parameter.data = values.fill_(0.0 if self.config.norm_offset else 1.0)
             else:
                 parameter.data = values.normal_(std=0.02)
@@ -340,19 +349,23 @@ class Decoder(nn.Module):
                 _, index, module, *kind = name.split(".")
                 these = sources.get(module, ())
                 if module == "experts":
-                    these, kind = experts[kind[0]], ["weight"]
+                    these, kind = experts[kind[0]], []
                 names[name] = tuple(".".join(("model.layers", index, source, *kind)) for source in these)
         return names
 
     def _expert_sources(self) -> dict[str, tuple[str, ...]]:
-        """The same for the weights of a layer's experts (see `ExpertsFile`)."""
+        """The same for the parameters of a layer's experts (see `ExpertsFile`)."""
         count = 0 if self.config.experts is None else self.config.experts.count
-        both = ("gate_proj", "up_proj")
-        return {
-            "router": ("mlp.gate",),
-            "gate_up": tuple(f"mlp.experts.{i}.{each}" for i in range(count) for each in both),
-            "down": tuple(f"mlp.experts.{i}.down_proj" for i in range(count)),
+        found: dict[str, tuple[str, ...]] = {
+            "router": ("mlp.gate.weight",),
+            "router_bias": ("mlp.gate.bias",),
         }
+        weight, scales = ("blocks", "scales") if self.mxfp4 else ("weight", "")
+        for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+            for own, kind in ((name, weight), (f"{name}_scales", scales), (f"{name}_bias", "bias")):
+                each = (f"mlp.experts.{i}.{part}.{kind}" for i in range(count) for part in parts)
+                found[own] = tuple(each)
+        return found
 
     def _layer_sources(self) -> dict[str, tuple[str, ...]]:
         """For each module of a layer, the checkpoint's modules it is made of."""

@@ -30,7 +30,8 @@ _PIECE = 1024
 
 
 class Tile(NamedTuple):
-    """Of a product: outputs and channels that a program takes at a time, its warps, tiles under way."""
+    """Of a product: outputs and channels that a program takes at a time, its warps, tiles under way. Two
+    channels of weights in 4 bits count as one: they are a byte."""
 
     outputs: int
     channels: int
@@ -83,7 +84,7 @@ def experts_shape(
     Args:
         experts: of a layer; chosen: of those for each row.
         hidden: channels of a row; width: channels between an expert's two products.
-        itemsize: bytes of an activation; weight_itemsize: of a weight.
+        itemsize: bytes of an activation; weight_itemsize: of a weight, 0 where it has 4 bits.
         processors: multiprocessors of the device.
         shared: bytes of shared memory of each.
     """
@@ -91,7 +92,8 @@ def experts_shape(
     # Most experts shall have all of their rows in one slot, so that their weights are read once.
     likely = triton.next_power_of_2(triton.cdiv(3 * assignments, 2 * experts))
     quick = itemsize == 2 and hidden % 16 == width % 16 == 0
-    of_slot = min(max(likely, 16), _MOST_ROWS if quick else _FEWER_ROWS)
+    most = _MOST_ROWS if quick else _FEWER_ROWS if weight_itemsize else 16
+    of_slot = min(max(likely, 16), most)
     led = assignments <= experts + assignments // of_slot
     slots = assignments if led else experts + assignments // of_slot
 
@@ -100,7 +102,11 @@ def experts_shape(
         if gated and warps == 8 and shared < _WIDE:
             found = 64  # twice as many sums would not fit the registers beside weights
         both = (2 if gated else 1) * found * weight_itemsize + of_slot * itemsize
-        if weight_itemsize == 1 and quick and warps == 4:
+        if weight_itemsize == 0:
+            channels, size = 64, 128  # bytes that have a word of scales
+            found, warps = (found, warps) if quick else (16, 8)
+            both = (2 if gated else 1) * found + 2 * of_slot * itemsize
+        elif weight_itemsize == 1 and quick and warps == 4:
             channels = 128  # which memory reads in one run
         channels = min(channels, max(16, triton.next_power_of_2(size)))
         # A program may not have all of a multiprocessor's memory.

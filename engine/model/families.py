@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from engine.errors import UnsupportedModelError
 __all__ = [
     "FAMILIES",
     "WITH_VISION",
+    "Clamp",
     "ExpertsConfig",
     "RopeConfig",
     "check_architecture",
@@ -41,6 +42,14 @@ class RopeConfig:
     precise: bool = False
 
 
+class Clamp(NamedTuple):
+    """(up + 1) * gate * sigmoid(alpha * gate) in place of a gated activation, where the gate is at most
+    `limit`, and up too and not less than -limit."""
+
+    limit: float
+    alpha: float
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsConfig:
     """A mixture of experts in place of the MLP.
@@ -51,6 +60,9 @@ class ExpertsConfig:
         width: channels between the two products of each.
         renormalised: the weights of those chosen sum to one.
         layers: for each layer, whether it has them.
+        bias: on the router and on both products.
+        clamp: bounds on what the gate is taken of; None is none.
+        mxfp4: the checkpoint's are in 4 bits (`engine.model.mxfp4`), and of a size that CUDA's kernels take.
     """
 
     count: int
@@ -58,6 +70,9 @@ class ExpertsConfig:
     width: int
     renormalised: bool
     layers: tuple[bool, ...]
+    bias: bool = False
+    clamp: Clamp | None = None
+    mxfp4: bool = False
 
 
 def _llama(config: Any) -> dict[str, Any]:
@@ -258,6 +273,19 @@ def _granite_moe(config: Any) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(config: Any) -> dict[str, Any]:
+    # Published configs do not say the latter, and not each release of transformers has it.
+    clamp = Clamp(float(getattr(config, "swiglu_limit", 7.0)), float(getattr(config, "swiglu_alpha", 1.702)))
+    # The softmax of the chosen logits alone is that of all, renormalised.
+    experts = _experts(config, config.num_local_experts, renormalised=True)
+    return {
+        **_llama(config),
+        "windows": _layer_windows(config),
+        "sinks": True,
+        "experts": replace(experts, bias=True, clamp=clamp),
+    }
+
+
 def _experts(
     config: Any,
     count: int,
@@ -305,6 +333,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Qwen3MoeForCausalLM": _qwen3_moe,
     "OlmoeForCausalLM": _olmoe,
     "GraniteMoeForCausalLM": _granite_moe,
+    "GptOssForCausalLM": _gpt_oss,
 }
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
 

@@ -16,7 +16,14 @@ import torch
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.embedded import cache_root, shortest, undo_rope_interleaving, write_json
-from engine.model.gguf_experts import expert_tensors, experts_config
+from engine.model.gguf_experts import (
+    expert_tensors,
+    experts_config,
+    mxfp4_experts,
+    packed_names,
+    packed_shape,
+    packed_tensor,
+)
 from engine.model.gguf_families import OF_FAMILY
 from engine.model.gguf_fields import checked_fields, same_in_all_layers
 from engine.model.gguf_header import GgufHeader, GgufTensor, dequantized, read_header
@@ -29,7 +36,7 @@ log = logging.getLogger(__name__)
 GGUF_INDEX = "gguf.json"
 """In a model folder made from a GGUF: the file's path and the place, type and shape of each tensor."""
 
-_VERSION = 4
+_VERSION = 5
 """Raised with every change to what is written: older folders are then left alone."""
 
 _ARCHITECTURES = {
@@ -49,6 +56,7 @@ _ARCHITECTURES = {
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
     "olmoe": ("OlmoeForCausalLM", "olmoe"),
     "granitemoe": ("GraniteMoeForCausalLM", "granitemoe"),
+    "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
 }
 """For each `general.architecture` the Hugging Face architecture and model type."""
 
@@ -71,6 +79,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
+    "attn_sinks": "self_attn.sinks",
 }
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
@@ -84,6 +93,7 @@ _NAMES = {
     | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
     | {"ffn_up": "mlp.gate_up_proj"},
     "seed_oss": _LAYER_NAMES | {"post_attention_norm": "post_attention_layernorm"},
+    "gpt-oss": _LAYER_NAMES | {"post_attention_norm": "post_attention_layernorm"},
     "phi3": _LAYER_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
 }
 """Where an architecture's layers have others than `_LAYER_NAMES`."""
@@ -104,6 +114,7 @@ _END_TOKENS = (
     "<|endoftext|>",
     "<|observation|>",  # behind a call of GLM's, as its makers state
 )
+_HARMONY = {"<|return|>", "<|call|>", "<|end|>"}  # of which the last ends a message and not the answer
 _CONTROL, _USER_DEFINED = 3, 4  # older converters write added tokens, `<|im_end|>` too, as the latter
 
 
@@ -148,12 +159,13 @@ class GgufFile:
 
     Args:
         index: the folder's `GGUF_INDEX`.
+        mxfp4: experts in MXFP4 are to be `x.blocks` and `x.scales`, for the kernels, in place of `x.weight`.
 
     Raises:
         WeightsError: the file is not where it was, or has changed.
     """
 
-    def __init__(self, index: Path) -> None:
+    def __init__(self, index: Path, *, mxfp4: bool = False) -> None:
         import numpy as np
 
         stated = json.loads(index.read_text(encoding="utf-8"))
@@ -164,25 +176,31 @@ class GgufFile:
         self._tensors = {name: GgufTensor(**tensor) for name, tensor in stated["tensors"].items()}
         self._heads: dict[str, int] = stated["permuted_heads"]
         self._norm_offset: float = stated["norm_offset"]
-        kinds = sorted({tensor.type for tensor in self._tensors.values()} - {"F32", "F16", "BF16"})
+        kept = mxfp4_experts(self._tensors) if mxfp4 else set()
+        others = (tensor.type for name, tensor in self._tensors.items() if name not in kept)
+        kinds = sorted({*others} - {"F32", "F16", "BF16"})
         if kinds:
             log.warning(
                 "%s is dequantised at load (%s): it takes the memory of full-precision weights",
                 source.name,
                 ", ".join(kinds),
             )
+        self._packed = {packed: name for name in kept for packed in packed_names(name)}
+        self._names = [*(self._tensors.keys() - kept), *self._packed]
 
     def names(self) -> Iterable[str]:
-        return self._tensors
+        return self._names
 
     def get(self, name: str) -> torch.Tensor:
-        """Float32, dequantised.
+        """Float32, dequantised; or what `mxfp4` asked for.
 
         Raises:
             UnsupportedModelError: it is of a type that is not covered.
         """
         import numpy as np
 
+        if name in self._packed:
+            return packed_tensor(self._data, self._tensors[self._packed[name]], name)
         values = dequantized(self._data, self._tensors[name])
         module = name.rpartition(".")[0].rpartition(".")[2]
         if heads := self._heads.get(module):
@@ -192,6 +210,8 @@ class GgufFile:
         return torch.from_numpy(np.ascontiguousarray(values))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._packed:
+            return packed_shape(self._tensors[self._packed[name]], name)
         return tuple(self._tensors[name].shape)
 
 
@@ -371,7 +391,8 @@ def _index(source: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[
             module = f"model.layers.{layer}.{layer_names[part]}" if part in layer_names else module
         else:
             module = _TOP_NAMES.get(module, module)
-        tensors[f"{module}.{kind}"] = tensor._asdict()
+        own = module if module.endswith(".sinks") else f"{module}.{kind}"  # those are no module's
+        tensors[own] = tensor._asdict()
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     return {
         "path": str(source),
@@ -391,4 +412,7 @@ def _end_tokens(fields: Mapping[str, Any]) -> list[int]:
     }
     stated = [fields.get("tokenizer.ggml.eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")]
     ends = [*stated, *(known.get(token) for token in _END_TOKENS)]
+    if known.keys() >= _HARMONY:
+        ends = [*stated, *(known[token] for token in sorted(_HARMONY))]
+        ends = [end for end in ends if end != known["<|end|>"]]
     return list(dict.fromkeys(end for end in ends if end is not None))

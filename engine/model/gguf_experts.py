@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from engine.errors import UnsupportedModelError
+from engine.model import mxfp4
 from engine.model.gguf_fields import same_in_all_layers
 from engine.model.gguf_header import GgufTensor
+from engine.model.prequantized import MXFP4
 
-__all__ = ["expert_tensors", "experts_config"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "expert_tensors",
+    "experts_config",
+    "mxfp4_experts",
+    "packed_names",
+    "packed_shape",
+    "packed_tensor",
+]
 
 _COUNT_NAMES = {
     "llama": "num_local_experts",  # Mixtral where it has some
     "granitemoe": "num_local_experts",
     "qwen3moe": "num_experts",
     "olmoe": "num_experts",
+    "gpt-oss": "num_local_experts",
 }
 """For each `general.architecture` that may have experts, what its Hugging Face config calls their number."""
+
+_MXFP4 = "MXFP4"  # gguf's name of the type
 
 _ROUTER = "blk.0.ffn_gate_inp.weight"
 
@@ -33,11 +50,13 @@ _REFUSED = {
 """Of a model with experts: metadata with the values that mean nothing, and what it would be else."""
 
 _STACKED = {
-    "ffn_gate_exps.weight": "gate_proj",
-    "ffn_up_exps.weight": "up_proj",
-    "ffn_down_exps.weight": "down_proj",
+    "ffn_gate_exps": "gate_proj",
+    "ffn_up_exps": "up_proj",
+    "ffn_down_exps": "down_proj",
 }
-"""Tensors of all experts of a layer: [experts, outputs, inputs]."""
+"""Tensors of all experts of a layer: weights [experts, outputs, inputs], biases [experts, outputs]."""
+
+_DIMENSIONS = {"weight": 3, "bias": 2}
 
 _OF_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight")  # Mixtral's, up to March 2024
 
@@ -65,7 +84,10 @@ def experts_config(own: Mapping[str, Any], arch: str, tensors: Mapping[str, Gguf
     if (rows := tensors[_ROUTER].shape[0]) != count:  # before anything is made for each of them
         raise ValueError(f"it names {count} experts, and {_ROUTER} has {rows} rows")
     chosen = same_in_all_layers(own["expert_used_count"], "experts of a token")
-    entries = {_COUNT_NAMES[arch]: count, "num_experts_per_tok": chosen}
+    entries: dict[str, Any] = {_COUNT_NAMES[arch]: count, "num_experts_per_tok": chosen}
+    stacked = {tensor.type for name, tensor in tensors.items() if name.endswith("_exps.weight")}
+    if stacked == {_MXFP4}:
+        entries["quantization_config"] = {"quant_method": MXFP4}
     # Files seldom say it. llama.cpp's own graphs of these have it so.
     renormalised = own.get("expert_weights_norm", arch != "olmoe")
     if arch in ("qwen3moe", "olmoe"):
@@ -98,13 +120,43 @@ def expert_tensors(layer: str, part: str, tensor: GgufTensor) -> dict[str, GgufT
     if found := _OF_EXPERT.fullmatch(part):
         projection, expert = found.groups()
         return {f"{layer}.mlp.experts.{expert}.{projection}_proj.weight": tensor}
-    if part not in _STACKED or len(tensor.shape) != 3 or not tensor.bytes:
+    part, _, kind = part.rpartition(".")
+    if part not in _STACKED or len(tensor.shape) != _DIMENSIONS.get(kind) or not tensor.bytes:
         return {}
     count, *shape = tensor.shape
     size = tensor.bytes // count
     return {
-        f"{layer}.mlp.experts.{expert}.{_STACKED[part]}.weight": tensor._replace(
+        f"{layer}.mlp.experts.{expert}.{_STACKED[part]}.{kind}": tensor._replace(
             shape=tuple(shape), offset=tensor.offset + expert * size, bytes=size
         )
         for expert in range(count)
     }
+
+
+def mxfp4_experts(tensors: Mapping[str, GgufTensor]) -> set[str]:
+    """The names of experts' weights, as `expert_tensors` has them, if all of them are in MXFP4; else none."""
+    found = {name for name in tensors if ".mlp.experts." in name and name.endswith(".weight")}
+    return found if {tensors[name].type for name in found} == {_MXFP4} else set()
+
+
+def packed_names(name: str) -> tuple[str, str]:
+    """Of a weight's codes and scales, as kernels take them."""
+    module = name.removesuffix("weight")
+    return f"{module}blocks", f"{module}scales"
+
+
+def packed_tensor(data: np.memmap[Any, Any], tensor: GgufTensor, name: str) -> torch.Tensor:
+    """A weight's codes or scales as kernels take them, by one of its `packed_names`.
+
+    Raises:
+        WeightsError: see `mxfp4.packed_scales`.
+    """
+    raw = torch.from_numpy(data[tensor.offset : tensor.offset + tensor.bytes].copy())
+    codes, scales = mxfp4.from_gguf(raw.view(tensor.shape[0], -1))
+    return mxfp4.packed_scales(scales, name) if name.endswith("scales") else mxfp4.packed_codes(codes)
+
+
+def packed_shape(tensor: GgufTensor, name: str) -> tuple[int, ...]:
+    """That of `packed_tensor`."""
+    rows, size = tensor.shape
+    return (mxfp4.words(size), rows) if name.endswith("scales") else (rows, size // 2)

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.errors import UnsupportedModelError
 from engine.model.embedded import shortest
+from engine.model.gguf_fields import same_in_all_layers
 
 __all__ = ["OF_FAMILY"]
 
@@ -50,10 +51,10 @@ def _granite(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _windowed(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _windowed(own: Mapping[str, Any], config: Mapping[str, Any], period: int = _PERIOD) -> dict[str, Any]:
     """Which layers have a window, where every fourth sees all unless the file names them."""
     layers, window = config["num_hidden_layers"], own.get("attention.sliding_window")
-    local = own.get("attention.sliding_window_pattern", _PERIOD) if window else 1
+    local = own.get("attention.sliding_window_pattern", period) if window else 1
     if isinstance(local, int):
         local = [(layer + 1) % local != 0 for layer in range(layers)]
     if len(local) != layers:
@@ -103,6 +104,16 @@ def _mistral3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def _gpt_oss(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    width = same_in_all_layers(own.get("expert_feed_forward_length", 0), "the width of experts")
+    return {
+        **_windowed(own, config, period=2),
+        "intermediate_size": width or config["intermediate_size"],
+        # As published. llama.cpp rounds the bounds of YaRN's ramp, in which the metadata knows no choice.
+        "rope_parameters": config["rope_parameters"] | {"truncate": False},
+    }
+
+
 OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
     "gemma3": _gemma3,
     "phi3": _phi3,
@@ -113,5 +124,6 @@ OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, 
     "glm4": _glm4,
     "mistral3": _mistral3,
     "granitemoe": _granite,
+    "gpt-oss": _gpt_oss,
 }
 """For an architecture the entries of a config in which it differs, from its metadata and the rest."""

@@ -13,6 +13,7 @@ from engine.limits import available_bytes
 from engine.model.config import ModelConfig
 from engine.model.embedded import is_conversion
 from engine.model.gguf import GGUF_INDEX
+from engine.model.mxfp4 import words
 from engine.model.prequantized import stated_quantization
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "describe",
     "device_memory",
     "kv_bytes_per_token",
+    "weight_bytes",
 ]
 
 CPU_POOL_BYTES = 2 << 30
@@ -41,7 +43,7 @@ class Memory:
 
     Args:
         dtype: of weights, activations and K/V.
-        weight_bytes: of all parameters.
+        weight_bytes: of all parameters. Experts in 4 bits stay so on CUDA.
         kv_bytes_per_token: keys and values of one token in all layers. A layer with a window keeps all.
         fits: for context lengths, how many sequences of that length fit beside the weights at once. On the
             CPU: how many the pool holds that a server of this `max_model_len` makes, all else at its default.
@@ -58,8 +60,8 @@ class ModelInfo:
     """A model's shape and its needs on one device.
 
     Args:
-        stored_as: "safetensors or bin"; "gguf", "awq" or "gptq", which are dequantised at load; or
-            "converted gguf", the embedded model's, which was dequantised once.
+        stored_as: "safetensors or bin"; "gguf", "awq" or "gptq", which are dequantised at load, and "mxfp4"
+            but for experts on CUDA; or "converted gguf", the embedded model's, which was dequantised once.
         active_parameters: those that a token passes through: fewer where layers have experts.
         window: positions that layers with a window see, None without; `num_windowed` is how many have one.
         device_bytes: memory the server may use there.
@@ -135,6 +137,7 @@ def count_parameters(config: ModelConfig) -> int:
     mlps = config.num_layers * mlp
     if (experts := config.experts) is not None:
         mlps += sum(experts.layers) * (experts.count * (hidden + 3 * hidden * experts.width) - mlp)
+        mlps += sum(experts.layers) * experts.bias * experts.count * (1 + 2 * experts.width + hidden)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     return config.num_layers * layer + mlps + embeddings + hidden
 
@@ -144,8 +147,20 @@ def count_active_parameters(config: ModelConfig) -> int:
     found = count_parameters(config)
     if (experts := config.experts) is not None:
         idle = experts.count - experts.chosen
-        found -= sum(experts.layers) * idle * 3 * config.hidden_size * experts.width
+        hidden, width = config.hidden_size, experts.width
+        found -= sum(experts.layers) * idle * (3 * hidden * width + experts.bias * (2 * width + hidden))
     return found
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Of all parameters in a dtype, but of experts that stay in 4 bits on CUDA."""
+    size = count_parameters(config) * dtype.itemsize
+    if (experts := config.experts) is not None and experts.mxfp4 and device.type == "cuda":
+        projections = sum(experts.layers) * experts.count
+        of_inputs = ((config.hidden_size, 2 * experts.width), (experts.width, config.hidden_size))
+        for inputs, outputs in of_inputs:
+            size -= projections * outputs * (inputs * dtype.itemsize - inputs // 2 - 4 * words(inputs))
+    return size
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -180,7 +195,7 @@ def device_memory(device: torch.device) -> tuple[str, int]:
 
 
 def _memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, room: int) -> Memory:
-    weights = count_parameters(config) * dtype.itemsize
+    weights = weight_bytes(config, dtype, device)
     if device.type == "cpu" and config.tie_word_embeddings:
         # Packed for the CPU, lm_head is a copy of the embedding.
         weights += config.vocab_size * config.hidden_size * dtype.itemsize

@@ -24,9 +24,12 @@ import torch
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.files import TensorFile
 
-__all__ = ["DequantizedFile", "check_quantization", "stated_quantization"]
+__all__ = ["MXFP4", "DequantizedFile", "check_quantization", "stated_quantization"]
 
 log = logging.getLogger(__name__)
+
+MXFP4 = "mxfp4"
+"""The `quant_method` of experts in 4 bits, which are `ExpertsFile`'s to read."""
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, of eight, that each four bits of a word hold."""
@@ -59,6 +62,8 @@ def stated_quantization(folder: Path) -> dict[str, Any] | None:
 def check_quantization(stated: Mapping[str, Any]) -> None:
     """Raises UnsupportedModelError, with the format's name, unless it is one that can be dequantised."""
     method = str(stated.get("quant_method") or "of no stated method")
+    if method == MXFP4:
+        return
     if method == "awq":
         version, bits = str(stated.get("version", "gemm")).lower(), stated.get("bits", 4)
         if version == "gemm" and bits == 4:
@@ -73,7 +78,8 @@ def check_quantization(stated: Mapping[str, Any]) -> None:
         method = f"gptq ({layout}, {bits} bits)"
     raise UnsupportedModelError(
         f"quantised checkpoints in {method} are not supported; supported are awq (gemm, 4 bits) and gptq "
-        "(2, 4 or 8 bits), which are dequantised at load. Or use the full-precision weights"
+        "(2, 4 or 8 bits), which are dequantised at load, and experts in mxfp4. Or use the full-precision "
+        "weights"
     )
 
 

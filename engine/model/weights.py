@@ -16,7 +16,7 @@ from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
 from engine.model.expert_files import ExpertsFile, has_experts
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
 from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
-from engine.model.prequantized import DequantizedFile, stated_quantization
+from engine.model.prequantized import MXFP4, DequantizedFile, stated_quantization
 from engine.model.tekken import convert, find_tekken, split_as_stated
 from engine.model.text_part import TextPartFile, has_vision_part
 from engine.types import SamplingParams
@@ -277,27 +277,31 @@ class Checkpoint:
     Headers are read at once, tensors when asked for, from a memory map. Of an AWQ or GPTQ checkpoint the
     dequantised tensors are given, of one with a vision model those of the text part under their own names.
 
+    Args:
+        mxfp4: experts that it holds in MXFP4 are to be given as kernels take them (see `ExpertsFile`).
+
     Raises:
         ModelError: the folder holds no config.json or no weights.
         UnsupportedModelError: the weights are quantised in a format that is not covered.
         WeightsError: a file is damaged, incomplete or missing; it is named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, mxfp4: bool = False) -> None:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
         self.folder = folder
-        self._file_of = _open_all(folder)
+        self._file_of = _open_all(folder, mxfp4=mxfp4)
         if has_vision_part(self._file_of):
             text = TextPartFile(self._file_of)
             self._file_of = dict.fromkeys(text.names(), text)
         self._quantized: DequantizedFile | None = None
-        if stated := stated_quantization(folder):
+        stated = stated_quantization(folder)
+        if stated and stated.get("quant_method") != MXFP4:
             self._quantized = DequantizedFile(self._file_of, stated)
             self._file_of = dict.fromkeys(self._quantized.names(), self._quantized)
         self._experts: ExpertsFile | None = None
         if has_experts(self._file_of):
-            self._experts = ExpertsFile(self._file_of)
+            self._experts = ExpertsFile(self._file_of, packed=mxfp4)
             self._file_of = dict.fromkeys(self._experts.names(), self._experts)
         self.names: frozenset[str] = frozenset(self._file_of)
 
@@ -331,10 +335,10 @@ class Checkpoint:
         return self._file_of[name]
 
 
-def _open_all(folder: Path) -> dict[str, TensorFile]:
+def _open_all(folder: Path, *, mxfp4: bool) -> dict[str, TensorFile]:
     """Each tensor's file, opened."""
     if (folder / GGUF_INDEX).is_file():
-        gguf = GgufFile(folder / GGUF_INDEX)
+        gguf = GgufFile(folder / GGUF_INDEX, mxfp4=mxfp4)
         return dict.fromkeys(gguf.names(), gguf)
     for index, single, kind in _FORMATS:
         if (folder / index).is_file():

@@ -28,7 +28,7 @@ from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.graphs_triton import TritonRunner
 from engine.loader import Loaded, load
-from engine.model import experts_triton, fused_triton, triton_kernels, triton_products
+from engine.model import fused_triton, triton_kernels, triton_products
 from engine.model.decoder import Decoder
 from engine.model.fused_triton import Ways
 from engine.model.triton_products import Shape
@@ -48,7 +48,7 @@ pytestmark = compiles
 
 LAUNCHED = [
     *((triton_kernels, name) for name in KERNELS),
-    *((experts_triton, name) for name in EXPERTS),
+    *EXPERTS,
     *((triton_products, name) for name in ("row_kernel", "rows_kernel")),
     *((attention_module, name) for name in ("attend_kernel", "join_kernel")),
 ]

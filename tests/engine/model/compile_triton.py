@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import Rotary
-from engine.model import experts_triton, triton_kernels as kernels, triton_quantize
+from engine.model import experts_choice_triton, experts_triton, triton_kernels as kernels, triton_quantize
 from engine.model.experts_shapes import experts_shape
+from engine.model.families import Clamp
 from engine.model.product_shapes import MOST_TILES, Around, shapes
 from engine.model.triton_products import product, row_kernel, rows_kernel
 from engine.model.triton_streamed import streamed_kernel
@@ -30,7 +31,10 @@ KERNELS = (
     "_gated_kernel",
 )
 
-EXPERTS = ("router_kernel", "choose_kernel", "assign_kernel", "experts_kernel", "join_experts_kernel")
+EXPERTS = (
+    *((experts_choice_triton, f"{name}_kernel") for name in ("router", "choose", "assign")),
+    *((experts_triton, f"{name}_kernel") for name in ("experts", "join_experts")),
+)
 
 SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 """Bytes of a multiprocessor, by compute capability."""
@@ -113,8 +117,8 @@ def call_experts(dtype: torch.dtype, weight_dtype: torch.dtype, capability: int)
                 shared=SHARED[capability],
             )
             x, router = some.expand(rows, hidden), some.expand(count, hidden)
-            found = experts_triton.assign(
-                *experts_triton.choose(x, router, chosen, renormalised=True), count, shape
+            found = experts_choice_triton.assign(
+                *experts_choice_triton.choose(x, router, chosen, renormalised=True), count, shape
             )
             for activation in ("silu", "gelu_tanh") if rows == 16 else ("silu",):
                 experts_triton.expert_products(
@@ -132,10 +136,45 @@ def call_experts(dtype: torch.dtype, weight_dtype: torch.dtype, capability: int)
             )
 
 
+def call_gpt_oss(dtype: torch.dtype, capability: int, *, mxfp4: bool) -> None:
+    """Experts with biases and a clamp, in 4 bits or not."""
+    some, four_bits = torch.empty(1, dtype=dtype), torch.empty(1, dtype=torch.uint8)
+    for count, chosen, hidden, width in ((32, 4, 2880, 2880), (8, 2, 64, 192)):
+        for rows in (1, 4, 16, 64, 8192) if dtype == torch.bfloat16 else (1, 256):
+            shape = experts_shape(
+                rows,
+                experts=count,
+                chosen=chosen,
+                hidden=hidden,
+                width=width,
+                itemsize=dtype.itemsize,
+                weight_itemsize=0 if mxfp4 else dtype.itemsize,
+                processors=132,
+                shared=SHARED[capability],
+            )
+            x, router, bias = some.expand(rows, hidden), some.expand(count, hidden), some.expand(count)
+            chose = experts_choice_triton.choose(x, router, chosen, renormalised=True, bias=bias)
+            outputs = count * 2 * width, count * hidden
+            columns = (hidden // 2, width // 2) if mxfp4 else (hidden, width)
+            weight, words = (four_bits if mxfp4 else some), torch.empty(1, dtype=torch.int32)
+            experts_triton.expert_products(
+                x,
+                weight.expand(outputs[0], columns[0]),
+                weight.expand(outputs[1], columns[1]),
+                experts_choice_triton.assign(*chose, count, shape),
+                shape,
+                chosen=chosen,
+                activation="silu",
+                clamp=Clamp(7.0, 1.702),
+                scales=(words, words) if mxfp4 else None,
+                biases=(some.expand(outputs[0]), some.expand(outputs[1])),
+            )
+
+
 def main() -> int:
     compiled = compile_only(
         *(getattr(kernels, name) for name in KERNELS),
-        *(getattr(experts_triton, name) for name in EXPERTS),
+        *(getattr(module, name) for module, name in EXPERTS),
         triton_quantize._quantize_kernel,
         triton_quantize._scale_kernel,
         row_kernel,
@@ -151,6 +190,8 @@ def main() -> int:
             for hidden in (576, 588, 4096) if dtype == torch.bfloat16 else (576, 4096):
                 call_all(dtype, hidden, fp8=capability >= 89)
             call_experts(dtype, dtype, capability)
+            call_gpt_oss(dtype, capability, mxfp4=True)
+        call_gpt_oss(torch.bfloat16, capability, mxfp4=False)
         call_experts(torch.bfloat16, torch.int8, capability)
         if capability >= 89:
             call_experts(torch.bfloat16, torch.float8_e4m3fn, capability)

@@ -46,6 +46,7 @@ OTHER_NAMES = {
         "mlp.gate_up_proj": "ffn_up",
     },
     "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
+    "gpt-oss": {"post_attention_layernorm": "post_attention_norm"},
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
 ARCHITECTURES = {
@@ -55,6 +56,7 @@ ARCHITECTURES = {
     "ministral3": "mistral3",
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
 }
 PERMUTED = ("llama", "granite", "smollm3", "mistral3", "granitemoe")
 CASES = {
@@ -170,6 +172,24 @@ CASES = {
                 "mscale": 1.0,
                 "mscale_all_dim": 0.5,
                 "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "intermediate_size": 128,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
             },
         },
     ),
@@ -318,12 +338,19 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
         writer.add_expert_used_count(config.num_experts_per_tok)
     if arch == "qwen3moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if arch == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+        writer.add_sliding_window(config.sliding_window)
 
 
 def published(model: Any) -> dict[str, torch.Tensor]:
     """The model's weights by the names that `Checkpoint` has for them, to be read and written."""
     state = {}
+    of_gpt_oss = model.config.model_type == "gpt_oss"
     for name, tensor in model.state_dict().items():
+        if of_gpt_oss and ".mlp.experts." in name:
+            state |= _in_turn(*name.split(".experts."), tensor)
+            continue
         name = name.replace("block_sparse_moe", "mlp").replace("mlp.router", "mlp.gate")
         module, _, kind = name.rpartition(".")
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
@@ -334,6 +361,18 @@ def published(model: Any) -> dict[str, torch.Tensor]:
         else:
             state[name] = tensor
     return state
+
+
+def _in_turn(module: str, own: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """gpt-oss's experts: inputs before outputs, gates and ups in turn."""
+    projection, _, kind = own.partition("_proj")
+    parts = ("gate", "up") if projection == "gate_up" else (projection,)
+    stacked = tensor if kind else tensor.transpose(1, 2)
+    return {
+        f"{module}.experts.{number}.{part}_proj.{kind[1:] or 'weight'}": expert[place :: len(parts)]
+        for number, expert in enumerate(stacked)
+        for place, part in enumerate(parts)
+    }
 
 
 def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) -> Any:
@@ -356,7 +395,7 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
         writer.kv_data[0].pop(f"{arch}.{key}", None)
         if value is not None:
             writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
-    (byte_level if family.startswith("qwen") else sentencepiece)(writer, config.vocab_size)
+    (byte_level if family.startswith(("qwen", "gpt")) else sentencepiece)(writer, config.vocab_size)
     state = published(model)
     names = NAMES | OTHER_NAMES.get(arch, {})
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -368,12 +407,19 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
         layer = module.split(".")[2] if module.startswith("model.layers.") else None
         part = module.split(".", 3)[3] if layer else module
         values = state[name].numpy().copy()
+        if kind == "sinks":
+            writer.add_tensor(f"blk.{layer}.attn_sinks.weight", values)
+            continue
         if arch in PERMUTED and (count := heads.get(part.rpartition(".")[2])):
             values = permuted(values, count)
         if arch == "gemma3" and part.endswith("norm"):
             values += 1
         stored, restored, kind_of = values, values, None
-        if part.endswith(("v_proj", "down_proj")) and values.ndim > 1:
+        if arch == "gpt-oss" and part.startswith("mlp.experts.") and values.ndim > 1:
+            kind_of = gguf.GGMLQuantizationType.MXFP4
+            stored = gguf.quantize(values, kind_of)
+            restored = gguf.dequantize(stored, kind_of)
+        elif part.endswith(("v_proj", "down_proj")) and values.ndim > 1:
             stored = restored = values.astype(np.float16)
         elif values.ndim > 1 and part != "mlp.gate":
             stored, restored = q8_0(values)
@@ -381,7 +427,7 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
         if part.startswith("mlp.experts."):
             number, projection = part.split(".")[2:]
             target = f"blk.{layer}.{names[f'mlp.{projection}']}"
-            target += f".{number}.weight" if changes.get("split") else "_exps.weight"
+            target += f".{number}.{kind}" if changes.get("split") else f"_exps.{kind}"
             if target == changes.get("without"):
                 continue
             stacks.setdefault(target, []).append((stored, kind_of))
@@ -401,6 +447,8 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
         writer.add_tensor(target, stored[0] if changes.get("split") else stored, raw_dtype=experts[0][1])
     for name in changes.get("extra", ()):
         writer.add_tensor(name, np.zeros(4, dtype=np.float32))
+    if arch == "gpt-oss":
+        config.quantization_config = {"quant_method": "mxfp4"}
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

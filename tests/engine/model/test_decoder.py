@@ -86,6 +86,16 @@ MINISTRAL3 = {
     "llama_4_scaling_beta": 0.1,
 }
 
+GPT_OSS = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+
 # Windows are shorter than the prompts, and one is shorter than a branch of the tree is deep.
 FAMILIES = [
     ("mistral", {"sliding_window": None}),
@@ -171,6 +181,16 @@ FAMILIES = [
         },
     ),
     ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4, "hidden_size": 64}),
+    (
+        "gpt_oss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 30,
+            "swiglu_limit": 1.5,
+            "rope_parameters": GPT_OSS,
+        },
+    ),
     ("granitemoe", {"num_local_experts": 5, "residual_multiplier": 0.22, "logits_scaling": 4.0}),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def config_of(family: str, **overrides: Any) -> Any:
     return model.config
 
 
+def gpt_oss() -> Experts:
+    """With biases, and a clamp that many gates and ups are beyond."""
+    config = config_of(
+        "gpt_oss",
+        num_local_experts=COUNT,
+        num_experts_per_tok=CHOSEN,
+        intermediate_size=WIDTH,
+        swiglu_limit=1.5,
+    )
+    return filled(Experts(ModelConfig.from_hf(config), torch.float32, F.silu))
+
+
 def experts(dtype: torch.dtype = torch.float32, *, renormalised: bool = True) -> Experts:
     config = config_of(
         "qwen3_moe",
@@ -37,7 +50,10 @@ def experts(dtype: torch.dtype = torch.float32, *, renormalised: bool = True) ->
         moe_intermediate_size=WIDTH,
         norm_topk_prob=renormalised,
     )
-    found = Experts(ModelConfig.from_hf(config), dtype, F.silu)
+    return filled(Experts(ModelConfig.from_hf(config), dtype, F.silu))
+
+
+def filled(found: Experts) -> Experts:
     generator = torch.Generator().manual_seed(3)
     for parameter in found.parameters():
         parameter.data.normal_(std=0.4, generator=generator)
@@ -53,22 +69,31 @@ def by_definition(layer: Experts, x: Tensor) -> Tensor:
     gate_up = layer.gate_up.double().view(COUNT, 2, WIDTH, HIDDEN)
     down = layer.down.double().view(COUNT, HIDDEN, WIDTH)
     y = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
+    biases = [torch.zeros(size) for size in (COUNT, COUNT * 2 * WIDTH, COUNT * HIDDEN)]
+    if layer.router_bias is not None:
+        biases = [layer.router_bias, layer.gate_up_bias, layer.down_bias]
+    router_bias, gate_up_bias, down_bias = (bias.double().view(COUNT, -1) for bias in biases)
     for row, values in enumerate(x.double()):
-        shares = (layer.router.double() @ values).softmax(0)
+        shares = (layer.router.double() @ values + router_bias[:, 0]).softmax(0)
         best = shares.argsort(descending=True)[:CHOSEN]
         total = shares[best].sum() if layer.renormalised else 1.0
         for expert in best:
-            gate, up = gate_up[expert] @ values
-            y[row] += shares[expert] / total * (down[expert] @ (F.silu(gate) * up))
+            gate, up = gate_up[expert] @ values + gate_up_bias[expert].view(2, WIDTH)
+            inner = F.silu(gate) * up
+            if layer.clamp is not None:
+                gate, up = gate.clamp(max=layer.clamp.limit), up.clamp(-layer.clamp.limit, layer.clamp.limit)
+                inner = (up + 1) * gate / (1 + torch.exp(-layer.clamp.alpha * gate))
+            y[row] += shares[expert] / total * (down[expert] @ inner + down_bias[expert])
     return y
 
 
-@pytest.mark.parametrize("renormalised", [True, False])
-def test_a_row_is_the_weighted_sum_of_its_experts(renormalised: bool) -> None:
-    layer, x = experts(renormalised=renormalised), some_rows(19)
+@pytest.mark.parametrize("kind", [True, False, "gpt_oss"])
+def test_a_row_is_the_weighted_sum_of_its_experts(kind: bool | str) -> None:
+    layer, x = gpt_oss() if kind == "gpt_oss" else experts(renormalised=bool(kind)), some_rows(19)
     wanted = by_definition(layer, x)
     torch.testing.assert_close(layer(x).double(), wanted, atol=1e-5, rtol=1e-5)
-    chosen, weights = route(x, layer.router, CHOSEN, renormalised=renormalised)
+    given = {"renormalised": layer.renormalised, "bias": layer.router_bias}
+    chosen, weights = route(x, layer.router, CHOSEN, **given)
     found = layer.everywhere(x, chosen, weights)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
     layer.pack()
@@ -105,8 +130,9 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
 
 
 @needs_int8
-def test_in_int8_a_row_is_the_same_alone() -> None:
-    layer, x = experts(), some_rows(40)
+@pytest.mark.parametrize("make", [experts, gpt_oss])
+def test_in_int8_a_row_is_the_same_alone(make: Callable[[], Experts]) -> None:
+    layer, x = make(), some_rows(40)
     plain = layer(x)
     layer.quantize("int8")
     found = layer(x)

@@ -15,17 +15,10 @@ pytest.importorskip("triton")
 
 from engine.model import experts_triton, products_tuning
 from engine.model.experts import Experts
+from engine.model.experts_choice_triton import Assignments, assign, choose
 from engine.model.experts_shapes import ExpertsShape, Tile, experts_shape
-from engine.model.experts_triton import (
-    Assignments,
-    assign,
-    choose,
-    expert_products,
-    experts_parts,
-    join_experts,
-    shape_for,
-)
-from engine.model.families import ExpertsConfig
+from engine.model.experts_triton import expert_products, experts_parts, join_experts, shape_for
+from engine.model.families import Clamp, ExpertsConfig
 from engine.model.fused_triton import Ways
 from engine.model.product_shapes import MOST_ROWS, Around
 from engine.model.products_tuning import tune_products
@@ -50,29 +43,49 @@ def some(*lengths: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def mixture(
-    count: int, chosen: int, hidden: int, width: int, dtype: torch.dtype, *, renormalised: bool = True
+    count: int,
+    chosen: int,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    renormalised: bool = True,
+    clamp: Clamp | None = None,
 ) -> Experts:
-    config: Any = SimpleNamespace(
-        hidden_size=hidden, experts=ExpertsConfig(count, chosen, width, renormalised, (True,))
-    )
-    experts = Experts(config, dtype, F.silu)
+    """With biases where there is a clamp."""
+    found = ExpertsConfig(count, chosen, width, renormalised, (True,), clamp is not None, clamp)
+    experts = Experts(SimpleNamespace(hidden_size=hidden, experts=found), dtype, F.silu)  # type: ignore[arg-type]
     for name, size, seed in (("router", hidden, 1), ("gate_up", hidden, 2), ("down", width, 3)):
         shape = getattr(experts, name).shape
         getattr(experts, name).data = (some(*shape, seed=seed) / size**0.5).to(dtype)
+        if clamp is not None:
+            getattr(experts, f"{name}_bias").data = some(shape[0], seed=seed).to(dtype)
     return experts.to(DEVICE)
 
 
 def wanted(experts: Experts, x: Tensor, activation: str = "silu") -> Tensor:
     """[T, hidden] in float64."""
     count, hidden, width = experts.count, experts.hidden, experts.width
-    shares, chosen = (x.double() @ experts.router.double().T).softmax(-1).topk(experts.chosen)
+    biases = (experts.router_bias, experts.gate_up_bias, experts.down_bias)
+    router_bias, gate_up_bias, down_bias = (
+        torch.zeros(1, 1, device=DEVICE).double() if bias is None else bias.double().view(count, -1)
+        for bias in biases
+    )
+    logits = x.double() @ experts.router.double().T + router_bias.T
+    shares, chosen = logits.softmax(-1).topk(experts.chosen)
     if experts.renormalised:
         shares = shares / shares.sum(-1, keepdim=True)
     gate_up = experts.gate_up.double().view(count, 2 * width, hidden)
-    every = torch.einsum("th,ewh->tew", x.double(), gate_up)
+    every = torch.einsum("th,ewh->tew", x.double(), gate_up) + gate_up_bias
     gate, up = every.chunk(2, -1)
     inner = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
-    out = torch.einsum("tew,ehw->teh", inner, experts.down.double().view(count, hidden, width))
+    if experts.clamp is not None:
+        limit, alpha = experts.clamp
+        assert (up > limit).any()
+        assert (up < -limit).any()
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        inner = (up + 1) * gate * torch.sigmoid(alpha * gate)
+    out = torch.einsum("tew,ehw->teh", inner, experts.down.double().view(count, hidden, width)) + down_bias
     return (out.gather(1, chosen[..., None].expand(-1, -1, hidden)) * shares[..., None]).sum(1)
 
 
@@ -103,7 +116,8 @@ def test_a_layer_is_the_sum_of_each_rows_experts(
 ) -> None:
     """Added to the residual stream, whose norm comes out."""
     short = dtype == torch.bfloat16
-    experts = mixture(count, chosen, hidden, width, dtype, renormalised=rows != 64)
+    clamp = Clamp(1.5, 1.702) if count in (5, 16) else None
+    experts = mixture(count, chosen, hidden, width, dtype, renormalised=rows != 64, clamp=clamp)
     y, x, norm = some(rows, hidden, dtype=dtype), some(rows, hidden, seed=5), some(hidden, seed=6)
     for activation in ("silu", "gelu_tanh") if rows == 3 else ("silu",):
         want = x.to(dtype).double() + 0.25 * wanted(experts, y, activation)
@@ -303,7 +317,7 @@ def test_on_cuda_a_mixtures_weights_are_what_is_quantised(monkeypatch: pytest.Mo
     here, there = mixture(3, 1, 32, 32, torch.float32), mixture(3, 1, 32, 32, torch.float32)
     router = there.router.clone()
     there.quantize_weights("int8")
-    on_cuda = SimpleNamespace(gate_up=SimpleNamespace(device=torch.device("cuda")))
+    on_cuda = SimpleNamespace(gate_up=SimpleNamespace(device=torch.device("cuda")), gate_up_scales=None)
     on_cuda.quantize_weights = lambda kind: asked.append(kind)
     asked: list[str] = []
     Experts.quantize(on_cuda, "fp8")  # type: ignore[arg-type]

@@ -358,7 +358,7 @@ def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path))
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     supported = str(refusal.value).rpartition(": ")[2].split(", ")
-    assert len(supported) == 16
+    assert len(supported) == 17
     assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})

@@ -11,11 +11,12 @@ import torch
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.config import ModelConfig
-from engine.model.gguf import GgufFile
-from engine.model.gguf_experts import expert_tensors
+from engine.model.gguf import GgufFile, _end_tokens
+from engine.model.gguf_experts import expert_tensors, experts_config
 from engine.model.gguf_header import GgufTensor
+from engine.model.mxfp4 import dequantized
 from engine.model.weights import Checkpoint, resolve_model
-from tests.engine.model.gguf_files import published, write
+from tests.engine.model.gguf_files import CASES, published, write
 from tests.support import greedy, greedy_reference, make_engine, run_all
 
 MIXTRAL = {"num_local_experts": 3}
@@ -26,6 +27,9 @@ OLMOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
+
+
+GPT_OSS = CASES["gpt_oss"][1]
 
 
 def described(path: Path, family: str, overrides: dict[str, Any], **stated: Any) -> ModelConfig:
@@ -149,6 +153,74 @@ def test_experts_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
     shown = r"blk\.0\.ffn_gate_shexp\.weight, blk\.0\.ffn_up_exps\.scale"
     with pytest.raises(WeightsError, match=rf"unexpected \(2\): {shown}$"):
         make_engine(path)
+
+
+def test_experts_in_4_bits_are_read_as_kernels_take_them(tmp_path: Path) -> None:
+    """The file's numbers in another order, none of them dequantised; what is not in 4 bits as ever."""
+    path = tmp_path / "tiny.gguf"
+    model = write(path, "gpt_oss", GPT_OSS)
+    folder = resolve_model(str(path))
+    whole, packed = Checkpoint(folder), Checkpoint(folder, mxfp4=True)
+    experts = "model.layers.1.mlp.experts.4."
+    assert packed.names - whole.names == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{kind}"
+        for layer in range(2)
+        for expert in range(5)
+        for part in ("gate", "up", "down")
+        for kind in ("blocks", "scales")
+    }
+    codes, words = (packed.get(f"{experts}up_proj.{kind}") for kind in ("blocks", "scales"))
+    for name, tensor in (("blocks", codes), ("scales", words)):
+        assert packed.shape(f"{experts}up_proj.{name}") == tuple(tensor.shape)
+    scales = torch.stack((words[0] & 255, words[0] >> 16 & 255), dim=1)
+    found = dequantized(torch.cat((codes & 15, codes >> 4), 1), scales)
+    assert torch.equal(found, published(model)[f"{experts}up_proj.weight"])
+    assert torch.equal(packed.get(f"{experts}up_proj.bias"), whole.get(f"{experts}up_proj.bias"))
+
+
+def test_experts_in_4_bits_and_others_are_all_dequantised(tmp_path: Path) -> None:
+    """And what other mixtures have in MXFP4 is as good as gpt-oss's."""
+    path = tmp_path / "tiny.gguf"
+    write(path, "gpt_oss", GPT_OSS)
+    folder = resolve_model(str(path))
+    index = json.loads((folder / "gguf.json").read_text())
+    experts = {name: each for name, each in index["tensors"].items() if ".experts." in name}
+    header = {f"blk.0.ffn_{part}_exps.weight": GgufTensor("MXFP4", (4, 64, 64), 0, 8704) for part in "abc"}
+    header["blk.0.ffn_gate_inp.weight"] = GgufTensor("F32", (4, 64), 0, 1024)
+    own = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    assert experts_config(own, "qwen3moe", header)["quantization_config"] == {"quant_method": "mxfp4"}
+    header["blk.0.ffn_a_exps.weight"] = GgufTensor("Q8_0", (4, 64, 64), 0, 17408)
+    assert "quantization_config" not in experts_config(own, "qwen3moe", header)
+    one = next(name for name in experts if name.endswith(".weight"))
+    index["tensors"][one]["type"] = "Q8_0"
+    (folder / "gguf.json").write_text(json.dumps(index))
+    assert not any(name.endswith(".blocks") for name in Checkpoint(folder, mxfp4=True).names)
+
+
+def test_gpt_oss_has_what_its_metadata_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    config = described(path, "gpt_oss", GPT_OSS)
+    assert config.windows == (5, None)
+    assert config.experts is not None
+    assert config.experts.clamp == (7.0, 1.702)
+    config = described(path, "gpt_oss", GPT_OSS, attention__sliding_window_pattern=[False, True])
+    assert config.windows == (None, 5)
+    config = described(path, "gpt_oss", GPT_OSS, attention__sliding_window_pattern=1)
+    assert config.windows == (None, None)
+    with pytest.raises(ModelError, match="sliding_window_pattern names 1 layers of 2"):
+        described(path, "gpt_oss", GPT_OSS, attention__sliding_window_pattern=[True])
+
+
+@pytest.mark.parametrize("harmony", [True, False])
+def test_a_message_of_gpt_oss_ends_without_ending_the_answer(harmony: bool) -> None:
+    tokens = ["a", "<|end|>", "<|return|>", "<|call|>" if harmony else "b", "<|endoftext|>"]
+    fields = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1, 3, 3, 3, 3],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 1,
+    }
+    assert set(_end_tokens(fields)) == ({2, 3} if harmony else {2, 1, 4})
 
 
 def test_what_is_not_stacked_keeps_its_name() -> None:

@@ -14,8 +14,10 @@ from engine.errors import ConfigError, ModelError
 from engine.loader import load
 from engine.model import info as module
 from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
 from engine.model.info import describe
 from engine.model.weights import resolve_model
+from tests.engine.model.mxfp4_files import published
 from tests.support import make_engine, save_model, tiny_model
 
 CPU = torch.device("cpu")
@@ -43,6 +45,7 @@ CPU = torch.device("cpu")
         ("qwen3_moe", {"mlp_only_layers": [1], "num_experts": 9, "moe_intermediate_size": 24}),
         ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "hidden_size": 64}),
         ("granitemoe", {"num_local_experts": 5}),
+        ("gpt_oss", {"num_local_experts": 5}),
     ],
 )
 def test_parameters_are_counted_as_transformers_does(
@@ -54,6 +57,24 @@ def test_parameters_are_counted_as_transformers_does(
     assert found.architecture == type(model).__name__
     if family == "mistral":
         assert (found.window, found.num_windowed) == (32, 2)
+
+
+def test_experts_in_4_bits_are_counted_so_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = published(tmp_path)
+    monkeypatch.setattr(module, "device_memory", lambda device: ("a GPU", 1 << 30))
+    found, config = describe(tmp_path, torch.device("cuda")), ModelConfig.from_folder(tmp_path)
+    assert found.stored_as == "mxfp4"
+    assert found.parameters == model.num_parameters()
+    experts = model.model.layers[0].mlp.experts
+    idle = sum(each[0].numel() for each in experts.parameters()) * 2
+    assert found.active_parameters == found.parameters - 2 * idle  # of five experts two, in two layers
+    for memory, dtype in zip(found.memory, (torch.float32, torch.bfloat16), strict=True):
+        decoder = Decoder(config, dtype, 64, mxfp4=True)
+        assert memory.weight_bytes == sum(parameter.nbytes for parameter in decoder.parameters())
+    assert [memory.weight_bytes for memory in describe(tmp_path, CPU).memory] == [
+        found.parameters * 4,
+        found.parameters * 2,
+    ]
 
 
 def test_memory_is_what_the_engine_allocates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

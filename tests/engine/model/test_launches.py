@@ -17,7 +17,7 @@ from engine.attention.base import AttentionInput
 from engine.attention.triton import TritonAttention
 from engine.attention.triton_tiles import Kind, Tile
 from engine.cache.pool import KVPool
-from engine.model import experts_triton, triton_kernels, triton_products
+from engine.model import triton_kernels, triton_products
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.fused_triton import Ways
@@ -35,7 +35,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         kernels = [(triton_kernels, name) for name in KERNELS]
-        kernels += [(experts_triton, name) for name in EXPERTS]
+        kernels += EXPERTS
         kernels += [(triton_products, name) for name in ("row_kernel", "rows_kernel", "streamed_kernel")]
         for module, name in [*kernels, *((attention_module, n) for n in ("attend_kernel", "join_kernel"))]:
             monkeypatch.setattr(module, name, _Kernel(name, self.counts))
