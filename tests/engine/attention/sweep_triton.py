@@ -43,6 +43,7 @@ def shapes() -> Iterator[Shape]:
                         window=draw.choice((None, None, 7, 90, 300)),
                         rotary=draw.choice(("", "whole", "part", "norm", "offset")) if tree else "",
                         dtype=draw.choice(DTYPES),
+                        sinks=draw.random() < 0.3,
                     )
 
 

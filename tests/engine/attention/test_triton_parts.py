@@ -70,6 +70,7 @@ def test_parts_at_random(seed: int) -> None:
         head_dim=16,
         block_size=draw.choice((4, 16)),
         window=draw.choice((None, None, 1, 5, 16, 40, 70)),
+        sinks=seed % 3 == 0,
     )
     tile = TILE._replace(
         rows=draw.choice((16, 32)), joins=draw.random() < 0.2, least_keys=draw.choice((16, 32, 40))

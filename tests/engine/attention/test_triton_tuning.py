@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +274,14 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(triton_tuning, "_CACHED", 300)  # enough to be split
     monkeypatch.setattr(triton_tuning, "_CHUNK", 40)
     outputs: list[torch.Tensor] = []
+    given: set[bool] = set()
+    attend = TritonAttention.attend
+
+    def noted(self: TritonAttention, *args: Any, sinks: Tensor | None) -> Tensor:
+        given.add(sinks is not None)
+        return attend(self, *args, sinks=sinks)
+
+    monkeypatch.setattr(TritonAttention, "attend", noted)
 
     def clock(run: Callable[[], object]) -> float:
         # One of each: a tree, a chunk, a tree rotated apart, whose parts are joined, both, with longer parts.
@@ -288,6 +297,7 @@ def test_what_is_measured_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     shape = replace(SHAPE, frequencies=32, **({flag: True} if flag else {}))
     tuned_tiles(shape, DEVICE, tmp_path, most_nodes=1, clock=clock)
     assert [len(found) for found in outputs if len(found)] == [1, 40, 1, 1, 1, 1]
+    assert given == {flag == "sinks"}
 
 
 def test_a_device_that_joins_parts_wrongly_has_a_second_kernel(

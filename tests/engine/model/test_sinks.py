@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import loader
 from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
+from engine.config import EngineConfig
 from engine.errors import WeightsError
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
@@ -70,6 +73,20 @@ def test_layers_of_triton_pass_them_on(tmp_path: Path, monkeypatch: pytest.Monke
     for attention in (*ways, SdpaAttention(config.group, windows=windows)):
         for found, one in zip(run_both(decoder, attention), wanted, strict=True):
             torch.testing.assert_close(found, one, atol=5e-5, rtol=5e-5)
+
+
+def test_attention_is_measured_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from engine.attention import triton_tuning
+
+    asked: list[bool] = []
+    monkeypatch.setattr(loader, "_why_not_triton", lambda device: None)
+    monkeypatch.setattr(triton_tuning, "tuned_tiles", lambda shape, *_, **__: asked.append(shape.sinks) or {})
+    save_model(model_with_sinks("qwen2", monkeypatch), tmp_path)
+    config = ModelConfig.from_folder(tmp_path)
+    for model in (config, replace(config, sinks=False)):
+        loader._attention(EngineConfig(), model, torch.float32, torch.device("cuda"), None, 8)
+    assert asked == [True, False]
 
 
 @needs_int8
