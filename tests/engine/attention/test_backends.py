@@ -295,9 +295,12 @@ def test_a_sink_takes_its_share_and_brings_no_value(
 
 
 @backends
-@pytest.mark.parametrize("size", [3, 80])
-def test_sinks_in_bfloat16(backend: str, size: int) -> None:
-    step = make_step(scattered_tables(2, 50), [400, 30], size)
+@pytest.mark.parametrize(
+    ("lengths", "size"), [([400, 30], 3), ([400, 30], 80), ([400], 3), ([30, 17], 3)], ids=str
+)
+def test_sinks_in_bfloat16(backend: str, lengths: list[int], size: int) -> None:
+    """Long sequences and short ones, together and by themselves."""
+    step = make_step(scattered_tables(len(lengths), 50), lengths, size)
     pool = KVPool(
         num_layers=1,
         num_blocks=step.pool.num_blocks,
