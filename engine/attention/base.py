@@ -111,6 +111,7 @@ class Rotary(NamedTuple):
         norm: [(heads + kv_heads) * head_dim], weight of an RMSNorm of each head before that; None without.
         eps: added to its mean squares.
         offset: it multiplies by 1 + weight.
+        after: it comes after the rotation, not before.
     """
 
     cos: Tensor
@@ -118,6 +119,12 @@ class Rotary(NamedTuple):
     norm: Tensor | None = None
     eps: float = 0.0
     offset: bool = False
+    after: bool = False
+
+    @property
+    def kind(self) -> int:
+        """As kernels are told of the norm: 0 is none, 1 before the rotation, 2 after it."""
+        return 0 if self.norm is None else 1 + self.after
 
 
 @runtime_checkable

@@ -236,7 +236,7 @@ class TritonAttention:
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
             HALF=half,
-            NORM=norm is not None,
+            NORM=0 if rotary is None else rotary.kind,
             OFFSET=rotary is not None and rotary.offset,
             BLOCK_SIZE=pool.block_size,
             BLOCK_M=tile.rows,

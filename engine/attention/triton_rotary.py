@@ -29,7 +29,8 @@ def turned(
 ):
     """Rows of queries or keys as they enter the products, [R, BLOCK_D]: normed, rotated and rounded.
 
-    A channel's partner in the rotation is loaded beside it. Without HALF rows are taken as they are.
+    They are normed before or after they are rotated, or not at all (NORM: `Rotary.kind`). A channel's partner
+    in the rotation is loaded beside it. Without HALF rows are taken as they are.
 
     Args:
         at: [R], where a row lies; inside: [R], whether it is there at all; position: [R], of its token.
@@ -45,7 +46,7 @@ def turned(
         turning = inside[:, None] & (channel < 2 * HALF)[None, :]
         y = tl.load(ptr + at[:, None] + partner[None, :], mask=turning, other=0.0).to(tl.float32)
         x = x.to(tl.float32)
-        if NORM:
+        if NORM == 1:
             shrink = (1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps))[:, None]
             weight = tl.load(norm_ptr + norm_at[:, None] + channel[None, :], mask=there, other=0.0)
             other = tl.load(norm_ptr + norm_at[:, None] + partner[None, :], mask=turning, other=0.0)
@@ -59,6 +60,14 @@ def turned(
         cos = tl.load(cos_ptr + angle, mask=turning, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + angle, mask=turning, other=0.0).to(tl.float32)
         x = (x * cos + y * sin).to(kind)
+        if NORM == 2:
+            x = x.to(tl.float32)
+            shrink = (1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps))[:, None]
+            weight = tl.load(norm_ptr + norm_at[:, None] + channel[None, :], mask=there, other=0.0)
+            weight = weight.to(tl.float32)
+            if OFFSET:
+                weight += 1.0
+            x = (x * shrink * weight).to(kind)
     return x
 
 

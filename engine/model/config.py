@@ -48,6 +48,7 @@ class ModelConfig:
         norms: of a layer's two blocks: before each ("pre"), on each one's output ("post"), or both.
         norm_offset: norms multiply by 1 + weight.
         qk_norm: queries and keys are normed per head ("head"), over all heads ("projection") or not.
+        qk_norm_last: after they are rotated, not before; of heads that are rotated whole.
         fused: the checkpoint holds gate and up in one matrix ("gate_up"), q, k and v in another too ("all").
         renamed: by what others call a module of a layer, such as Gemma 3 its four norms, what this does.
         windows: for each layer, how many positions a query sees, its own counted; None is all before it.
@@ -86,6 +87,7 @@ class ModelConfig:
     norms: Literal["pre", "post", "both"] = "pre"
     norm_offset: bool = False
     qk_norm: Literal["none", "head", "projection"] = "none"
+    qk_norm_last: bool = False
     fused: Literal["none", "gate_up", "all"] = "none"
     renamed: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False

@@ -53,7 +53,7 @@ class DecoderLayer(nn.Module):
         before, after = config.norms != "post", config.norms != "pre"
         self.input_norm = norm(before)
         self.qkv_proj = Linear(hidden, q_size + 2 * kv_size, bias=config.qkv_bias, dtype=dtype)
-        self.qk_norm = _qk_norm(config, dtype)
+        self.qk_norm, self.qk_norm_last = _qk_norm(config, dtype), config.qk_norm_last
         self.sinks: nn.Parameter | None = None
         if config.sinks:
             self.sinks = nn.Parameter(torch.empty(config.num_heads, dtype=dtype), requires_grad=False)
@@ -86,9 +86,11 @@ class DecoderLayer(nn.Module):
         y = x if self.input_norm is None else self.input_norm(x)
         qkv = self.qkv_proj(y).view(-1, heads + 2 * kv_heads, self.head_dim)
         qk = qkv[:, : heads + kv_heads]
-        if self.qk_norm is not None:
+        if self.qk_norm is not None and not self.qk_norm_last:
             qk = self.qk_norm(qk)
         qk = self.rotate(qk, cos, sin)
+        if self.qk_norm is not None and self.qk_norm_last:
+            qk = self.qk_norm(qk)
         q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
         mixed = attention.attend(self.index, q, k, v, sinks=self.sinks)
         x = self._add(x, self.o_proj, mixed, self.attention_output_norm)

@@ -217,6 +217,27 @@ def _glm4(config: Any) -> dict[str, Any]:
     return {**_glm(config), "norms": "both", "renamed": renamed}
 
 
+def _hunyuan(config: Any) -> dict[str, Any]:
+    rope, size = config.rope_parameters, head_dim_of(config)
+    if rope.get("rope_type") == "dynamic" and (alpha := rope.get("alpha")):  # which depends on no length
+        rope = {
+            "rope_type": "default",
+            "rope_theta": rope["rope_theta"] * alpha ** (size / (size - 2)),
+        }
+    bias = bool(config.attention_bias)
+    return {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "rope": rope_of(config, rope),
+        "qk_norm": "head",
+        "qk_norm_last": True,
+        "renamed": {
+            "self_attn.q_norm": "self_attn.query_layernorm",
+            "self_attn.k_norm": "self_attn.key_layernorm",
+        },
+    }
+
+
 def _granite(config: Any) -> dict[str, Any]:
     return {
         **_llama(config),
@@ -328,6 +349,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Ernie4_5ForCausalLM": _ernie4_5,
     "Ernie4_5_ForCausalLM": _ernie4_5,  # as first published
     "SeedOssForCausalLM": _seed_oss,
+    "HunYuanDenseV1ForCausalLM": _hunyuan,
     "GraniteForCausalLM": _granite,
     "MixtralForCausalLM": _mixtral,
     "Qwen3MoeForCausalLM": _qwen3_moe,

@@ -271,7 +271,7 @@ class FusedLayers:
         qk, v = qkv[:, :rotated], qkv[:, rotated:]
         rotary = Rotary(table.cos, table.sin)
         if isinstance(norm, HeadNorm) and table.cos.shape[1] == layer.head_dim:
-            rotary = Rotary(table.cos, table.sin, norm.weight, norm.eps, norm.offset)
+            rotary = Rotary(table.cos, table.sin, norm.weight, norm.eps, norm.offset, layer.qk_norm_last)
         elif norm is not None:
             qk = norm(qk)
         q, k = qk[:, :heads], qk[:, heads:]

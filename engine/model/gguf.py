@@ -51,6 +51,7 @@ _ARCHITECTURES = {
     "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
     "exaone4": ("Exaone4ForCausalLM", "exaone4"),
     "ernie4_5": ("Ernie4_5ForCausalLM", "ernie4_5"),
+    "hunyuan-dense": ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
     "glm4": ("Glm4ForCausalLM", "glm4"),  # as of 0414; GLM-Z1 too
     "mistral3": ("MistralForCausalLM", "mistral"),  # Mistral Small 3.1; Ministral 3 where queries are scaled
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
@@ -89,6 +90,8 @@ _NAMES = {
     "gemma3": _LAYER_NAMES | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
     "olmo2": _LAYER_NAMES | _POST_NORMS,
     "exaone4": _LAYER_NAMES | _POST_NORMS,
+    "hunyuan-dense": _LAYER_NAMES
+    | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
     "glm4": _LAYER_NAMES
     | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
     | {"ffn_up": "mlp.gate_up_proj"},

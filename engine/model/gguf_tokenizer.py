@@ -42,6 +42,11 @@ _GPT4O = (
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CHINESE_JAPANESE = r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+)
 _DIGIT = r"\p{N}"
 _CHINESE_KOREAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _CASED = (  # letters that are of some case, of some blocks
@@ -73,6 +78,7 @@ _SPLITS = {
     "gpt-4o": (_GPT4O,),  # Phi-4-mini
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE_KOREAN, _DIGIT),
     "deepseek-llm": (r"[\r\n]", rf"\s?[{_CASED}]+", rf"\s?[{_MARKS}]+", r"\s+$", _CHINESE_KOREAN, _DIGIT),
+    "hunyuan-dense": (r"\p{N}{1,3}", _CHINESE_JAPANESE, _DEEPSEEK3),
     "gpt-2": (_GPT2,),
     "olmo": (_GPT2,),  # OLMoE
     "exaone4": (_GPT2,),

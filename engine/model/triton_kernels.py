@@ -273,6 +273,9 @@ def _rotate_kernel(
     second = tl.load(qk_ptr + at + HALF, mask=inside, other=0.0)
     kind = first.dtype
     first, second = first.to(tl.float32), second.to(tl.float32)
+    if NORM == 2:
+        first, second = first * cos - second * sin, second * cos + first * sin
+        first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
     if NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         scale = (1.0 / tl.sqrt(squares / HEAD_DIM + eps))[:, None]
@@ -284,12 +287,14 @@ def _rotate_kernel(
             second_weight += 1.0
         first = (first * scale * first_weight).to(kind).to(tl.float32)
         second = (second * scale * second_weight).to(kind).to(tl.float32)
-    tl.store(qk_ptr + at, (first * cos - second * sin).to(kind), mask=inside)
-    tl.store(qk_ptr + at + HALF, (second * cos + first * sin).to(kind), mask=inside)
+    if NORM != 2:
+        first, second = first * cos - second * sin, second * cos + first * sin
+    tl.store(qk_ptr + at, first.to(kind), mask=inside)
+    tl.store(qk_ptr + at + HALF, second.to(kind), mask=inside)
 
 
 def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
-    """Rotary embedding of queries and keys in place, after the norm of each head where there is one.
+    """Rotary embedding of queries and keys in place, and the norm of each head where there is one.
 
     Args:
         qk: [T, heads, head_dim]; the last two dimensions are contiguous.
@@ -317,7 +322,7 @@ def rotate(qk: Tensor, positions: Tensor, rotary: Rotary) -> None:
         rotary.eps,
         HEAD_DIM=head_dim,
         HALF=half,
-        NORM=norm is not None,
+        NORM=rotary.kind,
         OFFSET=rotary.offset,
         BLOCK_HEADS=_HEADS_PER_PROGRAM,
         BLOCK_HALF=triton.next_power_of_2(half),

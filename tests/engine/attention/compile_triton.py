@@ -48,7 +48,7 @@ def cases(every: bool) -> Iterator[tuple[Shape, Kind]]:
                 )
         yield Shape((50,), 700, tree=False, group=4, kv_heads=8, head_dim=head_dim, **bf16), Kind(128, True)
     ragged = {"computed": (8, 3), "window": 64, "dtype": torch.float16}
-    for rotary in ("", "part", "offset"):
+    for rotary in ("", "part", "offset", "after"):
         yield Shape((300, 20), 8, tree=True, group=4, rotary=rotary, **ragged), Kind(32, False)
     exact = Shape((300,), 64, tree=True, group=4, head_dim=128, rotary="norm", dtype=torch.float32)
     yield exact, Kind(128, False)

@@ -41,7 +41,7 @@ def shapes() -> Iterator[Shape]:
                         head_dim=head_dim,
                         block_size=draw.choice((1, 8, 16, 32, 128, 256)),
                         window=draw.choice((None, None, 7, 90, 300)),
-                        rotary=draw.choice(("", "whole", "part", "norm", "offset")) if tree else "",
+                        rotary=draw.choice(("", "whole", "part", "norm", "offset", "after")) if tree else "",
                         dtype=draw.choice(DTYPES),
                         sinks=draw.random() < 0.3,
                     )

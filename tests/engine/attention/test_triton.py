@@ -139,6 +139,8 @@ ROTATED = [
     Shape((300, 0), 20, tree=True, window=30, kv_heads=1, group=4, rotary="offset"),
     Shape((140,), 6, tree=True, rotary="whole", dtype=torch.float16),
     Shape((37,), 20, tree=False, kv_heads=1, rotary="norm"),
+    Shape((37, 130), 9, tree=True, head_dim=80, rotary="after"),
+    Shape((140,), 6, tree=True, computed=(4,), rotary="after", dtype=torch.float16),
 ]
 
 

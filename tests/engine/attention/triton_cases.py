@@ -33,7 +33,8 @@ class Shape:
         tree: they are a random tree, not a chunk of a prompt.
         computed: of each sequence, how many of its N rows are computed; None for all, without an index.
         rotary: what the backend does to queries and keys: nothing (they come rotated), rotates them "whole"
-            or in "part", or norms each head before that, by its weight ("norm") or 1 + weight ("offset").
+            or in "part", or norms each head before that, by its weight ("norm") or 1 + weight ("offset"), or
+            after it ("after").
         sinks: each head has one.
     """
 
@@ -153,11 +154,11 @@ def make_rotary(shape: Shape, generator: torch.Generator) -> Rotary | None:
     positions = max(shape.lengths) + shape.size
     table = RotaryTable(RopeConfig(torch.rand(half, generator=generator), 1.1), positions, shape.dtype)
     cos, sin = table.cos.to(DEVICE), table.sin.to(DEVICE)
-    if shape.rotary not in ("norm", "offset"):
+    if shape.rotary not in ("norm", "offset", "after"):
         return Rotary(cos, sin)
     channels = (shape.kv_heads * shape.group + shape.kv_heads) * shape.head_dim
     weight = torch.randn(channels, generator=generator).to(DEVICE, shape.dtype)
-    return Rotary(cos, sin, weight, 1e-3, shape.rotary == "offset")
+    return Rotary(cos, sin, weight, 1e-3, shape.rotary == "offset", shape.rotary == "after")
 
 
 def make_sinks(shape: Shape, generator: torch.Generator) -> Tensor | None:
@@ -175,10 +176,14 @@ def turned(step: Step) -> tuple[Tensor, Tensor]:
         return step.q, step.k
     rotary, dtype = step.rotary, step.shape.dtype
     qk = torch.cat((step.q, step.k), 1).double()
-    if rotary.norm is not None:
-        weight = rotary.norm.double().view(1, *qk.shape[1:]) + rotary.offset
+
+    def normed(qk: Tensor, norm: Tensor) -> Tensor:
+        weight = norm.double().view(1, *qk.shape[1:]) + rotary.offset
         qk = qk / (qk.square().mean(-1, keepdim=True) + rotary.eps).sqrt() * weight
-        qk = qk.to(dtype).double()
+        return qk.to(dtype).double()
+
+    if rotary.norm is not None and not rotary.after:
+        qk = normed(qk, rotary.norm)
     positions = step.batch.positions().flatten()
     if step.batch.index is not None:
         positions = positions[step.batch.index]
@@ -186,6 +191,8 @@ def turned(step: Step) -> tuple[Tensor, Tensor]:
     size = cos.shape[-1]
     whole = qk[..., :size]
     qk = torch.cat((whole * cos + whole.roll(size // 2, -1) * sin, qk[..., size:]), -1).to(dtype)
+    if rotary.norm is not None and rotary.after:
+        qk = normed(qk.double(), rotary.norm).to(dtype)
     q, k = qk.split([step.q.shape[1], step.k.shape[1]], 1)
     return q, k
 

@@ -64,7 +64,9 @@ def call_all(dtype: torch.dtype, hidden: int, fp8: bool) -> None:
         rotary = Rotary(some(16, rotated), some(16, rotated))
         kernels.rotate(qk, positions, rotary)
         if rotated == head_dim:
-            kernels.rotate(qk, positions, rotary._replace(norm=some(heads * head_dim), offset=True))
+            normed = rotary._replace(norm=some(heads * head_dim))
+            kernels.rotate(qk, positions, normed._replace(offset=True))
+            kernels.rotate(qk, positions, normed._replace(after=True))
     for activation in ("silu", "gelu_tanh"):
         kernels.gated_activation(some(4, 2 * 3 * hidden), activation)
     for kind in (torch.int8, torch.float8_e4m3fn) if fp8 else (torch.int8,):

@@ -39,6 +39,10 @@ OTHER_NAMES = {
     "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "olmo2": POST_NORMS,
     "exaone4": POST_NORMS,
+    "hunyuan-dense": {
+        "self_attn.query_layernorm": "attn_q_norm",
+        "self_attn.key_layernorm": "attn_k_norm",
+    },
     "glm4": {
         "post_self_attn_layernorm": "post_attention_norm",
         "post_attention_layernorm": "ffn_norm",
@@ -55,6 +59,7 @@ ARCHITECTURES = {
     "mistral": "mistral3",
     "ministral3": "mistral3",
     "mixtral": "llama",
+    "hunyuan_v1_dense": "hunyuan-dense",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
 }
@@ -153,6 +158,19 @@ CASES = {
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "hunyuan": ("hunyuan_v1_dense", {"tie_word_embeddings": True}),
+    "hunyuan-long": (
+        "hunyuan_v1_dense",
+        {
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "alpha": 50.0,
+                "factor": 1.0,
             },
         },
     ),
@@ -289,7 +307,12 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
     if arch not in ("phi3", "granite", "granitemoe"):
         writer.add_key_length(config.head_dim)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    size = config.head_dim
+    alpha = rope["alpha"] ** (size / (size - 2)) if rope["rope_type"] == "dynamic" else 1.0
+    writer.add_rope_freq_base(rope["rope_theta"] * alpha)
+    if alpha != 1.0:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1)
     if arch in PERMUTED:
         writer.add_rope_dimension_count(config.head_dim)
     if rope["rope_type"] == "llama3":

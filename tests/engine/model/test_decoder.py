@@ -157,6 +157,11 @@ FAMILIES = [
     ("glm", {"attention_bias": True}),
     ("glm", {"attention_bias": False, "rope_parameters": {**ROPE["yarn"], "partial_rotary_factor": 0.25}}),
     ("glm4", {"attention_bias": True, "head_dim": 24}),
+    ("hunyuan_v1_dense", {"attention_bias": True}),
+    (
+        "hunyuan_v1_dense",
+        {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 100.0, "factor": 1.0}},
+    ),
     ("granite", {"attention_multiplier": 0.25, "tie_word_embeddings": True}),
     ("mixtral", {"num_local_experts": 5, "sliding_window": 30}),
     (

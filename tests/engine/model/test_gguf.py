@@ -219,6 +219,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
         ("olmo", ["ab", "\u01201234", "'", "S"]),
         ("exaone4", ["ab", "\u01201234", "'", "S"]),
         ("glm4", ["ab", "\u0120", "123", "4", "'S"]),
+        ("hunyuan-dense", ["ab", "\u0120", "123", "4", "'S"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(pre: str, pieces: list[str]) -> None:
@@ -227,12 +228,15 @@ def test_text_is_cut_as_the_file_says(pre: str, pieces: list[str]) -> None:
 
 
 def test_where_kin_cut_otherwise() -> None:
-    """Qwen3.5 leaves marks with their letters, Seed's lines end apart, DeepSeek's words are cased letters."""
+    """Qwen3.5 leaves marks with their letters, Seed's lines end apart, DeepSeek's words are cased letters,
+    Hunyuan's of one script."""
     for pre, text, pieces in [
         ("qwen2", "q\u0303a", ["q", "\u00cc\u0125a"]),
         ("qwen35", "q\u0303a", ["q\u00cc\u0125a"]),
         ("qwen2", "a!\n", ["a", "!\u010a"]),
         ("seed-coder", "a!\n", ["a", "!", "\u010a"]),
+        ("glm4", "a\u4e00b", ["a\u00e4\u00b8\u0122b"]),
+        ("hunyuan-dense", "a\u4e00b", ["a", "\u00e4\u00b8\u0122", "b"]),
         ("deepseek-coder", "a \u05d0b", ["a", "\u0120\u00d7\u0132b"]),
         ("deepseek-llm", "a \u05d0\u00e9", ["a", "\u0120\u00d7\u0132", "\u00c3\u00a9"]),
         ("deepseek-llm", "\u05d0\U00010400", ["\u00d7\u0132", "\u00f0\u0132\u0132\u0122"]),
@@ -358,7 +362,7 @@ def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path))
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     supported = str(refusal.value).rpartition(": ")[2].split(", ")
-    assert len(supported) == 17
+    assert len(supported) == 18
     assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})

@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
         ("olmo3", {}),
         ("smollm3", {}),
         ("exaone4", {}),
+        ("hunyuan_v1_dense", {}),
         ("glm", {}),
         ("glm4", {}),
         ("ernie4_5", {"use_bias": True}),

@@ -127,17 +127,21 @@ def test_rotate_turns_queries_and_keys_in_place(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [False, True])
-def test_rotate_norms_each_head_first(dtype: torch.dtype, offset: bool) -> None:
+@pytest.mark.parametrize(("offset", "after"), [(False, False), (True, False), (False, True)])
+def test_rotate_norms_each_head_first_or_last(dtype: torch.dtype, offset: bool, after: bool) -> None:
     norm = HeadNorm(6, 32, 1e-4, offset=offset, dtype=dtype).to(DEVICE)
     norm.weight.data.copy_(random(6 * 32, dtype=dtype, seed=4))
     table = RotaryTable(RopeConfig(torch.rand(16), 1.0), 64, dtype).to(DEVICE)
     positions = torch.tensor([0, 1, 2, 40, 63], device=DEVICE)
     cos, sin = table(positions)
     qk = random(5, 6, 32, dtype=dtype)
-    heads = normed(qk, norm.weight.view(6, 32), 1e-4, offset)
-    wanted = heads * cos.double() + heads.roll(16, -1) * sin.double()
-    kernels.rotate(qk, positions, Rotary(table.cos, table.sin, norm.weight, norm.eps, offset))
+    wanted, weight = qk.double(), norm.weight.view(6, 32)
+    if not after:
+        wanted = normed(wanted, weight, 1e-4, offset)
+    wanted = wanted * cos.double() + wanted.roll(16, -1) * sin.double()
+    if after:
+        wanted = normed(wanted, weight, 1e-4, offset)
+    kernels.rotate(qk, positions, Rotary(table.cos, table.sin, norm.weight, norm.eps, offset, after))
     near(qk, wanted, 2.0)
 
 
