@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.thought import ThoughtReader
+from engine.thought import AnswerReader
 
 __all__ = ["ByteText", "Decode", "Detokenizer", "StopFinder", "TextDelta", "TextSource", "WindowText"]
 
@@ -38,6 +38,9 @@ class TextDelta:
             a thought and its marks included, at which its text begins. A token that lies in a stop string
             that is left out never counts.
         thought: more of the thought before the text, where one is read.
+        answers: where a thought is read, for each of `starts` whether the token is part of the text and not
+            of a thought or its marks.
+        turns: thought and text by turns, where they came otherwise than all thought before all text.
     """
 
     text: str
@@ -45,6 +48,8 @@ class TextDelta:
     stop: str | None
     starts: tuple[int, ...] = ()
     thought: str = ""
+    answers: tuple[bool, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 class Detokenizer:
@@ -53,10 +58,6 @@ class Detokenizer:
     Whatever the splits into pushes, the texts joined are `decode(prompt + output)` less
     `decode(prompt)`, cut before a stop string, and without a thought, where that is read: there stop strings
     are text like any other. Cost per token does not grow with the output.
-
-    Attributes:
-        thought_tokens: of the output, those up to the one that closed its thought; all so far, while that is
-            open.
     """
 
     __slots__ = (
@@ -64,13 +65,14 @@ class Detokenizer:
         "_fed",
         "_held",
         "_min_tokens",
+        "_num_released",
         "_num_tokens",
+        "_reader",
         "_sent",
         "_source",
         "_stop",
         "_stops",
         "_thought",
-        "thought_tokens",
     )
 
     def __init__(
@@ -79,12 +81,11 @@ class Detokenizer:
         stops: StopFinder | None,
         min_tokens: int,
         aligned: bool,
-        thought: ThoughtReader | None = None,
+        thought: AnswerReader | None = None,
     ) -> None:
         self._source = source
         self._stops = stops
-        self._thought = thought
-        self.thought_tokens = 0
+        self._thought = self._reader = thought  # the first while there may be more of it
         self._min_tokens = min_tokens
         self._aligned = aligned
         self._stop: str | None = None
@@ -92,6 +93,12 @@ class Detokenizer:
         self._fed = 0  # characters that are certain
         self._sent = 0  # of these, those returned, or known to be none of what is returned
         self._held: deque[tuple[int, int]] = deque()  # first and last character + 1 of tokens not released
+        self._num_released = 0
+
+    @property
+    def thought_tokens(self) -> int:
+        """Of the output, those of thoughts and their marks so far."""
+        return 0 if self._reader is None else self._reader.tokens
 
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> TextDelta:
         """Take the next tokens and return the text that is certain now.
@@ -108,20 +115,33 @@ class Detokenizer:
         if self._stops is None and not self._aligned and self._thought is None:
             return TextDelta(self._source.feed(token_ids, final), len(token_ids), None)
         # Token by token, so that it is known which token completed what.
-        texts: list[str] = []
-        thoughts: list[str] = []
+        turns: list[tuple[list[str], list[str]]] = [([], [])]
         starts: list[int] = []
+        answers: list[bool] = []
         count, last = len(token_ids), max(len(token_ids) - 1, 0)
         for index in range(last + 1):
             ended = final and index == last
             thought, text, self._stop = self._take(token_ids[index : index + 1], ended)
-            thoughts.append(thought)
-            texts.append(text)
-            starts += self._release(ended)
+            if thought and turns[-1][1]:
+                turns.append(([], []))
+            if thought:
+                turns[-1][0].append(thought)
+            if text:
+                turns[-1][1].append(text)
+            starts += self._release(ended, answers)
             if self._stop is not None:
                 count = index + 1
                 break
-        return TextDelta("".join(texts), count, self._stop, tuple(starts), "".join(thoughts))
+        told = [("".join(thoughts), "".join(texts)) for thoughts, texts in turns]
+        return TextDelta(
+            told[0][1] if len(told) == 1 else "".join(text for _, text in told),
+            count,
+            self._stop,
+            tuple(starts),
+            told[0][0] if len(told) == 1 else "".join(thought for thought, _ in told),
+            tuple(answers),
+            tuple(told) if len(told) > 1 else (),
+        )
 
     def _take(self, token_ids: Sequence[int], final: bool) -> tuple[str, str, str | None]:
         """What may go out after at most one more token, of thought and text; the stop string it completed."""
@@ -138,20 +158,20 @@ class Detokenizer:
         self._sent += len(text)
         return thought, text, stop
 
-    def _think(self, reader: ThoughtReader, text: str, final: bool) -> tuple[str, str]:
+    def _think(self, reader: AnswerReader, text: str, final: bool) -> tuple[str, str]:
         """More of the thought, and of the text behind it."""
-        was_closed, read = reader.closed, reader.held + len(text)
+        read = reader.held + len(text)
         thought, text = reader.feed(text, final)
-        if not was_closed and (reader.within or reader.closed):
-            self.thought_tokens = self._num_tokens
+        reader.took(self._num_tokens)
         self._sent += read - reader.held - len(text)
         if reader.over:
             self._thought = None
         return thought, text
 
-    def _release(self, final: bool) -> list[int]:
+    def _release(self, final: bool, answers: list[bool]) -> list[int]:
         """Where the further tokens begin that are out: those that end before the next character to be sent.
 
+        To `answers` goes whether each is part of the text.
         At the output's end it is all, or, of those before a stop string, all that begin before it.
         """
         starts = []
@@ -164,6 +184,9 @@ class Detokenizer:
                 break
             self._held.popleft()
             starts.append(start)
+            if self._reader is not None:
+                answers.append(self._reader.answers(self._num_released))
+            self._num_released += 1
         return starts
 
 

@@ -24,6 +24,7 @@ from engine.cache.pool import KVPool
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError, WeightsError
+from engine.harmony_format import ends_of
 from engine.limits import available_bytes
 from engine.medusa.bigram import Bigram, find_bigram
 from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
@@ -159,6 +160,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         lookup=config.lookup_nodes,
         quantization=config.quantization,
     )
+    text = TextProcessor(load_tokenizer(folder), chat_template)
+    defaults = load_generation_defaults(folder, config.generation_config)
     return Loaded(
         info=info,
         decoder=decoder,
@@ -166,8 +169,8 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         pool=pool,
         blocks=blocks,
         heads=drafter,
-        text=TextProcessor(load_tokenizer(folder), chat_template),
-        generation_defaults=load_generation_defaults(folder, config.generation_config),
+        text=text,
+        generation_defaults=replace(defaults, eos_token_ids=ends_of(text, defaults.eos_token_ids)),
         max_step_tokens=config.max_step_tokens,
         max_prefill_tokens=config.prefill_tokens(device.type),
         prefix_caching=config.prefix_caching,

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from engine.thought import Thought, ThoughtReader
+from engine.harmony_format import HarmonyFormat, writes_harmony
+from engine.thought import Place, Thought, ThoughtReader
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
 
-__all__ = ["THOUGHT_FORMATS", "ThoughtFormat", "thought_format_of"]
+__all__ = ["THOUGHT_FORMATS", "AnyThoughtFormat", "ThoughtFormat", "thought_format_of"]
 
 _PROMPT_END = 32
 """Tokens of a prompt's end in which a mark is looked for, with the white space behind it: a mark that is no
@@ -62,9 +63,7 @@ class ThoughtFormat:
         """What of an answer's beginning is no thought."""
         return ThoughtReader(self.begin, self.end, within=False).feed(begun, final=True)[1]
 
-    def _place(
-        self, text: TextProcessor, prompt: Sequence[int], begun: str
-    ) -> Literal["within", "before", "behind"]:
+    def _place(self, text: TextProcessor, prompt: Sequence[int], begun: str) -> Place:
         if begun.strip():
             reader = ThoughtReader(self.begin, self.end, within=False)
             reader.feed(begun, final=True)
@@ -112,7 +111,10 @@ THOUGHT_FORMATS: dict[str, ThoughtFormat] = {
 """By name: of DeepSeek-R1, which nearly all others share, of Magistral, and of ByteDance's Seed-OSS."""
 
 
-def thought_format_of(text: TextProcessor, name: str = "auto") -> ThoughtFormat | None:
+AnyThoughtFormat = ThoughtFormat | HarmonyFormat
+
+
+def thought_format_of(text: TextProcessor, name: str = "auto") -> AnyThoughtFormat | None:
     """The way a model marks its thoughts; None where it is not known to have any.
 
     Args:
@@ -121,6 +123,8 @@ def thought_format_of(text: TextProcessor, name: str = "auto") -> ThoughtFormat 
     """
     if name == "none":
         return None
+    if name == HarmonyFormat.name or (name == "auto" and writes_harmony(text)):
+        return HarmonyFormat.of(text)
     added = text.tokenizer.get_added_vocab()
     if name == "auto":
         templates = "".join(text.chat_template_for(tools=tools) or "" for tools in (False, True))

@@ -11,9 +11,11 @@ from engine import faults
 from engine.chat_template import check_template, check_variables, reads_tools, variables, with_reasoning
 from engine.detokenizer import ByteText, Detokenizer, StopFinder, TextSource, WindowText
 from engine.errors import RequestError
+from engine.harmony import is_harmony
+from engine.harmony_prompt import expected, with_preambles_in_thoughts
 from engine.own_tokens import is_own, own_text_ids
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
-from engine.thought import Thought
+from engine.thought import Readable
 from engine.token_bytes import FALLBACK_BYTE, Spelling, spelling_of
 from engine.tool_prompt import (
     A_CALL,
@@ -179,9 +181,12 @@ class TextProcessor:
             )
         if "developer" not in template:
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
-        refusals = _refusals()
+        refusals, others = _refusals(), []
         try:
-            if not reads_tools(template) and (tools or has_calls(messages)):
+            if is_harmony(template):
+                messages, tools = expected(messages, tools)
+                others.append(with_preambles_in_thoughts)
+            elif not reads_tools(template) and (tools or has_calls(messages)):
                 messages, tools = in_plain_messages(messages, tools), ()
             elif has_calls(messages) and self._leaves_out_calls(template, tools):
                 messages = with_calls_as_text(messages, template)
@@ -196,7 +201,7 @@ class TextProcessor:
                 continue_final_message=continue_final_message,
                 template_kwargs=template_kwargs,
             )
-            return in_some_form(write, messages, refusals) if has_calls(messages) else write(messages)
+            return in_some_form(write, messages, refusals, others) if has_calls(messages) else write(messages)
         except refusals as error:
             if str(error).startswith("continue_final_message"):  # transformers', of what it made of them
                 raise RequestError(_CHANGED, param="continue_final_message") from error
@@ -348,7 +353,7 @@ class TextProcessor:
         shown: Set[int] = frozenset(),
         include_stop: bool = False,
         aligned: bool = False,
-        thought: Thought | None = None,
+        thought: Readable | None = None,
     ) -> Detokenizer:
         """A fresh incremental detokenizer for one choice.
 

@@ -6,9 +6,44 @@ However the text is cut into pieces, thought and answer are the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-__all__ = ["Thought", "ThoughtReader"]
+__all__ = ["AnswerReader", "Place", "Readable", "Thought", "ThoughtReader"]
+
+Place = Literal["within", "before", "behind"]
+"""Where an answer begins: within a thought, before one that may come, or behind it."""
+
+
+class Readable(Protocol):
+    """Where an answer stands in the thought before it, whatever its marks."""
+
+    def reader(self) -> AnswerReader | None:
+        """For one answer; None where nothing of it is thought."""
+
+
+class AnswerReader(Protocol):
+    """Tells thought from answer in one text, as it comes."""
+
+    @property
+    def over(self) -> bool:
+        """True once all that comes is answer."""
+
+    @property
+    def held(self) -> int:
+        """Characters that came, of which nothing is known yet."""
+
+    @property
+    def tokens(self) -> int:
+        """Those of thoughts so far."""
+
+    def feed(self, text: str, final: bool = False) -> tuple[str, str]:
+        """Take more of the text and return what is certain now, of the thought and of the answer."""
+
+    def took(self, count: int) -> None:
+        """To be called after the text of each token: there are so many by now."""
+
+    def answers(self, index: int) -> bool:
+        """Whether the token of this number, whose text is certain, is part of the answer's text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +59,7 @@ class Thought:
 
     begin: str
     end: str
-    place: Literal["within", "before", "behind"]
+    place: Place
 
     def reader(self) -> ThoughtReader | None:
         """For one answer; None where nothing of it is thought."""
@@ -47,6 +82,7 @@ class ThoughtReader:
         within: the text stands in a thought.
         closed: it has stood in one.
         held: characters that came, of which nothing is known yet.
+        tokens: up to the one that closed the thought; all so far, while it is open.
     """
 
     def __init__(self, begin: str, end: str, within: bool) -> None:
@@ -58,6 +94,8 @@ class ThoughtReader:
         self._said = False  # some of the thought
         self.held = 0
         self.within, self.closed = within, False
+        self.tokens = 0
+        self._counted = False  # all of the thought's
 
     @property
     def over(self) -> bool:
@@ -81,6 +119,15 @@ class ThoughtReader:
             self._step = "answering"
         self.held = len(self._mark) + self._num_spaces
         return thought, text
+
+    def took(self, count: int) -> None:
+        """See `AnswerReader.took`."""
+        if not self._counted and (self.within or self.closed):
+            self.tokens, self._counted = count, self.closed
+
+    def answers(self, index: int) -> bool:
+        """See `AnswerReader.answers`."""
+        return index >= self.tokens
 
     def _opened(self, text: str, final: bool) -> str:
         """What is left to be read; nothing while it may be the opening."""

@@ -26,6 +26,7 @@ __all__ = [
     "has_calls",
     "in_plain_messages",
     "in_some_form",
+    "one_call_each",
     "with_arguments_told",
     "with_calls_as_text",
 ]
@@ -148,6 +149,7 @@ def in_some_form(
     write: Callable[[list[dict[str, Any]]], str],
     messages: list[dict[str, Any]],
     refusals: tuple[type[Exception], ...],
+    others: Sequence[Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = (),
 ) -> str:
     """What a template makes of messages, or, if it refuses them, of others that say the same.
 
@@ -157,12 +159,13 @@ def in_some_form(
     Args:
         write: asks the template.
         refusals: what it raises; this raises the one that is left when nothing helps.
+        others: further ways to say the same.
     """
     try:
         return write(messages)
     except refusals as error:
         refusal, reason = error, str(error)
-    left = [_short_ids, _one_call_each, _arguments_as_text]
+    left = [*others, _short_ids, one_call_each, _arguments_as_text]
     while left:
         for rewrite in left:
             changed = rewrite(messages)
@@ -202,8 +205,8 @@ def _short(call_id: str) -> str:
     return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
-def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each call in a message of its own, followed by what it returned."""
+def one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each call in a message of its own, followed by what it returned."""
     changed: list[dict[str, Any]] = []
     at = 0
     while at < len(messages):

@@ -17,7 +17,7 @@ from fastapi import Depends, Request
 from engine.client import EngineClient
 from engine.errors import EngineStoppedError
 from engine.grammar import GrammarCompiler
-from engine.reasoning import ThoughtFormat, thought_format_of
+from engine.reasoning import AnyThoughtFormat, thought_format_of
 from server import __version__
 from server.arrivals import Arrivals
 from server.errors import ModelNotFoundError
@@ -26,7 +26,7 @@ from server.metrics import Metrics
 from server.prompts import Prompts
 from server.schemas.base import GenerationDefaults
 from server.settings import Settings
-from server.tool_formats import ToolFormat, format_of
+from server.tool_formats import AnyToolFormat, format_of
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
@@ -56,8 +56,8 @@ class ServerContext:
     )
     prompts: Prompts = field(init=False)
     grammars: Grammars = field(init=False)
-    tool_format: ToolFormat = field(init=False)
-    thought_format: ThoughtFormat | None = field(init=False)
+    tool_format: AnyToolFormat = field(init=False)
+    thought_format: AnyThoughtFormat | None = field(init=False)
     """None where all text is content."""
     model_names: tuple[str, ...] = field(init=False)
     """All names clients may use, the main one first."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
-from engine.reasoning import ThoughtFormat
+from engine.harmony import HarmonyThought
+from engine.harmony_format import HarmonyFormat
+from engine.reasoning import AnyThoughtFormat
 from engine.text import TextProcessor
 from engine.thought import Thought
 from server.errors import UnsupportedFieldError
+from server.harmony_calls import HarmonyCalls
 from server.schemas.chat import ChatRequest, Conversation
 from server.schemas.structured import Constraint
+from server.tool_formats import AnyToolFormat
 
-__all__ = ["begun_content", "check_effort", "template_variables", "thought_of", "with_thought"]
+__all__ = ["AnyThought", "begun_content", "check_effort", "template_variables", "thought_of", "with_thought"]
+
+AnyThought = Thought | HarmonyThought
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn thinking on and off: Qwen3's and most others, Granite's, DeepSeek's."""
@@ -45,9 +52,17 @@ def template_variables(body: Conversation, known: Set[str]) -> dict[str, Any]:
 
 
 def thought_of(
-    body: ChatRequest, form: ThoughtFormat | None, text: TextProcessor, prompt: Sequence[int]
-) -> Thought | None:
+    body: ChatRequest,
+    form: AnyThoughtFormat | None,
+    text: TextProcessor,
+    prompt: Sequence[int],
+    *,
+    calls: AnyToolFormat,
+) -> AnyThought | None:
     """What the answers may begin with; None where nothing is told from content.
+
+    Args:
+        calls: how the model writes them; those of harmony are told from other messages where thoughts are.
 
     Raises:
         UnsupportedFieldError: there is to be none of it, and that cannot be had.
@@ -58,20 +73,25 @@ def thought_of(
                 "include_reasoning: this server tells no reasoning from content (see --reasoning-parser)",
                 param="include_reasoning",
             )
+        if isinstance(calls, HarmonyCalls) and body.callable_tools:
+            messages = calls.marks.thought(text, prompt, body.begun_text)
+            return replace(messages, calls=True, told_apart=False)
         return None
     thought = form.thought(text, prompt, body.begun_text)
     check_effort(body, thought)
+    if isinstance(thought, HarmonyThought):
+        return replace(thought, calls=isinstance(calls, HarmonyCalls) and bool(body.callable_tools))
     return thought
 
 
-def check_effort(body: Conversation, thought: Thought) -> None:
+def check_effort(body: Conversation, thought: AnyThought) -> None:
     """Raises UnsupportedFieldError where there is to be no thought, and the prompt has opened one."""
     if body.reasoning_effort == "none" and thought.place == "within":
         message = "reasoning_effort: this model's chat template opens a thought whatever is asked for"
         raise UnsupportedFieldError(message, param="reasoning_effort")
 
 
-def begun_content(body: ChatRequest, form: ThoughtFormat | None) -> str:
+def begun_content(body: ChatRequest, form: AnyThoughtFormat | None) -> str:
     """The content that the answers go on with; empty where they have it all."""
     begun = body.begun_text
     return begun if form is None else form.behind_thought(begun)
@@ -79,17 +99,30 @@ def begun_content(body: ChatRequest, form: ThoughtFormat | None) -> str:
 
 def with_thought(
     constraint_of: Callable[[], Constraint] | None,
-    form: ThoughtFormat | None,
-    thought: Thought | None,
+    form: AnyThoughtFormat | None,
+    thought: AnyThought | None,
     effort: str | None,
+    *,
+    calls: bool,
 ) -> Callable[[], Constraint] | None:
     """What writes the grammar of answers, which begins behind their thoughts: these are free.
 
     Args:
-        effort: `reasoning_effort`; with "none" nothing may come before what follows the grammar.
+        effort: `reasoning_effort`; with "none" no thought may come before what follows the grammar.
+        calls: the grammar is of calls.
+
+    Raises:
+        RequestError: as `HarmonyFormat.lead`.
     """
-    lead = form.lead(thought) if form is not None and thought is not None and effort != "none" else ""
-    if constraint_of is None or not lead:
+    if constraint_of is None:
+        return None
+    lead = ""
+    if isinstance(form, HarmonyFormat):
+        assert isinstance(thought, HarmonyThought)
+        lead = form.lead(thought, thinks=effort != "none", calls=calls)
+    elif form is not None and isinstance(thought, Thought) and effort != "none":
+        lead = form.lead(thought)
+    if not lead:
         return constraint_of
     write = constraint_of
 

@@ -174,13 +174,12 @@ class ResponseWriter:
             parts: text of the answer and calls in their order; no text is empty.
             logprobs: of the tokens of the answer's text.
         """
-        if thought:
-            self._tell(thought, self._open if self._is_open("reasoning") else self._start("reasoning"))
+        self._add("reasoning", thought)
         if logprobs:
             self._logprobs += _entries(logprobs, self._read)
         for part in parts:
             if isinstance(part, str):
-                self._tell(part, self._open if self._is_open("message") else self._start("message"))
+                self._add("message", part)
             else:
                 self._call(part)
         return self._written()
@@ -226,6 +225,16 @@ class ResponseWriter:
 
     def _is_open(self, kind: _ItemKind) -> bool:
         return self._open is not None and self._open.kind == kind
+
+    def _add(self, kind: Literal["reasoning", "message"], text: str) -> None:
+        """More of a thought or of a message, which may have others of their kind before them."""
+        if not self._is_open(kind):
+            if any(item.kind == kind for item in self._items):
+                text = text.removeprefix("\n")  # between the two, where they are one text
+            if text:
+                self._start(kind)
+        if text:
+            self._tell(text, self._open)
 
     def _call(self, delta: ToolCallDelta) -> None:
         item = self._open

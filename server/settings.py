@@ -83,6 +83,7 @@ class Settings(EngineConfig, BaseSettings):
         "llama4_pythonic",
         "deepseek_v3",
         "deepseek_v31",
+        "harmony",
     ] = Field(
         "auto",
         description="How the model writes calls of tools: JSON between <tool_call> tags (hermes: Qwen), "
@@ -90,15 +91,16 @@ class Settings(EngineConfig, BaseSettings):
         "(Granite 3) or functools (phi4_mini_json), between <TOOLCALL> (nemotron) or <tool_calls> (apriel) "
         "tags, or as all of an answer (xlam); or each parameter between tags of its own (qwen3_coder, "
         "seed_oss), in Python (olmo3; pythonic: ToolACE; llama4_pythonic), or between DeepSeek's marks "
-        "(deepseek_v3: R1, too; deepseek_v31). 'auto': as its chat template shows, else hermes, with which a "
-        "template that knows no tools is helped out.",
+        "(deepseek_v3: R1, too; deepseek_v31), or as messages of their own (harmony: gpt-oss). 'auto': as "
+        "its chat template shows, else hermes, with which a template that knows no tools is helped out.",
     )
-    reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss"] = Field(
+    reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss", "harmony"] = Field(
         "auto",
         description="How the model marks what it thinks before it answers, which chat completions tell from "
         "content: <think> and </think> (think: DeepSeek-R1, Qwen3 and most others), [THINK] and [/THINK] "
-        "(Mistral), <seed:think> and </seed:think> (Seed-OSS). 'auto': as its chat template shows, else as "
-        "its vocabulary; where neither knows any, and with 'none', all text is content.",
+        "(Mistral), <seed:think> and </seed:think> (Seed-OSS), or as messages of their own (harmony: "
+        "gpt-oss). 'auto': as its chat template shows, else as its vocabulary; where neither knows any, and "
+        "with 'none', all text is content.",
     )
     cors_origins: str | None = Field(
         None,

@@ -14,7 +14,7 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from engine.errors import EngineStoppedError, RequestError, StepError
-from engine.thought import Thought
+from engine.thought import Readable
 from engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.context import RequestRecord, ServerContext
 from server.errors import RequestTimeoutError
@@ -51,7 +51,9 @@ class TextPiece:
         starts: for each of these, the character of the choice's text at which it begins.
         stop_reason: with `finish_reason`, the request's stop string or stop token id that ended the choice.
         thought: more of what the choice's text does not begin with: see `TextOptions.thought`.
-        thought_logprobs: how many of the logprobs are of tokens of a thought and its marks.
+        answers: for each of the logprobs, whether its token is part of the text, not of a thought or a mark;
+            empty where all are.
+        turns: thought and text by turns, where a thought came behind some of the text.
     """
 
     index: int
@@ -61,7 +63,8 @@ class TextPiece:
     starts: tuple[int, ...] = ()
     stop_reason: StopReason = None
     thought: str = ""
-    thought_logprobs: int = 0
+    answers: tuple[bool, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     shown: frozenset[int] = frozenset()
-    thought: Thought | None = None
+    thought: Readable | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +91,6 @@ class _Choice:
     """What is counted about one choice, and the logprobs of tokens whose text is still held."""
 
     logprobs: deque[TokenLogprobs] = field(default_factory=deque)
-    told_logprobs: int = 0
     accepted_prediction_tokens: int = 0
     tokens: int = 0
     decode_tokens: int = 0
@@ -265,19 +267,24 @@ class Generation:
         self._time(choice, delta)
         if finish_reason is not None:
             self._end(choice, finish_reason)
-        logprobs, of_thought = None, 0
+        logprobs = None
         if self._wants_logprobs:
             choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
             logprobs = [choice.logprobs.popleft() for _ in text.starts]
-            thought_tokens = self._detokenizers[delta.index].thought_tokens
-            of_thought = min(max(thought_tokens - choice.told_logprobs, 0), len(logprobs))
-            choice.told_logprobs += len(logprobs)
         stop_reason: StopReason = text.stop
         if stop_reason is None and delta.stop_token_id in self._request.sampling.stop_token_ids:
             stop_reason = delta.stop_token_id  # the model's own end of text is none, as in vLLM
         index = self._offset + delta.index
         return TextPiece(
-            index, text.text, finish_reason, logprobs, text.starts, stop_reason, text.thought, of_thought
+            index,
+            text.text,
+            finish_reason,
+            logprobs,
+            text.starts,
+            stop_reason,
+            text.thought,
+            text.answers,
+            text.turns,
         )
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 from engine.thought import overlap
 from server.calls import Call, Functions
 
-__all__ = ["CallDelta", "Parsed", "ToolCallParser"]
+__all__ = ["CallDelta", "CallParser", "Parsed", "ToolCallParser"]
 
 _AT_ONCE = 4096  # characters of a text that comes in one: each call copies what is left of them
 _BETWEEN_CALLS = re.compile(r"[\s\[\],;]*")
@@ -40,6 +41,22 @@ class Parsed:
     content: str
     calls: list[CallDelta]
     order: list[str | CallDelta] = field(default_factory=list, compare=False)
+
+
+class CallParser(Protocol):
+    """Tells content from calls in one answer."""
+
+    calls: int
+
+    @property
+    def open(self) -> bool:
+        """Whether a call, or what opens calls, may go on."""
+
+    def begin(self, text: str) -> None:
+        """Take the text that the answer goes on with, before any of the answer."""
+
+    def feed(self, text: str, final: bool = False) -> Parsed:
+        """Take more of the answer and return what is certain now."""
 
 
 class ToolCallParser:

@@ -10,18 +10,20 @@ from uuid import uuid4
 
 from engine.chat_template import reads_tools
 from engine.grammar import GrammarSpec
+from engine.harmony_format import writes_harmony
 from engine.tool_prompt import CALL_BEGIN, CALL_END, LISTED_BEGIN
 from server.calls import Call, Functions
+from server.harmony_calls import HarmonyCalls
 from server.json_calls import DEEPSEEK_MARKS, DeepSeekCall, JsonCall, NamedCall
 from server.python_calls import PythonCall
 from server.tool_calls import ToolCallParser
-from server.tool_grammars import Function, json_schema, python_call, xml_call
+from server.tool_grammars import Function, arguments_schema, python_call, xml_call
 from server.xml_calls import PaddedXmlCall, XmlCall
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
 
-__all__ = ["FORMATS", "Function", "ToolFormat", "format_of"]
+__all__ = ["FORMATS", "AnyToolFormat", "Function", "ToolFormat", "format_of"]
 
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
 
@@ -110,7 +112,7 @@ class ToolFormat:
             elif issubclass(self.form, PythonCall):
                 rules += python_call(i, function, words=self.name != "olmo3")
             else:
-                rules.append(f"arguments_{i}: %json {_schema(function)}")
+                rules.append(f"arguments_{i}: %json {arguments_schema(function)}")
         if schema is not None:
             rules.append(f"body: %json {json.dumps(schema)}")
         return GrammarSpec("tools", "\n".join(rules))
@@ -228,7 +230,10 @@ _SHOWN = {
 """What a template has in it that shows a format, where that is not what opens its calls."""
 
 
-def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
+AnyToolFormat = ToolFormat | HarmonyCalls
+
+
+def format_of(text: TextProcessor, name: str = "auto") -> AnyToolFormat:
     """The way a model writes calls.
 
     Args:
@@ -236,6 +241,8 @@ def format_of(text: TextProcessor, name: str = "auto") -> ToolFormat:
         name: of a format, or "auto" for the one that the template shows. Where it shows none, it is Hermes's,
             in which a template that knows no tools is helped out.
     """
+    if name == HarmonyCalls.name or (name == "auto" and writes_harmony(text)):
+        return HarmonyCalls.of(text)
     template = text.chat_template_for(tools=True) or ""
     chosen = FORMATS[_shown_in(template) if name == "auto" else name]
     if chosen.name == "mistral":
@@ -272,12 +279,3 @@ def _written(text: str, token_id: int | None) -> str:
 
 def _any_of(token_ids: Sequence[int]) -> str:
     return f"<[{','.join(map(str, token_ids))}]>"
-
-
-def _schema(function: Function) -> str:
-    """Of arguments, which are an object whatever else the schema says."""
-    parameters = function.parameters
-    schema: dict[str, Any] = {"additionalProperties": False} if parameters is None else dict(parameters)
-    if "$ref" not in schema or "type" in schema:
-        schema["type"] = "object"
-    return json_schema(schema, strict=function.strict)

@@ -11,7 +11,7 @@ from typing import Any
 from server.tool_values import kinds_of, resolved
 from server.xml_calls import PARAMETER_END
 
-__all__ = ["FormError", "Function", "json_schema", "python_call", "xml_call"]
+__all__ = ["FormError", "Function", "arguments_schema", "json_schema", "python_call", "xml_call"]
 
 _AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as `json.dumps` writes it: what models were shown, and no tokens for white space."""
@@ -97,10 +97,19 @@ class FormError(Exception):
         self.index, self.path = index, path
 
 
-def json_schema(schema: Any, *, strict: bool) -> str:
-    """As a rule of a grammar has it."""
+def json_schema(schema: Any, *, strict: bool, written: Mapping[str, Any] = _AS_TEMPLATES_WRITE) -> str:
+    """As a rule of a grammar has it; `written` says of what stands between values."""
     told = dict(schema) if isinstance(schema, Mapping) else {} if schema is not False else {"not": {}}
-    return json.dumps({**told, "x-guidance": {**_AS_TEMPLATES_WRITE, "lenient": not strict}})
+    return json.dumps({**told, "x-guidance": {**written, "lenient": not strict}})
+
+
+def arguments_schema(function: Function, written: Mapping[str, Any] = _AS_TEMPLATES_WRITE) -> str:
+    """`json_schema` of arguments, which are an object whatever else the schema says."""
+    parameters = function.parameters
+    schema: dict[str, Any] = {"additionalProperties": False} if parameters is None else dict(parameters)
+    if "$ref" not in schema or "type" in schema:
+        schema["type"] = "object"
+    return json_schema(schema, strict=function.strict, written=written)
 
 
 def xml_call(index: int, function: Function, padding: str) -> list[str]:

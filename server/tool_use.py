@@ -21,14 +21,14 @@ from server.responses import (
 from server.schemas.chat import ChatRequest
 from server.schemas.structured import Constraint
 from server.schemas.tools import Tool
-from server.tool_calls import CallDelta, Parsed, ToolCallParser
-from server.tool_formats import Function, ToolFormat
+from server.tool_calls import CallDelta, CallParser, Parsed
+from server.tool_formats import AnyToolFormat, Function
 from server.tool_grammars import FormError
 
 __all__ = ["CallReader", "calls_constraint", "with_place"]
 
 
-def calls_constraint(body: ChatRequest, form: ToolFormat, begun: str = "", unlike: str = "") -> Constraint:
+def calls_constraint(body: ChatRequest, form: AnyToolFormat, begun: str = "", unlike: str = "") -> Constraint:
     """The grammar of an answer whose calls cannot be wrong.
 
     Args:
@@ -40,7 +40,7 @@ def calls_constraint(body: ChatRequest, form: ToolFormat, begun: str = "", unlik
         RequestError: a schema is nested too deeply to be written, or is of no object, or another form of
             answer cannot be told from a call, or the message that is continued has begun one.
     """
-    parser = form.parser(_by_name(body.callable_tools))
+    parser: CallParser = form.parser(_by_name(body.callable_tools))
     parser.begin(begun)
     if parser.open:
         raise RequestError(
@@ -110,10 +110,10 @@ class CallReader:
         begun: text that each answer goes on with; a call that it has begun is the answer's.
     """
 
-    def __init__(self, form: ToolFormat, tools: Sequence[Tool], begun: str = "") -> None:
+    def __init__(self, form: AnyToolFormat, tools: Sequence[Tool], begun: str = "") -> None:
         self._form, self._begun = form, begun
         self._functions = _by_name(tools)
-        self._parsers: dict[int, ToolCallParser] = {}
+        self._parsers: dict[int, CallParser] = {}
 
     def read(self, choice: int, text: str, *, final: bool) -> tuple[str, list[ToolCallDelta]]:
         """Content and calls of a choice's next piece of text; `final` if nothing follows."""

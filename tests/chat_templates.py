@@ -172,3 +172,52 @@ DEEPSEEK_R1_WITH_TOOLS = """\
         {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' if loop.last }}
     {%- endfor %}
 {%- endfor %}"""
+HARMONY = """\
+{{- "<|start|>system<|message|>Reasoning: " + (reasoning_effort | default("medium")) + "<|end|>" }}
+{%- if messages[0].role == "developer" or messages[0].role == "system" %}
+    {%- set developer_message = messages[0].content %}{% set loop_messages = messages[1:] %}
+{%- else %}{% set developer_message = "" %}{% set loop_messages = messages %}{% endif %}
+{%- if developer_message or tools %}{{ "<|start|>developer<|message|>" + developer_message }}
+    {%- for tool in tools or [] %}{% set tool = tool.function %}
+        {{- "// " + tool.description + "\\n" + "type "+ tool.name }}
+    {%- endfor %}{{ "<|end|>" }}
+{%- endif %}
+{%- set last_tool_call = namespace(name=none) %}
+{%- for message in loop_messages -%}
+    {%- if message.role == 'assistant' and "tool_calls" in message %}
+        {%- set future_final_message = namespace(found=false) %}
+        {%- for future_message in loop_messages[loop.index:] %}
+            {%- if future_message.role == 'assistant' and "tool_calls" not in future_message %}
+                {%- set future_final_message.found = true %}
+            {%- endif %}
+        {%- endfor %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {%- if message.content and message.thinking %}
+            {{- raise_exception("Cannot pass both content and thinking in a message with tool calls!") }}
+        {%- elif message.content and not future_final_message.found %}
+            {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.content + "<|end|>" }}
+        {%- elif message.thinking and not future_final_message.found %}
+            {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>" }}
+        {%- endif %}
+        {{- "<|start|>assistant to=functions." + tool_call.name + "<|channel|>commentary json<|message|>" }}
+        {{- tool_call.arguments|tojson + "<|call|>" }}
+        {%- set last_tool_call.name = tool_call.name %}
+    {%- elif message.role == 'assistant' and loop.last and not add_generation_prompt %}
+        {%- if "thinking" in message %}
+            {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>" }}
+        {%- endif %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
+    {%- elif message.role == 'assistant' %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
+        {%- set last_tool_call.name = none %}
+    {%- elif message.role == 'tool' -%}
+        {%- if last_tool_call.name is none %}
+            {{- raise_exception("Message has tool role, but there was no previous call!") }}
+        {%- endif %}
+        {{- "<|start|>functions." + last_tool_call.name }}
+        {{- " to=assistant<|channel|>commentary<|message|>" + message.content|tojson + "<|end|>" }}
+    {%- elif message.role == 'user' -%}
+        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""

@@ -14,13 +14,13 @@ from starlette.responses import Response
 
 from engine.errors import MedusaError, RequestError
 from engine.grammar import Grammar
-from engine.thought import Thought
+from engine.thought import Readable
 from engine.types import MedusaParams, Request, SamplingParams
 from server.chunks import event
 from server.context import RequestRecord, ServerContext
 from server.errors import CLIENT_CLOSED_REQUEST, to_status
 from server.events import EventStream
-from server.reasoning_use import begun_content, template_variables, thought_of, with_thought
+from server.reasoning_use import AnyThought, begun_content, template_variables, thought_of, with_thought
 from server.responses import ErrorBody
 from server.schemas.base import GenerationBody
 from server.schemas.chat import ChatRequest
@@ -131,7 +131,7 @@ async def grammar_of(
 
 
 def text_options(
-    body: GenerationBody, shown: frozenset[int] = frozenset(), thought: Thought | None = None
+    body: GenerationBody, shown: frozenset[int] = frozenset(), thought: Readable | None = None
 ) -> TextOptions:
     """How a request wants its text, with the special tokens in it that are to be read here."""
     return TextOptions(
@@ -175,7 +175,7 @@ def engine_request(
 
 async def chat_prompt(
     body: ChatRequest, context: ServerContext, record: RequestRecord
-) -> tuple[Sequence[int], Thought | None]:
+) -> tuple[Sequence[int], AnyThought | None]:
     """A conversation's token ids, and the thought that its answer may begin with. Raises RequestError."""
     text = context.text
     options = body.template_options()
@@ -184,7 +184,7 @@ async def chat_prompt(
     options["template_kwargs"] = template_variables(body, known)
     write = partial(text.render_chat, body.template_input(), **options)
     prompt = await context.tokens_of(record, write, add_special_tokens=special, param="messages")
-    return prompt, thought_of(body, context.thought_format, text, prompt)
+    return prompt, thought_of(body, context.thought_format, text, prompt, calls=context.tool_format)
 
 
 async def chat_generation(
@@ -219,7 +219,7 @@ async def chat_generation(
 
 
 def _constraint_of(
-    body: ChatRequest, context: ServerContext, thought: Thought | None
+    body: ChatRequest, context: ServerContext, thought: AnyThought | None
 ) -> Callable[[], Constraint] | None:
     """What writes the grammar of an answer that has to follow one."""
     constraint_of = body.constraint_of
@@ -227,7 +227,8 @@ def _constraint_of(
         opening = thought.begin if thought is not None and thought.place == "before" else ""
         begun = begun_content(body, context.thought_format)
         constraint_of = partial(calls_constraint, body, context.tool_format, begun, opening)
-    return with_thought(constraint_of, context.thought_format, thought, body.reasoning_effort)
+    calls, effort = body.calls_follow_grammar, body.reasoning_effort
+    return with_thought(constraint_of, context.thought_format, thought, effort, calls=calls)
 
 
 async def respond(

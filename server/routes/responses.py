@@ -167,8 +167,11 @@ class _Answer:
         final = piece.finish_reason is not None
         if piece.finish_reason is not None:
             self._reason = piece.finish_reason
-        logprobs = (piece.logprobs or [])[piece.thought_logprobs :]
-        return self._step(piece.thought, piece.text, logprobs, final)
+        turns = piece.turns or ((piece.thought, piece.text),)
+        events, logprobs = b"", _of_answer(piece)
+        for i, (thought, text) in enumerate(turns):
+            events += self._step(thought, text, logprobs if not i else (), final and i == len(turns) - 1)
+        return events
 
     def end(self) -> bytes:
         """See `Answer.end`."""
@@ -192,9 +195,18 @@ class _Answer:
 
     def _render(self, pieces: list[TextPiece]) -> bytes:
         self._reason = pieces[-1].finish_reason or "stop"
-        logprobs = [one for piece in pieces for one in (piece.logprobs or [])[piece.thought_logprobs :]]
-        thought, text = ("".join(texts) for texts in zip(*((p.thought, p.text) for p in pieces), strict=True))
-        self._step(thought, text, logprobs, final=True)
+        turns: list[tuple[list[str], list[str], list[TokenLogprobs]]] = [([], [], [])]
+        for piece in pieces:
+            for thought, text in piece.turns or ((piece.thought, piece.text),):
+                if thought and turns[-1][1]:
+                    turns.append(([], [], []))
+                if thought:
+                    turns[-1][0].append(thought)
+                if text:
+                    turns[-1][1].append(text)
+            turns[-1][2].extend(_of_answer(piece))
+        for turn in turns:
+            self._step("".join(turn[0]), "".join(turn[1]), turn[2], final=turn is turns[-1])
         self._writer.end(self._reason)
         return self._writer.response("incomplete" if self._reason == "length" else "completed").encode()
 
@@ -203,3 +215,11 @@ class _Answer:
         if self._calls is not None:
             parts = self._calls.in_order(0, text, final=final)
         return self._writer.step(thought if self._tells_thoughts else "", parts, logprobs)
+
+
+def _of_answer(piece: TextPiece) -> list[TokenLogprobs]:
+    """The log-probabilities of its text alone."""
+    known = piece.logprobs or []
+    if not piece.answers:
+        return known
+    return [one for one, is_text in zip(known, piece.answers, strict=True) if is_text]

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from engine.adjust import table_bytes
 from engine.attention.cpu import CpuAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError, WeightsError
+from engine.harmony import Marks
 from engine.loader import _device, _dtype, _why_not_triton, load
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.info import count_parameters
+from tests.chat_templates import HARMONY
 from tests.support import greedy, make_engine, run_all, save_model, save_random_heads, tiny_model
 from training.setup import training_dtype
 
@@ -51,6 +55,22 @@ def test_the_pool_leaves_room_for_the_tables_of_adjustments(
     tables = table_bytes(1024, 61)
     assert tables > available // 2
     assert loaded.pool.data.nbytes + tables <= available
+
+
+def test_a_model_that_writes_harmony_ends_with_a_call_too(tmp_path: Path) -> None:
+    """Whatever its files say, of which some know the end of an answer alone."""
+    model = tiny_model("llama")
+    folder = save_model(model, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in Marks.ALL])
+    tokenizer.chat_template = HARMONY
+    tokenizer.save_pretrained(folder)
+    last, call, end = tokenizer.convert_tokens_to_ids([Marks.RETURN, Marks.CALL, Marks.END])
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [5, {end}, {last}]}}')
+    config = EngineConfig(model=str(folder), device="cpu")
+    assert load(config, progress=False).generation_defaults.eos_token_ids == (5, last, call)
+    other = config.model_copy(update={"chat_template": "{{ messages }}"})
+    assert load(other, progress=False).generation_defaults.eos_token_ids == (5, end, last)
 
 
 def test_a_numbered_gpu_becomes_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:

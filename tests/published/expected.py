@@ -7,6 +7,7 @@ from typing import NamedTuple
 __all__ = [
     "EXPECTED",
     "INDENTED",
+    "MESSAGES",
     "ONE_CALL",
     "ONLY_WITH_TOOLS",
     "OTHERS",
@@ -38,6 +39,7 @@ TOKENS = {
     "ministral": ("mistral-nemo", (*_MISTRAL, "[THINK]", "[/THINK]")),
     "gemma": ("gemma3", ()),
     "deepseek": ("deepseek-v3", ()),
+    "gpt-oss": ("gpt-oss", ()),
     # There is none of theirs.
     "other": (
         "llama3.2",
@@ -71,6 +73,7 @@ SERVED = {
     "microsoft-Phi-3.5-mini-instruct": Found("other", "hermes"),
     "mistralai-Ministral-3-14B-Reasoning-2512": Found("ministral", "mistral", "mistral"),
     "mistralai-Mistral-Nemo-Instruct-2407": Found("mistral", "mistral"),
+    "openai-gpt-oss-120b": Found("gpt-oss", "harmony", "harmony"),
     "openbmb-MiniCPM5-1B": Found("llama", None, "think"),
     "template_chatml": Found("other", "hermes"),
     "tool_chat_template_gemma3_pythonic": Found("gemma", "pythonic"),
@@ -129,7 +132,6 @@ OTHERS = {
     "llama-cpp-rwkv-world": Found("other", "hermes", "think"),
     "moonshotai-Kimi-K2": Found("other", None),
     "muse-glimmer": Found("other", None),
-    "openai-gpt-oss-120b": Found("other", None),
     "poolside-Laguna-S-2.1": Found("other", None, "think"),
     "poolside-Laguna-XS-2.1": Found("other", None, "think"),
     "poolside-Laguna-XS.2": Found("other", None, "think"),
@@ -173,6 +175,9 @@ UNLIKE_ITSELF = {
 }
 """They ask for calls in one form and write them in another: without what Python wants around texts, or with
 quotation marks around everything and within it."""
+
+MESSAGES = {name for name, found in EXPECTED.items() if found.thoughts == "harmony"}
+"""Their calls and thoughts are messages of their own, and their system's messages one."""
 
 INDENTED = {"tool_chat_template_granite", "tool_chat_template_gemma3_pythonic"}
 """They write calls over several lines, which Granite's models do not, or forget commas."""

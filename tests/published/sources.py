@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import json
+import os
 import shutil
 import tarfile
 from dataclasses import dataclass
@@ -101,8 +103,49 @@ def converter() -> Path:
     return path
 
 
+_HARMONY = {
+    200002: "<|return|>",
+    200003: "<|constrain|>",
+    200005: "<|channel|>",
+    200006: "<|start|>",
+    200007: "<|end|>",
+    200008: "<|message|>",
+    200012: "<|call|>",
+}
+
+
+def _gpt_oss_dir() -> Path:
+    """OpenAI's o200k_harmony: the tokens of GPT-4o's, and special ones from 199998 on."""
+    folder, made = tokenizer_dir("gpt-4o"), cache_root() / "published" / "gpt-oss"
+    if made.is_dir():
+        return made
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    like = tokenizer["added_tokens"][0]
+    for added in tokenizer["added_tokens"]:
+        del vocabulary[added["content"]]
+    ids = range(199998, 200019)
+    names = {199998: "<|startoftext|>", 199999: "<|endoftext|>", 200018: "<|endofprompt|>", **_HARMONY}
+    tokenizer["added_tokens"] = [
+        {**like, "id": token, "content": names.get(token, f"<|reserved_{token}|>")} for token in ids
+    ]
+    making = made.with_suffix(f".{os.getpid()}")
+    making.mkdir()
+    (making / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (making / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    try:
+        making.rename(made)
+    except OSError:  # another process was first
+        shutil.rmtree(making)
+    return made
+
+
 def tokenizer_dir(name: str) -> Path:
-    """Where the files of one of `TOKENIZERS` lie."""
+    """Where the files of one of `TOKENIZERS` lie, or those of "gpt-oss"."""
+    if name == "gpt-oss":
+        return _gpt_oss_dir()
     return _unpacked(TOKENIZERS[name]) / "package" / "models"
 
 

@@ -389,4 +389,4 @@ def test_a_grammar_of_many_tools_is_compiled() -> None:
 
 def test_the_setting_takes_every_format() -> None:
     choices = get_args(Settings.model_fields["tool_call_parser"].annotation)
-    assert sorted(choices) == sorted(["auto", *FORMATS])
+    assert sorted(choices) == sorted(["auto", "harmony", *FORMATS])
