@@ -142,6 +142,7 @@ def test_an_engines_steps_and_prompts(
         ("gemma3_text", {"sliding_window": 21}, True),
         ("olmo2", {}, False),
         ("phi3", {"partial_rotary_factor": 0.5}, True),
+        ("hunyuan_v1_dense", {}, True),
         ("mixtral", {"num_local_experts": 3}, True),
     ],
     ids=str,

@@ -37,6 +37,7 @@ REFUSED = {
 ARCHITECTURE_REFUSED = ("baichuan",)  # whose tokenizer is of a known kind
 
 CONVERTED = {
+    "deepseek-v3": ("hunyuan-dense", "hunyuan-dense"),  # which cut text alike
     "gemma3": ("gemma3", None),
     "gpt-4o": ("phi3", "gpt-4o"),  # which Phi-4-mini has too
     "llama3.2": ("llama", "llama-bpe"),
@@ -107,7 +108,7 @@ def test_each_vocabulary_is_covered_or_refused(tmp_path: Path, monkeypatch: pyte
 
 def looks_special(token: str) -> bool:
     """Which added tokens llama.cpp's converter makes control tokens though they are not special."""
-    ends = (("<|", "|>"), ("<unused", ">"))
+    ends = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
     return token == "<mask>" or any(token.startswith(a) and token.endswith(b) for a, b in ends)
 
 
@@ -150,8 +151,10 @@ def converted(name: str) -> dict[str, Any]:
     index_of = {text: index for index, text in texts.items()}
     for key, field in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         if (token := config.get(f"{key}_token")) is not None:
-            fields[f"tokenizer.ggml.{field}_token_id"] = index_of[token]
-    if (adds := config.get("add_bos_token")) is not None:
+            text = token["content"] if isinstance(token, dict) else token
+            fields[f"tokenizer.ggml.{field}_token_id"] = index_of[text]
+    # DeepSeek's says that a text begins so, and its tokenizer.json that none does.
+    if (adds := config.get("add_bos_token")) is not None and name != "deepseek-v3":
         fields["tokenizer.ggml.add_bos_token"] = adds
     return fields
 
