@@ -190,6 +190,14 @@ def test_experts_are_quantised_one_by_one(
     assert outputs["r", 0] == greedy_reference(model, [3, 14, 15], 8)
 
 
+@pytest.mark.parametrize(("kind", "family"), [("awq", "glm4"), ("gptq-4-act-order", "glm")])
+def test_rows_that_change_places_do_so_once_they_are_whole(tmp_path: Path, kind: str, family: str) -> None:
+    """Of queries and keys, where a model rotates neighbouring channels."""
+    model = quantized_model(tmp_path, family, *CASES[kind], attention_bias=True)
+    outputs = run_all(make_engine(tmp_path), [greedy("r", [3, 14, 15], 8)])
+    assert outputs["r", 0] == greedy_reference(model, [3, 14, 15], 8)
+
+
 def test_experts_that_cannot_be_dequantised_are_named(tmp_path: Path) -> None:
     kind, family, overrides = MIXTURES["awq-mixtral"]
     quantized_model(tmp_path, family, *CASES[kind], **overrides)
