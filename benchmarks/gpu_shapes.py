@@ -121,10 +121,29 @@ SHAPES = {
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
         ),
+        Shape(
+            "gpt-oss-20b",
+            {
+                "vocab_size": 201088,
+                "hidden_size": 2880,
+                "intermediate_size": 2880,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "sliding_window": 128,
+                "max_position_embeddings": 131072,
+                "num_local_experts": 32,
+                "num_experts_per_tok": 4,
+                "quantization_config": {"quant_method": "mxfp4"},
+            },
+            "gpt_oss",
+            "GptOssForCausalLM",
+        ),
     )
 }
 
-MIXTURES = ("granite-1b-a400m", "qwen3-30b-a3b")
+MIXTURES = ("granite-1b-a400m", "qwen3-30b-a3b", "gpt-oss-20b")
 """Of experts. Measured where they are asked for."""
 
 TINY = Shape(
@@ -193,7 +212,7 @@ class Bytes:
             are read.
         kv_per_token: of one token in the cache, all layers.
         drafting: the heads' layers, and the lm_head (or their own) once more.
-        experts: of all layers, 0 without.
+        experts: of all layers, 0 without; in 4 bits with their scales.
         chosen: the share of a layer's experts that a row chooses.
     """
 
@@ -212,7 +231,8 @@ class Bytes:
         found, mixture = 0, decoder.config.experts
         for module in decoder.modules():
             if isinstance(module, Experts):
-                found += _stored(module) - module.router.nbytes
+                router = (module.router, module.router_bias)
+                found += _stored(module) - sum(part.nbytes for part in router if part is not None)
                 packed = sum(_stored(linear) for pair in module._each for linear in pair)
                 found, total = found + packed, total + packed
         layers, _, _, _, kv_heads, head_dim = pool.data.shape

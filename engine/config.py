@@ -72,7 +72,7 @@ class EngineConfig(BaseModel):
         "none",
         description="Weights in 8 bits per output channel and activations in 8 bits per row: 'int8' (on the "
         "CPU with dtype float32; CUDA), 'fp8' (CUDA with dtype bfloat16). CUDA needs the extra torchao; "
-        "there a mixture's experts have their weights alone in 8 bits.",
+        "there a mixture's experts have their weights alone in 8 bits, or stay in a checkpoint's 4.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
     attention: Literal["auto", "sdpa", "triton"] = Field(

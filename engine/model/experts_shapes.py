@@ -92,7 +92,9 @@ def experts_shape(
     # Most experts shall have all of their rows in one slot, so that their weights are read once.
     likely = triton.next_power_of_2(triton.cdiv(3 * assignments, 2 * experts))
     quick = itemsize == 2 and hidden % 16 == width % 16 == 0
-    most = _MOST_ROWS if quick else _FEWER_ROWS if weight_itemsize else 16
+    most = _MOST_ROWS if quick else _FEWER_ROWS
+    if weight_itemsize == 0 and not (quick and shared >= _WIDE):
+        most = 64 if quick else 16  # lifted weights take registers too
     of_slot = min(max(likely, 16), most)
     led = assignments <= experts + assignments // of_slot
     slots = assignments if led else experts + assignments // of_slot

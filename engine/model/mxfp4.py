@@ -66,10 +66,12 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     Args:
         codes: [rows, size] uint8; scales: [rows, size / 32] uint8.
     """
-    values = torch.tensor([*_VALUES, *(-value for value in _VALUES)])[codes.int()]
-    exponents = scales.int() - _BIAS
-    found = torch.ldexp(values.view(len(codes), -1, BLOCK), exponents.unsqueeze(-1))
-    return found.masked_fill_((scales == _NAN).unsqueeze(-1), torch.nan).flatten(1)
+    values = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
+    found = values.index_select(0, codes.flatten().int()).view(len(codes), -1, BLOCK)
+    # A power of two by its bits; the smallest is subnormal.
+    factors = (scales.int() << 23).clamp_(min=1 << 22).view(torch.float32)
+    factors = factors.masked_fill_(scales == _NAN, torch.nan)
+    return found.mul_(factors.unsqueeze(-1)).flatten(1)
 
 
 def packed_codes(codes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from benchmarks.gpu_simulated import acceptance_lengths, published
 from benchmarks.gpu_steps import covered, load_shape, made_up_engine
 from benchmarks.gpu_targets import targets
 from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
 from engine.model.info import count_parameters
 from server.sizing import model_config
 from tests.support import save_model, save_random_heads, tiny_llama
@@ -126,7 +128,25 @@ def test_mixtures_of_a_published_shape_can_be_asked_for() -> None:
     assert set(gpu.parse([*here, "--shapes", ",".join(MIXTURES)]).shapes) == set(MIXTURES)
     counted = {name: count_parameters(ModelConfig.from_hf(SHAPES[name].config())) for name in MIXTURES}
     assert counted["qwen3-30b-a3b"] == count_parameters(model_config("Qwen3 30B-A3B"))
+    assert counted["gpt-oss-20b"] == count_parameters(model_config("gpt-oss 20B"))
     assert 1.3e9 < counted["granite-1b-a400m"] < 1.4e9
+
+
+def test_experts_in_4_bits_are_counted_with_their_scales() -> None:
+    values = TINY.values | {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4}
+    shape = Shape(
+        "four", values | {"quantization_config": {"quant_method": "mxfp4"}}, "gpt_oss", "GptOssForCausalLM"
+    )
+    decoder = Decoder(ModelConfig.from_hf(shape.config()), torch.bfloat16, 64, mxfp4=True)
+    loaded = SimpleNamespace(
+        decoder=decoder, pool=SimpleNamespace(data=torch.empty(2, 2, 1, 1, 2, 16)), heads=None
+    )
+    size = Bytes.of(loaded)  # type: ignore[arg-type]
+    weights, words, biases = 3 * 64 * 128 // 2, 2 * 128 + 64, 2 * 128 + 64
+    assert size.experts == 2 * 4 * (weights + 4 * words + 2 * biases)
+    whole = sum(parameter.nbytes for parameter in decoder.parameters())
+    assert size.weights == whole - size.experts - decoder.embed.nbytes
+    assert size.chosen == 1.0
 
 
 def tiny_run(output: Path) -> Run:

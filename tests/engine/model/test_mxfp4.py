@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import gguf
@@ -13,6 +15,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from engine.errors import UnsupportedModelError, WeightsError
 from engine.model import mxfp4
 from engine.model.config import ModelConfig
+from engine.model.families import Clamp, ExpertsConfig
+from engine.model.info import count_parameters, weight_bytes
 from engine.model.weights import Checkpoint
 from tests.engine.model.mxfp4_files import published, restate
 from tests.engine.model.test_quantize import needs_int8
@@ -28,7 +32,7 @@ def some_bytes(*shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
 
 
 def test_numbers_are_those_of_transformers_and_exact_in_16_bits() -> None:
-    blocks, scales = some_bytes(40, 3, 16), some_bytes(40, 3, low=3, high=250)
+    blocks, scales = some_bytes(40, 3, 16), some_bytes(40, 3, low=0, high=255)
     found = mxfp4.dequantized(mxfp4.from_checkpoint(blocks), scales)
     for dtype in (torch.float32, torch.bfloat16):
         wanted = convert_moe_packed_tensors(blocks[None], scales[None], dtype=dtype)[0].t()
@@ -41,7 +45,7 @@ def test_numbers_are_those_of_transformers_and_exact_in_16_bits() -> None:
 
 def test_numbers_are_those_of_gguf() -> None:
     rows = some_bytes(24, 4 * 17)
-    rows[:, ::17] = some_bytes(24, 4, low=3, high=250)
+    rows[:, ::17] = some_bytes(24, 4, low=0, high=255)
     wanted = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType.MXFP4)
     assert torch.equal(mxfp4.dequantized(*mxfp4.from_gguf(rows)), torch.from_numpy(wanted))
 
@@ -126,6 +130,57 @@ def test_what_a_config_says_of_it(tmp_path: Path) -> None:
     restate(tiny, quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(UnsupportedModelError, match="in mxfp4 are supported of mixtures of experts only"):
         ModelConfig.from_folder(tiny)
+
+
+def test_the_published_config_is_what_it_was_made_of(tmp_path: Path) -> None:
+    """gpt-oss-20b's, which names its rotation as older releases of transformers did, and no dtype."""
+    stated = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.windows == (128, None) * 12
+    assert config.sinks
+    assert config.qkv_bias
+    assert config.output_bias
+    assert config.experts == ExpertsConfig(32, 4, 2880, True, (True,) * 24, True, Clamp(7.0, 1.702), True)
+    assert count_parameters(config) == 20_914_757_184
+    assert weight_bytes(config, torch.bfloat16, torch.device("cuda")) == 13_774_535_808
+    # YaRN by its paper (arXiv 2309.00071), between bounds that are no whole numbers.
+    low, high = (32 * math.log(4096 / (turns * 2 * math.pi)) / math.log(150000) for turns in (32, 1))
+    plain = 150000 ** -(torch.arange(32, dtype=torch.float64) / 32)
+    ramp = ((torch.arange(32) - low) / (high - low)).clamp(0, 1)
+    wanted = plain / 32 * ramp + plain * (1 - ramp)
+    torch.testing.assert_close(config.rope.inv_freq.double(), wanted, rtol=1e-5, atol=0)
+    assert config.rope.scale == pytest.approx(0.1 * math.log(32) + 1)
 
 
 def test_blocks_without_scales_that_fit_are_refused(tmp_path: Path) -> None:

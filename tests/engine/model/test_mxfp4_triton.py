@@ -170,3 +170,13 @@ def test_shapes_fit_the_device(rows: int, processors: int, kib: int) -> None:
 def test_four_bits_have_shapes_of_their_own() -> None:
     four, whole = both(3, 2, 64, 192, torch.bfloat16)
     assert shape_for(four, 9) != shape_for(whole, 9)
+
+
+def test_a_clamp_does_not_hide_what_is_not_a_number() -> None:
+    _, whole = both(3, 3, 64, 64, torch.float32)
+    x = some(2, 64, low=-2, high=3, seed=4).float().to(DEVICE)
+    for row in (5, 64 + 5):  # of the first expert's gates, and of its ups
+        kept = whole.gate_up[row].clone()
+        whole.gate_up[row] = torch.nan
+        assert experts_parts(x, whole, "silu").isnan().all(1).sum() == 2
+        whole.gate_up[row] = kept
