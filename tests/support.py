@@ -50,6 +50,10 @@ def tiny_model(model_type: str, **overrides: Any) -> Any:
     }
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(values | overrides))).eval()
+    if "swiglu_limit" in overrides:  # transformers 5.17 takes 7 whatever the config says
+        for module in model.modules():
+            if hasattr(module, "limit"):
+                module.limit = overrides["swiglu_limit"]
     if model_type != "llama":
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
