@@ -236,10 +236,7 @@ class HarmonyReader:
             return
         if (mark := _MARK.match(self._text)) is not None:
             self._text = self._text[mark.end() :]
-            if mark[0] == Marks.MESSAGE:
-                self._open(Opened("content"), found)
-            else:
-                self._behind(mark[0])
+            self._behind(mark[0])
         elif final or _begun_mark(self._text) != len(self._text):
             self._open(Opened("content"), found)
 

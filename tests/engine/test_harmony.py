@@ -68,8 +68,15 @@ TEXTS: list[tuple[str, str, str]] = [
     ("Hello there", "", "Hello there"),
     (" to me", "", " to me"),
     ("tomorrow", "", "tomorrow"),
+    ("to", "", "to"),
+    (" t", "", " t"),
     ("\n<b>", "", "\n<b>"),
     ("<|channel|>finalHello there", "", "Hello there"),
+    ("<|channel|>finalHello<|end|>", "", "Hello"),
+    ("<|channel|>final a b<|message|>c", "", " a bc"),
+    ("<|constrain|>json<|message|>{}", "", "{}"),
+    (f"{FINAL}A<|channel|>analysis<|message|>B", "B", "A"),
+    (f"{FINAL}A<|end|><|channel|>analysis<|message|>B", "B", "A"),
     ("<|channel|>analysisHello there", "Hello there", ""),
     ("<|channel|>final<|end|>Hello", "", "Hello"),
     (f"{THOUGHT}Hello", "Hm. 2 < 3, <|x.", "Hello"),
@@ -270,6 +277,8 @@ def test_the_template_shows_the_format() -> None:
     named = with_tokens(*Marks.ALL)
     named.tokenizer.chat_template = PLAIN
     assert (thought_format_of(named), format_of(named).name) == (None, "hermes")
+    named.tokenizer.chat_template = f"{PLAIN}<|start|>assistant<|message|>"
+    assert (thought_format_of(named), format_of(named).name) == (None, "hermes")
     found = thought_format_of(named, "harmony")
     assert (found, format_of(named, "harmony").name) == (form(), "harmony")
 
@@ -304,6 +313,9 @@ def test_an_answer_that_goes_on_is_behind_its_thought() -> None:
     assert thought.reader().feed("all.") == ("", "all.")
     assert thought.reader().feed(f"all.<|end|>{NEXT}{FINAL}And", final=True) == ("", "all.\nAnd")
     assert form().behind_thought(begun) == begun
+    # What the prompt ends with is nothing of the answer.
+    for said in ("a <", "a <|end", "a"):
+        assert HarmonyThought(f"assistant{FINAL}{said}").reader().feed("|b") == ("", "|b")
 
 
 JSON = GrammarSpec(
