@@ -22,6 +22,10 @@ _STAGES = 4
 _WIDE = 200 << 10
 """Bytes of shared memory of those multiprocessors whose tensor cores read weights from there: Hopper's."""
 
+_FEW_OUTPUTS = 32
+"""With no more, a thread of four warps lifts so few weights of 4 bits in a tile that most of what it does is
+to find them: with 16 outputs 17 instructions a weight, where two warps take 12 (compiled for Hopper)."""
+
 _PROGRAMS = 3
 """For each multiprocessor there shall be so many, where outputs can be divided among them."""
 
@@ -107,6 +111,8 @@ def experts_shape(
         if weight_itemsize == 0:
             channels, size = 64, 128  # bytes that have a word of scales
             found, warps = (found, warps) if quick else (16, 8)
+            if quick and found <= _FEW_OUTPUTS:
+                warps = 2
             both = (2 if gated else 1) * found + 2 * of_slot * itemsize
         elif weight_itemsize == 1 and quick and warps == 4:
             channels = 128  # which memory reads in one run

@@ -33,6 +33,7 @@ def some_bytes(*shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
 
 def test_numbers_are_those_of_transformers_and_exact_in_16_bits() -> None:
     blocks, scales = some_bytes(40, 3, 16), some_bytes(40, 3, low=0, high=255)
+    scales[0] = torch.tensor([0, 1, 254])
     found = mxfp4.dequantized(mxfp4.from_checkpoint(blocks), scales)
     for dtype in (torch.float32, torch.bfloat16):
         wanted = convert_moe_packed_tensors(blocks[None], scales[None], dtype=dtype)[0].t()
@@ -206,6 +207,8 @@ def test_blocks_without_scales_that_fit_are_refused(tmp_path: Path) -> None:
     fewer = {"blocks": blocks[:, :, :1].clone(), "scales": short}
     told = ", ".join(f"{BLOCKS}[{expert}] is [128, 32], not [128, 64]" for expert in range(5))
     assert refusal(**fewer) == f"of another shape (5): {told}"
+    odd = tensors[f"{LAYER}gate_up_proj_bias"][:, :-1].clone()  # gates and ups cannot be told apart
+    assert "unexpected (1): model.layers.1.mlp.experts.gate_up_proj_bias" in refusal(bias=odd)
     missing = ", ".join(f"{BLOCKS}[{expert}]" for expert in range(5))
     assert refusal(blocks=None) == f"missing (5): {missing}. unexpected (1): {SCALES}"
     biases = ", ".join(f"{LAYER}gate_up_proj_bias[{expert}]" for expert in range(5))

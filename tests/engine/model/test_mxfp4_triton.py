@@ -153,17 +153,19 @@ def test_random_weights_are_small() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 200, 8192])
-@pytest.mark.parametrize(("processors", "kib"), [(132, 228), (128, 100)], ids=["H100", "4090"])
+@pytest.mark.parametrize(("processors", "kib"), [(132, 228), (128, 100), (40, 64)], ids=str)
 def test_shapes_fit_the_device(rows: int, processors: int, kib: int) -> None:
     sizes = {"experts": 32, "chosen": 4, "hidden": 2880, "width": 2880}
     for itemsize in (2, 4):
         shape = experts_shape(
             rows, **sizes, itemsize=itemsize, weight_itemsize=0, processors=processors, shared=kib << 10
         )
+        assert shape.rows <= (16 if itemsize == 4 else 128 if kib == 228 else 64)  # or registers spill
         for tile, gates in ((shape.gate_up, 2), (shape.down, 1)):
             stage = (gates * tile.outputs + 2 * shape.rows * itemsize) * 64
             assert tile.channels == 64  # of bytes, which have a word of scales
             assert tile.stages >= 2
+            assert (tile.warps == 2) == (tile.outputs <= 32 and itemsize == 2)
             assert tile.stages * stage <= (kib - 1) << 10
 
 
