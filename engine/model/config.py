@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,9 @@ from engine.model.prequantized import MXFP4, check_quantization
 __all__ = ["ModelConfig"]
 
 log = logging.getLogger(__name__)
+
+_OF_NONSENSE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+"""What comes of a config's values that are none, in transformers' hands or here."""
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -122,7 +125,7 @@ class ModelConfig:
 
         Raises:
             UnsupportedModelError: the architecture, activation, or RoPE type is not covered.
-            ModelError: there is no readable config.
+            ModelError: there is no readable config, or sizes in it cannot be.
         """
         import_validators()
         from huggingface_hub.errors import StrictDataclassError
@@ -137,11 +140,12 @@ class ModelConfig:
             check_architecture(str(architectures[0]))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
-            raise ModelError(f"cannot read the model config in {folder}: {error}") from error
+        except (OSError, *_OF_NONSENSE, StrictDataclassError) as error:
+            what = " ".join(str(error).split())  # in a line
+            raise ModelError(f"cannot read the model config in {folder}: {what}") from error
         try:
             return cls.from_hf(config)
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        except _OF_NONSENSE as error:
             what = f"{type(error).__name__}: {error}"
             raise ModelError(f"the model config in {folder} holds what it should not: {what}") from error
 
@@ -164,11 +168,13 @@ class ModelConfig:
             )
         if (quantization := getattr(whole, "quantization_config", None)) is not None:
             check_quantization(quantization)
+        _check_sizes(config)
         flags: dict[str, Any] = {
             "windows": (None,) * config.num_hidden_layers,
             "max_position": config.max_position_embeddings,
             **FAMILIES[architecture](config),
         }
+        _check_windows(flags["windows"])
         if "rope" not in flags:
             flags["rope"] = rope_of(config, config.rope_parameters)
         mxfp4 = quantization is not None and quantization.get("quant_method") == MXFP4
@@ -190,6 +196,31 @@ class ModelConfig:
             dtype=_dtype(whole, torch.bfloat16 if mxfp4 else torch.float32),
             **flags,
         )
+
+
+def _check_sizes(config: Any) -> None:
+    """Raises ValueError: transformers takes any number."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
+    heads = config.num_attention_heads
+    sizes |= {"num_key_value_heads": config.num_key_value_heads or heads}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be 1 or more")
+    if (head_dim := head_dim_of(config)) < 1:
+        raise ValueError(f"head_dim is {head_dim}; it must be 1 or more")
+    if heads % sizes["num_key_value_heads"]:
+        raise ValueError(
+            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, "
+            f"{sizes['num_key_value_heads']}"
+        )
+
+
+def _check_windows(windows: Sequence[int | None]) -> None:
+    """Raises ValueError: a query sees itself at least."""
+    for window in windows:
+        if window is not None and window < 1:
+            raise ValueError(f"sliding_window is {window}; it must be 1 or more")
 
 
 def _in_mxfp4(experts: ExpertsConfig | None, hidden: int) -> ExpertsConfig:

@@ -127,11 +127,10 @@ def _gemma3(config: Any) -> dict[str, Any]:
 
 def _phi3(config: Any) -> dict[str, Any]:
     rope = config.rope_parameters
-    rotated = int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
     flags: dict[str, Any] = {
         "windows": (config.sliding_window,) * config.num_hidden_layers,
         "fused": "all",
-        "rope": rope_of(config, rope, rotated=rotated),
+        "rope": rope_of(config, rope, rotated=_rotated(config)),
     }
     if rope.get("rope_type") == "longrope":
         # Past this length transformers changes the frequencies of cached keys too. Up to it, they are fixed.
@@ -198,12 +197,10 @@ def _ernie4_5(config: Any) -> dict[str, Any]:
 
 
 def _glm(config: Any) -> dict[str, Any]:
-    rope = config.rope_parameters
-    rotated = int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
     return {
         "qkv_bias": bool(config.attention_bias),
         "fused": "gate_up",
-        "rope": rope_of(config, rope, rotated=rotated),
+        "rope": rope_of(config, config.rope_parameters, rotated=_rotated(config)),
         "interleaved": True,
     }
 
@@ -373,6 +370,15 @@ def check_architecture(architecture: str) -> None:
 def head_dim_of(config: Any) -> int:
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head_dim
+
+
+def _rotated(config: Any) -> int:
+    """Channels of a head that are rotated. Raises ValueError where they are none, or more than there are."""
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    rotated = int(head_dim_of(config) * factor)
+    if not 0 < rotated <= head_dim_of(config):
+        raise ValueError(f"partial_rotary_factor is {factor}, of heads with {head_dim_of(config)} channels")
+    return rotated
 
 
 def _layer_windows(config: Any) -> tuple[int | None, ...]:

@@ -438,3 +438,33 @@ def test_bfloat16_runs_and_stays_near(tmp_path: Path) -> None:
     decoder.pack()
     packed = decoder.lm_head(torch.ones(3, 32, dtype=torch.bfloat16)).float()
     torch.testing.assert_close(packed, plain, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"head_dim": -1}, "head_dim is -1; it must be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be 1 or more"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, not a multiple of num_key_value_heads, 3"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, of heads with 16 channels"),
+        ({"quantization_config": 4}, "'int' object has no attribute"),
+        ({"attention_bias": None}, "Validation error for field 'attention_bias': TypeError"),
+    ],
+    ids=str,
+)
+def test_what_a_config_cannot_mean_is_told_in_a_line(stated: dict, told: str, tmp_path: Path) -> None:
+    save_model(tiny_model("glm"), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **stated, "rope_parameters": None, "rope_theta": 10000.0}))
+    with pytest.raises(ModelError) as raised:
+        ModelConfig.from_folder(tmp_path)
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_window_holds_a_position_at_least() -> None:
+    model = tiny_model("mistral", sliding_window=0)
+    model.config.architectures = ["MistralForCausalLM"]
+    with pytest.raises(ValueError, match="sliding_window is 0; it must be 1 or more"):
+        ModelConfig.from_hf(model.config)
