@@ -41,6 +41,10 @@ _MARK = re.compile("|".join(map(re.escape, Marks.ALL)))
 _WORD = re.compile(r"[^\s<]+")
 _PART = re.compile(rf"\s*(?:(?P<mark>{_MARK.pattern})|to=(?P<to>[^\s<]+)|(?P<word>[^\s<]+))")
 _NAME = re.compile(r"\s*(\w*)")
+_CHANNEL_AND_TEXT = re.compile(
+    rf"{_ROLE}\s*{re.escape(Marks.CHANNEL)}\s*({'|'.join(_CHANNELS)})(?!to?$|to=)(?=\w)"
+)
+"""What stands before a text with no mark between the two."""
 _LONGEST_HEADER = 512
 _AT_ONCE = 4096  # characters of a text that comes in one: each mark copies what is left of them
 
@@ -253,6 +257,8 @@ class HarmonyReader:
             begun = self._text.removeprefix(_ROLE)
             if begun.strip() and "<" not in begun and not begun.lstrip().startswith("to="):  # nor was it one
                 header = Opened("content"), len(self._text) - len(begun)
+            elif (channel := _CHANNEL_AND_TEXT.match(self._text)) is not None:
+                header = _opened(channel[1], ""), channel.end()
         if header is None:
             return
         opened, size = header
