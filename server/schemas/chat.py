@@ -141,6 +141,11 @@ class Conversation(Body):
                 "continue_final_message and add_generation_prompt cannot both be true",
                 param="continue_final_message",
             )
+        if self.continue_final_message and self.messages and self.messages[-1].tool_calls:
+            raise RequestError(  # a prompt ends behind the message's text, before them
+                "continue_final_message: no answer can go on with a message that has tool_calls",
+                param="continue_final_message",
+            )
         return self
 
     @model_validator(mode="after")

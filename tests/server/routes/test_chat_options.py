@@ -38,6 +38,9 @@ def test_the_last_message_goes_on(hello: RunningServer) -> None:
         error_of(hello, continue_final_message=True, add_generation_prompt=True) == "continue_final_message"
     )
     assert prompt_of(hello, continue_final_message=False, add_generation_prompt=True) == OPENED
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = [*messages[:-1], {"role": "assistant", "content": "Well, ", "tool_calls": [call]}]
+    assert error_of(hello, messages=called, continue_final_message=True) == "continue_final_message"
 
 
 @pytest.mark.parametrize(
