@@ -13,6 +13,7 @@ from engine.harmony import HarmonyReader
 from engine.harmony_format import HarmonyFormat
 from server.harmony_calls import HarmonyCalls, HarmonyParser
 from server.tool_calls import CallDelta
+from server.tool_grammars import Function
 from tests.engine.test_harmony import ANALYSIS, FINAL, FIRST_TO, NEXT, THOUGHT, WEATHER, form, harmony
 from tests.server.test_tool_formats import ANSWER, FUNCTIONS, follows
 
@@ -137,6 +138,15 @@ def test_calls_that_follow_a_grammar_cannot_be_wrong(call: str) -> None:
         assert follows(led, one, text)
         assert not follows(led, f"{ANALYSIS}Hm.{one}", text)
         assert not follows(led, f"{THOUGHT.replace('<|x.', '.')}{NEXT}{one.replace('city', 'town')}", text)
+
+
+@pytest.mark.parametrize("between", [", ", ",", " ,"])
+def test_arguments_have_a_space_between_them_or_none(between: str) -> None:
+    properties = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["a", "b"]}
+    spec = calls().grammar([Function("f", schema, True)], text=False, schema=None, several=False)
+    said = f'<|channel|>commentary to=functions.f<|message|>{{"a": 1{between}"b": 2}}'
+    assert follows(spec, said, harmony()) == (between != " ,")
 
 
 def test_a_vocabulary_without_the_marks_has_no_grammar() -> None:

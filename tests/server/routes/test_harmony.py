@@ -145,6 +145,10 @@ def test_logprobs_are_of_what_was_written_and_in_a_response_of_the_answer(serve:
         assert "".join(entry["token"] for entry in entries) == "Hello, <b>!"
         told = [one for event in events(server, **fields) for one in event.get("logprobs", ())]
         assert len(told) == 2 * len(entries)  # with its text, and with the whole of it
+    # Also where one step brings text, a thought and text.
+    server = started(serve, f"{FINAL}A<|end|>{NEXT}{ANALYSIS}Hm<|end|>{NEXT}{FINAL}B", 62)
+    told = [one["token"] for event in events(server, **fields) for one in event.get("logprobs", ())]
+    assert told.count("A") == told.count("B") == 2
 
 
 @pytest.mark.parametrize("size", [1, 4, 60])
