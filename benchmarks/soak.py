@@ -48,6 +48,7 @@ from benchmarks.common import (
     word_prompt,
 )
 from benchmarks.disconnect import SETTLE_S, is_idle, page
+from engine.grammar import MAX_KEPT
 
 SERVE = [
     "--max-num-seqs",
@@ -354,10 +355,22 @@ def by_minute(samples: Sequence[tuple[float, float]]) -> list[float]:
     return list(first.values())
 
 
+async def fill_grammars(url: str, model: str) -> None:
+    """Ask for as many schemas as a server keeps compiled: until then its memory grows with each."""
+    rng = random.Random(0)
+    async with new_client(url) as client:
+        for _ in range(MAX_KEPT):
+            body = make_body("schema", model, rng) | {"max_tokens": 1, "stream": False}
+            async with client.post("v1/chat/completions", json=body) as answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
+
+
 async def drive(args: argparse.Namespace, server: Server) -> dict[str, Any]:
     """Run the clients and watch the memory; the result's measured part."""
     model = await first_model(server.url)
     total = sum(kv_blocks(await page(server.url)).values())
+    await fill_grammars(server.url, model)
     start = time.monotonic()
     soak = Soak(server.url, model, start + 60 * args.minutes, args.seed)
     clients = asyncio.gather(*(soak.client() for _ in range(args.clients)))

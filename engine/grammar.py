@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPILER_THREADS",
+    "MAX_KEPT",
     "Grammar",
     "GrammarCompiler",
     "GrammarSpec",
