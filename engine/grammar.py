@@ -11,10 +11,10 @@ import ctypes
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "COMPILER_THREADS",
     "MAX_KEPT",
+    "CompilerThreads",
     "Grammar",
     "GrammarCompiler",
     "GrammarSpec",
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _Made = TypeVar("_Made")
+_Arguments = ParamSpec("_Arguments")
 
 MAX_KEPT = 256
 """Compiled grammars that are kept for requests that ask for the same."""
@@ -62,6 +63,9 @@ STACK_PER_BYTE = 2048
 name schemas, by recursion, and where the stack ends so does the process; the most that was found was 1024."""
 
 LEAST_STACK = 1 << 23
+
+COMPILER_STACK = 1 << 24
+"""Of threads that stay: texts of up to 8 KiB are compiled there."""
 
 
 class GrammarSpec(NamedTuple):
@@ -232,6 +236,25 @@ class KeptGrammars(Generic[_Made]):
         self._characters -= len(spec.text) + len(spec.lead)
 
 
+class CompilerThreads(ThreadPoolExecutor):
+    """Threads that compile grammars, with stacks for most of them.
+
+    glibc gives each thread one of its heaps, and a heap never gets back to the system what lies below
+    something that is in use. Were every grammar made by a thread of its own, those that are kept would
+    wander through all heaps there are, and each would grow to hold all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(COMPILER_THREADS, "grammar", initializer=_note_stack)
+
+    def submit(
+        self, fn: Callable[_Arguments, _Made], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> Future[_Made]:
+        """As `ThreadPoolExecutor.submit`, which starts a thread where too few are idle."""
+        with _stack_of(COMPILER_STACK):
+            return super().submit(fn, *args, **kwargs)
+
+
 class GrammarCompiler:
     """Makes grammars for one model; any thread may call it.
 
@@ -289,6 +312,9 @@ class GrammarCompiler:
         """Made in a thread whose stack fits the text; of memory only what is needed is taken."""
         from llguidance import LLMatcher
 
+        stack = max(LEAST_STACK, STACK_PER_BYTE * len(spec.text.encode(errors="surrogatepass")))
+        if stack <= getattr(_THREAD, "stack", 0):
+            return LLMatcher(tokenizer, _text(spec), log_level=0)
         made: Future[LLMatcher] = Future()
 
         def make() -> None:
@@ -297,13 +323,8 @@ class GrammarCompiler:
             except BaseException as error:
                 made.set_exception(error)
 
-        stack = max(LEAST_STACK, STACK_PER_BYTE * len(spec.text.encode(errors="surrogatepass")))
-        with _STACKS:
-            before = threading.stack_size(stack)
-            try:
-                threading.Thread(target=make, name="grammar", daemon=True).start()
-            finally:
-                threading.stack_size(before)
+        with _stack_of(stack):
+            threading.Thread(target=make, name="grammar", daemon=True).start()
         return made.result()
 
     def _tokenizer(self, param: str | None) -> LLTokenizer:
@@ -337,6 +358,25 @@ def _give_back() -> None:
 
 _STACKS = threading.Lock()
 """Held while the size of new threads' stacks, which is the process's, is another."""
+
+_THREAD = threading.local()
+"""`stack`: the bytes of this thread's, where it is one of `CompilerThreads`."""
+
+
+@contextmanager
+def _stack_of(size: int) -> Iterator[None]:
+    """Threads that are started meanwhile have stacks of so many bytes."""
+    with _STACKS:
+        before = threading.stack_size(size)
+        try:
+            yield
+        finally:
+            threading.stack_size(before)
+
+
+def _note_stack() -> None:
+    _THREAD.stack = COMPILER_STACK
+
 
 _NAMES = {
     "json_schema": "JSON schema",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 from engine.errors import told
-from engine.grammar import COMPILER_THREADS, Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
+from engine.grammar import CompilerThreads, Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
 from engine.types import FinishReason, Request, TokenDelta
 from engine.worker import EngineWorker
 
@@ -27,7 +26,7 @@ class GrammarQueue:
 
     def __init__(self, compiler: GrammarCompiler, worker: EngineWorker) -> None:
         self._compiler, self._worker = compiler, worker
-        self._threads = ThreadPoolExecutor(COMPILER_THREADS, thread_name_prefix="grammar")
+        self._threads = CompilerThreads()
         self._lock = threading.Lock()
         self._kept: KeptGrammars[Grammar] = KeptGrammars()
         self._waiting: dict[GrammarSpec, list[Request]] = {}

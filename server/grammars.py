@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import structlog
 
 from engine.errors import RequestError
-from engine.grammar import COMPILER_THREADS, Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
+from engine.grammar import CompilerThreads, Grammar, GrammarCompiler, GrammarSpec, KeptGrammars
 
 __all__ = ["Grammars"]
 
@@ -28,7 +27,7 @@ class Grammars:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
-        self._threads = ThreadPoolExecutor(COMPILER_THREADS, thread_name_prefix="grammar")
+        self._threads = CompilerThreads()
         self._kept: KeptGrammars[asyncio.Future[Grammar]] = KeptGrammars()
 
     async def compiled(self, spec: GrammarSpec) -> Grammar:

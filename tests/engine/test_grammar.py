@@ -6,13 +6,25 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine.errors import RequestError
-from engine.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarCompiler, GrammarSpec, GrammarState
+from engine.grammar import (
+    COMPILER_STACK,
+    COMPILER_THREADS,
+    LEAST_STACK,
+    MAX_GRAMMAR_BYTES,
+    STACK_PER_BYTE,
+    CompilerThreads,
+    Grammar,
+    GrammarCompiler,
+    GrammarSpec,
+    GrammarState,
+)
 from tests.letters import letter_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -197,13 +209,37 @@ def test_what_refers_to_what_refers_on_does_not_end_the_process(kind: str) -> No
     spec = GrammarSpec("grammar" if kind == "rules" else "json_schema", DEEP[kind])
     assert len(spec.text) < MAX_GRAMMAR_BYTES[spec.kind]
     code = (
-        "import sys; from tests.engine.test_grammar import COMPILER, GrammarSpec;"
-        "grammar = COMPILER.compile(GrammarSpec(sys.argv[1], sys.stdin.read()));"
+        "import sys; from tests.engine.test_grammar import COMPILER, CompilerThreads, GrammarSpec;"
+        "spec = GrammarSpec(sys.argv[1], sys.stdin.read());"
+        "grammar = CompilerThreads().submit(COMPILER.compile, spec).result();"
         "print('ended' if grammar.start().ended else 'begun')"
     )
     command = [sys.executable, "-c", code, spec.kind]
     done = subprocess.run(command, input=spec.text, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout) == (0, "begun\n"), done.stderr
+
+
+def test_threads_that_stay_make_all_but_large_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks: list[int] = []
+    start, usual = threading.Thread.start, threading.stack_size()
+
+    def noted(thread: threading.Thread) -> None:
+        stacks.append(threading.stack_size())
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    fits = COMPILER_STACK // STACK_PER_BYTE
+    with CompilerThreads() as threads:
+        for length in (1, 2, 3, 4, fits):
+            threads.submit(regex, "a" * length).result()
+        assert 1 <= len(stacks) <= COMPILER_THREADS
+        assert set(stacks) == {COMPILER_STACK}
+        threads.submit(regex, "a" * (fits + 1)).result()
+        assert stacks[-1] == STACK_PER_BYTE * (fits + 1)
+    stacks.clear()
+    regex("a")  # in this thread, of whose stack nothing is known
+    assert stacks == [LEAST_STACK]
+    assert threading.stack_size() == usual
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told() -> None:
