@@ -7,19 +7,19 @@ copies of a matcher, is what is here.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
+from engine.limits import give_back_memory
 from engine.own_tokens import tokenizer_json
 
 if TYPE_CHECKING:
@@ -342,18 +342,12 @@ class GrammarCompiler:
                     raise RequestError(text, param=param) from error
                 # In a call of its own: all threads wait for each of the two, for a second with 262k tokens.
                 self._made = read.with_slices(LLTokenizer.general_slices())
-                _give_back()
+                give_back_memory()  # 260 MB with 262k tokens
             return self._made
 
     def _is_known(self, token: int) -> bool:
         in_model = self._vocab_size is None or token < self._vocab_size
         return in_model and self._hf.convert_ids_to_tokens(token) is not None
-
-
-def _give_back() -> None:
-    """To the system, what reading took and the C library would keep: 260 MB with 262k tokens."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library's
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 _STACKS = threading.Lock()

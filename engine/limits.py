@@ -7,11 +7,13 @@ cores' time stands still most of the time, and one that takes all that looks fre
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available_bytes", "cpus", "limit_threads"]
+__all__ = ["available_bytes", "cpus", "give_back_memory", "limit_threads"]
 
 NO_BOUND = 1 << 62
 
@@ -35,6 +37,12 @@ def limit_threads(root: Path = Path("/")) -> None:
     """
     if (usable := cpus(root)) < _cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(usable))
+
+
+def give_back_memory() -> None:
+    """To the system, what was freed and the C library keeps: after something large, not in between."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -25,7 +25,7 @@ from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError, WeightsError
 from engine.harmony_format import ends_of
-from engine.limits import available_bytes
+from engine.limits import available_bytes, give_back_memory
 from engine.medusa.bigram import Bigram, find_bigram
 from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
 from engine.medusa.head_files import JOINT_PREFIX, joint_heads, read_heads
@@ -139,6 +139,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
             if drafter is not None:
                 drafter.fuse_triton()
 
+    give_back_memory()  # of SmolLM2's conversions 100 to 300 MB
     transient = 0
     if device.type == "cuda" and config.kv_cache_tokens is None and config.kv_cache_bytes is None:
         transient = transient_bytes(config, decoder, attention, drafter, most_nodes, device, kernels)

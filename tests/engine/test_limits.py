@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.limits import available_bytes, cpus, limit_threads
+from engine.limits import available_bytes, cpus, give_back_memory, limit_threads
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -161,3 +161,17 @@ def test_a_command_in_a_group_of_the_kernel(groups: list[Path]) -> None:
     usable, threads, left = map(int, done.stdout.splitlines()[-1].split())
     assert (usable, threads) == (1, 1)
     assert GIB < left < 3 * GIB  # torch is in it
+
+
+def test_what_lies_between_what_is_in_use_is_given_back() -> None:
+    blocks = [b"x" * (64 << 10) for _ in range(640)]
+    kept = blocks[::10]
+    del blocks
+    before = resident_bytes()
+    give_back_memory()
+    assert resident_bytes() < before - (20 << 20)
+    assert len(kept) == 64
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
