@@ -291,7 +291,8 @@ def _decoder(
         dict(decoder.named_parameters()),
         decoder.weight_map(),
         ignored=lambda name: (
-            name.startswith(JOINT_PREFIX) or (model.tie_word_embeddings and name == "lm_head.weight")
+            name.startswith((JOINT_PREFIX, *model.unread))
+            or (model.tie_word_embeddings and name == "lm_head.weight")
         ),
         progress=progress,
     )

@@ -57,7 +57,8 @@ def tiny_model(model_type: str, **overrides: Any) -> Any:
     if model_type != "llama":
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            buffers = (each for each in model.named_buffers() if each[0].endswith("correction_bias"))
+            for name, parameter in (*model.named_parameters(), *buffers):
                 if name.endswith("bias") or "norm" in name:
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return model

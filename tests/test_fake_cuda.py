@@ -98,12 +98,13 @@ def made(folder: Path) -> Path:
     hidden, inside = model.config.hidden_size, folder / "bigram"
     pairs = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(2))[:2000].int()
     experts = {
-        "num_experts": 5,
+        "n_routed_experts": 6,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
-        "mlp_only_layers": [1],
+        "n_group": 3,
+        "topk_group": 2,
     }
-    save_model(tiny_model("qwen3_moe", num_hidden_layers=3, **experts), folder / "experts")
+    save_model(tiny_model("glm4_moe", num_hidden_layers=3, **experts), folder / "experts")
     published(folder / "mxfp4", num_local_experts=4, num_experts_per_tok=2, sliding_window=6)
     sinking, generator = tiny_llama(vocab_size=64), torch.Generator().manual_seed(3)
     for layer in sinking.model.layers:
@@ -446,7 +447,8 @@ def test_captured_steps_draft_behind_the_tokens_before_as_the_cpus_do(
 
 
 def test_captured_steps_go_through_experts(in_kernels: dict[str, tuple[str, str]]) -> None:
-    """Only passes over prompts are launched under requests: steps were captured before, for whatever rows."""
+    """Only passes over prompts are launched under requests: steps were captured before, for whatever rows.
+    Here of sigmoids among groups, with an MLP beside; in 4 bits of the softmax."""
     rows = said(in_kernels, "experts").split()
     assert rows == ["8", "torch.float32"]
 

@@ -90,6 +90,8 @@ def plan(
         widest = 2 * model.intermediate_size
         if (experts := model.experts) is not None:  # each token once for each of its experts
             widest = max(widest, experts.chosen * 2 * (experts.width + hidden))
+            if experts.shared is not None:
+                widest += 2 * experts.shared.width
         widest += 8 * hidden
         kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 * pack_tokens + 128) * size
         logits = logits_rows(device, model.vocab_size) * model.vocab_size * (size + 4)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import ModelError, UnsupportedModelError
+from engine.model.experts_config import ExpertsConfig
 from engine.model.families import (
     FAMILIES,
     WITH_VISION,
-    ExpertsConfig,
     RopeConfig,
     check_architecture,
     head_dim_of,
@@ -65,6 +65,8 @@ class ModelConfig:
         residual_scale: factor on what each block adds to the residual stream.
         logits_divisor: logits are divided by it.
         experts: in place of the MLP of some layers or all; `intermediate_size` is that of the others.
+        unread: what names of tensors begin with that a checkpoint may hold and nothing here reads: those of
+            layers that guess tokens further ahead.
     """
 
     architecture: str
@@ -100,6 +102,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     experts: ExpertsConfig | None = None
+    unread: tuple[str, ...] = ()
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts in place of its MLP."""

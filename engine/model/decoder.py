@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.attention.base import AttentionBackend
 from engine.model.config import ModelConfig
-from engine.model.experts import Experts
+from engine.model.experts import Experts, SharedExpert
 from engine.model.layers import (
     HeadNorm,
     Linear,
@@ -36,7 +36,7 @@ class DecoderLayer(nn.Module):
     """Attention and a gated MLP, with q, k, v in one matrix and gate, up in another, or a mixture of experts.
 
     A norm that the family does not have is None, and so are the sinks, [heads], of one without. A layer with
-    experts has no `gate_up_proj`, `down_proj`.
+    experts has no `gate_up_proj`, `down_proj`, but `shared` has them if there is an MLP beside the experts.
     """
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, *, mxfp4: bool = False) -> None:
@@ -62,8 +62,11 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = norm(before)
         self.activation: Callable[[Tensor], Tensor] = F.silu if config.activation == "silu" else _gelu_tanh
         self.experts: Experts | None = None
-        if config.has_experts(index):
+        self.shared: SharedExpert | None = None
+        if config.experts is not None and config.has_experts(index):
             self.experts = Experts(config, dtype, self.activation, mxfp4=mxfp4)
+            if config.experts.shared is not None:
+                self.shared = SharedExpert(config, dtype, self.activation)
         else:
             self.gate_up_proj = Linear(hidden, 2 * width, bias=config.mlp_bias, dtype=dtype)
             self.down_proj = Linear(width, hidden, bias=config.mlp_bias, dtype=dtype)
@@ -96,7 +99,10 @@ class DecoderLayer(nn.Module):
         x = self._add(x, self.o_proj, mixed, self.attention_output_norm)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
         if self.experts is not None:
-            return self._added(x, self.experts(y), self.mlp_output_norm)
+            given = self.experts(y)
+            if self.shared is not None:
+                given += self.shared(y)
+            return self._added(x, given, self.mlp_output_norm)
         gate, up = self.gate_up_proj(y).chunk(2, dim=-1)
         return self._add(x, self.down_proj, self.activation(gate).mul_(up), self.mlp_output_norm)
 
@@ -130,6 +136,14 @@ def _qk_norm(config: ModelConfig, dtype: torch.dtype) -> HeadNorm | ProjectionNo
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+_SHARED = {
+    "gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "down_proj": ("mlp.shared_experts.down_proj",),
+    "gate": ("mlp.shared_expert_gate",),
+}
+"""The checkpoint's modules of `SharedExpert`'s (see `ExpertsFile`)."""
 
 
 class Decoder(nn.Module):
@@ -352,6 +366,8 @@ class Decoder(nn.Module):
                 these = sources.get(module, ())
                 if module == "experts":
                     these, kind = experts[kind[0]], []
+                if module == "shared":
+                    these, kind = _SHARED[kind[0]], kind[1:] or ["weight"]
                 names[name] = tuple(".".join(("model.layers", index, source, *kind)) for source in these)
         return names
 
@@ -361,6 +377,7 @@ class Decoder(nn.Module):
         found: dict[str, tuple[str, ...]] = {
             "router": ("mlp.gate.weight",),
             "router_bias": ("mlp.gate.bias",),
+            "correction": ("mlp.gate.e_score_correction_bias",),
         }
         weight, scales = ("blocks", "scales") if self.mxfp4 else ("weight", "")
         for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ _ROUTERS = (
     f"{_BLOCK}router.layer.weight",  # Granite's
     f"{_BLOCK}router.weight",  # and in memory
     "mlp.router.weight",  # gpt-oss's
+    "mlp.gate.wg.weight",  # Hunyuan's
+)
+
+_SHARED = re.compile(r"mlp\.shared_(?:expert|mlp)\.(.+)")
+"""Of the MLP beside the experts: Qwen's and Hunyuan's names of `mlp.shared_experts`."""
+
+_CORRECTIONS = (
+    "mlp.gate.e_score_correction_bias",  # GLM's
+    "mlp.moe_statics.e_score_correction_bias",  # ERNIE's, [1, experts]
+    "mlp.gate.moe_statics.e_score_correction_bias",  # and in memory
 )
 
 _STACKED = {
@@ -37,7 +48,7 @@ _STACKED = {
 """Tensors of all experts of a layer: [experts, outputs, inputs], of one projection or of two joined."""
 
 _BOTH = ("gate_proj", "up_proj")
-_Form = Literal["halves", "turns", "transposed", "mxfp4", "blocks", "scales"]
+_Form = Literal["halves", "turns", "transposed", "mxfp4", "blocks", "scales", "vector"]
 _IN_TURN: dict[str, tuple[str, tuple[str, ...], _Form]] = {
     "mlp.experts.gate_up_proj": ("weight", _BOTH, "transposed"),
     "mlp.experts.gate_up_proj_bias": ("bias", _BOTH, "turns"),
@@ -62,7 +73,8 @@ class _Source:
     """A tensor, or of a stacked one an expert's part: `part` of `parts` of its outputs.
 
     `form`: how outputs of several projections lie there: one projection behind the other ("halves"), or in
-    turn. Of these, "mxfp4" is to be dequantised, "blocks" and "scales" are to be as kernels take them.
+    turn. Of these, "mxfp4" is to be dequantised, "blocks" and "scales" are to be as kernels take them. A
+    "vector" is to have one dimension, whatever it is stored with.
     """
 
     name: str
@@ -79,7 +91,9 @@ def has_experts(names: Iterable[str]) -> bool:
 
 class ExpertsFile:
     """The checkpoint with each expert's projections as `mlp.experts.N.gate_proj.weight` and so on, and the
-    router as `mlp.gate.weight` (as Qwen 3 is published).
+    router as `mlp.gate.weight` (as Qwen 3 is published). What corrects its choice is
+    `mlp.gate.e_score_correction_bias` and the MLP beside the experts `mlp.shared_experts` (as GLM-4.5 is
+    published), that one's gate `mlp.shared_expert_gate`.
 
     Args:
         files: the checkpoint's tensors, by name.
@@ -102,6 +116,12 @@ class ExpertsFile:
                 self._add(layer, "mlp.gate.weight", own, _Source(name))
             elif own == "mlp.router.bias":
                 self._add(layer, "mlp.gate.bias", own, _Source(name))
+            elif own in _CORRECTIONS:
+                self._add(layer, _CORRECTIONS[0], own, _Source(name, form="vector"))
+            elif own == "mlp.shared_expert_gate.weight":
+                self._add(layer, own, own, _Source(name, form="vector"))
+            elif shared := _SHARED.fullmatch(own):
+                self._add(layer, f"mlp.shared_experts.{shared[1]}", own, _Source(name))
             elif own in _IN_TURN and (layer in biased or own.endswith(("_bias", "_blocks"))):
                 self._add_in_turn(layer, own, name)
             elif own.endswith("_proj_scales") and _blocks_of(name) in files:
@@ -167,7 +187,7 @@ class ExpertsFile:
         source = self._sources[name]
         tensor = self._files[source.name].get(source.name)
         if source.expert is None:
-            return tensor
+            return tensor.flatten() if source.form == "vector" else tensor
         own = tensor[source.expert]
         if source.form == "halves":
             return own.chunk(source.parts)[source.part]
@@ -190,7 +210,7 @@ class ExpertsFile:
         source = self._sources[name]
         shape = self._files[source.name].shape(source.name)
         if source.expert is None:
-            return shape
+            return (math.prod(shape),) if source.form == "vector" else shape
         outputs = shape[2 if source.form == "transposed" else 1] // source.parts
         if source.form in ("halves", "turns"):
             return outputs, *shape[2:]

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
+from engine.model.experts_config import PLAIN, Gate
 from engine.model.layers import Linear
 from engine.model.mxfp4 import words
 from engine.model.quantize import Int8Weight
 
-__all__ = ["Experts", "route"]
+__all__ = ["Experts", "SharedExpert", "route"]
 
 
 class Experts(nn.Module):
@@ -28,7 +29,8 @@ class Experts(nn.Module):
         mxfp4: hold the weights in 4 bits, for CUDA's kernels alone.
 
     Attributes:
-        router: [experts, hidden]; router_bias: [experts], or None.
+        router: [experts, hidden], in float32 where the family has it so; router_bias: [experts], or None.
+        correction: see `Gate`; [experts] float32, or None.
         gate_up: [experts * 2 * width, hidden], each expert's gate and then its up projection; empty once
             the weights are packed or quantised. In 4 bits uint8, [experts * 2 * width, hidden / 2].
         down: [experts * hidden, width], likewise.
@@ -39,6 +41,7 @@ class Experts(nn.Module):
     """
 
     router_bias: Tensor | None
+    correction: Tensor | None
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     gate_up_scales: Tensor | None
@@ -57,6 +60,7 @@ class Experts(nn.Module):
         self.count, self.chosen = config.experts.count, config.experts.chosen
         self.renormalised, self.clamp = config.experts.renormalised, config.experts.clamp
         self.hidden, self.width, self.activation = config.hidden_size, config.experts.width, activation
+        self.dtype = dtype
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
@@ -71,9 +75,11 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_scales", scales)
             self.register_parameter(f"{name}_bias", empty(rows) if biased else None)
 
-        biased = config.experts.bias
-        self.router = empty(self.count, self.hidden)
+        biased, self.gate = config.experts.bias, config.experts.gate
+        self.router = empty(self.count, self.hidden, dtype=torch.float32 if config.experts.precise else dtype)
         self.register_parameter("router_bias", empty(self.count) if biased else None)
+        corrected = self.gate.corrected
+        self.register_parameter("correction", empty(self.count, dtype=torch.float32) if corrected else None)
         self.gate_up: Tensor
         self.down: Tensor
         weight("gate_up", 2, self.width, self.hidden)
@@ -83,12 +89,22 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden] in and out. What a row gives does not depend on which others there are."""
-        experts, weights = route(
-            x, self.router, self.chosen, renormalised=self.renormalised, bias=self.router_bias
-        )
+        experts, weights = self.routed(x)
         if x.device.type == "cpu":
             return self._sorted(x, experts, weights)
         return self.everywhere(x, experts, weights)
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `route`."""
+        return route(
+            x,
+            self.router,
+            self.chosen,
+            renormalised=self.renormalised,
+            bias=self.router_bias,
+            gate=self.gate,
+            correction=self.correction,
+        )
 
     def everywhere(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """By each expert for all rows, of which most count for nothing: it waits for no value, so it can be
@@ -203,26 +219,78 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return linear
 
 
+class SharedExpert(nn.Module):
+    """A gated MLP that every row passes through beside its experts.
+
+    Attributes:
+        gate: [hidden], whose product with a row, as a sigmoid, is a factor on what the row gets; or None.
+    """
+
+    gate: Tensor | None
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        assert config.experts is not None
+        assert config.experts.shared is not None
+        width, gated = config.experts.shared
+        hidden, bias = config.hidden_size, config.mlp_bias
+        self.gate_up_proj = Linear(hidden, 2 * width, bias=bias, dtype=dtype)
+        self.down_proj = Linear(width, hidden, bias=bias, dtype=dtype)
+        gate = nn.Parameter(torch.empty(hidden, dtype=dtype), requires_grad=False)
+        self.register_parameter("gate", gate if gated else None)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, hidden] in and out."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        y: Tensor = self.down_proj(self.activation(gate).mul_(up))
+        if self.gate is None:
+            return y
+        share = torch.mv(x.double(), self.gate.double()).sigmoid()  # alike in any batch, as in `route`
+        return y.mul_(share.to(y.dtype).unsqueeze(1))
+
+
 def route(
-    x: Tensor, router: Tensor, chosen: int, *, renormalised: bool, bias: Tensor | None = None
+    x: Tensor,
+    router: Tensor,
+    chosen: int,
+    *,
+    renormalised: bool,
+    bias: Tensor | None = None,
+    gate: Gate = PLAIN,
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The experts of each row and their weights: the largest of the softmax of router logits.
+    """The experts of each row and their weights, by the router's logits.
 
     The logits are summed in float64: in float32 a product rounds otherwise with more rows, and a row whose
-    best experts are nearly alike would go to others in another batch.
+    best experts are nearly alike would go to others in another batch. So are sigmoids, of which torch takes
+    some by other instructions than the rest.
 
     Args:
         x: [T, hidden].
         router: [experts, hidden]; bias: [experts], or None.
         chosen: experts of each row.
-        renormalised: their weights shall sum to one.
+        renormalised: their weights shall sum to one, before `gate.scale`.
+        gate: what makes shares of logits and experts of shares.
+        correction: [experts] float32 if `gate.corrected`, else None.
 
     Returns:
-        [T, chosen] int64 and [T, chosen] float32, the largest weight first.
+        [T, chosen] int64 and [T, chosen] float32, the best expert first.
     """
     logits = F.linear(x.double(), router.double(), None if bias is None else bias.double())
-    shares = logits.softmax(-1, dtype=torch.float32)
-    weights, experts = shares.topk(chosen, dim=-1)
+    shares = logits.sigmoid().float() if gate.sigmoid else logits.softmax(-1, dtype=torch.float32)
+    scores = shares if correction is None else shares + correction
+    if gate.groups > 1:
+        of_groups = scores.view(len(scores), gate.groups, -1)
+        best = of_groups.topk(2, dim=-1).values.sum(-1).topk(gate.open_groups, dim=-1).indices
+        shut = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+        scores = of_groups.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
+    weights, experts = scores.topk(chosen, dim=-1)
+    if scores is not shares:
+        weights = shares.gather(-1, experts)
     if renormalised:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return experts, weights
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total.clamp(min=gate.least) if gate.least else total)
+    return experts, weights if gate.scale == 1.0 else weights * gate.scale

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.model.experts_config import PLAIN, Gate
 from engine.model.experts_shapes import ExpertsShape
 
 __all__ = ["Assignments", "assign", "choose"]
@@ -34,7 +35,7 @@ def router_kernel(
     """What SHARE channels add to logits; the grid is (rows / BLOCK_M, size / SHARE, experts / BLOCK_E).
 
     Args:
-        x_ptr: [rows, size]; weight_ptr: [experts, size].
+        x_ptr: [rows, size]; weight_ptr: [experts, size], of the same dtype or wider.
         part_ptr: [rows, size / SHARE, experts] float32.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -49,18 +50,46 @@ def router_kernel(
         known = (channel < last)[None, :]
         x = tl.load(x_at + channel[None, :], mask=(row < rows)[:, None] & known, other=0.0)
         w = tl.load(weight_at + channel[None, :], mask=(expert < experts)[:, None] & known, other=0.0)
-        sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
+        sums = tl.dot(w, tl.trans(x.to(w.dtype)), sums, input_precision="ieee")
     at = (row.to(tl.int64) * tl.num_programs(1) + split)[None, :] * experts + expert[:, None]
     tl.store(part_ptr + at, sums, mask=(row < rows)[None, :] & (expert < experts)[:, None])
 
 
 @triton.jit
+def _keys(values, number, BLOCK: tl.constexpr):
+    """[BLOCK] int64 in the order of float32 values that are numbers, the lower `number` first where equal."""
+    bits = values.to(tl.int32, bitcast=True)
+    # Below zero more bits are less: there they are turned around.
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (BLOCK - 1 - number).to(tl.int64)
+
+
+@triton.jit
+def _opened(scores, expert, experts, lowest, GROUPS: tl.constexpr, OPEN: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] int1: whether an expert's group is among the OPEN whose best two sum to most."""
+    group = expert // (experts // GROUPS)
+    both = scores
+    for number in tl.static_range(GROUPS):
+        own = tl.where(group == number, scores, float("-inf"))
+        second = tl.max(tl.where(expert == tl.argmax(own, 0), float("-inf"), own), 0)
+        both = tl.where(group == number, tl.max(own, 0) + second, both)
+    key = tl.where(expert < experts, _keys(both, group, BLOCK), lowest)
+    opened = expert < 0
+    for _ in tl.static_range(OPEN):
+        best = tl.max(key, 0)
+        opened = opened | (key == best)
+        key = tl.where(key == best, lowest, key)
+    return opened
+
+
+@triton.jit
 def choose_kernel(
-    part_ptr, bias_ptr, expert_ptr, share_ptr, experts,
-    BIAS: tl.constexpr, SPLITS: tl.constexpr, CHOSEN: tl.constexpr, RENORMALISED: tl.constexpr,
-    PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    part_ptr, bias_ptr, correction_ptr, expert_ptr, share_ptr, experts, scale, least,
+    BIAS: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr,
+    OPEN: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, CHOSEN: tl.constexpr,
+    RENORMALISED: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The experts of one row, a program of the grid (rows); the lower number first where shares are equal."""
+    """The experts of one row, a program of the grid (rows); the lower number first where two are equal."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     there = expert < experts
@@ -69,25 +98,41 @@ def choose_kernel(
         logit += tl.load(part_ptr + (row * SPLITS + split) * experts + expert, mask=there, other=0.0)
     if BIAS:
         logit += tl.load(bias_ptr + expert, mask=there, other=0.0).to(tl.float32)
-    logit = tl.where(there, logit, float("-inf"))
-    share = tl.exp(logit - tl.max(logit, 0))
-    total = tl.sum(share, 0)
-    share /= total
+    if SIGMOID:
+        share = tl.where(there, 1.0 / (1.0 + tl.exp(-logit)), 0.0)
+        total = tl.sum(share, 0)
+    else:
+        logit = tl.where(there, logit, float("-inf"))
+        share = tl.exp(logit - tl.max(logit, 0))
+        total = tl.sum(share, 0)
+        share /= total
     sound = total == total
-    # Numbers that are not negative are ordered as their bits are; the rest says whose they are.
-    bits = tl.where(sound, share.to(tl.int32, bitcast=True), 0)
-    key = tl.where(there, (bits.to(tl.int64) << 32) | (BLOCK - 1 - expert).to(tl.int64), -1)
+    score = share
+    if CORRECTED:
+        score += tl.load(correction_ptr + expert, mask=there, other=0.0)
+    score = tl.where(sound, score, 0.0)
+    lowest = tl.full([1], -1, tl.int64) << 63
+    key = tl.where(there, _keys(score, expert, BLOCK), lowest)
+    if GROUPS > 1:
+        key = tl.where(_opened(score, expert, experts, lowest, GROUPS, OPEN, BLOCK), key, lowest)
     place = tl.arange(0, PLACES)
     found = tl.zeros([PLACES], tl.int32)
     shares = tl.zeros([PLACES], tl.float32)
     for nth in tl.static_range(CHOSEN):
         best = tl.max(key, 0)
-        key = tl.where(key == best, -1, key)
-        found = tl.where(place == nth, BLOCK - 1 - (best & (BLOCK - 1)).to(tl.int32), found)
-        its_share = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        key = tl.where(key == best, lowest, key)
+        its = BLOCK - 1 - (best & (BLOCK - 1)).to(tl.int32)
+        found = tl.where(place == nth, its, found)
+        if CORRECTED:
+            its_share = tl.sum(tl.where(expert == its, share, 0.0), 0)
+        else:
+            its_share = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         shares = tl.where(place == nth, tl.where(sound, its_share, total), shares)
     if RENORMALISED:
-        shares /= tl.sum(shares, 0)
+        chosen = tl.sum(shares, 0)
+        shares /= tl.where(chosen < least, least, chosen)  # what is not a number stays so
+    if SCALED:
+        shares *= scale
     at = row * CHOSEN + place
     tl.store(expert_ptr + at, found, mask=place < CHOSEN)
     tl.store(share_ptr + at, shares, mask=place < CHOSEN)
@@ -157,33 +202,46 @@ class Assignments(NamedTuple):
 
 
 def choose(
-    x: Tensor, router: Tensor, chosen: int, *, renormalised: bool, bias: Tensor | None = None
+    x: Tensor,
+    router: Tensor,
+    chosen: int,
+    *,
+    renormalised: bool,
+    bias: Tensor | None = None,
+    gate: Gate = PLAIN,
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts of each row and their shares: see `experts.route`.
 
     Args:
         x: [T, hidden], contiguous, T at least 1.
-        router: [experts, hidden], contiguous; bias: [experts], or None.
+        router: [experts, hidden], contiguous, of x's dtype or float32; bias: [experts], or None.
+        correction: [experts] float32 if `gate.corrected`, else None.
 
     Returns:
-        [T, chosen] int32 and [T, chosen] float32, the largest share first. A row of which a logit is NaN or
-        infinite has its first experts, and NaN for shares.
+        [T, chosen] int32 and [T, chosen] float32, the best expert first. A row of which a logit is NaN, or
+        with a softmax infinite, has its first experts, and NaN for shares.
     """
     (rows, size), experts = x.shape, len(router)
     share = max(_LEAST_SHARE, triton.cdiv(triton.cdiv(size, _MOST_SPLITS), 64) * 64)
     splits, block = triton.cdiv(size, share), triton.next_power_of_2(experts)
     parts = x.new_empty(rows, splits, experts, dtype=torch.float32)
-    of_program = min(64, max(16, block))
+    # What is lifted to a router's float32 takes registers: with larger tiles they would not do.
+    most, channels = (64, 64) if router.dtype == x.dtype else (32, 32)
+    of_program = min(most, max(16, block))
     router_kernel[(triton.cdiv(rows, 16), splits, triton.cdiv(experts, of_program))](
         x, router, parts, rows, size, experts,
-        SHARE=share, BLOCK_M=16, BLOCK_E=of_program, BLOCK_K=64, num_warps=4, num_stages=3,
+        SHARE=share, BLOCK_M=16, BLOCK_E=of_program, BLOCK_K=channels, num_warps=4, num_stages=3,
     )  # fmt: skip
     found = x.new_empty(rows, chosen, dtype=torch.int32)
     shares = x.new_empty(rows, chosen, dtype=torch.float32)
     choose_kernel[(rows,)](
-        parts, parts if bias is None else bias, found, shares, experts,
-        BIAS=bias is not None, SPLITS=splits, CHOSEN=chosen, RENORMALISED=renormalised,
-        PLACES=triton.next_power_of_2(chosen), BLOCK=block, num_warps=1 if block <= 256 else 4,
+        parts, parts if bias is None else bias, parts if correction is None else correction, found, shares,
+        experts, gate.scale, gate.least,
+        BIAS=bias is not None, SIGMOID=gate.sigmoid, CORRECTED=correction is not None, GROUPS=gate.groups,
+        OPEN=gate.open_groups, SCALED=gate.scale != 1.0, SPLITS=splits, CHOSEN=chosen,
+        RENORMALISED=renormalised, PLACES=triton.next_power_of_2(chosen), BLOCK=block,
+        num_warps=1 if block <= 256 else 4,
     )  # fmt: skip
     return found, shares
 

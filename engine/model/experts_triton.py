@@ -13,7 +13,7 @@ to the activations' dtype as they come from memory.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -23,13 +23,13 @@ from torch import Tensor
 from engine.model.experts_choice_triton import Assignments, assign, choose
 from engine.model.experts_shapes import ExpertsShape, Tile, experts_shape
 from engine.model.product_shapes import SHARED
-from engine.model.triton_kernels import _normed, activated, warps_for
+from engine.model.triton_kernels import _normed, activated, gated_activation, warps_for
 
 if TYPE_CHECKING:
-    from engine.model.experts import Experts
-    from engine.model.families import Clamp
+    from engine.model.experts import Experts, SharedExpert
+    from engine.model.experts_config import Clamp
 
-__all__ = ["expert_products", "experts_parts", "join_experts", "shape_for"]
+__all__ = ["Beside", "expert_products", "experts_parts", "join_experts", "shape_for", "shared_expert"]
 
 _GROUP = 8
 """Slots whose programs take the same outputs one behind the other: those of an expert share its weights."""
@@ -188,11 +188,15 @@ def experts_kernel(
 
 @triton.jit
 def join_experts_kernel(
-    x_ptr, part_ptr, after_ptr, before_ptr, y_ptr, size, residual_scale, eps,
-    CHOSEN: tl.constexpr, AFTER: tl.constexpr, BEFORE: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, part_ptr, shared_ptr, of_ptr, gate_ptr, after_ptr, before_ptr, y_ptr, size, residual_scale, eps,
+    CHOSEN: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, AFTER: tl.constexpr,
+    BEFORE: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`triton_kernels.add_norm` of the sum of what a row's experts gave; a program of the grid (rows)."""
+    """`triton_kernels.add_norm` of the sum of what a row's experts gave; a program of the grid (rows).
+
+    With SHARED `shared_ptr` [rows, size] is added to it; GATED times the sigmoid of a product of `of_ptr`
+    [rows, size] with `gate_ptr` [size].
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -203,6 +207,13 @@ def join_experts_kernel(
         total += tl.load(part_ptr + (row * CHOSEN + nth) * size + column, mask=inside, other=0.0).to(
             tl.float32
         )
+    if SHARED:
+        beside = tl.load(shared_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            of = tl.load(of_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            beside *= 1.0 / (1.0 + tl.exp(-tl.sum(of * gate, 0)))
+        total += beside
     total = total.to(x.dtype).to(tl.float32)
     if AFTER:
         total = _normed(total, after_ptr, column, inside, size, eps, OFFSET).to(x.dtype).to(tl.float32)
@@ -271,6 +282,24 @@ def expert_products(
     return parts
 
 
+class Beside(NamedTuple):
+    """What an MLP beside the experts gave, [T, hidden], of its input [T, hidden], both contiguous.
+
+    Args:
+        gate: see `SharedExpert`.
+    """
+
+    given: Tensor
+    of: Tensor
+    gate: Tensor | None
+
+
+def shared_expert(x: Tensor, shared: SharedExpert, activation: str) -> Beside:
+    """Of x [T, hidden], contiguous; its two products are torch's."""
+    inner = gated_activation(shared.gate_up_proj(x), activation)
+    return Beside(shared.down_proj(inner), x, shared.gate)
+
+
 def join_experts(
     x: Tensor,
     parts: Tensor,
@@ -282,8 +311,10 @@ def join_experts(
     offset: bool = False,
     residual_scale: float = 1.0,
     y: Tensor | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
-    """`triton_kernels.add_norm` of the sums of `parts` [T * chosen, hidden], contiguous."""
+    """`triton_kernels.add_norm` of the sums of `parts` [T * chosen, hidden], contiguous, with what is
+    `beside`."""
     rows, size = x.shape
     if before is None:
         y = x
@@ -292,10 +323,12 @@ def join_experts(
     if rows == 0:
         return y
     block = triton.next_power_of_2(size)
+    shared, of, gate = beside or (x, x, None)
     join_experts_kernel[(rows,)](
-        x, parts, x if after is None else after, x if before is None else before, y,
-        size, residual_scale, eps,
-        CHOSEN=chosen, AFTER=after is not None, BEFORE=before is not None, OFFSET=offset, BLOCK=block,
+        x, parts, shared, of, x if gate is None else gate,
+        x if after is None else after, x if before is None else before, y, size, residual_scale, eps,
+        CHOSEN=chosen, SHARED=beside is not None, GATED=gate is not None, AFTER=after is not None,
+        BEFORE=before is not None, OFFSET=offset, BLOCK=block,
         num_warps=warps_for(block),
     )  # fmt: skip
     return y
@@ -315,7 +348,15 @@ def experts_parts(x: Tensor, experts: Experts, activation: str) -> Tensor:
     if not len(x):
         return x
     shape, chosen = shape_for(experts, len(x)), experts.chosen
-    chose = choose(x, experts.router, chosen, renormalised=experts.renormalised, bias=experts.router_bias)
+    chose = choose(
+        x,
+        experts.router,
+        chosen,
+        renormalised=experts.renormalised,
+        bias=experts.router_bias,
+        gate=experts.gate,
+        correction=experts.correction,
+    )
     return expert_products(
         x,
         experts.gate_up,
@@ -343,7 +384,7 @@ def shape_for(experts: Experts, rows: int) -> ExpertsShape:
         experts.chosen,
         experts.hidden,
         experts.width,
-        experts.router.element_size(),
+        experts.dtype.itemsize,
         0 if experts.gate_up_scales is not None else weight.element_size(),
         *_device(weight.device.index if weight.device.type == "cuda" else None),
     )

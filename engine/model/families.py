@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from engine.errors import UnsupportedModelError
+from engine.model.experts_config import (
+    Clamp,
+    behind_dense_layers,
+    by_sigmoids,
+    ernie_experts,
+    every_nth_layer,
+    experts_of,
+)
 
 __all__ = [
     "FAMILIES",
     "WITH_VISION",
-    "Clamp",
-    "ExpertsConfig",
     "RopeConfig",
     "check_architecture",
     "head_dim_of",
@@ -40,39 +46,6 @@ class RopeConfig:
     inv_freq: torch.Tensor
     scale: float
     precise: bool = False
-
-
-class Clamp(NamedTuple):
-    """(up + 1) * gate * sigmoid(alpha * gate) in place of a gated activation, where the gate is at most
-    `limit`, and up too and not less than -limit."""
-
-    limit: float
-    alpha: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsConfig:
-    """A mixture of experts in place of the MLP.
-
-    Args:
-        count: experts of a layer.
-        chosen: for each token.
-        width: channels between the two products of each.
-        renormalised: the weights of those chosen sum to one.
-        layers: for each layer, whether it has them.
-        bias: on the router and on both products.
-        clamp: bounds on what the gate is taken of; None is none.
-        mxfp4: the checkpoint's are in 4 bits (`engine.model.mxfp4`), and of a size that CUDA's kernels take.
-    """
-
-    count: int
-    chosen: int
-    width: int
-    renormalised: bool
-    layers: tuple[bool, ...]
-    bias: bool = False
-    clamp: Clamp | None = None
-    mxfp4: bool = False
 
 
 def _llama(config: Any) -> dict[str, Any]:
@@ -246,27 +219,21 @@ def _granite(config: Any) -> dict[str, Any]:
 
 
 def _mixtral(config: Any) -> dict[str, Any]:
-    return {**_mistral(config), "experts": _experts(config, config.num_local_experts, renormalised=True)}
+    return {**_mistral(config), "experts": experts_of(config, config.num_local_experts, renormalised=True)}
 
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
-    dense, every = config.mlp_only_layers or (), config.decoder_sparse_step
-    if every < 1:
-        raise UnsupportedModelError(f"decoder_sparse_step is {every}; it must be 1 or more")
-    mixed = tuple(
-        layer not in dense and (layer + 1) % every == 0 for layer in range(config.num_hidden_layers)
-    )
     return {
         **_llama(config),
         "mlp_bias": False,
         "windows": (config.sliding_window,) * config.num_hidden_layers,
         "qk_norm": "head",
-        "experts": _experts(
+        "experts": experts_of(
             config,
             config.num_experts,
             renormalised=config.norm_topk_prob,
             width=config.moe_intermediate_size,
-            layers=mixed,
+            layers=every_nth_layer(config),
         ),
     }
 
@@ -278,7 +245,7 @@ def _olmoe(config: Any) -> dict[str, Any]:
         **_llama(config),
         "output_bias": bool(config.attention_bias),
         "qk_norm": "projection",
-        "experts": _experts(config, config.num_experts, renormalised=config.norm_topk_prob),
+        "experts": experts_of(config, config.num_experts, renormalised=config.norm_topk_prob),
     }
 
 
@@ -287,7 +254,7 @@ def _granite_moe(config: Any) -> dict[str, Any]:
     return {
         **_granite(config),
         "mlp_bias": False,
-        "experts": _experts(config, config.num_local_experts, renormalised=True),
+        "experts": experts_of(config, config.num_local_experts, renormalised=True),
     }
 
 
@@ -295,7 +262,7 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
     # Published configs do not say the latter, and not each release of transformers has it.
     clamp = Clamp(float(getattr(config, "swiglu_limit", 7.0)), float(getattr(config, "swiglu_alpha", 1.702)))
     # The softmax of the chosen logits alone is that of all, renormalised.
-    experts = _experts(config, config.num_local_experts, renormalised=True)
+    experts = experts_of(config, config.num_local_experts, renormalised=True)
     return {
         **_llama(config),
         "windows": _layer_windows(config),
@@ -304,26 +271,22 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
     }
 
 
-def _experts(
-    config: Any,
-    count: int,
-    *,
-    renormalised: bool,
-    width: int | None = None,
-    layers: tuple[bool, ...] | None = None,
-) -> ExpertsConfig:
-    chosen = config.num_experts_per_tok
-    if not 1 <= chosen <= count:
-        raise UnsupportedModelError(
-            f"num_experts_per_tok is {chosen} of {count} experts; it must be 1 to {count}"
-        )
-    return ExpertsConfig(
-        count=count,
-        chosen=chosen,
-        width=width or config.intermediate_size,
-        renormalised=bool(renormalised),
-        layers=layers or (True,) * config.num_hidden_layers,
-    )
+def _ernie4_5_moe(config: Any) -> dict[str, Any]:
+    if config.use_bias:
+        raise UnsupportedModelError("use_bias, which is of lm_head too, is not supported in ernie4_5_moe")
+    return {**_ernie4_5(config), "experts": ernie_experts(config), "unread": ("model.mtp_",)}
+
+
+def _glm4_moe(config: Any) -> dict[str, Any]:
+    layers = config.num_hidden_layers
+    behind = range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+    return {
+        "qkv_bias": bool(config.attention_bias),
+        "qk_norm": "head" if config.use_qk_norm else "none",
+        "rope": rope_of(config, config.rope_parameters, rotated=_rotated(config)),
+        "experts": by_sigmoids(config, behind_dense_layers(config)),
+        "unread": tuple(f"model.layers.{layer}." for layer in behind),
+    }
 
 
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -353,6 +316,8 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "OlmoeForCausalLM": _olmoe,
     "GraniteMoeForCausalLM": _granite_moe,
     "GptOssForCausalLM": _gpt_oss,
+    "Ernie4_5_MoeForCausalLM": _ernie4_5_moe,
+    "Glm4MoeForCausalLM": _glm4_moe,
 }
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, Rotary, RotatingAttention
 from engine.model import triton_kernels as kernels
-from engine.model.experts_triton import experts_parts, join_experts, shape_for
+from engine.model.experts_triton import experts_parts, join_experts, shape_for, shared_expert
 from engine.model.layers import HeadNorm, Linear, RMSNorm, RotaryTable
 from engine.model.product_shapes import MOST_TILES, Around, Shape
 from engine.model.triton_products import product
@@ -131,6 +131,7 @@ class FusedLayers:
                 ahead=_ahead(None if experts is not None else layer.gate_up_proj, ways.gate_up, ways),
             )
             if experts is not None:
+                shared = layer.shared
                 y = join_experts(
                     x,
                     experts_parts(y, experts, self._activation),
@@ -141,6 +142,7 @@ class FusedLayers:
                     offset=self._offset,
                     residual_scale=layer.residual_scale,
                     y=out if last else None,
+                    beside=None if shared is None else shared_expert(y, shared, self._activation),
                 )
                 continue
             gated = self._open(

@@ -138,6 +138,10 @@ def count_parameters(config: ModelConfig) -> int:
     if (experts := config.experts) is not None:
         mlps += sum(experts.layers) * (experts.count * (hidden + 3 * hidden * experts.width) - mlp)
         mlps += sum(experts.layers) * experts.bias * experts.count * (1 + 2 * experts.width + hidden)
+        mlps += sum(experts.layers) * experts.gate.corrected * experts.count
+        if (shared := experts.shared) is not None:
+            beside = 3 * hidden * shared.width + config.mlp_bias * (2 * shared.width + hidden)
+            mlps += sum(experts.layers) * (beside + shared.gated * hidden)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     return config.num_layers * layer + mlps + embeddings + hidden
 
@@ -153,9 +157,12 @@ def count_active_parameters(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Of all parameters in a dtype, but of experts that stay in 4 bits on CUDA."""
+    """Of all parameters in a dtype, but for what is in float32 in any, and experts in 4 bits on CUDA."""
     size = count_parameters(config) * dtype.itemsize
-    if (experts := config.experts) is not None and experts.mxfp4 and device.type == "cuda":
+    if (experts := config.experts) is not None:
+        in_full = experts.gate.corrected + experts.precise * config.hidden_size  # of an expert, in float32
+        size += sum(experts.layers) * experts.count * in_full * (torch.float32.itemsize - dtype.itemsize)
+    if experts is not None and experts.mxfp4 and device.type == "cuda":
         projections = sum(experts.layers) * experts.count
         of_inputs = ((config.hidden_size, 2 * experts.width), (experts.width, config.hidden_size))
         for inputs, outputs in of_inputs:

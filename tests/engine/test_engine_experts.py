@@ -13,17 +13,16 @@ from tests.support import make_engine, run_all, save_model, save_random_heads, t
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """Of 12 tokens; a layer without experts between two with them."""
+    """Of 12 tokens; layers with experts, and MLPs beside them, behind others without."""
     folder = tmp_path_factory.mktemp("mixed")
     reference = tiny_model(
-        "qwen3_moe",
+        "ernie4_5_moe",
         vocab_size=12,
-        num_hidden_layers=3,
-        mlp_only_layers=[1],
-        num_experts=7,
-        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        moe_layer_interval=2,
+        moe_num_experts=7,
+        moe_k=2,
         moe_intermediate_size=24,
-        norm_topk_prob=True,
     )
     save_model(reference, folder)
     return TinyModel(reference, folder, save_random_heads(folder / "heads.safetensors", hidden=32, vocab=12))

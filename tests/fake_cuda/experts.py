@@ -47,4 +47,4 @@ engine, found = run("cuda", Buckets((1, 2), (1, 4), 8))
 Experts.forward = forward
 assert isinstance(engine._runner, TritonRunner)
 assert found == wanted, (found, wanted)
-print(*sorted(set(shapes)), engine._runner._decoder.layers[0].experts.gate_up.dtype)
+print(*sorted(set(shapes)), engine._runner._decoder.layers[-1].experts.gate_up.dtype)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from engine.attention.base import Rotary
 from engine.model import experts_choice_triton, experts_triton, triton_kernels as kernels, triton_quantize
+from engine.model.experts_config import Clamp, Gate
 from engine.model.experts_shapes import experts_shape
-from engine.model.families import Clamp
 from engine.model.product_shapes import MOST_TILES, Around, shapes
 from engine.model.triton_products import product, row_kernel, rows_kernel
 from engine.model.triton_streamed import streamed_kernel
@@ -138,6 +138,25 @@ def call_experts(dtype: torch.dtype, weight_dtype: torch.dtype, capability: int)
             )
 
 
+def call_gates(dtype: torch.dtype) -> None:
+    """ERNIE's choice of experts, GLM-4.5's, and one among groups; and what is beside experts."""
+    some, precise = torch.empty(1, dtype=dtype), torch.empty(1, dtype=torch.float32)
+    ernie, glm = Gate(corrected=True, least=1e-12), Gate(sigmoid=True, corrected=True, least=1e-20)
+    for count, chosen, hidden, gate, router in (
+        (64, 6, 2560, ernie, precise),
+        (128, 8, 4096, glm, some),
+        (160, 8, 5120, glm._replace(scale=2.5), some),
+        (256, 8, 7168, glm._replace(groups=8, open_groups=4), some),
+    ):
+        x, correction = some.expand(4, hidden), precise.expand(count)
+        router = router.expand(count, hidden)
+        experts_choice_triton.choose(x, router, chosen, renormalised=True, gate=gate, correction=correction)
+        for of_input in (None, some.expand(hidden)):
+            beside = experts_triton.Beside(x, x, of_input)
+            parts = some.expand(4 * chosen, hidden)
+            experts_triton.join_experts(x, parts, chosen, after=None, before=some, eps=1e-5, beside=beside)
+
+
 def call_gpt_oss(dtype: torch.dtype, capability: int, *, mxfp4: bool) -> None:
     """Experts with biases and a clamp, in 4 bits or not."""
     some, four_bits = torch.empty(1, dtype=dtype), torch.empty(1, dtype=torch.uint8)
@@ -192,6 +211,7 @@ def main() -> int:
             for hidden in (576, 588, 4096) if dtype == torch.bfloat16 else (576, 4096):
                 call_all(dtype, hidden, fp8=capability >= 89)
             call_experts(dtype, dtype, capability)
+            call_gates(dtype)
             call_gpt_oss(dtype, capability, mxfp4=True)
         call_gpt_oss(torch.bfloat16, capability, mxfp4=False)
         call_experts(torch.bfloat16, torch.int8, capability)

@@ -231,6 +231,16 @@ CASES = {
 }
 """For each architecture, and for what differs within one, a family and its config."""
 
+RENAMED = {
+    "block_sparse_moe": "mlp",
+    "mlp.router": "mlp.gate",
+    "mlp.gate.wg": "mlp.gate",
+    "gate.moe_statics": "gate",
+    "mlp.shared_expert.": "mlp.shared_experts.",
+    "mlp.shared_mlp.": "mlp.shared_experts.",
+}
+"""Of what transformers calls parts of a mixture, what `Checkpoint` does."""
+
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
 
 
@@ -374,7 +384,10 @@ def published(model: Any) -> dict[str, torch.Tensor]:
         if of_gpt_oss and ".mlp.experts." in name:
             state |= _in_turn(*name.split(".experts."), tensor)
             continue
-        name = name.replace("block_sparse_moe", "mlp").replace("mlp.router", "mlp.gate")
+        for own, known in RENAMED.items():
+            name = name.replace(own, known)
+        if name.endswith(("e_score_correction_bias", "shared_expert_gate.weight")):
+            tensor = tensor.flatten()
         module, _, kind = name.rpartition(".")
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
         if module.endswith("experts"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.errors import ModelError, UnsupportedModelError
 from engine.model.config import ModelConfig
 from engine.model.experts import Experts, route
-from engine.model.families import ExpertsConfig
+from engine.model.experts_config import ExpertsConfig
 from engine.model.layers import Linear
 from tests.engine.model.test_quantize import needs_int8
 from tests.support import tiny_model

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 from engine.model import experts_triton, products_tuning
 from engine.model.experts import Experts
 from engine.model.experts_choice_triton import Assignments, assign, choose
+from engine.model.experts_config import Clamp, ExpertsConfig
 from engine.model.experts_shapes import ExpertsShape, Tile, experts_shape
 from engine.model.experts_triton import expert_products, experts_parts, join_experts, shape_for
-from engine.model.families import Clamp, ExpertsConfig
 from engine.model.fused_triton import Ways
 from engine.model.product_shapes import MOST_ROWS, Around
 from engine.model.products_tuning import tune_products

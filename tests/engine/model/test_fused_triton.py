@@ -21,7 +21,8 @@ from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import Checkpoint, load_weights
 from tests.engine.attention.test_triton import SMALL
-from tests.engine.model.test_decoder import FAMILIES, VARIANTS, check_against_transformers
+from tests.engine.model.family_cases import FAMILIES, VARIANTS
+from tests.engine.model.test_decoder import check_against_transformers
 from tests.support import save_model, tiny_llama, tiny_model
 
 pytestmark = pytest.mark.cuda

@@ -47,6 +47,8 @@ CPU = torch.device("cpu")
         ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "hidden_size": 64}),
         ("granitemoe", {"num_local_experts": 5}),
         ("gpt_oss", {"num_local_experts": 5}),
+        ("ernie4_5_moe", {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 24}),
+        ("glm4_moe", {"n_routed_experts": 5, "num_experts_per_tok": 2, "use_qk_norm": True}),
     ],
 )
 def test_parameters_are_counted_as_transformers_does(
@@ -54,8 +56,18 @@ def test_parameters_are_counted_as_transformers_does(
 ) -> None:
     model = tiny_model(family, **overrides)
     found = describe(save_model(model, tmp_path), CPU)
-    assert found.parameters == model.num_parameters()
+    # Of what corrects the choice of experts, which is no parameter in some of transformers.
+    buffers = (buffer.numel() for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+    assert found.parameters == model.num_parameters() + sum(buffers)
     assert found.architecture == type(model).__name__
+    for memory, dtype in zip(found.memory, (torch.float32, torch.bfloat16), strict=True):
+        config = ModelConfig.from_folder(tmp_path)
+        decoder = Decoder(config, dtype, 64)
+        again = decoder.embed.nbytes if config.tie_word_embeddings else 0
+        if config.qk_norm == "head":  # of which the decoder holds one for each head
+            repeated = config.num_heads + config.num_kv_heads - 2
+            again -= config.num_layers * repeated * config.head_dim * dtype.itemsize
+        assert memory.weight_bytes == sum(weight.nbytes for weight in decoder.parameters()) + again
     if family == "mistral":
         assert (found.window, found.num_windowed) == (32, 2)
 

@@ -12,7 +12,7 @@ from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import Checkpoint, load_weights
 from engine.types import Request, SamplingParams
-from tests.engine.model.test_decoder import FAMILIES
+from tests.engine.model.family_cases import FAMILIES
 from tests.engine.model.test_quantize import Recorder, needs_int8
 from tests.support import greedy, make_engine, run_all, save_model, tiny_model
 

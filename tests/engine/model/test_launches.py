@@ -69,11 +69,12 @@ def launches(
     rotates: bool = True,
     ways: Ways | None = None,
     family: str = "llama",
+    **overrides: Any,
 ) -> Counter[str]:
     """Of a step of one sequence with 4 nodes, whose keys are split."""
     model = tiny_llama(num_hidden_layers=layers)
     if family != "llama":
-        model = tiny_model(family, num_hidden_layers=layers)
+        model = tiny_model(family, num_hidden_layers=layers, **overrides)
     config = ModelConfig.from_folder(save_model(model, folder))
     decoder = Decoder(config, torch.float32, 512)
     decoder.randomize(torch.device("cpu"))
@@ -153,6 +154,26 @@ def test_experts_are_six_kernels_where_there_were_four(
         "aten.linear.default": 2,
         "attend_kernel": 1,
         "_add_norm_kernel": 1,
+        "router_kernel": 1,
+        "choose_kernel": 1,
+        "assign_kernel": 1,
+        "experts_kernel": 2,
+        "join_experts_kernel": 1,
+    }
+
+
+def test_an_mlp_beside_the_experts_is_its_products_and_a_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However experts are chosen."""
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4}
+    given = {"joins": True, "family": "glm4_moe", "topk_group": 2, **sizes}
+    two, three = (launches(n, tmp_path / str(n), monkeypatch, **given) for n in (2, 3))
+    assert three - two == {
+        "aten.linear.default": 4,
+        "attend_kernel": 1,
+        "_add_norm_kernel": 1,
+        "_gated_kernel": 1,
         "router_kernel": 1,
         "choose_kernel": 1,
         "assign_kernel": 1,

@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from engine.errors import UnsupportedModelError, WeightsError
 from engine.model import mxfp4
 from engine.model.config import ModelConfig
-from engine.model.families import Clamp, ExpertsConfig
+from engine.model.experts_config import Clamp, ExpertsConfig
 from engine.model.info import count_parameters, weight_bytes
 from engine.model.weights import Checkpoint
 from tests.engine.model.mxfp4_files import published, restate

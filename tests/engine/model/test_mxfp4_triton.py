@@ -20,9 +20,9 @@ from engine.model import mxfp4
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.experts import Experts
+from engine.model.experts_config import Clamp, ExpertsConfig
 from engine.model.experts_shapes import experts_shape
 from engine.model.experts_triton import experts_parts, lifted, shape_for
-from engine.model.families import Clamp, ExpertsConfig
 from engine.model.weights import Checkpoint, load_weights
 from tests.engine.model.mxfp4_files import published
 from tests.engine.model.test_fused_triton import Recorder
