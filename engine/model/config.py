@@ -187,7 +187,7 @@ class ModelConfig:
             architecture=architecture,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_width(config),
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
@@ -201,12 +201,19 @@ class ModelConfig:
         )
 
 
+def _width(config: Any) -> int:
+    """Channels of an MLP; where every layer has experts a config may not say it."""
+    stated = "intermediate_size" if hasattr(config, "intermediate_size") else "moe_intermediate_size"
+    width: int = getattr(config, stated)
+    return width
+
+
 def _check_sizes(config: Any) -> None:
     """Raises ValueError: transformers takes any number."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
     heads = config.num_attention_heads
-    sizes |= {"num_key_value_heads": config.num_key_value_heads or heads}
+    sizes |= {"intermediate_size": _width(config), "num_key_value_heads": config.num_key_value_heads or heads}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be 1 or more")

@@ -230,6 +230,7 @@ def hunyuan_experts(config: Any) -> ExpertsConfig:
         renormalised=True,
         chosen=_same("moe_topk", config.moe_topk),
         shared=Shared(config.intermediate_size),
+        precise=True,
     )
 
 

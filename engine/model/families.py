@@ -12,11 +12,13 @@ import torch
 from engine.errors import UnsupportedModelError
 from engine.model.experts_config import (
     Clamp,
+    Shared,
     behind_dense_layers,
     by_sigmoids,
     ernie_experts,
     every_nth_layer,
     experts_of,
+    hunyuan_experts,
 )
 
 __all__ = [
@@ -289,6 +291,42 @@ def _glm4_moe(config: Any) -> dict[str, Any]:
     }
 
 
+def _qwen2_moe(config: Any) -> dict[str, Any]:
+    return {
+        "windows": _layer_windows(config),
+        "qkv_bias": bool(config.qkv_bias),
+        "experts": experts_of(
+            config,
+            config.num_experts,
+            renormalised=config.norm_topk_prob,
+            width=config.moe_intermediate_size,
+            layers=every_nth_layer(config),
+            shared=Shared(config.shared_expert_intermediate_size, gated=True),
+        ),
+    }
+
+
+def _dots1(config: Any) -> dict[str, Any]:
+    return {**_qwen3(config), "experts": by_sigmoids(config, behind_dense_layers(config))}
+
+
+def _solar_open(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": bool(config.attention_bias),
+        "rope": rope_of(config, config.rope_parameters, rotated=_rotated(config)),
+        "experts": by_sigmoids(config),
+    }
+
+
+def _hunyuan_moe(config: Any) -> dict[str, Any]:
+    return {**_hunyuan(config), "experts": hunyuan_experts(config)}
+
+
+def _flex_olmo(config: Any) -> dict[str, Any]:
+    experts = experts_of(config, config.num_experts, renormalised=config.norm_topk_prob)
+    return {**_olmo2(config), "mlp_bias": False, "experts": experts}
+
+
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "LlamaForCausalLM": _llama,
     "LLaMAForCausalLM": _llama,  # as the first conversions of Llama 1 spell it
@@ -318,6 +356,11 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "GptOssForCausalLM": _gpt_oss,
     "Ernie4_5_MoeForCausalLM": _ernie4_5_moe,
     "Glm4MoeForCausalLM": _glm4_moe,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Dots1ForCausalLM": _dots1,
+    "HunYuanMoEV1ForCausalLM": _hunyuan_moe,
+    "SolarOpenForCausalLM": _solar_open,
+    "FlexOlmoForCausalLM": _flex_olmo,
 }
 """For each architecture the fields of `ModelConfig` in which it differs from a plain pre-norm decoder."""
 

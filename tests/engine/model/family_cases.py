@@ -220,4 +220,62 @@ FAMILIES = [
             "rope_parameters": {**ROPE["default"], "partial_rotary_factor": 1.0},
         },
     ),
+    (
+        "qwen2_moe",
+        {
+            "mlp_only_layers": [0],
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "use_sliding_window": True,
+            "sliding_window": 30,
+            "max_window_layers": 2,
+        },
+    ),
+    (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    (
+        "dots1",
+        {
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+            "sliding_window": 30,
+            "max_window_layers": 1,
+        },
+    ),
+    ("hunyuan_v1_moe", {"num_experts": 5, "moe_topk": [3, 3], "attention_bias": True}),
+    (
+        "hunyuan_v1_moe",
+        {
+            "num_experts": 3,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 100.0, "factor": 1.0},
+        },
+    ),
+    (
+        "solar_open",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "rope_parameters": {**ROPE["default"], "partial_rotary_factor": 1.0},
+        },
+    ),
+    ("flex_olmo", {"num_experts": 5, "num_experts_per_tok": 3, "attention_bias": True}),
 ]

@@ -36,6 +36,22 @@ def test_layers_that_guess_further_ahead_are_not_read(family: str, tmp_path: Pat
         make_engine(tmp_path)
 
 
+def test_layers_that_differ_in_what_a_number_says_are_refused() -> None:
+    config = config_of("hunyuan_v1_moe", num_experts=4, moe_topk=[2, 2])
+    found = ModelConfig.from_hf(config).experts
+    assert found is not None
+    assert found.chosen == 2
+    config.moe_topk = [2, 3]
+    with pytest.raises(UnsupportedModelError, match=r"differ in moe_topk are not supported: \[2, 3\]"):
+        ModelConfig.from_hf(config)
+
+
+def test_a_config_need_not_say_how_wide_an_mlp_is_that_no_layer_has() -> None:
+    config = config_of("solar_open", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    del config.intermediate_size
+    assert ModelConfig.from_hf(config).intermediate_size == 24
+
+
 def test_what_of_ernies_config_is_not_covered_is_refused() -> None:
     config = config_of("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=24)
     assert ModelConfig.from_hf(config).experts is not None

@@ -21,6 +21,8 @@ FAMILIES = {
     "olmoe": {"num_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 4, "hidden_size": 64},
     "granitemoe": {"num_local_experts": 3},
     "ernie4_5_moe": {"moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 24},
+    "qwen2_moe": {"num_experts": 3, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40},
+    "hunyuan_v1_moe": {"num_experts": 3},
     "glm4_moe": {"n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 LAYER = "model.layers.1."

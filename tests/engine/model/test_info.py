@@ -49,6 +49,8 @@ CPU = torch.device("cpu")
         ("gpt_oss", {"num_local_experts": 5}),
         ("ernie4_5_moe", {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 24}),
         ("glm4_moe", {"n_routed_experts": 5, "num_experts_per_tok": 2, "use_qk_norm": True}),
+        ("qwen2_moe", {"num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+        ("hunyuan_v1_moe", {"num_experts": 5}),
     ],
 )
 def test_parameters_are_counted_as_transformers_does(
