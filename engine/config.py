@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-__all__ = ["MAX_TREE_NODES", "EngineConfig", "faults", "with_near"]
+__all__ = [
+    "MAX_TREE_NODES",
+    "EngineConfig",
+    "LoraSource",
+    "faults",
+    "lora_setting",
+    "lora_sources",
+    "with_near",
+]
 
 MAX_TREE_NODES = 64
 """Nodes of a tree with its root: the ancestors of a node fit one 64-bit mask."""
@@ -18,6 +35,13 @@ _PREFILL_TOKENS_ON_GPU = 2048
 
 _LOOKUP_NODES = 16
 """Most nodes where lookup is `on`: a copied passage runs on, and `tree: auto` cuts the chain to what pays."""
+
+
+class LoraSource(NamedTuple):
+    """An adapter as a setting names it: a folder or hub id, and a factor on what it adds."""
+
+    source: str
+    scale: float
 
 
 class EngineConfig(BaseModel):
@@ -30,6 +54,11 @@ class EngineConfig(BaseModel):
         description="Model: 'smollm2-135m' (embedded), a folder or .gguf file, or a Hugging Face hub id.",
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the model.")
+    lora: str | None = Field(
+        None,
+        description="LoRA adapters in PEFT's format, merged into the weights at load: a folder or hub id, "
+        "or several with commas between them; in `PATH@0.5` half of what it adds.",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto",
         description="Weights: the checkpoint's ('auto'), or random ones for a folder that may hold only the "
@@ -122,6 +151,17 @@ class EngineConfig(BaseModel):
         0.9, gt=0.0, le=1.0, description="Share of GPU memory for weights, activations and the K/V pool."
     )
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _are_adapters(cls, value: object) -> object:
+        return lora_setting(value)
+
+    @model_validator(mode="after")
+    def _adapters_need_weights(self) -> Self:
+        if self.lora is not None and self.load_format == "dummy":
+            raise ValueError("lora has no effect on the random weights of load_format dummy; leave it out")
+        return self
+
     @field_validator("tree", "lookup", mode="before")
     @classmethod
     def _number_or_word(cls, value: object, info: ValidationInfo) -> object:
@@ -153,6 +193,43 @@ class EngineConfig(BaseModel):
         if self.tree in ("off", 1) or self.lookup == "off":
             return 0
         return _LOOKUP_NODES if self.lookup == "on" else self.lookup
+
+
+def lora_setting(value: object) -> object:
+    """The setting as text; YAML and `LLM` may have a list.
+
+    Raises:
+        ValueError: an adapter without a name, or a scale that is none.
+    """
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        if odd := [name for name in value if "," in name]:
+            raise ValueError(f"a comma goes between adapters, so that none can be in a path: {odd[0]!r}")
+        value = ",".join(value)
+    if isinstance(value, str):
+        lora_sources(value)
+    return value
+
+
+def lora_sources(setting: str | None) -> tuple[LoraSource, ...]:
+    """The adapters of a setting, in the order in which they are merged.
+
+    Raises:
+        ValueError: as `lora_setting`.
+    """
+    return () if setting is None else tuple(_lora_source(part.strip()) for part in setting.split(","))
+
+
+def _lora_source(text: str) -> LoraSource:
+    source, _, behind = text.rpartition("@")
+    try:
+        scale = float(behind)
+    except ValueError:  # a path may have an @ in it
+        source, scale = text, 1.0
+    if not source:
+        raise ValueError("must be a folder or hub id, or several with commas between them")
+    if not math.isfinite(scale) or scale == 0.0:
+        raise ValueError(f"what follows @ is a factor on what the adapter adds, not 0, got {text!r}")
+    return LoraSource(source, scale)
 
 
 def faults(error: ValidationError) -> dict[str, str]:

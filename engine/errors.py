@@ -7,6 +7,7 @@ MedusaError
 │   ├── UnsupportedModelError    the architecture or feature is not covered
 │   ├── WeightsError             tensors missing, unexpected, or of a wrong shape
 │   ├── HeadsError               a head file that does not fit the model
+│   ├── AdapterError             a LoRA adapter that cannot be read or does not fit the model
 │   └── TreeError                a draft tree that is malformed or does not fit the heads
 ├── RequestError           a request that is wrong in itself (HTTP 400)
 │   └── ContextLengthError       prompt and output cannot fit the context (HTTP 400)
@@ -18,6 +19,7 @@ MedusaError
 from __future__ import annotations
 
 __all__ = [
+    "AdapterError",
     "CaptureError",
     "ConfigError",
     "ContextLengthError",
@@ -61,6 +63,10 @@ class WeightsError(ModelError):
 
 class HeadsError(ModelError):
     """A Medusa head file that cannot be read or does not fit the base model."""
+
+
+class AdapterError(ModelError):
+    """A LoRA adapter that cannot be read, is not covered or does not fit the base model."""
 
 
 class TreeError(ModelError):

@@ -83,7 +83,7 @@ class FakeEngine:
         eos_token_ids: end a choice unless the request ignores them.
         draft_tokens: draft nodes counted per decode step; 0 is plain decoding.
         lookup: reported in `info`.
-        quantization: reported in `info`.
+        quantization, lora: reported in `info`.
         kv_blocks: size of the pretended pool; a running choice holds one block.
     """
 
@@ -100,6 +100,7 @@ class FakeEngine:
         draft_tokens: int = 0,
         lookup: int = 0,
         quantization: str = "none",
+        lora: tuple[str, ...] = (),
         kv_blocks: int = 256,
     ) -> None:
         self._reply = reply
@@ -136,6 +137,7 @@ class FakeEngine:
             tree=str(draft_tokens + 1) if draft_tokens else "off",
             lookup=lookup,
             quantization=quantization,
+            lora=lora,
         )
         self.submitted: list[Request] = []
         """Every request taken, in order, for tests to look at."""

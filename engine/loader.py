@@ -21,7 +21,7 @@ from engine.attention.base import AttentionBackend
 from engine.attention.sdpa import SdpaAttention
 from engine.cache.blocks import BlockManager
 from engine.cache.pool import KVPool
-from engine.config import MAX_TREE_NODES, EngineConfig
+from engine.config import MAX_TREE_NODES, EngineConfig, lora_sources
 from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError, WeightsError
 from engine.harmony_format import ends_of
@@ -30,6 +30,7 @@ from engine.medusa.bigram import Bigram, find_bigram
 from engine.medusa.configured import check_tree, heads_source, heads_tree, tree_size
 from engine.medusa.head_files import JOINT_PREFIX, joint_heads, read_heads
 from engine.medusa.heads import HeadDrafter, MedusaHeads
+from engine.model.adapter_files import read_adapters
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.embedded import cache_root
@@ -100,7 +101,12 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
     mxfp4 = kernels and model_config.experts is not None and model_config.experts.mxfp4
     if mxfp4 and config.quantization != "none":
         log.info("the experts stay in 4 bits, all else is in %s", config.quantization)
-    checkpoint = None if config.load_format == "dummy" else Checkpoint(folder, mxfp4=mxfp4)
+    checkpoint, adapters = None, read_adapters(lora_sources(config.lora))
+    if config.load_format != "dummy":
+        tied = model_config.tie_word_embeddings
+        checkpoint = Checkpoint(folder, mxfp4=mxfp4, adapters=adapters, tied=tied)
+        if checkpoint.untied:
+            model_config = replace(model_config, tie_word_embeddings=False)
     source = heads_source(config, folder, checkpoint)
     check_tree(config, with_heads=source is not None)
     sizes = {"vocab_size": model_config.vocab_size}
@@ -160,6 +166,7 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         tree=str(config.tree),
         lookup=config.lookup_nodes,
         quantization=config.quantization,
+        lora=tuple(adapter.identity for adapter in adapters),
     )
     text = TextProcessor(load_tokenizer(folder), chat_template)
     defaults = load_generation_defaults(folder, config.generation_config)

@@ -324,7 +324,8 @@ class EngineInfo:
     """What a running engine is, for the start-up line, `/v1/models` and build info.
 
     `tree_size` is the most nodes of a tree, root counted, 1 for plain decoding; `tree` the setting:
-    "auto", "off" or a number. `lookup` is the most nodes of the lookup branch, 0 where off.
+    "auto", "off" or a number. `lookup` is the most nodes of the lookup branch, 0 where off. `lora` are the
+    adapters in the weights, as `Adapter.identity` has them.
     """
 
     model: str
@@ -340,6 +341,7 @@ class EngineInfo:
     tree: str = "off"
     lookup: int = 0
     quantization: str = "none"
+    lora: tuple[str, ...] = ()
 
     def check(self, request: Request) -> None:
         """Raise if the request can never run here.

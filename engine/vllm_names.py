@@ -51,7 +51,7 @@ SAMPLING = {
 
 CALLS = {
     "chat_template": Instead("LLM(chat_template=…)"),
-    "lora_request": Instead("merge the adapter into the model"),
+    "lora_request": Instead("LLM(lora=…) merges adapters when the model is loaded"),
     "priority": Instead("a Request has a priority"),
     "prompt_token_ids": Instead("token ids are prompts like any other"),
     "sampling_params": Instead("it is called sampling"),
@@ -65,7 +65,7 @@ SETTINGS = {
     "data_parallel_size": Instead("an LLM has one device: run several processes", (1,)),
     "download_dir": Instead("the environment's HF_HOME"),
     "enable_chunked_prefill": Instead("it is always on", (True,)),
-    "enable_lora": Instead("merge the adapter into the model", (False,)),
+    "enable_lora": Instead("lora=… merges adapters when the model is loaded", (False,)),
     "enable_prefix_caching": Instead("it is called prefix_caching"),
     "hf_token": Instead("the environment's HF_TOKEN"),
     "kv_cache_dtype": Instead("K/V are in dtype", ("auto",)),

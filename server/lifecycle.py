@@ -284,6 +284,8 @@ def _announce(settings: Settings, engine: EngineClient, listener: socket.socket,
     if engine.pid is not None:  # whose memory of the GPU it is
         in_log["engine_pid"] = engine.pid
     info = engine.info
+    if info.lora:
+        in_log["lora"] = ", ".join(info.lora)
     log.info(
         "serving",
         model=settings.model_name,

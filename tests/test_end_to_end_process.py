@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.common import Server, children, metrics
+from tests.engine.model.adapters import merged, save_adapter
 from tests.server.conftest import wait_until
-from tests.support import save_model, tiny_llama
+from tests.support import greedy_reference, save_model, tiny_llama
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 OPTIONS = ["--engine-process", "on", "--tree", "off", "--max-num-seqs", "4", "--kv-cache-tokens", "20000"]
@@ -77,9 +78,19 @@ def test_chat_hanging_up_metrics_and_drain(model: Path) -> None:
         assert '"logger": "engine.loader"' in server.log_tail(1000)  # the child's lines are as the server's
 
 
-def test_an_engine_that_is_killed_ends_what_runs_and_its_server(model: Path) -> None:
-    with Server([str(model), "--served-model-name", "tiny", *OPTIONS], threads=1) as server:
+def test_an_engine_that_is_killed_ends_what_runs_and_its_server(model: Path, tmp_path: Path) -> None:
+    base = tiny_llama(max_position_embeddings=4096)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    options = ["--served-model-name", "tiny", "--lora", f"{adapter}@0.5", *OPTIONS]
+    with Server([str(model), *options], threads=1) as server:
         (child,) = children(server.pid)
+        asked = {"model": "tiny", "prompt": [3, 14, 15], "max_tokens": 8, "temperature": 0}
+        choice = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=SOON_S).json()["choices"][0]
+        wanted = greedy_reference(merged(base, (adapter, 0.5)), [3, 14, 15], 8)
+        assert choice["text"].split() == [f"t{token}" for token in wanted]
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert [(card["id"], card["root"]) for card in listed] == [("tiny", "tiny")]
+        assert "adapter@0.5 sha256:" in server.log_tail(100)
         assert page(server)["medusa_engine_process_resident_memory_bytes"] > 1e6
         asked = {"model": "tiny", "prompt": [1, 2], "max_tokens": 3000, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=SOON_S) as answer:

@@ -14,7 +14,7 @@ from engine.errors import WeightsError
 from engine.model import mxfp4
 from engine.model.files import TensorFile
 
-__all__ = ["ExpertsFile", "has_experts"]
+__all__ = ["ExpertsFile", "as_published", "has_experts"]
 
 _BLOCK = "block_sparse_moe."
 _RENAMED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -89,6 +89,23 @@ def has_experts(names: Iterable[str]) -> bool:
     return any(f".{_BLOCK}" in name or ".mlp.experts." in name for name in names)
 
 
+def as_published(name: str) -> str:
+    """What `ExpertsFile` calls a tensor of a router, an expert or the MLP beside them; else its own name."""
+    layer, own = _split(name)
+    if own in _ROUTERS:
+        return f"{layer}mlp.gate.weight"
+    if own == "mlp.router.bias":
+        return f"{layer}mlp.gate.bias"
+    if own in _CORRECTIONS:
+        return layer + _CORRECTIONS[0]
+    if shared := _SHARED.fullmatch(own):
+        return f"{layer}mlp.shared_experts.{shared[1]}"
+    if expert_of := _OF_EXPERT.fullmatch(own):
+        number, projection = expert_of.groups()
+        return f"{layer}mlp.experts.{number}.{_RENAMED[projection]}.weight"
+    return name
+
+
 class ExpertsFile:
     """The checkpoint with each expert's projections as `mlp.experts.N.gate_proj.weight` and so on, and the
     router as `mlp.gate.weight` (as Qwen 3 is published). What corrects its choice is
@@ -112,16 +129,8 @@ class ExpertsFile:
         biased = {_split(name)[0] for name in files if name.endswith(".mlp.experts.gate_up_proj_bias")}
         for name, file in files.items():
             layer, own = _split(name)
-            if own in _ROUTERS:
-                self._add(layer, "mlp.gate.weight", own, _Source(name))
-            elif own == "mlp.router.bias":
-                self._add(layer, "mlp.gate.bias", own, _Source(name))
-            elif own in _CORRECTIONS:
-                self._add(layer, _CORRECTIONS[0], own, _Source(name, form="vector"))
-            elif own == "mlp.shared_expert_gate.weight":
-                self._add(layer, own, own, _Source(name, form="vector"))
-            elif shared := _SHARED.fullmatch(own):
-                self._add(layer, f"mlp.shared_experts.{shared[1]}", own, _Source(name))
+            if own in _CORRECTIONS or own == "mlp.shared_expert_gate.weight":
+                self._add(layer, as_published(name).removeprefix(layer), own, _Source(name, form="vector"))
             elif own in _IN_TURN and (layer in biased or own.endswith(("_bias", "_blocks"))):
                 self._add_in_turn(layer, own, name)
             elif own.endswith("_proj_scales") and _blocks_of(name) in files:
@@ -132,12 +141,9 @@ class ExpertsFile:
                         source = _Source(name, expert, part, len(parts))
                         target = f"mlp.experts.{expert}.{projection}.weight"
                         self._add(layer, target, f"{own}[{_ANY}]", source)
-            elif expert_of := _OF_EXPERT.fullmatch(own):
-                number, projection = expert_of.groups()
-                target = f"mlp.experts.{number}.{_RENAMED[projection]}.weight"
-                self._add(layer, target, _NUMBER.sub(_ANY, own), _Source(name))
             else:
-                self._add(layer, own, _NUMBER.sub(_ANY, own), _Source(name))
+                target = as_published(name).removeprefix(layer)
+                self._add(layer, target, _NUMBER.sub(_ANY, own), _Source(name))
 
     def _add_in_turn(self, layer: str, own: str, name: str) -> None:
         kind, parts, form = _IN_TURN[own]

@@ -9,7 +9,7 @@ import torch
 
 from engine.model.files import TensorFile
 
-__all__ = ["TextPartFile", "has_vision_part"]
+__all__ = ["TextPartFile", "as_text", "has_vision_part", "is_vision"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class TextPartFile:
 
     def __init__(self, files: Mapping[str, TensorFile]) -> None:
         self._files = files
-        self._stored = {_as_text(name): name for name in files if not name.startswith(_VISION)}
+        self._stored = {as_text(name): name for name in files if not is_vision(name)}
         log.info(
             "of this model the text part is loaded, not the %d tensors for images",
             len(files) - len(self._stored),
@@ -55,7 +55,13 @@ class TextPartFile:
         return self._files[stored].shape(stored)
 
 
-def _as_text(name: str) -> str:
+def is_vision(name: str) -> bool:
+    """Whether a tensor is a vision model's, or of what lies between the two."""
+    return name.startswith(_VISION)
+
+
+def as_text(name: str) -> str:
+    """The name of a tensor of the language model in a checkpoint of it alone; others keep theirs."""
     for prefix, own in _TEXT.items():
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.errors import ModelError, RequestError, WeightsError
+from engine.model.adapter_files import ADAPTER_CONFIG, Adapter
 from engine.model.embedded import EMBEDDED_MODEL, ensure_converted
 from engine.model.expert_files import ExpertsFile, has_experts
 from engine.model.files import SafetensorsFile, TensorFile, TorchFile
 from engine.model.gguf import GGUF_INDEX, GgufFile, gguf_folder
+from engine.model.hub import fetch_file, fetch_files
+from engine.model.lora import MergedFile
 from engine.model.prequantized import MXFP4, DequantizedFile, stated_quantization
 from engine.model.tekken import convert, find_tekken, split_as_stated
 from engine.model.text_part import TextPartFile, has_vision_part
@@ -100,6 +103,8 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     folder = Path(name).expanduser()
     if folder.is_dir():
         _refuse_revision(revision, f"{name} is a local folder")
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is an adapter: name the model it is for, and it as --lora {name}")
         return folder
     if name == EMBEDDED_MODEL:
         _refuse_revision(revision, f"{name} is embedded")
@@ -110,7 +115,8 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     if folder.exists():
         raise ModelError(f"model {name} is a file; name a .gguf, or the folder with config.json and weights")
     if name.endswith(".gguf") and name.count("/") == 2 and not name.startswith((".", "~", "/")):
-        return gguf_folder(_download(name.rpartition("/")[0], revision, file=name.rpartition("/")[2]))
+        repository, _, file = name.rpartition("/")
+        return gguf_folder(fetch_file(repository, revision, file, embedded=EMBEDDED_MODEL))
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist")
     return _download(name, revision, config_only=config_only)
@@ -121,47 +127,14 @@ def _refuse_revision(revision: str | None, why: str) -> None:
         raise ModelError(f"revision {revision!r} has no effect, since {why}; leave it out")
 
 
-def _download(name: str, revision: str | None, *, file: str | None = None, config_only: bool = False) -> Path:
-    """The repository's folder in the hub's cache, or of one file in it its path there."""
-    from httpx import HTTPError
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
-
+def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
     def fetch(files: tuple[str, ...]) -> Path:
-        ignored = list(_HUB_IGNORED)
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=ignored)
-        )
+        return fetch_files(name, revision, files, ignored=_HUB_IGNORED, embedded=EMBEDDED_MODEL)
 
-    try:
-        if file is not None:
-            return Path(hf_hub_download(name, file, revision=revision))
-        folder = fetch(_CONFIG_FILES if config_only else _HUB_FILES)
-        if config_only:
-            return folder
-        return folder if any(folder.glob("*.safetensors")) else fetch((*_HUB_FILES, *_HUB_BIN_FILES))
-    except errors.HFValidationError as error:
-        raise ModelError(
-            f"model {name!r} is neither {EMBEDDED_MODEL!r}, nor a local folder, nor a hub id (owner/name)"
-        ) from error
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"model {name} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"model {name} has no revision {revision!r} on the hub") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise ModelError(f"model {name} holds no file {file} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"model {name} is neither a local folder nor on the hub; if it is private there, set HF_TOKEN"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"model {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
-            f"check the name, the connection and HF_HUB_OFFLINE, or use the embedded {EMBEDDED_MODEL!r}"
-        ) from error
-    except (errors.HfHubHTTPError, HTTPError, OSError) as error:
-        raise ModelError(f"downloading model {name} failed: {error}") from error
+    if config_only:
+        return fetch(_CONFIG_FILES)
+    folder = fetch(_HUB_FILES)
+    return folder if any(folder.glob("*.safetensors")) else fetch((*_HUB_FILES, *_HUB_BIN_FILES))
 
 
 def load_generation_defaults(folder: Path, source: str = "auto") -> GenerationDefaults:
@@ -279,19 +252,23 @@ class Checkpoint:
 
     Args:
         mxfp4: experts that it holds in MXFP4 are to be given as kernels take them (see `ExpertsFile`).
+        adapters: merged into its tensors as they are read (see `MergedFile`, `tied` too).
 
     Raises:
+        AdapterError: an adapter does not fit.
         ModelError: the folder holds no config.json or no weights.
         UnsupportedModelError: the weights are quantised in a format that is not covered.
         WeightsError: a file is damaged, incomplete or missing; it is named.
     """
 
-    def __init__(self, folder: Path, *, mxfp4: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, mxfp4: bool = False, adapters: Sequence[Adapter] = (), tied: bool = False
+    ) -> None:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
         self.folder = folder
         self._file_of = _open_all(folder, mxfp4=mxfp4)
-        if has_vision_part(self._file_of):
+        if leaves_vision := has_vision_part(self._file_of):
             text = TextPartFile(self._file_of)
             self._file_of = dict.fromkeys(text.names(), text)
         self._quantized: DequantizedFile | None = None
@@ -303,6 +280,15 @@ class Checkpoint:
         if has_experts(self._file_of):
             self._experts = ExpertsFile(self._file_of, packed=mxfp4)
             self._file_of = dict.fromkeys(self._experts.names(), self._experts)
+        self.adapters = tuple(adapters)
+        self._merged: MergedFile | None = None
+        if adapters:
+            in_mxfp4 = stated is not None and stated.get("quant_method") == MXFP4
+            self._merged = MergedFile(
+                self._file_of, adapters, tied=tied, mxfp4=in_mxfp4, leaves_vision=leaves_vision
+            )
+            self._file_of = dict.fromkeys(self._merged.names(), self._merged)
+        self.untied = self._merged is not None and self._merged.untied
         self.names: frozenset[str] = frozenset(self._file_of)
 
     def get(self, name: str) -> torch.Tensor:
@@ -323,6 +309,8 @@ class Checkpoint:
 
     def is_padding(self, name: str) -> bool:
         """Whether the tensor says nothing: a bias of zeros that a quantiser wrote."""
+        if self._merged is not None and name in self._merged.changed:
+            return False
         return self._quantized is not None and self._quantized.is_padding(name)
 
     def told(self, name: str) -> str:

@@ -172,9 +172,15 @@ def test_the_fingerprint_is_that_of_the_engine(serve: Serve) -> None:
             event["system_fingerprint"] for event in server.events()[:-1]
         }
 
-    plain, same, other = prints(), prints(), prints(quantization="int8")
-    assert len(plain) == len(other) == 1
-    assert plain == same != other
+    plain, same, other, adapted = (
+        prints(),
+        prints(),
+        prints(quantization="int8"),
+        prints(lora=("a@1 sha256:0",)),
+    )
+    assert len(plain) == len(other) == len(adapted) == 1
+    assert plain == same
+    assert len(plain | other | adapted) == 3
 
 
 def test_usage_while_it_streams(serve: Serve) -> None:
