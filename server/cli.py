@@ -100,6 +100,7 @@ def show_config(config: Path | None, json_output: bool, **options: str | None) -
 def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `serve`.", show_default=False)],
     revision: Annotated[str | None, typer.Option(metavar="TEXT", help="Hub revision of the model.")] = None,
+    lora: Annotated[str | None, typer.Option(metavar="TEXT", help="Adapters, as for `serve`.")] = None,
     device: Annotated[str, typer.Option(metavar="TEXT", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -110,7 +111,7 @@ def info(
     from server.show_info import as_json, show_info, table
 
     try:
-        found = show_info(model, revision, device)
+        found = show_info(model, revision, device, lora)
     except ConfigError as error:
         _fail(error, 2)
     except MedusaError as error:

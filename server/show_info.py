@@ -5,22 +5,33 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import ValidationError
+
+from engine.config import EngineConfig, faults, lora_sources
 from engine.devices import device_named
-from engine.model.info import CPU_POOL_BYTES, ModelInfo, describe
+from engine.errors import ConfigError
+from engine.model.adapter_files import read_adapters
+from engine.model.info import CPU_POOL_BYTES, AdapterInfo, ModelInfo, describe
 from engine.model.weights import resolve_model
 
 __all__ = ["as_json", "show_info", "table"]
 
 
-def show_info(model: str, revision: str | None, device: str) -> ModelInfo:
-    """Describe the model, of which a hub id's config is downloaded, for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+def show_info(model: str, revision: str | None, device: str, lora: str | None = None) -> ModelInfo:
+    """Describe the model with its adapters, for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    Of a model on the hub its config is downloaded, of an adapter all.
 
     Raises:
-        ConfigError: the device is not here.
-        ModelError: the model is not there, or not covered.
+        ConfigError: the device is not here, or `lora` no such setting.
+        ModelError: the model or an adapter is not there, or not covered.
     """
+    try:
+        sources = lora_sources(EngineConfig(lora=lora).lora)
+    except ValidationError as error:
+        raise ConfigError(f"--lora: {faults(error)['lora']}") from None
     where = device_named(device)
-    return describe(resolve_model(model, revision, config_only=True), where)
+    return describe(resolve_model(model, revision, config_only=True), where, read_adapters(sources))
 
 
 def as_json(info: ModelInfo) -> dict[str, Any]:
@@ -55,6 +66,7 @@ def table(info: ModelInfo) -> str:
         f"stored as       {stored}; config says {info.dtype}",
         f"device          {info.device}, {_size(info.device_bytes)} to use",
     ]
+    lines += [_adapter(each) for each in info.lora]
     if info.device == "cpu":
         lines.append(
             f"K/V pool        half of the rest, at most {_size(CPU_POOL_BYTES)}, but one sequence always; "
@@ -68,6 +80,14 @@ def table(info: ModelInfo) -> str:
             *(_fit(length, count) for length, count in memory.fits.items()),
         ]
     return "\n".join(lines)
+
+
+def _adapter(adapter: AdapterInfo) -> str:
+    ranks = f", rank {' and '.join(map(str, adapter.ranks))}" if adapter.ranks else ""
+    trained = "" if adapter.base_model is None else f", for {adapter.base_model}"
+    return (
+        f"merged          {adapter.source} times {adapter.scale:g}: {adapter.modules} modules{ranks}{trained}"
+    )
 
 
 def _fit(length: int, count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionInput
-from engine.config import EngineConfig
+from engine.config import EngineConfig, lora_sources
 from engine.devices import sent
 from engine.errors import ConfigError, ModelError
 from engine.loader import Loaded, load
+from engine.model.adapter_files import read_adapters
 from engine.model.config import ModelConfig
 from engine.model.weights import Checkpoint, resolve_model
 
@@ -24,6 +26,7 @@ __all__ = [
     "QuantizedBackbone",
     "make_backbone",
     "model_class",
+    "open_base",
     "pack_size",
     "packs",
     "read_lm_head",
@@ -152,7 +155,14 @@ class QuantizedBackbone:
 
 
 def make_backbone(
-    model: str, *, device: str, dtype: str, bits: int, pack_tokens: int, longest: int
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    bits: int,
+    pack_tokens: int,
+    longest: int,
+    lora: str | None = None,
 ) -> Backbone:
     """The frozen model, in `bits` of 16 (as it is), 8 or 4.
 
@@ -161,6 +171,7 @@ def make_backbone(
         device, dtype: as for `serve`.
         pack_tokens: most tokens of a pass.
         longest: tokens of the longest sequence.
+        lora: as for `serve`.
 
     Raises:
         ConfigError, ModelError: as `engine.loader.load`; bits other than 16 without CUDA or bitsandbytes.
@@ -168,6 +179,11 @@ def make_backbone(
     if bits != 16:
         if bits not in (8, 4):
             raise ConfigError(f"backbone_bits must be 16, 8 or 4, got {bits}")
+        if lora is not None:
+            raise ConfigError(
+                "a backbone in 8 or 4 bits takes no lora: leave --backbone-bits out, or name a model that "
+                "PEFT has merged the adapter into"
+            )
         if not torch.cuda.is_available() or device == "cpu":
             raise ConfigError("a backbone in 8 or 4 bits runs on CUDA only; leave --backbone-bits out")
         on = torch.device("cuda" if device == "auto" else device)
@@ -176,6 +192,7 @@ def make_backbone(
     tokens = 2 * max(pack_tokens, longest) + _BLOCK
     config = EngineConfig(
         model=model,
+        lora=lora,
         heads="none",
         tree="off",
         device=device,
@@ -188,14 +205,24 @@ def make_backbone(
     return EngineBackbone(load(config))
 
 
-def read_lm_head(model: str, rows: Tensor | None = None) -> Tensor:
+def open_base(model: str, lora: str | None = None) -> tuple[ModelConfig, Checkpoint]:
+    """The base model and its weights, with the adapters of the setting in them.
+
+    Raises:
+        ModelError: the files of one cannot be read, or do not fit.
+    """
+    folder, adapters = resolve_model(model), read_adapters(lora_sources(lora))
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint(folder, adapters=adapters, tied=config.tie_word_embeddings)
+    return (replace(config, tie_word_embeddings=False) if checkpoint.untied else config), checkpoint
+
+
+def read_lm_head(model: str, rows: Tensor | None = None, *, lora: str | None = None) -> Tensor:
     """[V, hidden] float32: the base model's lm_head over its logits' divisor, or its rows for these tokens.
 
     Raises:
-        ModelError: the model's files cannot be read.
+        ModelError: as `open_base`.
     """
-    folder = resolve_model(model)
-    config = ModelConfig.from_folder(folder)
-    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    weight = Checkpoint(folder).get(name)
+    config, checkpoint = open_base(model, lora)
+    weight = checkpoint.get("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
     return (weight if rows is None else weight[rows]).float() / config.logits_divisor

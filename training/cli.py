@@ -60,6 +60,11 @@ def engine_config(**given: Any) -> EngineConfig:
         raise _bad_options(error) from None
 
 
+def checked_lora(lora: str | None) -> str | None:
+    """The option, which is no part of other settings here. Raises ConfigError where it is none."""
+    return engine_config(lora=lora).lora
+
+
 def _bad_options(error: ValidationError) -> ConfigError:
     """One line that says of each bad option what is wrong."""
     parts = (
@@ -83,6 +88,7 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=str(EngineConfig.model_fields["model"].description))
 ]
 Revision = Annotated[str | None, engine_option("revision", "TEXT")]
+Lora = Annotated[str | None, engine_option("lora", "TEXT")]
 Dtype = Annotated[str | None, engine_option("dtype", "auto|float32|bfloat16|float16")]
 Quantization = Annotated[str | None, engine_option("quantization", "none|int8|fp8")]
 Device = Annotated[str | None, engine_option("device", "TEXT")]
@@ -134,6 +140,7 @@ def distill(
         typer.Option(min=0.01, help="Stop after so long; the same command goes on where it was."),
     ] = None,
     revision: Revision = None,
+    lora: Lora = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
     device: Device = None,
@@ -168,6 +175,7 @@ def distill(
         config = engine_config(
             model=model,
             revision=revision,
+            lora=lora,
             dtype=dtype,
             quantization=quantization,
             device=device,
@@ -235,6 +243,7 @@ def calibrate(
         list[Path], typer.Option("--data", metavar="FOLDER", help="What `distill` wrote; repeatable.")
     ],
     model: Model = "smollm2-135m",
+    lora: Lora = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for tree, table and picture; that of the heads."),
@@ -300,6 +309,7 @@ def calibrate(
             tuple(data),
             folder,
             model=model,
+            lora=checked_lora(lora),
             cache_dir=cache_dir or folder / "cache",
             share=held_out,
             size=size,
@@ -315,6 +325,7 @@ def export(
     heads: Annotated[str, typer.Option("--heads", help="Heads: a file, a folder or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")],
     model: Model = "smollm2-135m",
+    lora: Lora = None,
     format: Annotated[
         str, typer.Option("--format", metavar="official|vllm|medusa-serve", help="Whose files to write.")
     ] = "official",
@@ -323,4 +334,4 @@ def export(
     from training.export import export as run
 
     with failing():
-        typer.echo(str(run(heads, output, model=model, format=format)))
+        typer.echo(str(run(heads, output, model=model, lora=checked_lora(lora), format=format)))

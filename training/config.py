@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from engine.config import EngineConfig, lora_setting
+
 __all__ = ["TrainConfig"]
 
 
@@ -19,6 +21,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("smollm2-135m", description="Base model, as for `serve`; it stays frozen.")
+    lora: str | None = Field(None, description=EngineConfig.model_fields["lora"].description)
     data: tuple[Path, ...] = Field(
         description="What `medusa-serve distill` wrote: a folder of shards; may be given more than once."
     )
@@ -82,6 +85,11 @@ class TrainConfig(BaseModel):
     cache_dir: Path | None = Field(
         None, description="Where; `<output>/cache` if unset. Several runs may share one."
     )
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _are_adapters(cls, value: object) -> object:
+        return lora_setting(value)
 
     @field_validator("vocabulary", mode="before")
     @classmethod

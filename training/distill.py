@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +21,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, lora_sources
 from engine.errors import ConfigError
 from engine.llm import LLM
+from engine.model.adapter_files import Adapter, read_adapters
 from engine.model.config import ModelConfig
 from engine.model.weights import resolve_model
 from engine.types import FinishReason, Request, SamplingParams, TokenDelta
@@ -155,7 +156,7 @@ class _Book:
         identity = {
             "model": config.model,
             "revision": config.revision,
-            "weights_sha256": hash_weights(model),
+            "weights_sha256": hash_weights(model, read_adapters(lora_sources(config.lora))),
             "dtype": config.dtype,
             "quantization": config.quantization,
             **options.identity(),
@@ -165,6 +166,7 @@ class _Book:
         self.manifest["counts"] = {"rows": 0, "prompt_tokens": 0, "answer_tokens": 0, "skipped": 0}
         self.manifest["rows_by"] = {"temperature": {}, "finish_reason": {}}
         self.manifest["prompts"] = [path.name for path in options.prompts]
+        self.manifest["lora"] = config.lora
         self.manifest["seconds"] = float(self._before.get("seconds", 0.0))
         self._started, self._seconds = time.monotonic(), self.manifest["seconds"]
         # Compressing a shard takes seconds, in which no step would be made.
@@ -398,10 +400,12 @@ def _refill(llm: LLM) -> int:
     return 1 if llm.info.device == "cpu" else max(1, llm.info.max_num_seqs // 16)
 
 
-def hash_weights(folder: Path) -> str:
-    """SHA-256 over a model's safetensors files, by name."""
+def hash_weights(folder: Path, adapters: Sequence[Adapter] = ()) -> str:
+    """SHA-256 over a model's safetensors files, by name, and what is merged into them."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    for adapter in adapters:
+        digest.update(f"{adapter.digest}@{adapter.scale}".encode())
     return digest.hexdigest()

@@ -33,12 +33,12 @@ __all__ = ["FORMATS", "export", "official_tensors", "own_tensors", "vllm_tensors
 FORMATS = ("official", "vllm", "medusa-serve")
 
 
-def export(source: str, output: Path, *, model: str, format: str) -> Path:
+def export(source: str, output: Path, *, model: str, format: str, lora: str | None = None) -> Path:
     """Write the heads in `source` to the folder `output`.
 
     Args:
         source: head file, folder or hub id, in any format that `serve` reads.
-        model: the base model they belong to.
+        model: the base model they belong to; lora: adapters in it, as for `serve`.
         format: what to write.
 
     Returns:
@@ -58,7 +58,7 @@ def export(source: str, output: Path, *, model: str, format: str) -> Path:
     dtype = heads.weights[0][0].dtype if heads.weights else torch.float16
 
     def lm_head() -> Tensor:
-        return read_lm_head(model).to(dtype)
+        return read_lm_head(model, lora=lora).to(dtype)
 
     if format == "vllm":
         file, tensors = output / "model.safetensors", vllm_tensors(heads, lm_head)

@@ -18,9 +18,7 @@ from engine.medusa.calibrated import CALIBRATION_FILE, TREE_FILE
 from engine.medusa.head_files import read_heads
 from engine.medusa.heads import MedusaHeads
 from engine.medusa.tree import Tree
-from engine.model.config import ModelConfig
-from engine.model.weights import Checkpoint, resolve_model
-from training.backbone import Backbone, make_backbone, pack_size, read_lm_head
+from training.backbone import Backbone, make_backbone, open_base, pack_size, read_lm_head
 from training.bigram import count_pairs, fit_weights
 from training.calibrate import calibrate, marginal_tree
 from training.data import Row, held_out, load_shards
@@ -52,6 +50,7 @@ def measure(
     bigram: bool = True,
     device: str = "auto",
     dtype: str = "auto",
+    lora: str | None = None,
 ) -> dict[str, Any]:
     """Calibrate heads on the held-out part of `data`; write tree, tables and picture to `output`.
 
@@ -59,7 +58,7 @@ def measure(
         heads: file, folder or hub id.
         data: what `distill` wrote.
         output: folder; beside the heads, `serve` finds the tree and the table there.
-        model: the base model.
+        model: the base model; lora: adapters in it, as for `serve`.
         cache_dir: hidden states that are there are used, missing ones added.
         share: of the conversations that count as held out; as in training, or less.
         size: most nodes of the tree, root counted.
@@ -81,7 +80,7 @@ def measure(
         raise ConfigError(
             f"{', '.join(map(str, data))} holds no held-out rows; distill more, or raise --held-out"
         )
-    held = HeldOut(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype)
+    held = HeldOut(heads, rows, model=model, cache_dir=cache_dir, device=device, dtype=dtype, lora=lora)
     rest = [row for row in everything if not held_out(row.conversation, share)]
     table, pairs = _pairs(held, rest) if bigram else (None, None)
     ranks = held.ranks(bigram=pairs)
@@ -148,13 +147,21 @@ class HeldOut:
         model: the base model.
         cache_dir: of hidden states; what is missing is computed.
         device, dtype: of the heads, see `TrainConfig`.
+        lora: in the base model, as for `serve`.
     """
 
     def __init__(
-        self, source: str, rows: list[Row], *, model: str, cache_dir: Path, device: str, dtype: str
+        self,
+        source: str,
+        rows: list[Row],
+        *,
+        model: str,
+        cache_dir: Path,
+        device: str,
+        dtype: str,
+        lora: str | None = None,
     ) -> None:
-        folder = resolve_model(model)
-        base, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
+        base, checkpoint = open_base(model, lora)
         self.device, self.vocab_size = device_named(device), base.vocab_size
         kind = training_dtype(dtype, base, self.device)
         tensors = read_heads(source, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
@@ -165,13 +172,14 @@ class HeldOut:
             longest = max(len(row.prompt) + len(row.answer) for row in rows)
             backbone = make_backbone(
                 model,
+                lora=lora,
                 device=str(self.device),
                 dtype=str(kind).removeprefix("torch."),
                 bits=16,
                 pack_tokens=max(pack, longest),
                 longest=longest,
             )
-            return backbone, read_lm_head(model)
+            return backbone, read_lm_head(model, lora=lora)
 
         cache = cache_hidden(
             cache_dir,
@@ -185,7 +193,7 @@ class HeldOut:
         heads = MedusaHeads.from_tensors(
             tensors, hidden_size=base.hidden_size, dtype=kind, device=self.device
         )
-        lm_head = read_lm_head(model).to(device=self.device, dtype=kind)
+        lm_head = read_lm_head(model, lora=lora).to(device=self.device, dtype=kind)
         heads.prepare(lm_head, quantize="none")
         vocabulary = Vocabulary(tensors.token_map, base.vocab_size)
         self.ranks = partial(

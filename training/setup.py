@@ -17,8 +17,8 @@ from tqdm import tqdm
 from engine.devices import device_named, not_emulated
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.weights import Checkpoint, resolve_model
-from training.backbone import Backbone, make_backbone, pack_size, read_lm_head
+from engine.model.weights import Checkpoint
+from training.backbone import Backbone, make_backbone, open_base, pack_size, read_lm_head
 from training.batches import CachedBatches, OnlineBatches, ResidentBatches, Source
 from training.config import TrainConfig
 from training.data import Row, held_out, load_shards
@@ -112,7 +112,7 @@ def prepare(config: TrainConfig, train: list[Row], held: list[Row], started: flo
         cache,
         of_held,
         made.vocabulary,
-        read_lm_head(config.model, made.vocabulary.token_map).to(device=made.device, dtype=made.dtype),
+        made.lm_head(made.vocabulary.token_map).to(device=made.device, dtype=made.dtype),
         made.vocabulary.rows(made.device),
     )
 
@@ -122,8 +122,7 @@ class _Preparation:
 
     def __init__(self, config: TrainConfig, train: list[Row], held: list[Row]) -> None:
         self.config, self.train, self.held = config, train, held
-        folder = resolve_model(config.model)
-        self.model, self.checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
+        self.model, self.checkpoint = open_base(config.model, config.lora)
         self.device = device_named(config.device)
         self.dtype = training_dtype(config.dtype, self.model, self.device)
         self.vocabulary = _vocabulary(config, train, self.model)
@@ -200,7 +199,7 @@ class _Preparation:
                 rows,
                 top_k=self.identity["top_k"],
                 backbone=self._loaded(),
-                lm_head=read_lm_head(self.config.model),
+                lm_head=self.lm_head(),
                 pack_tokens=self.pack,
                 until=until,
             )
@@ -208,7 +207,7 @@ class _Preparation:
             self.cache_dir,
             rows,
             **self.identity,
-            make_backbone=lambda: (self._loaded(), read_lm_head(self.config.model)),
+            make_backbone=lambda: (self._loaded(), self.lm_head()),
             pack_tokens=self.pack,
             until=until,
         )
@@ -217,7 +216,7 @@ class _Preparation:
         """Of the chosen rows of the cache, where there is one for training; `left` ran out of time."""
         config = self.config
         if not self.cached:
-            whole = read_lm_head(config.model).to(self.device, self.dtype) if config.kl > 0 else None
+            whole = self.lm_head().to(self.device, self.dtype) if config.kl > 0 else None
             return OnlineBatches(
                 self._loaded(),
                 self.train,
@@ -240,11 +239,16 @@ class _Preparation:
             return ResidentBatches(cache, chosen, **settings)
         return CachedBatches(cache, chosen, **settings)
 
+    def lm_head(self, rows: Tensor | None = None) -> Tensor:
+        """See `read_lm_head`."""
+        return read_lm_head(self.config.model, rows, lora=self.config.lora)
+
     def _loaded(self) -> Backbone:
         """The base model, loaded when it is first needed."""
         if self._backbone is None:
             self._backbone = make_backbone(
                 self.config.model,
+                lora=self.config.lora,
                 device=str(self.device),
                 dtype=str(self.dtype).removeprefix("torch."),
                 bits=self.config.backbone_bits,
@@ -294,6 +298,8 @@ def model_identity(checkpoint: Checkpoint) -> str:
         text.update(f"{name}{checkpoint.shape(name)}".encode())
     last = checkpoint.get(sorted(name for name in checkpoint.names if "norm" in name)[-1])
     text.update(last.float().numpy().tobytes())
+    for adapter in checkpoint.adapters:
+        text.update(f"{adapter.digest} {adapter.scale}".encode())
     return f"{checkpoint.folder.name} {text.hexdigest()[:16]}"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,14 +11,17 @@ import torch
 from engine.adjust import table_bytes
 from engine.config import MAX_TREE_NODES, EngineConfig
 from engine.limits import available_bytes
+from engine.model.adapter_files import Adapter
 from engine.model.config import ModelConfig
 from engine.model.embedded import is_conversion
 from engine.model.gguf import GGUF_INDEX
+from engine.model.lora import part_tied
 from engine.model.mxfp4 import words
 from engine.model.prequantized import stated_quantization
 
 __all__ = [
     "CPU_POOL_BYTES",
+    "AdapterInfo",
     "Memory",
     "ModelInfo",
     "blocks_of_sequence",
@@ -56,6 +60,17 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """An adapter that is merged: the modules that it changes, its ranks, and what it says that it is for."""
+
+    source: str
+    scale: float
+    modules: int
+    ranks: tuple[int, ...]
+    base_model: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model's shape and its needs on one device.
 
@@ -85,16 +100,19 @@ class ModelInfo:
     device: str
     device_bytes: int
     memory: tuple[Memory, ...]
+    lora: tuple[AdapterInfo, ...] = ()
 
 
-def describe(folder: Path, device: torch.device) -> ModelInfo:
-    """Of a model folder, as `resolve_model` gives it.
+def describe(folder: Path, device: torch.device, adapters: Sequence[Adapter] = ()) -> ModelInfo:
+    """Of a model folder, as `resolve_model` gives it, with adapters merged into it.
 
     Raises:
         ModelError: there is no readable config.
         UnsupportedModelError: the model is not covered.
     """
     config = ModelConfig.from_folder(folder)
+    if part_tied(adapters):
+        config = replace(config, tie_word_embeddings=False)
     windows = [window for window in config.windows if window is not None]
     name, room = device_memory(device)
     if (folder / GGUF_INDEX).is_file():
@@ -121,6 +139,10 @@ def describe(folder: Path, device: torch.device) -> ModelInfo:
         device=name,
         device_bytes=room,
         memory=tuple(_memory(config, dtype, device, room) for dtype in _DTYPES),
+        lora=tuple(
+            AdapterInfo(each.source, each.scale, len(each.told), each.ranks, each.base_model)
+            for each in adapters
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from server.cli import app
+from tests.engine.model.adapters import edit_config, save_adapter
 from tests.support import save_model, tiny_model
 
 
@@ -53,4 +54,35 @@ def test_bad_names_end_with_a_line_that_says_so(tmp_path: Path) -> None:
         ([str(tmp_path), "--device", "cuda:99"], 2, "torch sees no"),
     ):
         result = CliRunner().invoke(app, ["info", *arguments])
+        assert (result.exit_code, text in result.output) == (code, True), result.output
+
+
+def test_adapters_are_told_and_what_they_part_is_counted(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    folder = str(save_model(model, tmp_path / "model"))
+    plain = save_adapter(
+        model, tmp_path / "plain", target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2}
+    )
+    parting = save_adapter(model, tmp_path / "parting", target_modules=["lm_head"])
+
+    def info(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["info", folder, "--device", "cpu", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    edit_config(plain, base_model_name_or_path="someone/model")
+    shown = info("--lora", f"{plain}@0.5")
+    assert f"merged          {plain} times 0.5: 4 modules, rank 2 and 4, for someone/model\n" in shown
+    assert "merged" not in info()
+    none, one, two = (
+        json.loads(info("--json", *lora))
+        for lora in ([], ["--lora", str(plain)], ["--lora", f"{plain},{parting}"])
+    )
+    assert none["parameters"] == one["parameters"] == two["parameters"] - 61 * 32
+    assert [each["ranks"] for each in two["lora"]] == [[2, 4], [4]]
+    for lora, code, text in (
+        (f"{plain}@0", 2, "--lora: what follows @"),
+        ("./nowhere", 1, "adapter folder ./nowhere"),
+    ):
+        result = CliRunner().invoke(app, ["info", folder, "--lora", lora])
         assert (result.exit_code, text in result.output) == (code, True), result.output
