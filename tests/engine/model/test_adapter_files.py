@@ -113,7 +113,7 @@ def test_every_tensor_is_used_or_named(
 
 def test_rows_that_there_are_not(tiny: TinyModel, adapter: Path) -> None:
     edit_tensors(adapter, **{"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)})
-    edit_config(adapter, trainable_token_indices={"tokens": [1], "embed_tokens": [5, 61]})
+    edit_config(adapter, trainable_token_indices={"lm_head": [1, 2], "embed_tokens": [5, 61]})
     with pytest.raises(
         AdapterError, match=r"trainable_token_indices has 61, and model.embed_tokens.weight 61 rows"
     ):

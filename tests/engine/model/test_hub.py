@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.model.adapters import save_adapter
 from tests.support import save_model, tiny_llama
 
 ROOT = Path(__file__).parents[3]
@@ -21,7 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves a folder as the repository someone/model at tag v2, and notes who asked for what."""
+    """Serves a folder as the repository someone/model, at tag v2 too, and notes who asked for what."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -44,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if "someone/model" in path:  # not what the client asks for its own purposes
             self.server.keys.add(self.headers["Authorization"])
-        if path == "/api/models/someone/model/revision/v2":
+        if path in ("/api/models/someone/model/revision/v2", "/api/models/someone/model/revision/main"):
             siblings = [{"rfilename": name} for name in self.server.files]
             content = json.dumps({"id": "someone/model", "sha": COMMIT, "siblings": siblings}).encode()
         elif path == f"/api/models/someone/model/tree/{COMMIT}":
@@ -119,4 +120,22 @@ def test_a_model_is_downloaded_at_its_revision_with_the_token(hub: Hub, tmp_path
     assert hub.keys == {"Bearer hf_secret"}
     hub.asked.clear()
     assert run(hub, home, "-c", code, HF_HUB_OFFLINE="1").split() == [COMMIT, "True"]
+    assert hub.asked == []
+
+
+def test_an_adapter_is_downloaded_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
+    folder = save_adapter(tiny_llama(), tmp_path / "adapter")
+    (folder / "training_args.bin").write_bytes(b"x")
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = (
+        "from engine.config import LoraSource\n"
+        "from engine.model.adapter_files import read_adapters\n"
+        "(adapter,) = read_adapters([LoraSource('someone/model', 0.5)])\n"
+        "print(adapter.folder.name, adapter.identity.partition(' ')[0], *adapter.ranks)"
+    )
+    home = tmp_path / "home"
+    assert run(hub, home, "-c", code).split() == [COMMIT, "model@0.5", "4"]
+    assert set(hub.asked) == {"adapter_config.json", "adapter_model.safetensors"}
+    hub.asked.clear()
+    assert run(hub, home, "-c", code, HF_HUB_OFFLINE="1").split() == [COMMIT, "model@0.5", "4"]
     assert hub.asked == []
