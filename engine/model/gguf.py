@@ -58,6 +58,11 @@ _ARCHITECTURES = {
     "olmoe": ("OlmoeForCausalLM", "olmoe"),
     "granitemoe": ("GraniteMoeForCausalLM", "granitemoe"),
     "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
+    "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),
+    "glm4moe": ("Glm4MoeForCausalLM", "glm4_moe"),  # Solar Open too
+    "qwen2moe": ("Qwen2MoeForCausalLM", "qwen2_moe"),
+    "dots1": ("Dots1ForCausalLM", "dots1"),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe"),
 }
 """For each `general.architecture` the Hugging Face architecture and model type."""
 
@@ -82,6 +87,14 @@ _LAYER_NAMES = {
     "ffn_gate_inp": "mlp.gate",
     "attn_sinks": "self_attn.sinks",
 }
+_WITH_SHARED = _LAYER_NAMES | {
+    "exp_probs_b": "mlp.gate.e_score_correction",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_OF_HUNYUAN = {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -90,8 +103,12 @@ _NAMES = {
     "gemma3": _LAYER_NAMES | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
     "olmo2": _LAYER_NAMES | _POST_NORMS,
     "exaone4": _LAYER_NAMES | _POST_NORMS,
-    "hunyuan-dense": _LAYER_NAMES
-    | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    "hunyuan-dense": _LAYER_NAMES | _OF_HUNYUAN,
+    "ernie4_5-moe": _WITH_SHARED,
+    "glm4moe": _WITH_SHARED | {"post_attention_norm": "post_attention_layernorm"},
+    "qwen2moe": _WITH_SHARED,
+    "dots1": _WITH_SHARED,
+    "hunyuan-moe": _WITH_SHARED | _OF_HUNYUAN,
     "glm4": _LAYER_NAMES
     | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
     | {"ffn_up": "mlp.gate_up_proj"},
@@ -261,7 +278,7 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
-        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": arch not in ("qwen2", "qwen2moe") and "blk.0.attn_q.bias" in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         # Wide enough for any model's activations; the quantised weights have fewer bits anyway.
         "dtype": "bfloat16",
@@ -273,7 +290,7 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
         "max_position_embeddings": own["context_length"],
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "num_attention_heads": heads,
-        "num_hidden_layers": _layer_count(own["block_count"], tensors),
+        "num_hidden_layers": _layer_count(own, tensors),
         "num_key_value_heads": same_in_all_layers(own.get("attention.head_count_kv", heads), "K/V heads"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
@@ -286,10 +303,14 @@ def _config(source: Path, header: GgufHeader) -> dict[str, Any]:
     return config | experts_config(own, arch, tensors)
 
 
-def _layer_count(stated: int, tensors: Mapping[str, GgufTensor]) -> int:
+def _layer_count(own: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> int:
+    """Without those behind that guess tokens further ahead."""
+    stated, further = own["block_count"], own.get("nextn_predict_layers", 0)
     if stated > len(tensors):  # before anything is made for each of them
         raise ValueError(f"it names {stated} layers and has {len(tensors)} tensors")
-    return stated
+    if further >= stated:
+        raise ValueError(f"it names {stated} layers, of which {further} guess further ahead")
+    return int(stated - further)
 
 
 def _rope_factors(source: Path, tensors: Mapping[str, GgufTensor]) -> dict[str, list[float]]:
@@ -304,13 +325,14 @@ def _rope(
     own: Mapping[str, Any], arch: str, head_dim: int, factors: Mapping[str, list[float]]
 ) -> dict[str, Any]:
     rotated = own.get("rope.dimension_count", head_dim)
-    if rotated != head_dim and arch not in ("phi3", "glm4"):
+    if rotated != head_dim and arch not in ("phi3", "glm4", "glm4moe"):
         raise UnsupportedModelError("a GGUF in which only a part of each head is rotated is not supported")
     theta = shortest(own.get("rope.freq_base", 1e6 if arch == "gemma3" else 1e4))
     if _ROPE_FACTORS in factors:
         return _llama3_rope(theta, torch.tensor(factors[_ROPE_FACTORS]))
     # Which in GLM is a half where nothing is said.
-    part = {"partial_rotary_factor": rotated / head_dim} if rotated != head_dim or arch == "glm4" else {}
+    stated = rotated != head_dim or arch in ("glm4", "glm4moe")
+    part = {"partial_rotary_factor": rotated / head_dim} if stated else {}
     return {"rope_theta": theta, **part, **_rope_scaling(own, factors)}
 
 
@@ -380,8 +402,10 @@ def _index(source: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[
     arch = header.fields["general.architecture"]
     layer_names = _NAMES.get(arch, _LAYER_NAMES)
     tensors: dict[str, Any] = {}
+    layers = header.fields[f"{arch}.block_count"]
+    further = tuple(f"blk.{layer}." for layer in range(config["num_hidden_layers"], layers))
     for name, tensor in header.tensors.items():
-        if name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
+        if name.startswith(further) or name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             continue
         module, _, kind = name.rpartition(".")
         if module.startswith("blk."):
@@ -395,6 +419,7 @@ def _index(source: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[
         else:
             module = _TOP_NAMES.get(module, module)
         own = module if module.endswith(".sinks") else f"{module}.{kind}"  # those are no module's
+        own = own.replace("e_score_correction.bias", "e_score_correction_bias")
         tensors[own] = tensor._asdict()
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     return {

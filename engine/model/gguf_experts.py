@@ -10,6 +10,7 @@ import torch
 
 from engine.errors import UnsupportedModelError
 from engine.model import mxfp4
+from engine.model.embedded import shortest
 from engine.model.gguf_fields import same_in_all_layers
 from engine.model.gguf_header import GgufTensor
 from engine.model.prequantized import MXFP4
@@ -32,22 +33,38 @@ _COUNT_NAMES = {
     "qwen3moe": "num_experts",
     "olmoe": "num_experts",
     "gpt-oss": "num_local_experts",
+    "ernie4_5-moe": "moe_num_experts",
+    "glm4moe": "n_routed_experts",
+    "qwen2moe": "num_experts",
+    "dots1": "n_routed_experts",
+    "hunyuan-moe": "num_experts",
 }
 """For each `general.architecture` that may have experts, what its Hugging Face config calls their number."""
 
+_CHOSEN_NAMES = {"ernie4_5-moe": "moe_k", "hunyuan-moe": "moe_topk"}
+"""What it calls the number for each token, if not num_experts_per_tok."""
+
+_SIGMOIDS = ("glm4moe", "dots1")
+_WITH_SHARED = ("ernie4_5-moe", "qwen2moe", "hunyuan-moe", *_SIGMOIDS)
+_NOT_RENORMALISED = ("olmoe", "qwen2moe", *_SIGMOIDS)
+"""Where the file says nothing. It seldom does: llama.cpp's own graphs of these have it so."""
+_EITHER = ("qwen3moe", *_NOT_RENORMALISED)
+"""Of which a config says whether weights sum to one."""
+
 _MXFP4 = "MXFP4"  # gguf's name of the type
 
-_ROUTER = "blk.0.ffn_gate_inp.weight"
+_ROUTER = "blk.{}.ffn_gate_inp.weight"
 
-_REFUSED = {
-    "expert_shared_count": ((0,), "experts that see every token"),
-    "expert_shared_feed_forward_length": ((0,), "experts that see every token"),
-    "expert_group_count": ((0, 1), "groups of experts"),
-    "expert_gating_func": ((0, 1), "weights of experts that are no softmax"),  # gguf.ExpertGatingFuncType
-    "expert_weights_scale": ((0, 1), "a factor on the weights of experts"),
-    "attention.clamp_kqv": ((0,), "a bound on queries, keys and values"),
+_SHARED_TOLD, _GROUPS_TOLD = "experts that see every token", "groups of experts"
+_REFUSED: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
+    "expert_shared_count": ((0,), _SHARED_TOLD, _WITH_SHARED),
+    "expert_shared_feed_forward_length": ((0,), _SHARED_TOLD, _WITH_SHARED),
+    "expert_group_count": ((0, 1), _GROUPS_TOLD, _SIGMOIDS),
+    "expert_weights_scale": ((0, 1), "a factor on the weights of experts", _SIGMOIDS),
+    "attention.clamp_kqv": ((0,), "a bound on queries, keys and values", ()),
 }
-"""Of a model with experts: metadata with the values that mean nothing, and what it would be else."""
+"""Of a model with experts: metadata with the values that mean nothing, what it would be else, and of which
+architectures it is read."""
 
 _STACKED = {
     "ffn_gate_exps": "gate_proj",
@@ -78,25 +95,35 @@ def experts_config(own: Mapping[str, Any], arch: str, tensors: Mapping[str, Gguf
         return {}
     if arch not in _COUNT_NAMES:
         raise UnsupportedModelError(f"a GGUF of {arch} with experts is not supported")
-    for key, (harmless, told) in _REFUSED.items():
-        if own.get(key, harmless[0]) not in harmless:
+    for key, (harmless, told, *read) in _REFUSED.items():
+        if arch not in read[0] and own.get(key, harmless[0]) not in harmless:
             raise UnsupportedModelError(f"a GGUF of {arch} with {told} ({arch}.{key}) is not supported")
-    if (rows := tensors[_ROUTER].shape[0]) != count:  # before anything is made for each of them
-        raise ValueError(f"it names {count} experts, and {_ROUTER} has {rows} rows")
+    if own.get("expert_gating_func", 0) not in (0, 2 if arch in _SIGMOIDS else 1):  # ExpertGatingFuncType
+        told = "no sigmoids" if arch in _SIGMOIDS else "no softmax"
+        raise UnsupportedModelError(
+            f"a GGUF of {arch} with weights of experts that are {told} ({arch}.expert_gating_func) is not "
+            "supported"
+        )
+    routers = (_ROUTER.format(layer) for layer in range(own["block_count"]))
+    router = next((name for name in routers if name in tensors), _ROUTER.format(0))
+    if (rows := tensors[router].shape[0]) != count:  # before anything is made for each of them
+        raise ValueError(f"it names {count} experts, and {router} has {rows} rows")
     chosen = same_in_all_layers(own["expert_used_count"], "experts of a token")
-    entries: dict[str, Any] = {_COUNT_NAMES[arch]: count, "num_experts_per_tok": chosen}
+    entries: dict[str, Any] = {
+        _COUNT_NAMES[arch]: count,
+        _CHOSEN_NAMES.get(arch, "num_experts_per_tok"): chosen,
+    }
     stacked = {tensor.type for name, tensor in tensors.items() if name.endswith("_exps.weight")}
     if stacked == {_MXFP4}:
         entries["quantization_config"] = {"quant_method": MXFP4}
-    # Files seldom say it. llama.cpp's own graphs of these have it so.
-    renormalised = own.get("expert_weights_norm", arch != "olmoe")
-    if arch in ("qwen3moe", "olmoe"):
+    renormalised = own.get("expert_weights_norm", arch not in _NOT_RENORMALISED)
+    if arch in _EITHER:
         entries["norm_topk_prob"] = renormalised
     elif not renormalised:
         raise UnsupportedModelError(
             f"a GGUF of {arch} whose weights of experts do not sum to one is not supported"
         )
-    if arch == "qwen3moe":
+    if arch in ("qwen3moe", *_WITH_SHARED):
         width = same_in_all_layers(own.get("expert_feed_forward_length", 0), "the width of experts")
         entries["moe_intermediate_size"] = width or own["feed_forward_length"] // max(chosen, 1)
     if arch == "llama":  # whose sliding window the converter leaves out, if it has one
@@ -105,7 +132,45 @@ def experts_config(own: Mapping[str, Any], arch: str, tensors: Mapping[str, Gguf
             "model_type": "mixtral",
             "sliding_window": None,
         }
-    return entries
+    return entries | _beside(own, arch, tensors, entries.get("moe_intermediate_size", 0))
+
+
+def _beside(
+    own: Mapping[str, Any], arch: str, tensors: Mapping[str, GgufTensor], width: int
+) -> dict[str, Any]:
+    """The entries of an MLP beside experts that are `width` wide, of layers without, and of the choice."""
+    shared = own.get("expert_shared_feed_forward_length", 0)
+    if arch == "ernie4_5-moe":
+        return {
+            "moe_num_shared_experts": own.get("expert_shared_count", 0),
+            "moe_layer_start_index": own.get("leading_dense_block_count", 0),
+            "moe_layer_interval": own.get("interleave_moe_layer_step", 1),
+            "moe_layer_end_index": -1,
+        }
+    if arch == "qwen2moe":
+        return {
+            "shared_expert_intermediate_size": shared or own["feed_forward_length"],
+            "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        }
+    if arch == "hunyuan-moe":
+        if shared not in (0, width):
+            raise UnsupportedModelError(
+                f"a GGUF of {arch} whose MLP beside the experts ({shared}) is not as wide as they are "
+                f"({width}) is not supported"
+            )
+        return {"intermediate_size": width}
+    if arch not in _SIGMOIDS:
+        return {}
+    entries = {
+        "n_shared_experts": own["expert_shared_count"],
+        "first_k_dense_replace": own.get("leading_dense_block_count", 0),
+        "routed_scaling_factor": shortest(own.get("expert_weights_scale", 0.0) or 1.0),
+        "n_group": own.get("expert_group_count", 0) or 1,
+        "topk_group": own.get("expert_group_used_count", 0) or 1,
+    }
+    if arch == "dots1":
+        return entries | {"sliding_window": None}  # which none of its layers has
+    return entries | {"use_qk_norm": "blk.0.attn_q_norm.weight" in tensors}
 
 
 def expert_tensors(layer: str, part: str, tensor: GgufTensor) -> dict[str, GgufTensor]:

@@ -125,5 +125,7 @@ OF_FAMILY: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, 
     "mistral3": _mistral3,
     "granitemoe": _granite,
     "gpt-oss": _gpt_oss,
+    "ernie4_5-moe": _ernie4_5,
+    "glm4moe": _glm4,
 }
 """For an architecture the entries of a config in which it differs, from its metadata and the rest."""

@@ -82,6 +82,8 @@ _OF_ARCHITECTURE = {
     **dict.fromkeys(("expert_feed_forward_length", "expert_used_count"), _COUNTS),
     **dict.fromkeys(("expert_count", "expert_gating_func", "expert_group_count"), _COUNT),
     **dict.fromkeys(("expert_shared_count", "expert_shared_feed_forward_length"), _COUNT),
+    **dict.fromkeys(("expert_group_used_count", "leading_dense_block_count", "nextn_predict_layers"), _COUNT),
+    "interleave_moe_layer_step": _COUNT,
     "expert_weights_norm": _SWITCH,
     "attention.sliding_window": _COUNT,
     "attention.sliding_window_pattern": _Kind(

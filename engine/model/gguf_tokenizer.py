@@ -71,6 +71,8 @@ _SPLITS = {
     "dbrx": (_LLAMA3,),  # Phi-4 in Llama's form
     "glm4": (_LLAMA3,),
     "qwen2": (_QWEN2,),
+    "hunyuan": (_QWEN2,),  # Hunyuan-A13B
+    "solar-open": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
     "qwen35": (_QWEN35,),
     "seed-coder": (_SEED,),  # Seed-OSS too

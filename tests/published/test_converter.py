@@ -18,7 +18,8 @@ from engine.model.config import ModelConfig
 from engine.model.embedded import ensure_converted
 from engine.model.families import RopeConfig
 from engine.model.weights import load_tokenizer, resolve_model
-from tests.engine.model.gguf_files import CASES, config_of
+from tests.engine.model.gguf_cases import CASES
+from tests.engine.model.gguf_files import config_of
 from tests.published.sources import converter, tokenizer_dir
 from tests.support import greedy, greedy_reference, make_engine, run_all, tiny_model
 

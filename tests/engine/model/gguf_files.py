@@ -12,224 +12,8 @@ import torch
 from tokenizers import pre_tokenizers
 
 from engine.model.config import ModelConfig
+from tests.engine.model.gguf_cases import ARCHITECTURES, NAMES, OTHER_NAMES, PERMUTED
 from tests.support import tiny_model
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-}
-POST_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-OTHER_NAMES = {
-    "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
-    "olmo2": POST_NORMS,
-    "exaone4": POST_NORMS,
-    "hunyuan-dense": {
-        "self_attn.query_layernorm": "attn_q_norm",
-        "self_attn.key_layernorm": "attn_k_norm",
-    },
-    "glm4": {
-        "post_self_attn_layernorm": "post_attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "post_mlp_layernorm": "post_ffw_norm",
-        "mlp.gate_up_proj": "ffn_up",
-    },
-    "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
-    "gpt-oss": {"post_attention_layernorm": "post_attention_norm"},
-    "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
-}
-ARCHITECTURES = {
-    "gemma3_text": "gemma3",
-    "olmo3": "olmo2",
-    "mistral": "mistral3",
-    "ministral3": "mistral3",
-    "mixtral": "llama",
-    "hunyuan_v1_dense": "hunyuan-dense",
-    "qwen3_moe": "qwen3moe",
-    "gpt_oss": "gpt-oss",
-}
-PERMUTED = ("llama", "granite", "smollm3", "mistral3", "granitemoe")
-CASES = {
-    "llama": ("llama", {}),
-    "llama-3": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            }
-        },
-    ),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
-    "gemma3": (
-        "gemma3_text",
-        {
-            "num_hidden_layers": 6,
-            "sliding_window": 5,
-            "query_pre_attn_scalar": 16,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "phi3": ("phi3", {"sliding_window": 5, "original_max_position_embeddings": 512}),
-    "phi4": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 512}),
-    "phi4-mini": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 384,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.75,
-                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
-                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-                "original_max_position_embeddings": 384,
-            },
-            "tie_word_embeddings": True,
-        },
-    ),
-    "granite": (
-        "granite",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.5,
-            "logits_scaling": 4.0,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
-    ),
-    "olmo2": ("olmo2", {}),
-    "olmo3": (
-        "olmo3",
-        {
-            "num_hidden_layers": 3,
-            "sliding_window": 5,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 8.0,
-                    "original_max_position_embeddings": 64,
-                    "attention_factor": 1.2,
-                    "beta_fast": 30.0,
-                    "beta_slow": 2.0,
-                },
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            },
-        },
-    ),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
-    "seed_oss": ("seed_oss", {}),
-    "exaone4": (
-        "exaone4",
-        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
-    ),
-    "exaone4-windows": (
-        "exaone4",
-        {
-            "num_hidden_layers": 3,
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1000000.0,
-                "factor": 16.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        },
-    ),
-    "hunyuan": ("hunyuan_v1_dense", {"tie_word_embeddings": True}),
-    "hunyuan-long": (
-        "hunyuan_v1_dense",
-        {
-            "max_position_embeddings": 262144,
-            "rope_parameters": {
-                "rope_type": "dynamic",
-                "rope_theta": 10000.0,
-                "alpha": 50.0,
-                "factor": 1.0,
-            },
-        },
-    ),
-    "ernie4_5": ("ernie4_5", {"tie_word_embeddings": True, "use_bias": True}),
-    "glm4": ("glm4", {"attention_bias": True}),
-    "mistral3": ("mistral", {"sliding_window": None}),
-    "ministral3": (
-        "ministral3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "original_max_position_embeddings": 64,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.5,
-                "llama_4_scaling_beta": 0.1,
-            },
-        },
-    ),
-    "gpt_oss": (
-        "gpt_oss",
-        {
-            "intermediate_size": 128,
-            "num_local_experts": 5,
-            "num_experts_per_tok": 3,
-            "sliding_window": 5,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 150000.0,
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 64,
-            },
-        },
-    ),
-    "mixtral": ("mixtral", {"num_local_experts": 3}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    ),
-    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
-    "granitemoe": (
-        "granitemoe",
-        {
-            "num_local_experts": 3,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.5,
-            "logits_scaling": 4.0,
-            "attention_bias": True,
-        },
-    ),
-}
-"""For each architecture, and for what differs within one, a family and its config."""
 
 RENAMED = {
     "block_sparse_moe": "mlp",
@@ -240,6 +24,9 @@ RENAMED = {
     "mlp.shared_mlp.": "mlp.shared_experts.",
 }
 """Of what transformers calls parts of a mixture, what `Checkpoint` does."""
+
+FURTHER = ("attn_norm.weight", "ffn_up_exps.weight", "nextn.eh_proj.weight")
+"""Tensors of a layer that guesses further ahead, which nobody reads."""
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
 
@@ -309,7 +96,7 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
     config, arch = model.config, writer.arch
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers + (arch == "glm4moe"))  # which has one that guesses
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -369,11 +156,44 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
     if count := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)
+        describe_mixture(writer, config)
     if arch == "qwen3moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if arch == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
         writer.add_sliding_window(config.sliding_window)
+
+
+def describe_mixture(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What is beside experts, and how these are chosen."""
+    arch = writer.arch
+    if arch in ("ernie4_5-moe", "glm4moe", "qwen2moe", "dots1"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if arch == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(config.moe_layer_interval)
+        writer.add_leading_dense_block_count(config.moe_layer_start_index)
+        writer.add_expert_shared_count(config.moe_num_shared_experts)
+        # As the converter reckons it, which is right of the published ones alone.
+        writer.add_expert_shared_feed_forward_length(config.intermediate_size // config.num_key_value_heads)
+    elif arch == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    elif arch == "hunyuan-moe":
+        writer.add_expert_shared_feed_forward_length(config.intermediate_size)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+        writer.add_expert_shared_count(1)
+    elif arch in ("glm4moe", "dots1"):
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    if arch == "glm4moe":
+        writer.add_rope_dimension_count(
+            int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+        )
+        writer.add_nextn_predict_layers(1)
 
 
 def published(model: Any) -> dict[str, torch.Tensor]:
@@ -439,7 +259,7 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
     for name in state:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        module, _, kind = name.rpartition(".")
+        module, _, kind = name.replace("correction_bias", "correction.bias").rpartition(".")
         layer = module.split(".")[2] if module.startswith("model.layers.") else None
         part = module.split(".", 3)[3] if layer else module
         values = state[name].numpy().copy()
@@ -481,7 +301,8 @@ def write(path: Path, family: str, overrides: dict[str, Any], **changes: Any) ->
     for target, experts in stacks.items():
         stored = np.stack([values for values, _ in experts])
         writer.add_tensor(target, stored[0] if changes.get("split") else stored, raw_dtype=experts[0][1])
-    for name in changes.get("extra", ()):
+    further = [f"blk.{config.num_hidden_layers}.{part}" for part in FURTHER] if arch == "glm4moe" else []
+    for name in (*changes.get("extra", ()), *further):
         writer.add_tensor(name, np.zeros(4, dtype=np.float32))
     if arch == "gpt-oss":
         config.quantization_config = {"quant_method": "mxfp4"}

@@ -19,7 +19,8 @@ from engine.model.families import RopeConfig
 from engine.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from engine.model.weights import Checkpoint, load_generation_defaults, load_tokenizer, resolve_model
 from engine.text import TextProcessor
-from tests.engine.model.gguf_files import CASES, config_of, published, write
+from tests.engine.model.gguf_cases import CASES
+from tests.engine.model.gguf_files import config_of, published, write
 from tests.support import greedy, greedy_reference, make_engine, run_all
 
 
@@ -362,7 +363,7 @@ def test_what_is_not_covered_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path))
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     supported = str(refusal.value).rpartition(": ")[2].split(", ")
-    assert len(supported) == 18
+    assert len(supported) == 23
     assert all(f"`{architecture}`" in readme for architecture in supported)
     with pytest.raises(UnsupportedModelError, match=r"'t5' is not supported; supported: gpt2, llama"):
         build_tokenizer({"tokenizer.ggml.model": "t5"})

@@ -11,12 +11,14 @@ import torch
 
 from engine.errors import ModelError, UnsupportedModelError, WeightsError
 from engine.model.config import ModelConfig
+from engine.model.experts_config import Gate, Shared
 from engine.model.gguf import GgufFile, _end_tokens
 from engine.model.gguf_experts import expert_tensors, experts_config
 from engine.model.gguf_header import GgufTensor
 from engine.model.mxfp4 import dequantized
 from engine.model.weights import Checkpoint, resolve_model
-from tests.engine.model.gguf_files import CASES, published, write
+from tests.engine.model.gguf_cases import CASES
+from tests.engine.model.gguf_files import published, write
 from tests.support import greedy, greedy_reference, make_engine, run_all
 
 MIXTRAL = {"num_local_experts": 3}
@@ -96,6 +98,57 @@ def test_what_files_leave_out_is_as_llama_cpp_has_it(tmp_path: Path) -> None:
     assert config.experts is not None
     assert (config.experts.width, config.experts.chosen) == (96 // 3, 3)
     assert described(path, "llama", {}, expert_count=0, expert_used_count=0).experts is None
+
+
+def test_what_files_leave_out_of_what_is_beside_experts(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    family, glm = CASES["glm4_moe"]
+    names = ("leading_dense_block_count", "expert_gating_func", "expert_group_count", "nextn_predict_layers")
+    more = ("expert_weights_scale", "expert_weights_norm", "expert_group_used_count")
+    unsaid = dict.fromkeys((*names, *more))
+    config = described(path, family, glm, block_count=2, **unsaid)
+    assert config.experts is not None
+    assert config.num_layers == 2
+    assert config.experts.layers == (True, True)
+    assert config.experts.gate == Gate(sigmoid=True, corrected=True, least=1e-20)
+    assert not config.experts.renormalised
+    family, qwen = CASES["qwen2_moe"]
+    experts = described(path, family, qwen, expert_shared_feed_forward_length=None).experts
+    assert experts is not None
+    assert experts.shared == Shared(96, gated=True)
+    assert not experts.renormalised
+    experts = described(path, family, qwen, expert_weights_norm=True).experts
+    assert experts is not None
+    assert experts.renormalised
+    family, ernie = CASES["ernie4_5-moe"]
+    unsaid = dict.fromkeys(("interleave_moe_layer_step", "leading_dense_block_count", "expert_shared_count"))
+    experts = described(path, family, ernie | {"moe_layer_start_index": 0}, **unsaid).experts
+    assert experts is not None
+    assert experts.layers == (True, True, True)
+    assert experts.shared is None
+
+
+@pytest.mark.parametrize(
+    ("case", "stated", "message"),
+    [
+        ("glm4_moe", {"expert_gating_func": 1}, "weights of experts that are no sigmoids"),
+        ("glm4_moe", {"nextn_predict_layers": 3}, "it names 3 layers, of which 3 guess further ahead"),
+        ("glm4_moe", {"rope.dimension_sections": [2, 2, 2, 2]}, "a GLM that sees images"),
+        ("dots1", {"expert_shared_count": None}, "no 'expert_shared_count'"),
+        ("ernie4_5-moe", {"expert_gating_func": 2}, "weights of experts that are no softmax"),
+        (
+            "hunyuan_moe",
+            {"expert_shared_feed_forward_length": 64},
+            r"\(64\) is not as wide as they are \(96\)",
+        ),
+        ("hunyuan_moe", {"expert_weights_norm": False}, "whose weights of experts do not sum to one"),
+    ],
+)
+def test_what_is_beside_experts_and_not_covered_is_refused(
+    tmp_path: Path, case: str, stated: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        described(tmp_path / "tiny.gguf", *CASES[case], **stated)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +240,7 @@ def test_experts_in_4_bits_and_others_are_all_dequantised(tmp_path: Path) -> Non
     experts = {name: each for name, each in index["tensors"].items() if ".experts." in name}
     header = {f"blk.0.ffn_{part}_exps.weight": GgufTensor("MXFP4", (4, 64, 64), 0, 8704) for part in "abc"}
     header["blk.0.ffn_gate_inp.weight"] = GgufTensor("F32", (4, 64), 0, 1024)
-    own = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    own = {"block_count": 1, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}
     assert experts_config(own, "qwen3moe", header)["quantization_config"] == {"quant_method": "mxfp4"}
     header["blk.0.ffn_a_exps.weight"] = GgufTensor("Q8_0", (4, 64, 64), 0, 17408)
     assert "quantization_config" not in experts_config(own, "qwen3moe", header)
