@@ -249,3 +249,11 @@ def test_what_is_loaded_says_so(tiny: TinyModel, adapter: Path) -> None:
     digest = read_adapters(lora_sources(str(adapter)))[0].digest
     assert load(config, progress=False).info.lora == (f"adapter@1 sha256:{digest[:16]}",)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_magnitude_for_every_row(tiny: TinyModel, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny.reference, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    read(tiny.folder, edit_tensors(adapter, **{f"{Q}.lora_magnitude_vector": torch.ones(64)}))
+    edit_tensors(adapter, **{f"{Q}.lora_magnitude_vector": torch.ones(1)})
+    with pytest.raises(AdapterError, match=r"lora_magnitude_vector is \[1\], the model needs \[64\]"):
+        read(tiny.folder, adapter)
