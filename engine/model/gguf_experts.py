@@ -41,9 +41,6 @@ _COUNT_NAMES = {
 }
 """For each `general.architecture` that may have experts, what its Hugging Face config calls their number."""
 
-_CHOSEN_NAMES = {"ernie4_5-moe": "moe_k", "hunyuan-moe": "moe_topk"}
-"""What it calls the number for each token, if not num_experts_per_tok."""
-
 _SIGMOIDS = ("glm4moe", "dots1")
 _WITH_SHARED = ("ernie4_5-moe", "qwen2moe", "hunyuan-moe", *_SIGMOIDS)
 _NOT_RENORMALISED = ("olmoe", "qwen2moe", *_SIGMOIDS)
@@ -109,10 +106,8 @@ def experts_config(own: Mapping[str, Any], arch: str, tensors: Mapping[str, Gguf
     if (rows := tensors[router].shape[0]) != count:  # before anything is made for each of them
         raise ValueError(f"it names {count} experts, and {router} has {rows} rows")
     chosen = same_in_all_layers(own["expert_used_count"], "experts of a token")
-    entries: dict[str, Any] = {
-        _COUNT_NAMES[arch]: count,
-        _CHOSEN_NAMES.get(arch, "num_experts_per_tok"): chosen,
-    }
+    # Which is a name for it in every config, though some have another.
+    entries: dict[str, Any] = {_COUNT_NAMES[arch]: count, "num_experts_per_tok": chosen}
     stacked = {tensor.type for name, tensor in tensors.items() if name.endswith("_exps.weight")}
     if stacked == {_MXFP4}:
         entries["quantization_config"] = {"quant_method": MXFP4}
