@@ -15,7 +15,8 @@ from engine.errors import AdapterError, WeightsError
 from engine.model.adapter_files import read_adapters
 from engine.model.weights import Checkpoint
 from tests.engine.model.adapters import LINEAR, adapted, edit_tensors, merged, save_adapter
-from tests.engine.model.gguf_files import CASES as GGUF_CASES, published, write
+from tests.engine.model.gguf_cases import CASES as GGUF_CASES
+from tests.engine.model.gguf_files import published, write
 from tests.engine.model.mxfp4_files import published as published_in_mxfp4
 from tests.engine.model.test_prequantized import CASES as QUANTIZED_CASES, quantized_model
 from tests.engine.model.test_text_part import gemma, save as save_with_vision
