@@ -32,6 +32,7 @@ __all__ = [
     "StopReason",
     "TokenLogprob",
     "TokenizeResponse",
+    "TokenizerInfo",
     "ToolCall",
     "ToolCallDelta",
     "ToolCallFunction",
@@ -268,6 +269,17 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeResponse(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What lm-eval asks a server of its tokenizer, and some of what vLLM tells."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 class ErrorObject(BaseModel):

@@ -54,6 +54,7 @@ class TextPiece:
         answers: for each of the logprobs, whether its token is part of the text, not of a thought or a mark;
             empty where all are.
         turns: thought and text by turns, where a thought came behind some of the text.
+        ending: what is known of a token that ended the choice and is no text; None if the request wants none.
     """
 
     index: int
@@ -65,6 +66,7 @@ class TextPiece:
     thought: str = ""
     answers: tuple[bool, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    ending: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +269,13 @@ class Generation:
         self._time(choice, delta)
         if finish_reason is not None:
             self._end(choice, finish_reason)
-        logprobs = None
+        logprobs = ending = None
         if self._wants_logprobs:
-            choice.logprobs.extend((delta.logprobs or ())[: len(token_ids)])
+            known = delta.logprobs or []
+            choice.logprobs.extend(known[: len(token_ids)])
             logprobs = [choice.logprobs.popleft() for _ in text.starts]
+            if unseen and text.stop is None:
+                ending = known[len(token_ids)]
         stop_reason: StopReason = text.stop
         if stop_reason is None and delta.stop_token_id in self._request.sampling.stop_token_ids:
             stop_reason = delta.stop_token_id  # the model's own end of text is none, as in vLLM
@@ -285,6 +290,7 @@ class Generation:
             text.thought,
             text.answers,
             text.turns,
+            ending,
         )
 
     def _time(self, choice: _Choice, delta: TokenDelta) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,6 +139,7 @@ class _Answer(Chunks):
         self._echoes = echoes
         self._n = body.n or 1
         self._begun: set[int] = set()
+        self._lengths: Counter[int] = Counter()  # characters of each choice's text, echo left out
         special_is_text = body.skip_special_tokens is False
         self._read = partial(context.text.token_text, special_is_text=special_is_text)
         model = context.name_of(body.model)
@@ -206,6 +208,9 @@ class _Answer(Chunks):
         if not self._body.echo_only:
             for start, one in zip(piece.starts, piece.logprobs or (), strict=True):
                 entries.append((one.token_id, base + start, one))
+            self._lengths[piece.index] += len(piece.text)
+            if (ending := piece.ending) is not None:
+                entries.append((ending.token_id, base + self._lengths[piece.index], ending))
         return text, entries
 
     def _logprobs(self, entries: list[Entry]) -> CompletionLogprobs:

@@ -1,4 +1,4 @@
-"""POST /tokenize and POST /detokenize, in vLLM's shape."""
+"""POST /tokenize and POST /detokenize, in vLLM's shape, and GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from engine.errors import RequestError
 from server.context import Context
 from server.reasoning_use import check_effort, template_variables
-from server.responses import DetokenizeResponse, TokenizeResponse
+from server.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 from server.routes.generate import ERRORS
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -50,3 +50,11 @@ async def detokenize(body: DetokenizeRequest, context: Context) -> DetokenizeRes
         raise RequestError(message, param="tokens")
     text = await context.in_thread(context.text.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeResponse(prompt=text)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(context: Context) -> TokenizerInfo:
+    """What a client has to know of the tokenizer to do without a copy of it."""
+    tokenizer, text = context.text.tokenizer, context.text
+    named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return TokenizerInfo(tokenizer_class=type(tokenizer).__name__, chat_template=text.chat_template, **named)

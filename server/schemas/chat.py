@@ -54,7 +54,7 @@ class ChatMessage(Body):
     content: Content
     tool_calls: ToolCalls | None = None
     tool_call_id: str | None = None
-    name: str | None = None
+    name: str | None = Field(None, description="Of a function, or of who speaks; for the chat template.")
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="The same by vLLM's name.")
     parsed: Any = Field(None, description="No effect: OpenAI's client puts it there.")
@@ -80,12 +80,10 @@ class ChatMessage(Body):
             if self.role != "assistant" and given:
                 param = f"{path}.{name}"
                 raise RequestError(f"{param} goes with role 'assistant'", param=param)
-        for name, value in (("tool_call_id", self.tool_call_id), ("name", self.name)):
-            if self.role != "tool" and value is not None:
-                param = f"{path}.{name}"
-                raise UnsupportedFieldError(f"{param} goes with role 'tool' only", param=param)
-        if self.role == "tool" and self.tool_call_id is None:
+        if (self.role == "tool") == (self.tool_call_id is None):
             param = f"{path}.tool_call_id"
+            if self.role != "tool":
+                raise UnsupportedFieldError(f"{param} goes with role 'tool' only", param=param)
             raise RequestError(f"{param} is missing: the id of the call that returned it", param=param)
         if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
             param = f"{path}.reasoning"

@@ -12,7 +12,7 @@ import pytest
 from engine.fake import FakeEngine, FakeStep
 from engine.text import TokenText
 from engine.types import Request, TokenLogprobs
-from tests.server.conftest import EOS_ID, MODEL, TEXT, RunningServer, Serve, ids, says, steps, wait_until
+from tests.server.conftest import EOS, EOS_ID, MODEL, TEXT, RunningServer, Serve, ids, says, steps, wait_until
 
 
 def complete(server: RunningServer, prompt: Any = "hi", **body: Any) -> Any:
@@ -81,8 +81,8 @@ def test_official_client(hello: RunningServer) -> None:
     assert "".join(c.text for chunk in streamed for c in chunk.choices) == "Hello, world!"
     assert streamed[-1].usage == whole.usage
     logprobs = [c.logprobs for chunk in streamed for c in chunk.choices if c.logprobs]
-    assert [token for one in logprobs for token in one.tokens or ()] == list("Hello, world!")
-    assert [at for one in logprobs for at in one.text_offset or ()] == list(range(13))
+    assert [token for one in logprobs for token in one.tokens or ()] == [*"Hello, world!", EOS]
+    assert [at for one in logprobs for at in one.text_offset or ()] == list(range(14))
 
 
 @pytest.mark.parametrize("prompt", ["hi", ids("hi"), ["hi"], [ids("hi")]])
@@ -181,9 +181,9 @@ def test_echo_with_logprobs(hello: RunningServer, stream: bool) -> None:
         (choice,) = complete(hello, "a é", echo=True, logprobs=1)["choices"]
         assert choice["text"] == "a éHello, world!"
         found = choice["logprobs"]
-    assert found["tokens"] == ["a", " ", "bytes:\\xc3", "bytes:\\xa9", *"Hello, world!"]
-    assert found["text_offset"] == [0, 1, 2, 2, *range(3, 16)]
-    assert found["token_logprobs"] == [None, *[-0.5] * 16]
+    assert found["tokens"] == ["a", " ", "bytes:\\xc3", "bytes:\\xa9", *"Hello, world!", EOS]
+    assert found["text_offset"] == [0, 1, 2, 2, *range(3, 17)]
+    assert found["token_logprobs"] == [None, *[-0.5] * 17]
     assert found["top_logprobs"][0] is None
     assert found["top_logprobs"][1] == {" ": -0.5}
 
