@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +121,16 @@ def load(config: EngineConfig, *, progress: bool = True) -> Loaded:
         if pairs is not None and not heads.lm_heads:  # the model's gives logits that are still to be divided
             pairs = replace(pairs, weights=pairs.weights * model_config.logits_divisor)
 
-    decoder = _decoder(checkpoint, model_config, dtype, max_model_len, device, mxfp4=mxfp4, progress=progress)
+    decoder = _decoder(
+        checkpoint,
+        model_config,
+        dtype,
+        max_model_len,
+        device,
+        config.quantization,
+        mxfp4=mxfp4,
+        progress=progress,
+    )
     most_nodes = tree_size(config, tree.tree if tree is not None else None)
     windows = model_config.windows_within(max_model_len + MAX_TREE_NODES)
     drafter = None
@@ -279,11 +289,13 @@ def _decoder(
     dtype: torch.dtype,
     max_model_len: int,
     device: torch.device,
+    quantization: Literal["none", "int8", "fp8"],
     *,
     mxfp4: bool,
     progress: bool,
 ) -> Decoder:
-    """The model with its weights, random ones without a checkpoint; not quantised nor packed yet."""
+    """The model with its weights, random ones without a checkpoint; not packed yet. Its layers are quantised
+    one by one as they are loaded, so that a device need not hold them all as they are in the checkpoint."""
     decoder = Decoder(model, dtype, max_model_len + MAX_TREE_NODES, mxfp4=mxfp4)
     if checkpoint is None:
         log.warning("the weights are random (load_format dummy): answers mean nothing")
@@ -291,21 +303,45 @@ def _decoder(
             decoder.randomize(device)
             decoder.to(device)
         return decoder
+    parameters, filled = dict(decoder.named_parameters()), None
+    if quantization != "none":
+        filled = partial(_quantize_layer, decoder, _last_of_layers(parameters), quantization, device)
     with _room_for_weights(decoder, device):
+        if filled is None:
+            decoder.to(device)
+        load_weights(
+            checkpoint,
+            parameters,
+            decoder.weight_map(),
+            ignored=lambda name: (
+                name.startswith((JOINT_PREFIX, *model.unread))
+                or (model.tie_word_embeddings and name == "lm_head.weight")
+            ),
+            progress=progress,
+            filled=filled,
+        )
         decoder.to(device)
-    load_weights(
-        checkpoint,
-        dict(decoder.named_parameters()),
-        decoder.weight_map(),
-        ignored=lambda name: (
-            name.startswith((JOINT_PREFIX, *model.unread))
-            or (model.tie_word_embeddings and name == "lm_head.weight")
-        ),
-        progress=progress,
-    )
-    decoder.order_rows()
+    if filled is None:
+        decoder.order_rows()
     _check_output_layer(decoder.lm_head.weight)
     return decoder
+
+
+def _last_of_layers(names: Iterable[str]) -> dict[str, int]:
+    """Each layer's last parameter, and which layer it is."""
+    last = {int(name.split(".")[1]): name for name in names if name.startswith("layers.")}
+    return {name: layer for layer, name in last.items()}
+
+
+def _quantize_layer(
+    decoder: Decoder,
+    last_of_layers: dict[str, int],
+    kind: Literal["int8", "fp8"],
+    device: torch.device,
+    name: str,
+) -> None:
+    if name in last_of_layers:
+        decoder.quantize_layer(last_of_layers[name], kind, device)
 
 
 def _check_output_layer(weight: Tensor) -> None:

@@ -138,6 +138,15 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _quantize(modules: nn.Module, kind: Literal["int8", "fp8"]) -> None:
+    for name, module in modules.named_modules():
+        if isinstance(module, Experts) and not module.quantized:
+            module.quantize(kind)
+        if isinstance(module, Linear) and module.quantized is None:
+            # Attention's output is an average over many tokens, which has no outliers to spread.
+            module.quantize(kind, rotate=not name.endswith("o_proj"))
+
+
 _SHARED = {
     "gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     "down_proj": ("mlp.shared_experts.down_proj",),
@@ -248,8 +257,8 @@ class Decoder(nn.Module):
             else:
                 parameter.data = values.normal_(std=0.02)
 
-    def order_rows(self) -> None:
-        """Once, after the weights are loaded and before anything else is done with them.
+    def order_rows(self, *of: int) -> None:
+        """Once, after weights are loaded and before anything else is done with them; of some layers or all.
 
         Where the checkpoint rotates neighbouring channels, rows of queries and keys change places, so that
         they are rotated by halves, as everywhere here: their products are the same sums in another order.
@@ -261,25 +270,37 @@ class Decoder(nn.Module):
         order = torch.arange((config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         qk = order.view(-1, config.head_dim)[: config.num_heads + config.num_kv_heads, :rotated]
         qk.copy_(torch.cat((qk[:, ::2], qk[:, 1::2]), 1))
-        for layer in self.layers:
+        for layer in [self.layers[index] for index in of] or self.layers:
             assert isinstance(layer, DecoderLayer)
             for rows in layer.qkv_proj.parameters():
                 rows.copy_(rows[order.to(rows.device)])
 
     def quantize(self, kind: Literal["int8", "fp8"]) -> None:
-        """All linear layers to 8 bits, once, after the weights are loaded; embeddings and norms stay float.
+        """All linear layers to 8 bits that are not yet, once weights are loaded; embeddings and norms stay
+        float.
 
         Raises:
             ConfigError: see `Linear.quantize`.
         """
-        for name, module in self.named_modules():
-            if isinstance(module, Experts):
-                module.quantize(kind)
-            if isinstance(module, Linear):
-                # Attention's output is an average over many tokens, which has no outliers to spread.
-                module.quantize(kind, rotate=not name.endswith("o_proj"))
+        _quantize(self, kind)
         if self.embed.device.type == "cpu":
             self.fused = self._fuse()
+
+    def quantize_layer(self, index: int, kind: Literal["int8", "fp8"], device: torch.device) -> None:
+        """A layer whose weights are loaded, on `device`, with its rows in order, so that no more than one is
+        held as it was: whoever else has its parameters has nothing left of them.
+
+        Raises:
+            ConfigError: see `Linear.quantize`.
+        """
+        before = list(self.layers[index].parameters())
+        layer = self.layers[index].to(device)
+        self.order_rows(index)
+        _quantize(layer, kind)
+        kept = {id(parameter) for parameter in layer.parameters()}
+        for parameter in before:
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.new_empty(0)
 
     def _fuse(self) -> FusedInt8Layers | None:
         """The int8 layers as one, for families of the plain shape whose matrices are small.

@@ -188,6 +188,11 @@ class Experts(nn.Module):
             return
         self._split(lambda linear: linear.quantize(kind, rotate=True))
 
+    @property
+    def quantized(self) -> bool:
+        """Whether its weights are in 8 bits."""
+        return self.scales is not None or bool(self._each and self._each[0][0].quantized is not None)
+
     def quantize_weights(self, kind: Literal["int8", "fp8"]) -> None:
         """Both weights in 8 bits by a scale for each of their outputs, activations as they are: what the
         kernels for CUDA take, which lift weights to the activations' dtype as they come from memory."""

@@ -164,7 +164,7 @@ def _beside(
         "topk_group": own.get("expert_group_used_count", 0) or 1,
     }
     if arch == "dots1":
-        return entries | {"sliding_window": None}  # which none of its layers has
+        return entries
     return entries | {"use_qk_norm": "blk.0.attn_q_norm.weight" in tensors}
 
 

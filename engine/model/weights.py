@@ -364,6 +364,7 @@ def load_weights(
     *,
     ignored: Collection[str] | Callable[[str], bool] = (),
     progress: bool = False,
+    filled: Callable[[str], None] | None = None,
 ) -> None:
     """Fill each parameter in place, cast to its dtype, on its device.
 
@@ -374,6 +375,7 @@ def load_weights(
         ignored: checkpoint tensors that may be there unused (a tied `lm_head.weight`), or a test for
             such names. `rotary_emb.inv_freq`, which older checkpoints hold, always is one.
         progress: show a bar on stderr, if that is a terminal.
+        filled: is told of each parameter that is whole, which it may replace.
 
     Raises:
         WeightsError: tensors are missing, unexpected or of another shape; it names them, and nothing
@@ -399,6 +401,8 @@ def load_weights(
                     continue
                 parameter.narrow(0, start, len(tensor)).copy_(tensor)
                 start += len(tensor)
+            if filled is not None:
+                filled(name)
 
 
 def _check(

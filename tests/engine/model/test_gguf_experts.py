@@ -126,6 +126,10 @@ def test_what_files_leave_out_of_what_is_beside_experts(tmp_path: Path) -> None:
     assert experts is not None
     assert experts.layers == (True, True, True)
     assert experts.shared is None
+    family, hunyuan = CASES["hunyuan_moe"]
+    experts = described(path, family, hunyuan, feed_forward_length=128).experts
+    assert experts is not None
+    assert (experts.width, experts.shared) == (96, Shared(96))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine import loader
+from engine.config import EngineConfig
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import Checkpoint, load_weights
@@ -23,6 +25,41 @@ def loaded(folder: Path) -> Decoder:
     decoder = Decoder(ModelConfig.from_folder(folder), torch.float32, 512)
     load_weights(Checkpoint(folder), dict(decoder.named_parameters()), decoder.weight_map())
     return decoder
+
+
+@needs_int8
+@pytest.mark.parametrize(
+    ("family", "overrides"), [EVERY[0], next(each for each in EVERY if each[0] == "ernie4_5_moe")], ids=str
+)
+def test_layers_are_quantised_one_by_one_as_they_are_loaded(
+    family: str, overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same numbers as all at once, and no two of them are held as they were."""
+    save_model(tiny_model(family, **overrides), tmp_path)
+    held: list[set[str]] = []
+
+    def watching(checkpoint: Any, parameters: Any, weight_map: Any, *, filled: Any, **given: Any) -> None:
+        loaded: list[str] = []
+
+        def noting(name: str) -> None:
+            loaded.append(name)
+            matrices = (name for name in loaded if name.startswith("layers.") and parameters[name].dim() > 1)
+            held.append({name.split(".")[1] for name in matrices if "router" not in name})
+            filled(name)
+
+        load_weights(checkpoint, parameters, weight_map, filled=noting, **given)
+
+    monkeypatch.setattr(loader, "load_weights", watching)
+    config = EngineConfig(model=str(tmp_path), device="cpu", quantization="int8", kv_cache_tokens=640)
+    decoder = loader.load(config, progress=False).decoder
+    assert set().union(*held) == {str(index) for index in range(len(decoder.layers))}
+    assert all(len(each) <= 1 for each in held)
+    at_once, tokens = loaded(tmp_path), torch.arange(9) + 2
+    at_once.order_rows()
+    at_once.quantize("int8")
+    with torch.inference_mode():
+        found, wanted = (each(tokens, tokens, Recorder()) for each in (decoder, at_once))
+    assert torch.equal(found, wanted)
 
 
 def prompt_logprobs(folder: Path, prompt: list[int], **settings: Any) -> torch.Tensor:
