@@ -19,8 +19,12 @@ from tests.support import save_model, save_random_heads, tiny_llama
 # The models here are so small that a second thread costs more than it does, far more on a busy machine.
 torch.set_num_threads(1)
 quicken()
-# A hundred engines are measured here, and what steps of toys take matters in no test.
+# Hundreds of engines are measured here, and what steps of toys take matters in no test.
+MEASURED = {name: getattr(warmup, name) for name in ("_ROUNDS", "_IN_A_ROW", "_NODES", "_BATCHES")}
+"""What is measured where nobody asks for less."""
+
 warmup._WARM_S, warmup._ROUNDS, warmup._IN_A_ROW = 0.02, 1, 1
+warmup._NODES, warmup._BATCHES = (1, 8, 64), (1, 2, 8)
 
 compiles = pytest.mark.skipif(torch.cuda.is_available(), reason="only compiles, which needs no GPU")
 """On a test of which a GPU learns nothing, and which would take its time."""

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.graphs import CapturedRunner
 from engine.loader import load
 from engine.types import Sequence
-from tests.engine.conftest import TinyModel
+from tests.engine.conftest import MEASURED, TinyModel
 from tests.support import MODE, greedy, greedy_reference, make_engine, run_all
 
 
@@ -30,8 +30,8 @@ from tests.support import MODE, greedy, greedy_reference, make_engine, run_all
     ids=str,
 )
 def test_nothing_is_left_behind(narrow: TinyModel, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "_ROUNDS", 3)
-    monkeypatch.setattr(warmup, "_IN_A_ROW", 3)
+    for name, value in MEASURED.items():
+        monkeypatch.setattr(warmup, name, value)
     loaded = load(
         EngineConfig(
             model=str(narrow.folder),
