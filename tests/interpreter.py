@@ -172,7 +172,7 @@ def _keep_constants() -> None:
         data = np.where(condition.handle.data, left.handle.data, right.handle.data)
         handle = type(left.handle)(data, right.handle.dtype.scalar)
         blocks = any(type(each.type) is core.block_type for each in given)
-        return core.tensor(handle, core.block_type(left.dtype, data.shape) if blocks else left.dtype)
+        return core.tensor(handle, core.block_type(left.dtype, list(data.shape)) if blocks else left.dtype)
 
     of.scalar_constant, of.where = constant, choose
 
