@@ -73,7 +73,9 @@ def check_greedy(
 
 def check_settings(model: TinyModel, settings: dict, arrive_every: int) -> None:
     engine = make_engine(model.folder, **with_heads(model, settings))
-    check_greedy(model, engine, arrive_every)
+    # Of auto's trees nobody knows how much of the pool they take: these answers fill it by themselves.
+    fills = "kv_cache_tokens" in settings and settings["tree"] == "auto"
+    check_greedy(model, engine, arrive_every, (32, 5) if fills else (16, 5))
     if settings["tree"] == 64 and model.tree_file is not None:
         assert engine.stats.acceptance_length > 3, "the test is to see long runs"
     if "kv_cache_tokens" in settings and not arrive_every:
