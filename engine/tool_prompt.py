@@ -20,6 +20,7 @@ __all__ = [
     "A_CALL",
     "CALL_BEGIN",
     "CALL_END",
+    "GLM_MARKS",
     "LISTED_BEGIN",
     "WITH_A_CALL",
     "arguments_told",
@@ -34,6 +35,8 @@ __all__ = [
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 LISTED_BEGIN = "<|tool_call|>"
 """What opens a list of calls: Granite 3's."""
+GLM_MARKS = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+"""Around a parameter's name and around its value, in GLM's calls."""
 
 A_CALL = "called_for_a_sample"
 WITH_A_CALL: list[dict[str, Any]] = [
@@ -252,6 +255,21 @@ def _with_calls(text: str, calls: Sequence[Mapping[str, Any]], template: str) ->
     written = [json.dumps(call, ensure_ascii=False) for call in told]
     if LISTED_BEGIN in template:
         written = [f"{LISTED_BEGIN}[{', '.join(written)}]"] if written else []
+    elif GLM_MARKS[0] in template:
+        written = [_in_glms_form(call, template) for call in told]
     else:
         written = [f"{CALL_BEGIN}\n{call}\n{CALL_END}" for call in written]
     return "\n".join([text, *written] if text else written or [text])
+
+
+def _in_glms_form(call: Mapping[str, Any], template: str) -> str:
+    """A call with its parameters between tags, on lines of their own if the template shows them so."""
+    key, key_end, value, value_end = GLM_MARKS
+    parts, arguments = [f"{CALL_BEGIN}{call['name']}"], call["arguments"]
+    if isinstance(arguments, Mapping):
+        for name, told in arguments.items():
+            text = told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+            parts += f"{key}{name}{key_end}", f"{value}{text}{value_end}"
+    else:  # what a model wrote by mistake
+        parts.append(str(arguments))
+    return ("" if key_end + value in template else "\n").join([*parts, CALL_END])

@@ -78,6 +78,8 @@ class Settings(EngineConfig, BaseSettings):
         "phi4_mini_json",
         "qwen3_coder",
         "seed_oss",
+        "glm45",
+        "glm47",
         "olmo3",
         "pythonic",
         "llama4_pythonic",
@@ -90,9 +92,10 @@ class Settings(EngineConfig, BaseSettings):
         "as all of an answer (Llama 3.1 and later), as a list behind [TOOL_CALLS] (Mistral), <|tool_call|> "
         "(Granite 3) or functools (phi4_mini_json), between <TOOLCALL> (nemotron) or <tool_calls> (apriel) "
         "tags, or as all of an answer (xlam); or each parameter between tags of its own (qwen3_coder, "
-        "seed_oss), in Python (olmo3; pythonic: ToolACE; llama4_pythonic), or between DeepSeek's marks "
-        "(deepseek_v3: R1, too; deepseek_v31), or as messages of their own (harmony: gpt-oss). 'auto': as "
-        "its chat template shows, else hermes, with which a template that knows no tools is helped out.",
+        "seed_oss; glm45: GLM-4.6, too; glm47), in Python (olmo3; pythonic: ToolACE; llama4_pythonic), or "
+        "between DeepSeek's marks (deepseek_v3: R1, too; deepseek_v31), or as messages of their own "
+        "(harmony: gpt-oss). 'auto': as its chat template shows, else hermes, with which a template that "
+        "knows no tools is helped out.",
     )
     reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss", "harmony"] = Field(
         "auto",

@@ -11,14 +11,14 @@ from uuid import uuid4
 from engine.chat_template import reads_tools
 from engine.grammar import GrammarSpec
 from engine.harmony_format import writes_harmony
-from engine.tool_prompt import CALL_BEGIN, CALL_END, LISTED_BEGIN
+from engine.tool_prompt import CALL_BEGIN, CALL_END, GLM_MARKS, LISTED_BEGIN
 from server.calls import Call, Functions
 from server.harmony_calls import HarmonyCalls
 from server.json_calls import DEEPSEEK_MARKS, DeepSeekCall, JsonCall, NamedCall
 from server.python_calls import PythonCall
 from server.tool_calls import ToolCallParser
 from server.tool_grammars import Function, arguments_schema, python_call, xml_call
-from server.xml_calls import PaddedXmlCall, XmlCall
+from server.xml_calls import GlmCall, GlmLinesCall, PaddedXmlCall, TaggedCall, XmlCall
 
 if TYPE_CHECKING:
     from engine.text import TextProcessor
@@ -68,6 +68,11 @@ class ToolFormat:
         return frozenset(token for token in own if token is not None)
 
     @property
+    def _own(self) -> Mapping[str, int]:
+        """Marks that are tokens of their own."""
+        return {mark: token for mark, token in self.marks if token is not None}
+
+    @property
     def like_json(self) -> bool:
         """Whether an answer in JSON may look like calls."""
         return bool(self.bare) and issubclass(self.form, JsonCall)
@@ -107,8 +112,8 @@ class ToolFormat:
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
         for i, function in enumerate(functions):
             rules.append(f"call_{i}: {self._around(f'arguments_{i}', function.name)}")
-            if issubclass(self.form, XmlCall):
-                rules += xml_call(i, function, self.form.padding)
+            if issubclass(self.form, TaggedCall):
+                rules += xml_call(i, function, self.form, self._own)
             elif issubclass(self.form, PythonCall):
                 rules += python_call(i, function, words=self.name != "olmo3")
             else:
@@ -121,6 +126,8 @@ class ToolFormat:
         """A call, with the rule of its arguments."""
         if issubclass(self.form, XmlCall):
             return f'{json.dumps(f"<function={name}>" + chr(10))} {arguments} "</function>"'
+        if issubclass(self.form, GlmCall):
+            return f"{json.dumps(name + self.form.line)} {arguments}"
         if issubclass(self.form, PythonCall):
             return f'{json.dumps(f"{name}(")} {arguments} ")"'
         if issubclass(self.form, DeepSeekCall):
@@ -154,6 +161,8 @@ class ToolFormat:
         begin, end = _written(self.begin, self.begin_id), _written(self.end, self.end_id)
         if issubclass(self.form, NamedCall) and self.marks:
             behind, more = "call more", "one?" if several else '""'
+        elif issubclass(self.form, GlmCall):
+            behind, more = f"call {end} more", f"({json.dumps(self.form.line)} one)*" if several else '""'
         elif self.between is not None:
             behind, more = f"call more {end}", f"({json.dumps(self.between)} call)*" if several else '""'
         elif self.listed:
@@ -190,6 +199,7 @@ class ToolFormat:
 
 _DEEPSEEK = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _DEEPSEEK_TEXT = tuple((mark, None) for mark in DEEPSEEK_MARKS)
+_GLM = tuple((mark, None) for mark in GLM_MARKS)
 
 FORMATS: dict[str, ToolFormat] = {
     each.name: each
@@ -197,6 +207,8 @@ FORMATS: dict[str, ToolFormat] = {
         ToolFormat("apriel", "<tool_calls>", "</tool_calls>", listed=True),
         ToolFormat("qwen3_coder", CALL_BEGIN, CALL_END, PaddedXmlCall),
         ToolFormat("seed_oss", "<seed:tool_call>", "</seed:tool_call>", XmlCall),
+        ToolFormat("glm45", CALL_BEGIN, CALL_END, GlmLinesCall, marks=_GLM),
+        ToolFormat("glm47", CALL_BEGIN, CALL_END, GlmCall, marks=_GLM),
         ToolFormat("hermes", CALL_BEGIN, CALL_END),
         ToolFormat("llama3_json", "<|python_tag|>", bare="{", parameters="parameters"),
         ToolFormat("mistral", "[TOOL_CALLS]", form=NamedCall, listed=True),
@@ -214,14 +226,17 @@ FORMATS: dict[str, ToolFormat] = {
     )
 }
 """By name: of ServiceNow's Apriel, whose template shows Hermes's too; of Qwen3-Coder and later ones of Qwen;
-of Seed-OSS; of NousResearch's Hermes, which Qwen and SmolLM share; of Llama 3.1 and later; of Mistral, whose
-newer models have `marks`; of Granite 3, whose successor writes as Hermes; of NVIDIA's Nemotron; of Phi-4-mini
-as vLLM's template asks for it; of Salesforce's xLAM 2; of OLMo 3; of Llama 4 and of others that write Python,
-such as ToolACE; of DeepSeek-V3 and R1, and of V3.1."""
+of Seed-OSS; of GLM-4.5 and 4.6, and of 4.7, which writes no lines; of NousResearch's Hermes, which Qwen and
+SmolLM share; of Llama 3.1 and later; of Mistral, whose newer models have `marks`; of Granite 3, whose
+successor writes as Hermes; of NVIDIA's Nemotron; of Phi-4-mini as vLLM's template asks for it; of
+Salesforce's xLAM 2; of OLMo 3; of Llama 4 and of others that write Python, such as ToolACE; of DeepSeek-V3
+and R1, and of V3.1."""
 
 _IN_PYTHON = "[func_name1("
 _SHOWN = {
     "qwen3_coder": (CALL_BEGIN, "<function=", "<parameter="),
+    "glm45": (CALL_BEGIN, GlmLinesCall.behind_name),
+    "glm47": (CALL_BEGIN, GlmCall.before_name),
     "deepseek_v3": (_DEEPSEEK[0], "```json"),
     "llama4_pythonic": (_IN_PYTHON, "<|header_start|>"),
     "pythonic": (_IN_PYTHON,),
@@ -264,6 +279,7 @@ def _marks(template: str, text: TextProcessor) -> tuple[tuple[str, int | None], 
 
 def _shown_in(template: str) -> str:
     if template and reads_tools(template):
+        template = template.replace("\\n", "\n")  # which is a line's end in what it writes
         for form in FORMATS.values():
             if all(text in template for text in _SHOWN.get(form.name, (form.begin,))):
                 return form.name

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from server.tool_values import kinds_of, resolved
-from server.xml_calls import PARAMETER_END
+from server.xml_calls import TaggedCall
 
 __all__ = ["FormError", "Function", "arguments_schema", "json_schema", "python_call", "xml_call"]
 
@@ -65,9 +65,6 @@ def _in_pattern(char: str) -> str:
     return rf"\{char}" if char == "/" else char
 
 
-_NOT_CLOSED = f"/{_without(PARAMETER_END)}/"
-
-
 @dataclass(frozen=True, slots=True)
 class Function:
     """A function that may be called.
@@ -112,28 +109,33 @@ def arguments_schema(function: Function, written: Mapping[str, Any] = _AS_TEMPLA
     return json_schema(schema, strict=function.strict, written=written)
 
 
-def xml_call(index: int, function: Function, padding: str) -> list[str]:
-    """The rules of `arguments_{index}`: parameters between tags, in the schema's order, each on its lines.
+def xml_call(index: int, function: Function, form: type[TaggedCall], ids: Mapping[str, int]) -> list[str]:
+    """The rules of `arguments_{index}`: parameters between tags, in the schema's order.
 
     Args:
         index: of the function.
         function: that is called.
-        padding: around each value.
+        form: of the call.
+        ids: of tags that are tokens of their own.
 
     Raises:
         FormError: as it says.
     """
-    end = json.dumps(f"{padding}{PARAMETER_END}\n")
+    opened, closed = form.behind_name + form.padding, form.padding + form.value_end + form.line
+    end, not_closed = _in_tokens(closed, ids), f"/{_without(form.value_end)}/"
     rules: list[str] = []
     names: list[str] = []
 
     def rule(at: int, parameter: _Parameter) -> str:
         """Of a value with the tag behind it."""
-        text, value = _split(parameter)
+        text, value = _split(parameter, form.value_end)
         ways = []
         if text:
-            rules.append(f"TEXT_{index}_{at}: ({text} & {_NOT_CLOSED}) {end}")
-            ways.append(f"TEXT_{index}_{at}")
+            text = f"TEXT_{index}_{at}: ({text} & {not_closed})"
+            # Text is as long as may be, so that its end is known by what is behind it, or is a token.
+            apart = form.value_end in ids
+            rules.append(text if apart else f"{text} {end}")
+            ways.append(f"TEXT_{index}_{at} {end}" if apart else f"TEXT_{index}_{at}")
         if value is not None:
             rules.append(f"json_{index}_{at}: %json {json_schema(value, strict=function.strict)}")
             words = _PYTHON_WORDS["boolean"] if value == {"type": "boolean"} else ()
@@ -145,12 +147,19 @@ def xml_call(index: int, function: Function, padding: str) -> list[str]:
         if parameter.name is None:
             other = f" & ~({_one_of(names)})" if names else ""
             rules.append(f"KEY_{index}: /[^<>\\n]{{1,64}}/{other}")
-            written.append(f'("<parameter=" KEY_{index} {json.dumps(f">{padding}")} {rule(at, parameter)})*')
+            parts = _in_tokens(form.before_name, ids), f"KEY_{index}", _in_tokens(opened, ids)
+            written.append(f"({' '.join(parts)} {rule(at, parameter)})*")
             continue
         names.append(parameter.name)
-        one = f"{json.dumps(f'<parameter={parameter.name}>{padding}')} {rule(at, parameter)}"
+        one = f"{_in_tokens(form.before_name + parameter.name + opened, ids)} {rule(at, parameter)}"
         written.append(one if parameter.required else f"({one})?")
     return [f"arguments_{index}: {' '.join(written)}", *rules]
+
+
+def _in_tokens(text: str, ids: Mapping[str, int]) -> str:
+    """Of a rule, with what is a token of its own in the text as that."""
+    parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
+    return " ".join(f"<[{ids[part]}]>" if part in ids else json.dumps(part) for part in parts if part)
 
 
 def python_call(index: int, function: Function, words: bool) -> list[str]:
@@ -288,8 +297,11 @@ def _references(schema: Any) -> Iterator[str]:
             yield from _references(value)
 
 
-def _split(parameter: _Parameter) -> tuple[str, Any]:
-    """A parameter as text, a terminal, and as JSON, a schema; either may be empty or None."""
+def _split(parameter: _Parameter, value_end: str) -> tuple[str, Any]:
+    """A parameter as text, a terminal, and as JSON, a schema; either may be empty or None.
+
+    No text has `value_end` in it.
+    """
     kinds = kinds_of(parameter.schema, parameter.root)
     if "string" not in kinds:
         schema = parameter.schema
@@ -304,7 +316,7 @@ def _split(parameter: _Parameter) -> tuple[str, Any]:
             words += of_leaf
             others += rest
         elif "type" in leaf or set(leaf) & {*_OF_TEXTS, *_NOT_OF_TEXTS}:
-            texts.append(_text(leaf, parameter))
+            texts.append(_text(leaf, parameter, value_end))
         elif set(leaf) - _ANNOTATIONS:
             others.append(leaf)
         else:
@@ -392,7 +404,7 @@ def _may_be_text(schema: Any, parameter: _Parameter) -> bool:
     return not told and "string" in kinds_of(schema, parameter.root)
 
 
-def _text(schema: Mapping[str, Any], parameter: _Parameter) -> str:
+def _text(schema: Mapping[str, Any], parameter: _Parameter, value_end: str) -> str:
     """A terminal of the strings that a schema admits."""
     for keyword in _NOT_OF_TEXTS:
         if keyword in schema:
@@ -410,10 +422,10 @@ def _text(schema: Mapping[str, Any], parameter: _Parameter) -> str:
         raise _error(parameter, "pattern must be a string")
     parts = []
     if "enum" in schema:
-        if any(PARAMETER_END in value for value in schema["enum"]):
+        if any(value_end in value for value in schema["enum"]):
             raise _error(
                 parameter,
-                f"in calls of this model's form no text has {PARAMETER_END} in it",
+                f"in calls of this model's form no text has {value_end} in it",
             )
         parts.append(f"({_one_of(schema['enum'])})")
     if "minLength" in schema or "maxLength" in schema:

@@ -1,102 +1,102 @@
-"""Calls of which each parameter stands between tags: Qwen3-Coder's, Seed-OSS's."""
+"""Calls of which each parameter stands between tags: Qwen3-Coder's, Seed-OSS's, GLM's."""
 
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Literal, Self
+from abc import abstractmethod
+from typing import ClassVar, Self
 
 from engine.thought import overlap
+from engine.tool_prompt import CALL_BEGIN, CALL_END, GLM_MARKS
 from server.calls import Call, Functions
 from server.python_values import PythonValue
 from server.tool_values import json_of, json_text, kinds_of_parameter
 
-__all__ = ["PARAMETER_END", "PaddedXmlCall", "XmlCall"]
+__all__ = ["GlmCall", "GlmLinesCall", "PaddedXmlCall", "TaggedCall", "XmlCall"]
 
 _FUNCTION, _PARAMETER = "<function=", "<parameter="
-_FUNCTION_END, PARAMETER_END = "</function>", "</parameter>"
-_BEHIND_VALUES = (_PARAMETER, _FUNCTION_END, "</tool_call>", "</seed:tool_call>")
+_FUNCTION_END = "</function>"
+_KEY, _KEY_END, _VALUE, _VALUE_END = GLM_MARKS
 _MOST_BEHIND = 64
 _MOST_IN_NAME = 256
+_MOST_IN_HEAD = _MOST_IN_NAME + _MOST_BEHIND + sum(map(len, GLM_MARKS))
 _HEAD = re.compile(rf"([^<>\n]{{1,{_MOST_IN_NAME}}})>")
+_GLM_NAME = re.compile(r"([^\s<>]+)(?=[\s<])")
+_GLM_HEAD = re.compile(rf"{_KEY}([^<>\n]{{1,{_MOST_IN_NAME}}}){_KEY_END}\s{{,{_MOST_BEHIND}}}{_VALUE}")
+_GLM_HEAD_BEGUN = re.compile(rf"{_KEY}[^<>\n]{{,{_MOST_IN_NAME}}}(?P<whole>{_KEY_END}\s{{,{_MOST_BEHIND}}})?")
 _NULLS = ("null", "None")
 
 
-class XmlCall(Call):
-    """`<function=name><parameter=key>value</parameter>…</function>`.
+class TaggedCall(Call):
+    """A call of parameters, each a name and a value between tags.
 
     A value is text as it stands where the schema says string, else what `json_of` makes of it. It ends where
     the tag that closes it is followed by another parameter or the call's end, so it may have that tag in it.
     """
 
-    opening = _FUNCTION
+    before_name: ClassVar[str]
+    """What opens a parameter."""
+    behind_name: ClassVar[str]
+    """What stands between its name and its value, as templates write it."""
+    value_end: ClassVar[str]
+    call_end: ClassVar[str]
+    behind_values: ClassVar[tuple[str, ...]]
+    """What follows where that closes one."""
     padding: ClassVar[str] = ""
     """Around each value."""
+    line: ClassVar[str] = "\n"
+    """Behind the function's name and each value, as templates write it."""
 
-    def __init__(self, functions: Functions) -> None:
+    def __init__(self, functions: Functions, called: str) -> None:
         super().__init__()
         self._functions = functions
-        self._called = ""  # the function, before that is certain
+        self._called = called  # the function, before that is certain
         self._parameters = 0
         self._kinds: frozenset[str] = frozenset()
         self._pieces: list[str] = []  # of the value, that are not passed on
         self._literal, self._unread = PythonValue(), ""
-        self._passes_on = self._starts = False
-        self._state: Literal["head", "parameter", "value"] = "head"
-
-    @classmethod
-    def begun(cls, text: str, functions: Functions) -> tuple[Self, int] | bool:
-        return (cls(functions), 0) if text.startswith(_FUNCTION) else _FUNCTION.startswith(text)
+        self._within = self._passes_on = self._starts = False
 
     def feed(self, text: str) -> int:
         at, before, self.arguments = 0, -1, ""
         while at != before and at < len(text) and not (self.ended or self.failed):
             before = at
-            match self._state:
-                case "head":
-                    at = self._in_head(text)
-                case "parameter":
-                    at = self._between(text, at)
-                case _:
-                    at = self._in_value(text, at)
+            at = self._in_value(text, at) if self._within else self._between(text, at)
         return at
 
     def last(self, text: str) -> str:
         """The rest of a value."""
         self.arguments = ""
-        if self._state == "value":
-            value, closed, _ = text.rpartition(PARAMETER_END)
+        if self._within:
+            value, closed, _ = text.rpartition(self.value_end)
             self._take(value.removesuffix(self.padding) if closed else text)
             if closed:
                 self._end_value()
         return self.arguments
 
-    def _in_head(self, text: str) -> int:
-        head = _HEAD.match(text, len(_FUNCTION))
-        if head is not None and head[1] in self._functions:
-            self._called, self._state = head[1], "parameter"
-            return head.end()
-        if head is None and _may_be_head(text[len(_FUNCTION) :]):
-            return 0
-        self.failed = True
-        return len(_FUNCTION)
+    @classmethod
+    @abstractmethod
+    def _head(cls, text: str) -> tuple[str, int] | bool:
+        """The parameter that a text begins with, and where its value does.
+
+        True where more text is needed to tell, False where none begins so.
+        """
 
     def _between(self, text: str, at: int) -> int:
         """Read what stands between parameters."""
         start = at
         while at < len(text) and text[at].isspace():
             at += 1
-        rest = text[at : at + len(_PARAMETER) + _MOST_IN_NAME + 1]
-        if rest.startswith(_FUNCTION_END):
+        rest = text[at : at + _MOST_IN_HEAD]
+        if rest.startswith(self.call_end):
             self._end()
-            return at + len(_FUNCTION_END)
-        if rest.startswith(_PARAMETER):
-            if (head := _HEAD.match(rest, len(_PARAMETER))) is not None:
-                self._begin_value(head[1])
-                return at + head.end()
-            if _may_be_head(rest[len(_PARAMETER) :]):
-                return at
-        elif _FUNCTION_END.startswith(rest) or _PARAMETER.startswith(rest):
+            return at + len(self.call_end)
+        head = self._head(rest)
+        if head is True or self.call_end.startswith(rest):
             return at
+        if head:
+            self._begin_value(head[0])
+            return at + head[1]
         if self.name:  # the tag that closes it was forgotten
             self._end()
             return start
@@ -104,7 +104,7 @@ class XmlCall(Call):
         return at
 
     def _begin_value(self, key: str) -> None:
-        self.name, self._state = self._called, "value"
+        self.name, self._within = self._called, True
         self._kinds = kinds_of_parameter(self._functions[self.name], key)
         self.arguments += f"{', ' if self._parameters else '{'}{json_text(key)}: "
         self._parameters += 1
@@ -119,12 +119,12 @@ class XmlCall(Call):
             self._starts = False
             if text.startswith(self.padding, at):
                 at += len(self.padding)
-        while (end := text.find(PARAMETER_END, at)) >= 0:
+        while (end := text.find(self.value_end, at)) >= 0:
             padded = bool(self.padding) and text.endswith(self.padding, at, end)
             value_end = end - len(self.padding) if padded else end
             self._take(text[at:value_end])
-            at, behind = value_end, end + len(PARAMETER_END)
-            closes = False if self._within_string() else _closes(text[behind : behind + _MOST_BEHIND])
+            at, behind = value_end, end + len(self.value_end)
+            closes = False if self._within_string() else self._closes(text[behind : behind + _MOST_BEHIND])
             if closes is None:
                 return at
             if closes:
@@ -133,7 +133,7 @@ class XmlCall(Call):
             self._take(text[at:behind])
             at = behind
         rest = text[at:]
-        held = max(overlap(rest, self.padding + PARAMETER_END), overlap(rest, PARAMETER_END))
+        held = max(overlap(rest, self.padding + self.value_end), overlap(rest, self.value_end))
         self._take(rest[: len(rest) - held])
         return len(text) - held
 
@@ -172,11 +172,39 @@ class XmlCall(Call):
 
     def _end_value(self) -> None:
         self.arguments += '"' if self._passes_on else json_of("".join(self._pieces), self._kinds)
-        self._state = "parameter"
+        self._within = False
 
     def _end(self) -> None:
         self.name, self.ended = self._called, True
         self.arguments += "}" if self._parameters else "{}"
+
+    def _closes(self, behind: str) -> bool | None:
+        """Whether a tag with this behind it closes a value; None where that takes more text."""
+        rest = behind.lstrip()
+        if rest.startswith(self.behind_values):
+            return True
+        may = len(behind) < _MOST_BEHIND and any(each.startswith(rest) for each in self.behind_values)
+        return None if may else False
+
+
+class XmlCall(TaggedCall):
+    """`<function=name><parameter=key>value</parameter>…</function>`."""
+
+    opening = _FUNCTION
+    before_name, behind_name, value_end = _PARAMETER, ">", "</parameter>"
+    call_end, behind_values = _FUNCTION_END, (_PARAMETER, _FUNCTION_END, CALL_END, "</seed:tool_call>")
+
+    @classmethod
+    def begun(cls, text: str, functions: Functions) -> tuple[Self, int] | bool:
+        begun = _between_angles(_FUNCTION, text)
+        if isinstance(begun, bool):
+            return begun
+        name, size = begun
+        return (cls(functions, name), size) if name in functions else False
+
+    @classmethod
+    def _head(cls, text: str) -> tuple[str, int] | bool:
+        return _between_angles(_PARAMETER, text)
 
 
 class PaddedXmlCall(XmlCall):
@@ -185,15 +213,45 @@ class PaddedXmlCall(XmlCall):
     padding = "\n"
 
 
-def _may_be_head(text: str) -> bool:
-    """Whether more of it may make it a name between `=` and `>`."""
-    return len(text) <= _MOST_IN_NAME and not re.search(r"[<>\n]", text)
+class GlmCall(TaggedCall):
+    """`name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>`, perhaps with spaces between.
+
+    It is one once its first value begins, or what closes it follows the name.
+    """
+
+    before_name, behind_name, value_end, line = _KEY, f"{_KEY_END}{_VALUE}", _VALUE_END, ""
+    call_end, behind_values = CALL_END, (_KEY, CALL_END, CALL_BEGIN)
+
+    def __init__(self, functions: Functions, called: str) -> None:
+        super().__init__(functions, called)
+        self.alone = True
+
+    @classmethod
+    def begun(cls, text: str, functions: Functions) -> tuple[Self, int] | bool:
+        if (head := _GLM_NAME.match(text)) is not None:
+            return (cls(functions, head[1]), head.end()) if head[1] in functions else False
+        return any(name.startswith(text) for name in functions)
+
+    @classmethod
+    def _head(cls, text: str) -> tuple[str, int] | bool:
+        if (head := _GLM_HEAD.match(text)) is not None:
+            return head[1], head.end()
+        if (begun := _GLM_HEAD_BEGUN.match(text)) is None:
+            return _KEY.startswith(text)
+        return (_VALUE if begun["whole"] else _KEY_END).startswith(text[begun.end() :])
 
 
-def _closes(behind: str) -> bool | None:
-    """Whether a tag with this behind it closes a value; None where that takes more text."""
-    rest = behind.lstrip()
-    if rest.startswith(_BEHIND_VALUES):
-        return True
-    may = len(behind) < _MOST_BEHIND and any(each.startswith(rest) for each in _BEHIND_VALUES)
-    return None if may else False
+class GlmLinesCall(GlmCall):
+    """One whose template writes names and values on lines of their own."""
+
+    behind_name, line = f"{_KEY_END}\n{_VALUE}", "\n"
+
+
+def _between_angles(opening: str, text: str) -> tuple[str, int] | bool:
+    """What stands between this, with which a text begins, and `>`, and how long that is; see `_head`."""
+    if not text.startswith(opening):
+        return opening.startswith(text)
+    if (head := _HEAD.match(text, len(opening))) is not None:
+        return head[1], head.end()
+    rest = text[len(opening) :]
+    return len(rest) <= _MOST_IN_NAME and not re.search(r"[<>\n]", rest)

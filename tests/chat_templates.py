@@ -139,6 +139,34 @@ SEED_OSS = """\
         {%- endfor %}
     {%- else %}{{ '\\n' + message.content }}{% endif %}{{ '<seed:eos>' }}
 {%- endfor %}"""
+GLM_45 = """\
+{%- if tools %}
+<tool_call>{function-name}
+<arg_key>{arg-key-1}</arg_key>
+<arg_value>{arg-value-1}</arg_value>
+</tool_call>{% endif %}
+{%- for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content }}
+    {%- for tool_call in message.tool_calls or [] %}{% set tool_call = tool_call.function %}
+        {{- '\\n<tool_call>' + tool_call.name + '\\n' }}
+        {%- for k, v in tool_call.arguments.items() %}
+            {{- '<arg_key>' ~ k ~ '</arg_key>\\n<arg_value>' }}
+            {{- (v | tojson(ensure_ascii=False) if v is not string else v) ~ '</arg_value>\\n' }}
+        {%- endfor %}
+        {{- '</tool_call>' }}
+    {%- endfor %}
+{%- endfor %}<|user|>"""
+GLM_47 = """\
+{%- if tools %}<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>...</tool_call>{% endif %}
+{%- for message in messages %}{{ '<|' + message.role + '|>' + message.content }}
+    {%- for tool_call in message.tool_calls or [] %}{% set tool_call = tool_call.function %}
+        {{- '<tool_call>' + tool_call.name }}
+        {%- for k, v in tool_call.arguments.items() %}
+            {{- '<arg_key>' ~ k ~ '</arg_key><arg_value>' }}
+            {{- (v | tojson(ensure_ascii=False) if v is not string else v) ~ '</arg_value>' }}
+        {%- endfor %}
+        {{- '</tool_call>' }}
+    {%- endfor %}
+{%- endfor %}<|user|>"""
 OLMO_3 = """\
 {%- if tools %}<function_calls></function_calls>{% endif %}
 {%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}

@@ -221,7 +221,7 @@ def test_each_form_is_tried_once() -> None:
 
 
 def test_a_template_that_writes_no_calls_has_them_as_content() -> None:
-    """As Granite 3 writes them; else as Hermes."""
+    """As Granite 3 writes them, or GLM; else as Hermes."""
     listed = '<|tool_call|>[{"name": "weather", "arguments": {"city": "Zürich"}}'
     written = of(GRANITE_3).render_chat(CONVERSATION, tools=[TOOL])
     assert written.endswith(f"<|assistant|>{listed}]<|tool|>20")
@@ -233,6 +233,22 @@ def test_a_template_that_writes_no_calls_has_them_as_content() -> None:
     )
     hermes = GRANITE_3.replace("<|tool_call|>", "calls")
     assert of(hermes).render_chat(CONVERSATION).endswith(f"<|assistant|>{WRITTEN}<|tool|>20")
+    arguments = {"city": "Zürich", "days": [1, "ü"]}
+    mistaken = {**CALL, "function": {"name": "weather", "arguments": '{"city'}}
+    called = [{**CALL, "function": {"name": "weather", "arguments": arguments}}, mistaken]
+    for line, shown in (("\n", "</arg_key>\\n<arg_value>"), ("", "</arg_key><arg_value>")):
+        said = line.join(
+            [
+                "<tool_call>weather",
+                *("<arg_key>city</arg_key>", "<arg_value>Zürich</arg_value>"),
+                *("<arg_key>days</arg_key>", '<arg_value>[1, "ü"]</arg_value>'),
+                "</tool_call>\n<tool_call>weather",
+                '{"city',
+                "</tool_call>",
+            ]
+        )
+        glm = of(GRANITE_3.replace("<|tool_call|>", f"<tool_call><arg_key>{shown}"))
+        assert glm.render_chat([{**CONVERSATION[1], "tool_calls": called}]).endswith(f"<|assistant|>{said}")
 
 
 def test_a_template_that_refuses_is_quoted() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from engine.tool_prompt import GLM_MARKS
+
 __all__ = [
     "EXPECTED",
     "INDENTED",
@@ -41,6 +43,7 @@ TOKENS = {
     "deepseek": ("deepseek-v3", ()),
     "gpt-oss": ("gpt-oss", ()),
     # There is none of theirs.
+    "glm": ("llama3.2", ("<|user|>", "<|observation|>", "<tool_call>", "</tool_call>", *GLM_MARKS)),
     "other": (
         "llama3.2",
         ("<|im_start|>", "<|im_end|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>"),
@@ -51,6 +54,7 @@ TOKENS = {
 SERVED = {
     "Bielik-11B-v3.0-Instruct": Found("llama", "hermes", "think"),
     "ByteDance-Seed-OSS": Found("other", "seed_oss", "seed_oss"),
+    "GLM-4.6": Found("glm", "glm45", "think"),
     "HuggingFaceTB-SmolLM3-3B": Found("other", "hermes", "think"),
     "MiMo-VL": Found("qwen", "hermes", "think"),
     "Mistral-Small-3.2-24B-Instruct-2506": Found("mistral", "mistral"),
@@ -99,8 +103,7 @@ OTHERS = {
     "Cohere2MoE": Found("other", None),
     "CohereForAI-c4ai-command-r-plus-tool_use": Found("other", None),
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": Found("other", None),
-    "GLM-4.6": Found("other", None, "think"),
-    "GLM-4.7-Flash": Found("other", None, "think"),
+    "GLM-4.7-Flash": Found("glm", "glm47", "think"),
     "GigaChat3-10B-A1.8B": Found("other", None),
     "GigaChat3.1-10B-A1.8B": Found("other", None),
     "Kimi-K2-Instruct": Found("other", None),
@@ -117,7 +120,7 @@ OTHERS = {
     "Qwen3-Coder": Found("qwen", "qwen3_coder", "think"),
     "Qwen3.5-4B": Found("qwen", "qwen3_coder", "think"),
     "Reka-Edge": Found("other", "hermes", "think"),
-    "Spark2.5": Found("other", None, "think"),
+    "Spark2.5": Found("other", "glm47", "think"),
     "StepFun3.5-Flash": Found("other", "qwen3_coder", "think"),
     "deepseek-ai-DeepSeek-V3.1": Found("deepseek", "hermes", "think"),
     "deepseek-ai-DeepSeek-V3.2": Found("deepseek", None, "think"),
@@ -127,14 +130,14 @@ OTHERS = {
     "google-gemma-2-2b-it": Found("gemma", None),
     "google-gemma-4-31B-it-interleaved": Found("gemma", None),
     "google-gemma-4-31B-it": Found("gemma", None),
-    "inclusionai-ling-3.0-flash": Found("other", None, "think"),
+    "inclusionai-ling-3.0-flash": Found("other", "glm45", "think"),
     "llama-cpp-deepseek-r1": Found("other", "deepseek_v3", "think"),
     "llama-cpp-rwkv-world": Found("other", "hermes", "think"),
     "moonshotai-Kimi-K2": Found("other", None),
     "muse-glimmer": Found("other", None),
-    "poolside-Laguna-S-2.1": Found("other", None, "think"),
-    "poolside-Laguna-XS-2.1": Found("other", None, "think"),
-    "poolside-Laguna-XS.2": Found("other", None, "think"),
+    "poolside-Laguna-S-2.1": Found("glm", "glm47", "think"),
+    "poolside-Laguna-XS-2.1": Found("other", "glm45", "think"),
+    "poolside-Laguna-XS.2": Found("other", "glm45", "think"),
     "tencent-Hy3": Found("other", None),
     "upstage-Solar-Open-100B": Found("other", None),
     "template_alpaca": Found("other", "hermes"),
@@ -150,7 +153,7 @@ OTHERS = {
     "tool_chat_template_deepseekv31": Found("deepseek", "deepseek_v31", "think"),
     "tool_chat_template_functiongemma": Found("gemma", None),
     "tool_chat_template_gemma4": Found("gemma", None),
-    "tool_chat_template_glm4": Found("other", "hermes"),
+    "tool_chat_template_glm4": Found("other", "glm45"),
     "tool_chat_template_granite_20b_fc": Found("other", None),
     "tool_chat_template_hunyuan_a13b": Found("other", "apriel", "think"),
     "tool_chat_template_internlm2_tool": Found("other", None),

@@ -16,9 +16,11 @@ from hypothesis import given, settings, strategies as st
 
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.text import TextProcessor
+from engine.tool_prompt import GLM_MARKS
 from server.tool_formats import FORMATS, Function, format_of
+from server.tool_grammars import FormError
 from server.tool_values import json_of
-from server.xml_calls import XmlCall
+from server.xml_calls import TaggedCall
 from tests import chat_templates
 from tests.server.conftest import EOS_ID, TEXT
 from tests.server.test_tool_calls import read
@@ -49,6 +51,8 @@ FUNCTIONS = {"save": SCHEMA, "time": None, "get-it": {"properties": {"q": {"type
 TEMPLATES = {
     "qwen3_coder": chat_templates.QWEN3_CODER,
     "seed_oss": chat_templates.SEED_OSS,
+    "glm45": chat_templates.GLM_45,
+    "glm47": chat_templates.GLM_47,
     "olmo3": chat_templates.OLMO_3,
     "deepseek_v31": chat_templates.DEEPSEEK_V31,
     "deepseek_v3": chat_templates.DEEPSEEK_R1_WITH_TOOLS,
@@ -67,6 +71,7 @@ PARTS = [
         "a",
     ),
     *("'", '"', '"""', "\\", "\\n", "\\u00e9", "é", "日", "😀", "{", "}", "[", "]", "(", ")", ",", "=", ": "),
+    *("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>"),
     *(" ", "\t", "True", "None", "null", "12", "</seed:tool_call>", "text=", "#", "<", "```", "\r"),
 ]
 texts = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
@@ -96,7 +101,10 @@ calls_of = st.one_of(
         ),
     ),
 )
-ENDS = re.compile(r"</parameter>\s*(<parameter=|</function>|</tool_call>|</seed:tool_call>)")
+ENDS = re.compile(
+    r"</parameter>\s*(<parameter=|</function>|</tool_call>|</seed:tool_call>)|"
+    r"</arg_value>\s*(<arg_key>|</?tool_call>)"
+)
 
 
 @functools.cache
@@ -116,15 +124,15 @@ def rendered(name: str, calls: list[tuple[str, Any]], content: str = "") -> str:
     text = text_of(name).render_chat(
         [message], tools=[{"type": "function", "function": {"name": "f"}}], add_generation_prompt=False
     )
-    _, _, written = text.partition("assistant")
-    return re.sub(r"(<\|im_end\|>\n|<seed:eos>|<｜end▁of▁sentence｜>)\Z", "", written).lstrip("\n")
+    written = text.partition("assistant")[2].removeprefix("|>")
+    return re.sub(r"(<\|user\|>|<\|im_end\|>\n|<seed:eos>|<｜end▁of▁sentence｜>)\Z", "", written).lstrip("\n")
 
 
 def right(arguments: dict[str, Any]) -> bool:
     """Whether no text has in it what closes a value, nor what may be text and is JSON."""
     told = [value for value in arguments.values() if isinstance(value, str)]
     told.append(json.dumps(arguments.get("any")))
-    return not any(ENDS.search(f"{value}</parameter>\n") for value in told)
+    return not any(ENDS.search(value + end) for value in told for end in ("</parameter>\n", "</arg_value>\n"))
 
 
 def found(parsed: tuple[str, list[tuple[str, str]]]) -> tuple[str, list[tuple[str, Any]]]:
@@ -138,7 +146,7 @@ def found(parsed: tuple[str, list[tuple[str, str]]]) -> tuple[str, list[tuple[st
 def test_what_a_template_writes_is_read_however_it_is_cut(
     name: str, data: st.DataObject, calls: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    if issubclass(FORMATS[name].form, XmlCall):
+    if issubclass(FORMATS[name].form, TaggedCall):
         calls = [call for call in calls if right(call[1])]
     text = rendered(name, calls)
     form = FORMATS[name]
@@ -186,7 +194,9 @@ def walk(state: GrammarState, draw: random.Random, pieces: list[str], closing: l
     while not state.ended:
         assert len(tokens) < 2000, TEXT.decode(tokens)
         late = len(tokens) > 150
-        if (late and any(map(taken, closing))) or (draw.random() < 0.4 and taken(draw.choice(pieces))):
+        if (late and any(map(taken, draw.sample(closing, len(closing))))) or (
+            draw.random() < 0.4 and taken(draw.choice(pieces))
+        ):
             continue
         state.masks([0], [0], words)
         allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
@@ -224,11 +234,21 @@ OPEN: dict[str, Any] = {"type": "object", "additionalProperties": {"type": ["int
 CLOSING = {
     "qwen3_coder": ["\n</parameter>\n", '"', "}", "]", "</function>\n</tool_call>"],
     "seed_oss": ["</parameter>\n", '"', "}", "]", "</function>\n</seed:tool_call>"],
+    "glm45": ["</arg_value>\n", '"', "}", "]", "</tool_call>"],
+    "glm47": ["</arg_value>", '"', "}", "]", "</tool_call>"],
     "olmo3": ['"', "}", "]", ")", "</function_calls>"],
     "pythonic": ['"', "}", ")", "]"],
     "deepseek_v3": ['"', "}", "]", "\n```<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"],
 }
-WITHIN = ["</parameter>", '{"t": "</parameter><parameter=x>', "2024-01-02", "null"]
+WITHIN = [
+    "</parameter>",
+    "</arg_value>",
+    "<arg_key>a</arg_key>\n<arg_value>",
+    "<tool_call>",
+    '{"t": "</parameter><parameter=x>',
+    "2024-01-02",
+    "null",
+]
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -258,6 +278,7 @@ def let_through(name: str, answer: str, schema: Any, *, text: bool = False) -> b
 
 OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 BOUNDED = {"type": "string", "maxLength": 3000}
+DATE = {"type": "string", "format": "date"}
 NOT_TRUE = {"type": "boolean", "not": {"const": True}}
 MIXED = {"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 10}, {"type": "string"}]}}}
 
@@ -369,6 +390,40 @@ def test_marks_that_are_tokens_do_not_open_calls_in_text() -> None:
     wrong = "<function=f>\n<parameter=b>\nx\n</parameter>\n</function>"
     assert follows(spec, "<think>So.", text)
     assert not any(follows(spec, f"{before}{wrong}", text) for before in ("<think>", "<think>So: "))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_values_stand_between_marks_that_are_tokens(special: bool) -> None:
+    """Where those that GLM's vocabulary has are one, the letters are none of them, and stay in a text."""
+    text = with_tokens("<tool_call>", "</tool_call>", *GLM_MARKS, special=special)
+    schema = {"properties": {"s": {"type": "string"}, "n": OR_NULL, "on": {"type": "boolean"}, "d": DATE}}
+    schemas = {"f": {**schema, "additionalProperties": {"type": "integer"}}}
+    form = format_of(text, "glm45")
+    spec = form.grammar([Function("f", schemas["f"])], text=False, schema=None, several=True)
+
+    def takes(*parts: tuple[str, str], between: str = "") -> bool:
+        said = [f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in parts]
+        answer = f"<tool_call>f\n{''.join(said)}{between}</tool_call>"
+        if taken := follows(spec, answer, text):
+            assert not follows(spec, answer, text, by_letters=True)
+            _, [(_, arguments)] = found(read(form.parser(schemas), [answer]))
+            jsonschema.validate(arguments, schemas["f"])
+            assert [str(value) for value in arguments.values()] == [
+                {"null": "None", "true": "True"}.get(value, value) for _, value in parts
+            ]
+        return taken
+
+    right = ("s", ""), ("n", "null"), ("on", "true"), ("d", "2024-01-02"), ("x", "1"), ("y", "2")
+    assert takes()
+    assert takes(*right)
+    assert all(takes(part) for part in [*right, ("s", "a\n<arg_keys>"), ("n", ""), ("on", "True")])
+    wrong = ("s", "a</arg_value>"), ("s", "<arg_key>"), ("on", "yes"), ("d", ""), ("x", "one"), ("x y\n", "1")
+    assert not any(takes(part) for part in wrong)
+    assert not takes(*reversed(right))
+    assert not takes(between="\n")
+    told = Function("f", {"properties": {"a": {"enum": ["</arg_value>"]}}})
+    with pytest.raises(FormError, match="</arg_value>"):
+        form.grammar([told], text=False, schema=None, several=False)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,53 @@ XML: list[tuple[str, str, str, Calls]] = [
         [("time", '{"a": "\\n1 é\\n"}')],
     ),
 ]
+GLM: list[tuple[str, str, Calls]] = [
+    (
+        "Well.\n<tool_call>weather\n<arg_key>a</arg_key>\n<arg_value>x\n</arg_value> y</arg_value>\n"
+        '<arg_key>b</arg_key>\n<arg_value>[1, {"c": null}]</arg_value>\n</tool_call>\n'
+        "<tool_call>time\n</tool_call>\n",
+        "Well.",
+        [("weather", '{"a": "x\\n</arg_value> y", "b": [1, {"c": null}]}'), ("time", "{}")],
+    ),
+    (
+        "<tool_call>weather<arg_key>a</arg_key><arg_value>true</arg_value></tool_call><tool_call>time</tool_call>",
+        "",
+        [("weather", '{"a": true}'), ("time", "{}")],
+    ),
+    (
+        "<tool_call> \ntime <arg_key>a</arg_key> <arg_value></arg_value> </tool_call> Done.",
+        "Done.",
+        [("time", '{"a": ""}')],
+    ),
+    # What closes one is forgotten, before another one and before text.
+    (
+        "<tool_call>time<arg_key>a</arg_key><arg_value>1</arg_value>\n<tool_call>time</tool_call>",
+        "",
+        [("time", '{"a": 1}'), ("time", "{}")],
+    ),
+    (
+        "<tool_call>time<arg_key>a</arg_key><arg_value>1</arg_value><arg_key>b</arg_key></tool_call>",
+        "<arg_key>b</arg_key></tool_call>",
+        [("time", '{"a": 1}')],
+    ),
+    # Only what opens calls may bring another one.
+    ("<tool_call>time</tool_call>weather</tool_call>", "weather</tool_call>", [("time", "{}")]),
+    # Cut.
+    ("<tool_call>time\n<arg_key>a</arg_key>\n<arg_value>x", "", [("time", '{"a": ')]),
+    ("<tool_call>time\n<arg_key>a</arg_key>\n<arg_value>x</arg_value>\n", "", [("time", '{"a": "x"')]),
+    # None.
+    *(
+        (text, text, [])
+        for text in (
+            *("<tool_call>time", "<tool_call>time\n", "<tool_call>time flies</tool_call>", "<tool_call>ti"),
+            *("<tool_call>rain</tool_call>", '<tool_call>\n{"name": "time"}\n</tool_call>'),
+            *("time<arg_key>a</arg_key><arg_value>1</arg_value>", "<tool_call>" + "time" * 90),
+            *("<tool_call>time<arg_key></arg_key><arg_value>", "<tool_call>time<arg_key>a</arg_key>b"),
+            "<tool_call>time<arg_key>" + "k" * 300 + "</arg_key><arg_value>",
+            "<tool_call>time<arg_key>a</arg_key>" + " " * 300 + "<arg_value>",
+        )
+    ),
+]
 PYTHON: list[tuple[str, str, str, Calls]] = [
     (
         "olmo3",
@@ -237,6 +284,7 @@ CASES = [
     *(("granite", *case) for case in GRANITE),
     *LISTED,
     *XML,
+    *((name, *case) for case in GLM for name in ("glm45", "glm47")),
     *PYTHON,
     *DEEPSEEK,
 ]
@@ -278,9 +326,10 @@ def test_where_the_text_is_cut_does_not_matter(
 
 READ_ALIKE = [
     *("hermes", "llama3_json", "mistral", "nemotron", "xlam", "qwen3_coder", "seed_oss"),
-    *("olmo3", "llama4_pythonic", "deepseek_v3"),
+    *("olmo3", "llama4_pythonic", "deepseek_v3", "glm47"),
 ]
 PARTS = [
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<tool_call>time", "<arg_key>a</arg_key>"),
     *("<function=time>", "<function=rain>", "<function=", "<parameter=a>", "<parameter=", "</parameter>"),
     *("</parameter>\n</function>", "</function>", "</function", "<seed:tool_call>", "</seed:tool_call>"),
     *("<function_calls>", "</function_calls>", "<|python_start|>", "<|python_end|>", "time(", "a=", ")"),

@@ -14,11 +14,12 @@ from tokenizers import AddedToken, decoders
 
 from engine.grammar import Grammar, GrammarCompiler, GrammarSpec
 from engine.text import TextProcessor
+from engine.tool_prompt import GLM_MARKS
 from server.json_calls import DEEPSEEK_MARKS, DeepSeekCall
 from server.python_calls import PythonCall
 from server.settings import Settings
 from server.tool_formats import FORMATS, Function, ToolFormat, format_of
-from server.xml_calls import PaddedXmlCall, XmlCall
+from server.xml_calls import GlmCall, TaggedCall, XmlCall
 from tests.server.conftest import EOS_ID, TEXT
 
 PARAMETERS = {
@@ -50,13 +51,23 @@ WRONG_XML = [
     ("</function>\n", ""),
     ("=days", "=x"),
 ]
+WRONG_GLM = [
+    ("weather", "rain"),
+    ("city", "town"),
+    ("3", "three"),
+    ("</tool_call>", ""),
+    ("<arg_value>3</arg_value>", ""),
+    (">days", ">x"),
+    ("3</", "3\n</"),
+]
 
 WRONG_PYTHON = [("weather", "rain"), ("city", "town"), ("=3", "='3'"), ("=3", "=x"), (", days=3", ", x=3")]
 
 
 def wrong(form: ToolFormat, call: str) -> list[str]:
     """What a grammar does not let through, like the call that it does."""
-    others = {XmlCall: WRONG_XML, PaddedXmlCall: WRONG_XML, PythonCall: WRONG_PYTHON}.get(form.form, WRONG)
+    kinds = {GlmCall: WRONG_GLM, TaggedCall: WRONG_XML, PythonCall: WRONG_PYTHON}
+    others = next((found for kind, found in kinds.items() if issubclass(form.form, kind)), WRONG)
     found = [call.replace(*pair) for pair in others]
     assert call not in found
     return found
@@ -78,6 +89,8 @@ def written(form: ToolFormat, *calls: str) -> str:
     if issubclass(form.form, DeepSeekCall):
         all_ = (form.between or "").join(in_deepseeks(form, json.loads(call)) for call in calls)
         return form.begin + all_ + form.end
+    if issubclass(form.form, GlmCall):
+        return form.form.line.join(in_glms(form.form.line, json.loads(call)) for call in calls)
     if form.marks:
         id_ = "[CALL_ID]abc123XYZ" if len(form.marks) == 2 else ""
         loaded = [json.loads(call) for call in calls]
@@ -100,6 +113,13 @@ def in_xml(form: ToolFormat, call: dict[str, Any]) -> str:
         f"<parameter={key}>{pad}{value}{pad}</parameter>" for key, value in call[form.parameters].items()
     ]
     return "\n".join([*lines, f"</function>\n{form.end}"])
+
+
+def in_glms(line: str, call: dict[str, Any]) -> str:
+    parts = [f"<tool_call>{call['name']}"]
+    for key, value in call["arguments"].items():
+        parts += f"<arg_key>{key}</arg_key>", f"<arg_value>{value}</arg_value>"
+    return line.join([*parts, "</tool_call>"])
 
 
 def in_python(call: dict[str, Any]) -> str:
@@ -189,6 +209,9 @@ def test_an_answer_is_a_call_or_follows_its_own_schema(name: str) -> None:
         ("hermes", ["<tool_call>", "</tool_call>"], False),  # as Qwen's
         ("qwen3_coder", ["<tool_call>", "</tool_call>"], False),
         ("seed_oss", ["<seed:tool_call>", "</seed:tool_call>"], True),
+        ("glm45", ["<tool_call>", "</tool_call>", *GLM_MARKS], False),
+        ("glm47", ["<tool_call>", "</tool_call>", *GLM_MARKS], True),
+        ("glm47", [*GLM_MARKS[:2]], False),
         ("olmo3", ["<function_calls>", "</function_calls>"], False),
         ("deepseek_v3", ["<｜tool▁calls▁begin｜>", *DEEPSEEK_MARKS], False),
         ("deepseek_v31", ["<｜tool▁calls▁begin｜>", *DEEPSEEK_MARKS, "<｜tool▁calls▁end｜>"], True),
@@ -204,8 +227,9 @@ def test_what_opens_and_closes_calls_may_be_tokens_of_their_own(
     text = with_tokens(*tokens, special=special)
     form = format_of(text, name)
     one = written(form, FIRST)
-    letters = len(one.encode()) - sum(len(token.encode()) for token in tokens)
-    assert len(text.encode(one)) == letters + len(tokens)
+    own = [token for token in tokens for _ in range(one.count(token))]
+    letters = len(one.encode()) - sum(len(token.encode()) for token in own)
+    assert len(text.encode(one)) == letters + len(own)
     assert text.detokenizer([], shown=form.shown).push(text.encode(one), final=True).text == one
     required, maybe, json_or = (
         form.grammar(FUNCTIONS, text=may, schema=schema, several=True)
@@ -298,6 +322,10 @@ LLAMA_LIKE = (
         ("{% if tools %}respond only with <|tool_call|> followed by a JSON list{% endif %}", "granite"),
         ("{{ tools }}<tool_call>\n<function=f>\n<parameter=x>\nvalue\n</parameter>", "qwen3_coder"),
         ("{{ tools }}<tool_call>\n<function=f>{}", "hermes"),
+        ("{{ tools }}<tool_call>{name}\n<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>", "glm45"),
+        ("{{ tools }}{{ '<tool_call>' + name + '\\n<arg_key>k</arg_key>\\n<arg_value>v' }}", "glm45"),
+        ("{{ tools }}<tool_call>{name}<arg_key>{k}</arg_key><arg_value>{v}</arg_value>", "glm47"),
+        ("{{ tools }}<tool_calls><tool_call:x>{name}<arg_key:x>{k}</arg_key:x>", "apriel"),
         ("{{ tools }}{% set toolcall_begin_token = '<seed:tool_call>' %}", "seed_oss"),
         ("{{ tools }} within <function_calls></function_calls> XML tags", "olmo3"),
         ("{{ tools }}[func_name1(params_name1=params_value1, ...), func_name2(params)]", "pythonic"),
