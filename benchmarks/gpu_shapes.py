@@ -231,7 +231,7 @@ class Bytes:
         found, mixture = 0, decoder.config.experts
         for module in decoder.modules():
             if isinstance(module, Experts):
-                router = (module.router, module.router_bias)
+                router = (module.router, module.router_bias, module.correction)
                 found += _stored(module) - sum(part.nbytes for part in router if part is not None)
                 packed = sum(_stored(linear) for pair in module._each for linear in pair)
                 found, total = found + packed, total + packed

@@ -140,7 +140,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 def _quantize(modules: nn.Module, kind: Literal["int8", "fp8"]) -> None:
     for name, module in modules.named_modules():
-        if isinstance(module, Experts) and not module.quantized:
+        if isinstance(module, Experts) and not module.is_quantized:
             module.quantize(kind)
         if isinstance(module, Linear) and module.quantized is None:
             # Attention's output is an average over many tokens, which has no outliers to spread.

@@ -189,7 +189,7 @@ class Experts(nn.Module):
         self._split(lambda linear: linear.quantize(kind, rotate=True))
 
     @property
-    def quantized(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether its weights are in 8 bits."""
         return self.scales is not None or bool(self._each and self._each[0][0].quantized is not None)
 

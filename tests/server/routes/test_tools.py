@@ -393,7 +393,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": STRICT, "min_tokens": 3}, "min_tokens"),
     (message(role="user", tool_calls=[CALL]), "messages[1].tool_calls"),
     (message(role="user", tool_call_id="c"), "messages[1].tool_call_id"),
-    (message(role="user", name="bob"), "messages[1].name"),
     (message(role="tool"), "messages[1].tool_call_id"),
     (message(content=None), "messages[1].content"),
     (message(content=None, tool_calls=[]), "messages[1].content"),
