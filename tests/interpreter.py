@@ -40,8 +40,12 @@ def quicken() -> None:
     interpreter.InterpretedFunction.__call__ = call
     _remember_shapes(interpreter)
     _know_what_is_alike()
-    _call_builtins_at_once(interpreter)
-    _keep_constants()
+    from triton.language import semantic
+
+    known = hasattr(semantic.TritonSemantic, "to_tensor_type")  # not in Triton 3.6
+    _call_builtins_at_once(interpreter, _OPERATORS if known else {})
+    if known:
+        _keep_constants()
 
 
 def _remember_shapes(interpreter: Any) -> None:
@@ -109,8 +113,9 @@ def _know_what_is_alike() -> None:
     core.dtype.__eq__, of.cast, of.broadcast_impl_value = equal, cast_unless, broadcast_unless
 
 
-def _call_builtins_at_once(interpreter: Any) -> None:
-    """Leave out the two functions between a kernel's operator and what it does, which only hand it on."""
+def _call_builtins_at_once(interpreter: Any, operators: dict[str, tuple[str, frozenset[str], bool]]) -> None:
+    """Leave out the two functions between a kernel's operator and what it does, which only hand it on; these
+    operators are numpy's where they can be."""
     from triton.language import core
 
     if not hasattr(interpreter, "_patch_attr"):
@@ -120,9 +125,9 @@ def _call_builtins_at_once(interpreter: Any) -> None:
 
     def patch(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
         work, meaning = member, interpreter.interpreter_semantic
-        if obj is core.tensor and name in _OPERATORS:
+        if obj is core.tensor and name in operators:
             if name not in at_once:
-                at_once[name] = _at_once(interpreter, member, *_OPERATORS[name])
+                at_once[name] = _at_once(interpreter, member, *operators[name])
             scope.set_attr(obj, name, at_once[name])
             return
         if getattr(member, "__code__", None) is handing_on:
