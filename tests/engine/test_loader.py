@@ -57,6 +57,17 @@ def test_the_pool_leaves_room_for_the_tables_of_adjustments(
     assert loaded.pool.data.nbytes + tables <= available
 
 
+def test_what_loading_took_is_given_back_before_the_pool_is_sized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is asked for then, and would not count what malloc keeps."""
+    seen: list[str] = []
+    monkeypatch.setattr("engine.loader.give_back_memory", lambda: seen.append("given back"))
+    monkeypatch.setattr("engine.loader.available_bytes", lambda: seen.append("asked") or 1 << 34)
+    load(EngineConfig(model=str(save_model(tiny_model("llama"), tmp_path)), device="cpu"), progress=False)
+    assert seen[-2:] == ["given back", "asked"]
+
+
 def test_a_model_that_writes_harmony_ends_with_a_call_too(tmp_path: Path) -> None:
     """Whatever its files say, of which some know the end of an answer alone."""
     model = tiny_model("llama")
